@@ -1,0 +1,285 @@
+"""A folder of pictures with captions, and what training sees of it.
+
+`read_folder` finds every picture and caption, and everything that is wrong with them, before the
+first step.  `Examples` then gives the batch of any positions: which picture, mirrored or not, which
+caption, which noise, all by draws.py.
+
+Pictures are encoded once.  The VAE gives each one not a latent but a gaussian over latents; its
+mean and standard deviation are what is kept, and each draw takes a new sample from it.  They lie,
+with the captions' vectors, in a cache whose file names are hashes of all that went in: a changed
+picture, size or base is a new file, and nothing there can be stale.
+"""
+
+import hashlib
+import json
+import sys
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from safetensors.torch import load_file
+from tqdm import tqdm
+
+from . import draws
+from .checkpoint import write_tensors
+from .config import TrainConfig, UserError
+from .distributed import Ranks, wait_for_all
+from .models import Base, fingerprint
+
+
+@dataclass(frozen=True)
+class Item:
+    """One picture of the folder: its file, a hash of the file's bytes, and one or more captions."""
+
+    path: Path
+    digest: str
+    captions: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What the U-Net is trained on at some positions; all on the device, first dimension the batch."""
+
+    latents: torch.Tensor  # (batch, channels, h, w)
+    text: torch.Tensor  # (batch, tokens, width)
+    noise: torch.Tensor  # (batch, channels, h, w)
+    noise_offset: torch.Tensor  # (batch, channels, 1, 1)
+    timesteps: torch.Tensor  # (batch,)
+
+
+# ------------------------------------------------------------------------------------------ pictures
+
+
+def open_picture(path: Path) -> Image.Image:
+    """Return a picture as RGB: turned as its EXIF says, transparency laid on white.
+
+    Raises OSError or Image.DecompressionBombError if it is no picture, is cut off, or is a bomb.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        with Image.open(path) as file:
+            picture = ImageOps.exif_transpose(file)
+            if picture.has_transparency_data:
+                picture = picture.convert("RGBA")
+                white = Image.new("RGBA", picture.size, "white")
+                picture = Image.alpha_composite(white, picture)
+            return picture.convert("RGB")
+
+
+def cut_square(picture: Image.Image, side: int, place: tuple[float, float] = (0.5, 0.5)) -> Image.Image:
+    """Resize the short side to `side` pixels and cut out the square at `place`.
+
+    `place` is 0 for left or top, 1 for right or bottom, 0.5 for the centre.
+    """
+    scale = side / min(picture.size)
+    size = [max(side, round(n * scale)) for n in picture.size]
+    left, top = (round((n - side) * p) for n, p in zip(size, place, strict=True))
+    return picture.resize(size, Image.Resampling.LANCZOS).crop((left, top, left + side, top + side))
+
+
+def as_tensor(picture: Image.Image) -> torch.Tensor:
+    """Return an RGB picture as float32 in [-1, 1], (3, h, w)."""
+    return torch.from_numpy(np.array(picture)).permute(2, 0, 1).float() / 127.5 - 1
+
+
+# ---------------------------------------------------------------------------------- folder -> items
+
+
+def read_folder(config: TrainConfig, resolution: int) -> list[Item]:
+    """Return the pictures of `config.data` with their captions, in the order of their names.
+
+    Captions come from metadata.jsonl, or else from a .txt beside each picture, or else from
+    --caption.  Raises UserError with everything that is wrong with the folder, in one message.
+    """
+    folder = Path(config.data)
+    if not folder.is_dir():
+        raise UserError(f"--data {folder}: there is no such folder")
+    suffixes = Image.registered_extensions()
+    pictures = sorted(p for p in folder.rglob("*") if p.suffix.lower() in suffixes and p.is_file())
+    problems: list[str] = []
+    captions = _captions(folder, pictures, config, problems)
+    if not pictures and not problems:
+        raise UserError(f"--data {folder}: there is no picture in it")
+    items = []
+    for path in pictures:
+        if path not in captions:
+            problems.append(f"{path.name} has no caption in metadata.jsonl or a .txt beside it; give one, or --caption")
+        try:
+            smallest = min(open_picture(path).size)
+        except (
+            OSError,
+            SyntaxError,
+            ValueError,
+            Image.DecompressionBombError,
+            Image.DecompressionBombWarning,
+        ) as error:
+            problems.append(f"{path.name} cannot be opened as a picture ({error})")
+            continue
+        if smallest < resolution:
+            print(
+                f"warning: {path} is {smallest} pixels on its short side; it is enlarged to {resolution}",
+                file=sys.stderr,
+            )
+        digest = hashlib.sha256(path.read_bytes()).hexdigest()
+        items.append(Item(path, digest, captions.get(path, ())))
+    if problems:
+        raise UserError(f"--data {folder}: " + "; ".join(problems))
+    return items
+
+
+def _captions(
+    folder: Path, pictures: list[Path], config: TrainConfig, problems: list[str]
+) -> dict[Path, tuple[str, ...]]:
+    """Return the captions by picture, and add what is wrong with them to `problems`."""
+    metadata = folder / "metadata.jsonl"
+    if metadata.exists():
+        captions = _read_metadata(metadata, config.caption_column, problems)
+    else:
+        beside = {path: path.with_suffix(".txt") for path in pictures}
+        captions = {p: (text.read_text(encoding="utf-8").strip(),) for p, text in beside.items() if text.exists()}
+    if config.caption is not None:
+        captions = {path: (config.caption,) for path in pictures} | captions
+    return captions
+
+
+def _read_metadata(metadata: Path, column: str, problems: list[str]) -> dict[Path, tuple[str, ...]]:
+    """Read metadata.jsonl: one object a line, with `file_name` and a text or a list of texts."""
+    folder, captions = metadata.parent, {}
+    for number, line in enumerate(metadata.read_text(encoding="utf-8").splitlines(), start=1):
+        where = f"metadata.jsonl line {number}"
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            problems.append(f"{where} is not JSON ({error})")
+            continue
+        if not isinstance(row, dict) or not isinstance(row.get("file_name"), str):
+            problems.append(f"{where} has no file_name")
+            continue
+        name, texts = row["file_name"], row.get(column)
+        path = folder / name
+        texts = [texts] if isinstance(texts, str) else texts
+        if not path.resolve().is_relative_to(folder.resolve()):
+            problems.append(f"{where}: {name} points outside the folder")
+        elif not path.is_file():
+            problems.append(f"{where}: there is no file {name}")
+        elif not (isinstance(texts, list) and texts and all(isinstance(text, str) for text in texts)):
+            others = ", ".join(key for key in row if key != "file_name") or "nothing else"
+            problems.append(f"{where}: {column!r} holds no text; the line has {others} (see --caption-column)")
+        elif path in captions:
+            problems.append(f"{where}: {name} stands there twice")
+        else:
+            captions[path] = tuple(texts)
+    return captions
+
+
+# ------------------------------------------------------------------------------- items -> batches
+
+
+class Examples:
+    """What training sees at each position, with pictures and captions encoded once."""
+
+    def __init__(
+        self,
+        items: list[Item],
+        config: TrainConfig,
+        resolution: int,
+        encoders: Base,
+        schedule_length: int,
+        ranks: Ranks,
+    ):
+        self.items = items
+        self.config = config
+        self.resolution = resolution
+        self.schedule_length = schedule_length
+        self.folder = Path(config.cache).expanduser()
+        self.vae, self.text_encoder = fingerprint(encoders.vae), fingerprint(encoders.text_encoder)
+        # With random crops no picture is ever seen twice, so the VAE stays and encodes each draw.
+        self.encoders = encoders if config.crop == "random" else None
+        captions = sorted({caption for item in items for caption in (*item.captions, "")})
+        if ranks.is_main and (cut := [caption for caption in captions if encoders.is_truncated(caption)]):
+            print(
+                f"warning: the text encoder sees only the beginning of {len(cut)} captions, as of {cut[0]!r}",
+                file=sys.stderr,
+            )
+        self._fill(captions, encoders, ranks)
+
+    def batch(self, positions: Sequence[int], device: torch.device) -> Batch:
+        """Return what stands at the given positions, whoever asks and in whichever order."""
+        rows = [self._row(position) for position in positions]
+        return Batch(*(torch.stack(column).to(device) for column in zip(*rows, strict=True)))
+
+    def picture_at(self, position: int) -> Item:
+        """Return which picture stands at a position."""
+        return self.items[draws.picture_at(self.config.seed, position, len(self.items))]
+
+    def _row(self, position: int) -> tuple[torch.Tensor, ...]:
+        seed, item = self.config.seed, self.picture_at(position)
+        mirrored = self.config.mirror and draws.uniform(seed, "mirror", position) < 0.5
+        if self.encoders is None:
+            encoded = _load(self._picture_file(item, mirrored))
+            mean, std = encoded["mean"], encoded["std"]  # (channels, h, w) each
+        else:
+            place = tuple(draws.uniform(seed, f"crop {axis}", position) for axis in "xy")
+            mean, std = self.encoders.encode_picture(self._pixels(item, mirrored, place))
+        latents = mean + std * draws.gaussian(seed, "posterior", position, mean.shape)
+        noise = draws.gaussian(seed, "noise", position, mean.shape)
+        noise_offset = draws.gaussian(seed, "noise offset", position, (len(mean), 1, 1))
+        timestep = draws.integer(seed, "timestep", position, 0, self.schedule_length)
+        text = _load(self._caption_file(self.caption_at(position)))["text"]  # (tokens, width)
+        return latents, text, noise, noise_offset, torch.tensor(timestep)
+
+    def caption_at(self, position: int) -> str:
+        """Return the caption at a position: one of the picture's, or none at all for caption dropout."""
+        seed, captions = self.config.seed, self.picture_at(position).captions
+        if draws.uniform(seed, "caption dropout", position) < self.config.caption_dropout:
+            return ""
+        return captions[draws.integer(seed, "caption", position, 0, len(captions))]
+
+    def _pixels(self, item: Item, mirrored: bool, place: tuple[float, float] = (0.5, 0.5)) -> torch.Tensor:
+        pixels = as_tensor(cut_square(open_picture(item.path), self.resolution, place))
+        return pixels.flip(-1) if mirrored else pixels
+
+    def _file(self, *ingredients) -> Path:
+        name = hashlib.sha256(json.dumps(ingredients).encode()).hexdigest()
+        return self.folder / name[:2] / f"{name}.safetensors"
+
+    def _picture_file(self, item: Item, mirrored: bool) -> Path:
+        return self._file("latents", self.vae, item.digest, self.resolution, mirrored)
+
+    def _caption_file(self, caption: str) -> Path:
+        return self._file("text", self.text_encoder, caption)
+
+    def _fill(self, captions: list[str], encoders: Base, ranks: Ranks) -> None:
+        """Encode what the cache lacks, each process its share of the files."""
+
+        def encode_caption(caption: str) -> dict[str, torch.Tensor]:
+            return {"text": encoders.encode_prompt(caption)}
+
+        def encode_picture(item: Item, mirrored: bool) -> dict[str, torch.Tensor]:
+            mean, std = encoders.encode_picture(self._pixels(item, mirrored))
+            return {"mean": mean, "std": std}
+
+        jobs = {self._caption_file(caption): partial(encode_caption, caption) for caption in captions}
+        if self.encoders is None:
+            for item in self.items:
+                for mirrored in (False, True) if self.config.mirror else (False,):
+                    jobs[self._picture_file(item, mirrored)] = partial(encode_picture, item, mirrored)
+        share = [path for path in list(jobs)[ranks.rank :: ranks.world] if not path.exists()]
+        for path in tqdm(share, "encode", disable=not (ranks.is_main and share)):
+            tensors = jobs[path]()
+            if not all(tensor.isfinite().all() for tensor in tensors.values()):
+                raise UserError(f"the base gives numbers that are not finite for {jobs[path].args[0]}")
+            write_tensors(path, tensors, {})
+        wait_for_all()
+
+
+@lru_cache(maxsize=4096)
+def _load(path: Path) -> dict[str, torch.Tensor]:
+    return load_file(path)

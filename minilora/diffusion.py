@@ -1,0 +1,122 @@
+"""What a diffusion model is trained to do, as pure functions.
+
+A picture's latent x₀ is mixed with gaussian noise ε; the timestep t says how much of each:
+
+    x_t = √ᾱ_t · x₀ + √(1 − ᾱ_t) · ε                                                         (1)
+
+ᾱ_t falls from almost 1 (t = 0, nearly clean) to almost 0 (t = T − 1, nearly pure noise).  The
+U-Net sees x_t, t and the caption, and predicts one of three things, whichever it was made for:
+
+    epsilon         ε
+    v_prediction    v = √ᾱ_t · ε − √(1 − ᾱ_t) · x₀
+    sample          x₀
+
+The loss is the squared distance between prediction and target.  Any one of the three gives the
+other two through (1), so they differ only in how they weigh the timesteps against each other.
+
+Nothing here draws a random number: noise and timesteps come in as arguments (see draws.py).
+
+Sources: Ho et al., "Denoising diffusion probabilistic models", 2020 (1, epsilon); Salimans & Ho,
+"Progressive distillation", 2022 (v); Hang et al., "Efficient diffusion training via min-SNR
+weighting strategy", 2023.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The noise levels of a base and what its U-Net predicts.
+
+    `alphas_cumprod` holds ᾱ_t for t = 0 … T − 1, float32, shape (T,).
+    """
+
+    alphas_cumprod: torch.Tensor
+    prediction_type: str
+
+    def __post_init__(self):
+        if self.prediction_type not in PREDICTION_TYPES:
+            raise ValueError(f"prediction_type is {self.prediction_type!r}; known are {', '.join(PREDICTION_TYPES)}")
+
+    @classmethod
+    def of(cls, scheduler) -> "Schedule":
+        """Read the schedule of any diffusers scheduler that has `alphas_cumprod`."""
+        return cls(scheduler.alphas_cumprod.float(), scheduler.config.prediction_type)
+
+    def __len__(self) -> int:
+        return len(self.alphas_cumprod)
+
+    def to(self, device: torch.device) -> "Schedule":
+        return Schedule(self.alphas_cumprod.to(device), self.prediction_type)
+
+    def alpha_bar(self, timesteps: torch.Tensor) -> torch.Tensor:
+        """Return ᾱ_t, shaped to multiply latents."""
+        return self.alphas_cumprod[timesteps].view(-1, 1, 1, 1)  # (batch, 1, 1, 1)
+
+
+def add_noise(latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor, schedule: Schedule) -> torch.Tensor:
+    """Return x_t of equation (1); latents and noise are (batch, channels, h, w), timesteps (batch,)."""
+    alpha_bar = schedule.alpha_bar(timesteps)
+    return alpha_bar.sqrt() * latents + (1 - alpha_bar).sqrt() * noise
+
+
+def target(latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor, schedule: Schedule) -> torch.Tensor:
+    """Return what the U-Net should predict, by the base's prediction type; (batch, channels, h, w)."""
+    if schedule.prediction_type == "epsilon":
+        return noise
+    if schedule.prediction_type == "sample":
+        return latents
+    alpha_bar = schedule.alpha_bar(timesteps)
+    return alpha_bar.sqrt() * noise - (1 - alpha_bar).sqrt() * latents
+
+
+def offset_noise(noise: torch.Tensor, offset: torch.Tensor, strength: float) -> torch.Tensor:
+    """Add to the noise one constant per picture and channel, so that overall brightness is learnt too.
+
+    `noise` is (batch, channels, h, w), `offset` is gaussian, (batch, channels, 1, 1).
+    Source: Guttenberg, "Diffusion with offset noise", 2023.
+    """
+    return noise + strength * offset
+
+
+def min_snr_weight(timesteps: torch.Tensor, schedule: Schedule, gamma: float) -> torch.Tensor:
+    """Return the weight of each picture's loss that caps the signal-to-noise ratio at gamma; (batch,).
+
+    With SNR = ᾱ / (1 − ᾱ) every prediction type then weighs the error in x₀ by min(SNR, γ).  The
+    epsilon form is written so that an SNR of zero gives 1 and not 0 / 0.
+    """
+    alpha_bar = schedule.alphas_cumprod[timesteps]
+    snr = alpha_bar / (1 - alpha_bar)  # (batch,)
+    if schedule.prediction_type == "epsilon":
+        return (gamma / snr).clamp(max=1)
+    if schedule.prediction_type == "v_prediction":
+        return snr.clamp(max=gamma) / (snr + 1)
+    return snr.clamp(max=gamma)
+
+
+def denoising_loss(
+    unet,
+    latents: torch.Tensor,
+    text: torch.Tensor,
+    noise: torch.Tensor,
+    timesteps: torch.Tensor,
+    schedule: Schedule,
+    snr_gamma: float | None = None,
+) -> torch.Tensor:
+    """Return one float32 loss per picture, (batch,).
+
+    `latents` and `noise` are (batch, channels, h, w), `timesteps` (batch,), `text` the caption's
+    embedding (batch, tokens, width).  `unet(noisy, timesteps, text)` predicts as diffusers' does.
+    """
+    noisy = add_noise(latents, noise, timesteps, schedule)
+    prediction = unet(noisy, timesteps, text).sample
+    wanted = target(latents, noise, timesteps, schedule)
+    loss = F.mse_loss(prediction.float(), wanted.float(), reduction="none").mean(dim=(1, 2, 3))
+    if snr_gamma is not None:
+        loss = loss * min_snr_weight(timesteps, schedule, snr_gamma)
+    return loss  # (batch,)

@@ -1,0 +1,55 @@
+"""Every random draw of a run, as a pure function of (seed, purpose, position).
+
+A training run looks at an endless stream of positions 0, 1, 2, …  Which picture stands at a
+position, whether it is mirrored, its timestep and its noise are each computed here from the seed,
+the name of the purpose and the position, and from nothing else.  No generator is carried along, so
+it does not matter which process computes a draw, in which order, or whether the run was stopped in
+between.
+
+The generator is Philox, which is made for this: it is a block cipher that turns (key, counter) into
+random bits, so there is no state to advance (Salmon et al., "Parallel random numbers: as easy as
+1, 2, 3", 2011).  The key holds the seed and the purpose, the counter holds the position.
+"""
+
+import hashlib
+from functools import lru_cache
+
+import numpy as np
+import torch
+
+_64_BITS = (1 << 64) - 1
+
+
+def generator(seed: int, purpose: str, position: int) -> np.random.Generator:
+    """Return the generator of one draw; equal arguments give equal numbers, on every machine."""
+    purpose_key = int.from_bytes(hashlib.sha256(purpose.encode()).digest()[:8], "little")
+    # The position goes into the top word of the 256-bit counter: drawing advances the lowest word,
+    # so the numbers of two positions can never overlap.
+    return np.random.Generator(np.random.Philox(key=[seed & _64_BITS, purpose_key], counter=[0, 0, 0, position]))
+
+
+def picture_at(seed: int, position: int, count: int) -> int:
+    """Return which of `count` pictures stands at `position`: each epoch is a fresh permutation."""
+    epoch, place = divmod(position, count)
+    return int(_order(seed, epoch, count)[place])
+
+
+@lru_cache(maxsize=4)
+def _order(seed: int, epoch: int, count: int) -> np.ndarray:
+    return generator(seed, "order", epoch).permutation(count)
+
+
+def uniform(seed: int, purpose: str, position: int) -> float:
+    """Return a number drawn uniformly from [0, 1)."""
+    return float(generator(seed, purpose, position).random())
+
+
+def integer(seed: int, purpose: str, position: int, low: int, high: int) -> int:
+    """Return an integer drawn uniformly from low, low + 1, …, high - 1."""
+    return int(generator(seed, purpose, position).integers(low, high))
+
+
+def gaussian(seed: int, purpose: str, position: int, shape: tuple[int, ...]) -> torch.Tensor:
+    """Return a float32 tensor of `shape` drawn from the standard normal distribution, on the CPU."""
+    numbers = generator(seed, purpose, position).standard_normal(shape, dtype=np.float32)
+    return torch.from_numpy(numbers)

@@ -1,0 +1,227 @@
+"""A base: a Stable Diffusion in the diffusers layout, its parts loaded when first used.
+
+The parts and what they do:
+
+    tokenizer, text_encoder    a prompt   -> vectors, (tokens, width)
+    vae                        a picture <-> latents, 8 times smaller each way (4 in the bundled base)
+    unet                       noisy latents, timestep, vectors -> what is noise in them
+    scheduler                  how much noise each timestep has
+
+All of them come from diffusers and transformers; this file only finds them and asks them.
+"""
+
+import hashlib
+import json
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from torch import nn
+from transformers import CLIPTextModel, CLIPTokenizer
+
+from .config import UserError
+from .diffusion import Schedule
+from .formats import FormatError, read_lora, write_lora
+from .lora import LoRALinear, inject_lora, load_lora_state_dict, lora_layers, lora_state_dict, set_lora_scale
+
+BUNDLED = Path(__file__).parent / "base"
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class Base:
+    """A base by name: None for the bundled one, else a diffusers folder or a hub id.
+
+    Each part is loaded on first use, frozen, onto `device` in `dtype`, and stays until `release`.
+    Raises UserError if there is no Stable Diffusion under that name.
+    """
+
+    def __init__(self, name: str | None, device: torch.device, dtype: torch.dtype = torch.float32):
+        self.source = str(BUNDLED if name is None else name)
+        self.device = device
+        self.dtype = dtype
+        try:
+            index = StableDiffusionPipeline.load_config(self.source)
+        except (OSError, ValueError) as error:
+            reason = str(error).splitlines()[0]
+            raise UserError(
+                f"--model {self.source}: neither a diffusers folder (with model_index.json) nor a hub id "
+                f"that can be reached ({reason})"
+            ) from error
+        if index.get("_class_name") != "StableDiffusionPipeline":
+            raise UserError(
+                f"--model {self.source}: it holds a {index.get('_class_name')}; "
+                "only StableDiffusionPipeline is supported"
+            )
+
+    @cached_property
+    def unet(self) -> UNet2DConditionModel:
+        return self._load(UNet2DConditionModel, "unet")
+
+    @cached_property
+    def vae(self) -> AutoencoderKL:
+        return self._load(AutoencoderKL, "vae")
+
+    @cached_property
+    def text_encoder(self) -> CLIPTextModel:
+        return self._load(CLIPTextModel, "text_encoder")
+
+    @cached_property
+    def tokenizer(self) -> CLIPTokenizer:
+        return self._from_pretrained(CLIPTokenizer, "tokenizer")
+
+    @cached_property
+    def scheduler(self) -> DDIMScheduler:
+        return self._from_pretrained(DDIMScheduler, "scheduler")
+
+    @cached_property
+    def schedule(self) -> Schedule:
+        return Schedule.of(self.scheduler).to(self.device)
+
+    @cached_property
+    def pipeline(self) -> StableDiffusionPipeline:
+        """A diffusers pipeline over these very parts."""
+        pipeline = StableDiffusionPipeline(
+            vae=self.vae,
+            text_encoder=self.text_encoder,
+            tokenizer=self.tokenizer,
+            unet=self.unet,
+            scheduler=self.scheduler,
+            safety_checker=None,
+            feature_extractor=None,
+            requires_safety_checker=False,
+        )
+        pipeline.set_progress_bar_config(disable=True)
+        return pipeline
+
+    def _from_pretrained(self, kind: type, part: str, **options):
+        try:
+            return kind.from_pretrained(self.source, subfolder=part, **options)
+        except (OSError, ValueError) as error:
+            raise UserError(
+                f"--model {self.source}: its {part} does not load ({str(error).splitlines()[0]})"
+            ) from error
+
+    def _load(self, kind: type, part: str) -> nn.Module:
+        module = self._from_pretrained(kind, part, torch_dtype=self.dtype)
+        return module.requires_grad_(False).eval().to(self.device)
+
+    def release(self, *parts: str) -> None:
+        """Let parts leave memory; they are loaded again if they are used again."""
+        for part in parts:
+            self.__dict__.pop(part, None)
+
+    @property
+    def pixels_per_latent(self) -> int:
+        """How many pixels one latent spans, each way."""
+        return 2 ** (len(self.vae.config.block_out_channels) - 1)
+
+    @property
+    def resolution(self) -> int:
+        """The side of the pictures that this base was made for, in pixels."""
+        return self.unet.config.sample_size * self.pixels_per_latent
+
+    @property
+    def smallest_side(self) -> int:
+        """What the side of a picture must be a multiple of, for VAE and U-Net to halve it evenly."""
+        return self.pixels_per_latent * 2 ** (len(self.unet.config.block_out_channels) - 1)
+
+    @torch.no_grad()
+    def encode_picture(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return mean and standard deviation of a picture's latents, scaled to about unit variance.
+
+        `pixels` is (3, h, w) in [-1, 1]; both results are (channels, h', w'), float32, on the CPU.
+        """
+        posterior = self.vae.encode(pixels[None].to(self.device, self.dtype)).latent_dist
+        scale = self.vae.config.scaling_factor
+        return (posterior.mean[0] * scale).float().cpu(), (posterior.std[0] * scale).float().cpu()
+
+    @torch.no_grad()
+    def encode_prompt(self, prompt: str) -> torch.Tensor:
+        """Return the vectors of a prompt, (tokens, width), float32, on the CPU."""
+        tokens = self.tokenizer(prompt, padding="max_length", truncation=True, return_tensors="pt").input_ids
+        return self.text_encoder(tokens.to(self.device)).last_hidden_state[0].float().cpu()
+
+    def is_truncated(self, prompt: str) -> bool:
+        """Whether the text encoder sees only the beginning of a prompt."""
+        return len(self.tokenizer(prompt).input_ids) > self.tokenizer.model_max_length
+
+
+def fingerprint(module: nn.Module) -> str:
+    """Return a hash of every name, type, shape and number in a module's state."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        digest.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+# -------------------------------------------------------------------- LoRA files in and out of a module
+
+
+def save_lora(module: nn.Module, path: str | Path, name: str = "default") -> None:
+    """Write the LoRA called `name` as a diffusers file: the same LoRA gives the same bytes.
+
+    The scale alpha / rank is folded into B, because not every program reads it from elsewhere.
+    """
+    state = lora_state_dict(module, name)
+    for layer_path, layer in lora_layers(module).items():
+        if name in layer.adapters:
+            key = f"{layer_path}.lora_B.weight"
+            state[key] = state[key] * layer.adapters[name].scale
+    component = _component(module)
+    write_lora(Path(path), {component: {_in_file(component) + key: tensor for key, tensor in state.items()}})
+
+
+def load_lora(module: nn.Module, path: str | Path, name: str = "default", scale: float = 1.0) -> dict[str, nn.Module]:
+    """Put the LoRA of a file into `module` under a name, in place, and return the layers that carry it.
+
+    `path` is a file, or a folder with pytorch_lora_weights.safetensors in it.  Raises UserError if
+    the file is not a LoRA, or has a key or a shape that does not fit the module.
+    """
+    try:
+        components = read_lora(Path(path))
+    except FormatError as error:
+        raise UserError(f"LoRA {error}") from error
+    component = _component(module)
+    modules = dict(module.named_modules())
+    state, problems = {}, []
+    for other, tensors in components.items():
+        if other != component:
+            problems.append(f"{other}.{next(iter(tensors))} and the rest of {other} have no place in {component}")
+            continue
+        state = {key.removeprefix(_in_file(component)): tensor for key, tensor in tensors.items()}
+    ranks = {key.removesuffix(".lora_A.weight"): len(a) for key, a in state.items() if "lora_A" in key}
+    for path_in_module, rank in ranks.items():
+        linear = modules.get(path_in_module)
+        linear = linear.base if isinstance(linear, LoRALinear) else linear
+        down, up = (tuple(state[f"{path_in_module}.{matrix}.weight"].shape) for matrix in ("lora_A", "lora_B"))
+        if not isinstance(linear, nn.Linear):
+            problems.append(f"{component}.{path_in_module} is no linear layer of it")
+        elif (down, up) != ((rank, linear.in_features), (linear.out_features, rank)):
+            problems.append(
+                f"{component}.{path_in_module} has A {down} and B {up} in the file but maps "
+                f"{linear.in_features} to {linear.out_features} features"
+            )
+    if problems:
+        more = f"; and {len(problems) - 3} more" if len(problems) > 3 else ""
+        raise UserError(f"LoRA {path} was not made for this base: " + "; ".join(problems[:3]) + more)
+
+    layers = {}
+    for rank in sorted(set(ranks.values())):
+        targets = [path_in_module for path_in_module, r in ranks.items() if r == rank]
+        layers |= inject_lora(module, rank, targets=targets, name=name)
+    load_lora_state_dict(module, state, name)
+    set_lora_scale(module, scale, name)
+    return layers
+
+
+def _component(module: nn.Module) -> str:
+    """Return what a LoRA file calls this part of a base."""
+    kinds = {UNet2DConditionModel: "unet", CLIPTextModel: "text_encoder"}
+    return kinds.get(type(module), "model")
+
+
+def _in_file(component: str) -> str:
+    """Return what stands before a layer's name in a file: CLIP's layers keep the name they had."""
+    return "text_model." if component == "text_encoder" else ""

@@ -1,0 +1,187 @@
+"""Base + LoRAs + prompt -> pictures, and the sheets that show several of them side by side.
+
+The denoising itself is diffusers' StableDiffusionPipeline.  Every picture has a seed of its own, as
+in diffusers: `torch.Generator("cpu").manual_seed(seed)`.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import diffusers
+import torch
+from PIL import Image, ImageDraw, ImageFont
+
+from .config import SampleConfig, UserError
+from .data import Item, cut_square, open_picture
+from .distributed import this_device
+from .lora import lora_layers, merge_lora, set_lora_scale, unmerge_lora
+from .models import DTYPES, Base, load_lora
+
+SCHEDULERS = {
+    "ddim": "DDIMScheduler",
+    "euler": "EulerDiscreteScheduler",
+    "euler_a": "EulerAncestralDiscreteScheduler",
+    "dpm++": "DPMSolverMultistepScheduler",
+    "lcm": "LCMScheduler",
+}
+
+
+@torch.no_grad()
+def draw(
+    base: Base,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    size: int,
+    steps: int = 30,
+    guidance: float = 3.0,
+    negative: str = "",
+) -> list[Image.Image]:
+    """Draw one picture per prompt and seed, `size` pixels wide and high."""
+    # One at a time: then a picture does not depend on which others are drawn with it.
+    return [
+        base.pipeline(
+            prompt,
+            negative_prompt=negative,
+            height=size,
+            width=size,
+            num_inference_steps=steps,
+            guidance_scale=guidance,
+            generator=torch.Generator("cpu").manual_seed(seed),
+        ).images[0]
+        for prompt, seed in zip(prompts, seeds, strict=True)
+    ]
+
+
+@contextmanager
+def merged_at(module: torch.nn.Module, strengths: dict[str, float]) -> Iterator[None]:
+    """Within the block the LoRAs are merged at the given strengths; afterwards all is as it was found."""
+    found = {(p, n): a.strength for p, layer in lora_layers(module).items() for n, a in layer.adapters.items()}
+    try:
+        for name, strength in strengths.items():
+            set_lora_scale(module, strength, name)
+        merge_lora(module)
+        yield
+    finally:
+        layers = lora_layers(module)
+        if any(layer.merged for layer in layers.values()):
+            unmerge_lora(module)
+        for (path, name), strength in found.items():
+            layers[path].adapters[name].strength = strength
+
+
+@contextmanager
+def evaluating(module: torch.nn.Module) -> Iterator[None]:
+    """Within the block the module is in evaluation mode; afterwards every part is in the mode it had."""
+    found = {child: child.training for child in module.modules()}
+    try:
+        module.eval()
+        yield
+    finally:
+        for child, training in found.items():
+            child.training = training
+
+
+# ------------------------------------------------------------------------------- during training
+
+
+def draw_prompts(base: Base, prompts: Sequence[str], seed: int, size: int) -> Image.Image:
+    """Draw each prompt with the LoRA as it is now, three seeds to a row."""
+    seeds = [seed, seed + 1, seed + 2]
+    with evaluating(base.unet):
+        rows = [draw(base, [prompt] * len(seeds), seeds, size) for prompt in prompts]
+    return sheet(rows, [f"seed {seed}" for seed in seeds], list(prompts))
+
+
+def before_after(base: Base, item: Item, seed: int, size: int) -> Image.Image:
+    """Draw a training picture's caption by the base, the LoRA at 0.5 and at 1.0, and the picture itself."""
+    seeds, columns = [seed, seed + 1, seed + 2], []
+    prompts = [item.captions[0]] * len(seeds)
+    with evaluating(base.unet):
+        for strength in (0.0, 0.5, 1.0):
+            with merged_at(base.unet, {"default": strength}):
+                columns.append(draw(base, prompts, seeds, size))
+    columns.append([cut_square(open_picture(item.path), size)] * len(seeds))
+    rows = [list(row) for row in zip(*columns, strict=True)]
+    return sheet(rows, ["base", "LoRA at 0.5", "LoRA at 1.0", "training picture"], [f"seed {seed}" for seed in seeds])
+
+
+# ------------------------------------------------------------------------------- the command
+
+
+def sample(config: SampleConfig) -> Path:
+    """Draw what `config` asks for and return the path of the picture."""
+    base = Base(config.model, this_device(), DTYPES[config.precision])
+    size = config.size or base.resolution
+    if size % base.smallest_side:
+        raise UserError(f"--size is {size}; this base needs a multiple of {base.smallest_side}")
+    strengths = {}
+    for number, text in enumerate(config.lora):
+        path, strength = split_strength(text)
+        name = f"lora{number}"
+        load_lora(base.unet, path, name, strength)
+        strengths[name] = strength
+    scheduler = getattr(diffusers, SCHEDULERS[config.scheduler])
+    base.pipeline.scheduler = scheduler.from_config(base.scheduler.config)
+
+    seeds = [config.seed + i for i in range(config.count)]
+
+    def draw_all(prompt: str) -> list[Image.Image]:
+        return draw(base, [prompt] * len(seeds), seeds, size, config.steps, config.guidance, config.negative)
+
+    if config.scales:
+        columns = []
+        for scale in config.scales:
+            with merged_at(base.unet, {name: scale * strengths[name] for name in strengths}):
+                columns.append([picture for prompt in config.prompt for picture in draw_all(prompt)])
+        rows = [list(row) for row in zip(*columns, strict=True)]
+        labels = [f"{prompt}, seed {seed}" for prompt in config.prompt for seed in seeds]
+        result = sheet(rows, [f"scale {scale:g}" for scale in config.scales], labels)
+    else:
+        if strengths:
+            merge_lora(base.unet)  # for speed; the picture is the same
+        rows = [draw_all(prompt) for prompt in config.prompt]
+        labels = [f"seed {seed}" for seed in seeds]
+        single = len(rows) == len(seeds) == 1
+        result = rows[0][0] if single else sheet(rows, labels, list(config.prompt))
+    path = Path(config.output)
+    save_picture(result, path)
+    print(f"wrote {path}")
+    return path
+
+
+def split_strength(text: str) -> tuple[Path, float]:
+    """Split "out/fluent:0.8" into path and strength; without a strength it is 1."""
+    path, colon, strength = text.rpartition(":")
+    try:
+        return (Path(path), float(strength)) if colon else (Path(text), 1.0)
+    except ValueError:
+        return Path(text), 1.0  # the colon belongs to the path
+
+
+# ------------------------------------------------------------------------------- sheets
+
+
+def sheet(rows: list[list[Image.Image]], columns: Sequence[str], labels: Sequence[str]) -> Image.Image:
+    """Put pictures on one labelled sheet: `columns` above, `labels` to the left; small ones enlarged."""
+    cell = max(192, rows[0][0].width)
+    font = ImageFont.load_default(16)
+    margin = 12 + max(round(font.getlength(label)) for label in labels)
+    result = Image.new("RGB", (margin + len(columns) * (cell + 4), 28 + len(rows) * (cell + 4)), "white")
+    ink = ImageDraw.Draw(result)
+    for x, column in enumerate(columns):
+        ink.text((margin + x * (cell + 4) + cell // 2, 14), column, "black", font, anchor="mm")
+    for y, (row, label) in enumerate(zip(rows, labels, strict=True)):
+        top = 28 + y * (cell + 4)
+        ink.text((margin - 6, top + cell // 2), label, "black", font, anchor="rm")
+        for x, picture in enumerate(row):
+            result.paste(picture.resize((cell, cell), Image.Resampling.BICUBIC), (margin + x * (cell + 4), top))
+    return result
+
+
+def save_picture(picture: Image.Image, path: Path) -> None:
+    """Write a picture, in the format that its name ends with."""
+    if path.suffix.lower() not in Image.registered_extensions():
+        raise UserError(f"--output {path}: its name must end as a picture's does, for example .png")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    picture.save(path)

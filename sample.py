@@ -1,0 +1,6 @@
+"""Draw pictures with LoRAs:  python sample.py --prompt "mountain" --lora out/mountain."""
+
+from minilora.commands import sample
+
+if __name__ == "__main__":
+    sample()

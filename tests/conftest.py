@@ -1,0 +1,99 @@
+"""What the tests share: a tiny Stable Diffusion with random weights, and folders of small pictures."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from PIL import Image
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from minilora.models import BUNDLED
+
+
+def make_tiny_unet() -> UNet2DConditionModel:
+    torch.manual_seed(0)
+    return UNet2DConditionModel(
+        sample_size=8,
+        block_out_channels=(16, 32),
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        layers_per_block=1,
+        norm_num_groups=8,
+        cross_attention_dim=16,
+        attention_head_dim=2,
+    )
+
+
+def make_tiny_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
+    torch.manual_seed(0)
+    config = CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=tokenizer.model_max_length,
+        projection_dim=16,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return CLIPTextModel(config)
+
+
+@pytest.fixture
+def tiny_unet() -> UNet2DConditionModel:
+    return make_tiny_unet().requires_grad_(False)
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> CLIPTokenizer:
+    return CLIPTokenizer.from_pretrained(BUNDLED, subfolder="tokenizer")
+
+
+@pytest.fixture(scope="session")
+def tiny_base(tmp_path_factory, tokenizer) -> Path:
+    """A folder with a tiny Stable Diffusion of random weights, for 16 × 16 pixels."""
+    folder = tmp_path_factory.mktemp("base")
+    torch.manual_seed(0)
+    vae = AutoencoderKL(
+        block_out_channels=(8, 8),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        norm_num_groups=4,
+        latent_channels=4,
+        sample_size=16,
+    )
+    StableDiffusionPipeline(
+        vae=vae,
+        text_encoder=make_tiny_text_encoder(tokenizer),
+        tokenizer=tokenizer,
+        unet=make_tiny_unet(),
+        scheduler=DDIMScheduler(beta_schedule="scaled_linear", clip_sample=False, set_alpha_to_one=False),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    ).save_pretrained(folder)
+    return folder
+
+
+def make_picture(seed: int, width: int = 24, height: int = 20) -> Image.Image:
+    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    return Image.fromarray(pixels)
+
+
+@pytest.fixture
+def pictures(tmp_path) -> Path:
+    """A folder of five pictures with captions in metadata.jsonl; one has two captions."""
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    rows = []
+    for number in range(5):
+        make_picture(number).save(folder / f"{number}.png")
+        rows.append({"file_name": f"{number}.png", "text": f"picture {number}"})
+    rows[2]["text"] = ["a dog", "a red apple"]
+    (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder

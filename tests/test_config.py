@@ -1,0 +1,112 @@
+"""config.py: one dataclass, its command line and its file, and what a slip of the finger gets."""
+
+import dataclasses
+import json
+
+import pytest
+
+from minilora.config import SampleConfig, TrainConfig, UserError, read
+
+
+def parse(*argv):
+    return read(TrainConfig, list(argv), "")
+
+
+def test_defaults_are_the_well_known_recipe_and_differ_on_the_bundled_base_in_four_places():
+    usual, bundled = parse("--data", "x/y", "--model", "some/base"), parse("--data", "x/y")
+    assert (usual.rank, usual.alpha, usual.learning_rate, usual.batch_size) == (8, 8, 1e-4, 1)
+    assert (usual.max_grad_norm, usual.noise_offset, usual.snr_gamma, usual.precision) == (1.0, 0, None, "fp32")
+    assert usual.output == "out/y"
+    differ = {f.name for f in dataclasses.fields(usual) if getattr(usual, f.name) != getattr(bundled, f.name)}
+    assert differ == {"model", "steps", "batch_size", "learning_rate"}
+
+
+def test_the_command_line_wins_over_the_file(tmp_path):
+    file = tmp_path / "c.json"
+    file.write_text(json.dumps({"data": "a", "rank": 4, "learning_rate": 1, "targets": ["to_q"], "mirror": True}))
+    config = parse("--config", str(file), "--rank", "2", "--no-mirror")
+    assert (config.data, config.rank, config.learning_rate, config.targets, config.mirror) == (
+        "a",
+        2,
+        1.0,
+        ("to_q",),
+        False,
+    )
+
+
+def test_a_configuration_written_is_the_configuration_read(tmp_path):
+    config = parse(
+        "--data",
+        "a",
+        "--sample-prompt",
+        "x, y",
+        "--sample-prompt",
+        "z",
+        "--sample-every",
+        "5",
+        "--targets",
+        "to_q, to_k",
+    )
+    assert config.sample_prompt == ("x, y", "z")
+    assert config.targets == ("to_q", "to_k")
+    file = tmp_path / "config.json"
+    file.write_text(config.to_json())
+    assert parse("--config", str(file)) == config
+
+
+def test_settings_are_frozen():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        parse("--data", "a").rank = 3
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        ([], "--data is needed"),
+        (["--data", "a", "--learning-rat", "1"], "unknown setting --learning-rat; did you mean --learning-rate?"),
+        (["--data", "a", "--rank", "many"], "argument --rank: invalid int value: 'many'"),
+        (["--data", "a", "--rank", "0"], "--rank is 0; it must be at least 1"),
+        (["--data", "a", "--precision", "fp8"], "--precision is 'fp8'; it can be fp32, bf16, fp16"),
+        (["--data", "a", "--caption-dropout", "1.5"], "--caption-dropout is 1.5; it must be at least 0 and at most 1"),
+        (["--data", "a", "--learning-rate", "0"], "--learning-rate is 0.0; it must be greater than 0"),
+        (["--data", "a", "--learning-rate", "nan"], "--learning-rate is nan"),
+        (["--data", "a", "--sample-every", "5"], "--sample-every needs a --sample-prompt"),
+        (["--data", "a", "--rank", "0", "--batch-size", "0"], "--rank is 0; it must be at least 1; --batch-size is 0"),
+        (["--data", "a", "--config", "/nowhere.json"], "--config /nowhere.json"),
+        (["dataset/mountain"], "unknown setting dataset/mountain"),
+    ],
+)
+def test_mistakes_on_the_command_line_are_named(argv, message):
+    with pytest.raises(UserError) as error:
+        parse(*argv)
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"data": "a", "lerning_rate": 1}', "unknown setting lerning_rate; did you mean learning_rate?"),
+        ('{"data": "a", "rank": "8"}', 'rank is "8" and should be int'),
+        ('{"data": "a", "rank": true}', "rank is true and should be int"),
+        ('{"data": "a", "targets": "to_q"}', 'targets is "to_q" and should be a list of str'),
+        ("[1]", "holds a list"),
+        ("{", "Expecting property name"),
+    ],
+)
+def test_mistakes_in_the_file_are_named(text, message, tmp_path):
+    file = tmp_path / "c.json"
+    file.write_text(text)
+    with pytest.raises(UserError) as error:
+        parse("--config", str(file))
+    assert message in str(error.value)
+
+
+def test_sampling_settings():
+    config = read(SampleConfig, ["--prompt", "a", "--prompt", "b", "--lora", "x:0.5", "--scales", "0,0.5,1"], "")
+    assert config.prompt == ("a", "b")
+    assert config.scales == (0.0, 0.5, 1.0)
+    with pytest.raises(UserError, match="--prompt is needed"):
+        read(SampleConfig, [], "")
+    with pytest.raises(UserError, match="--scales needs a --lora"):
+        read(SampleConfig, ["--prompt", "a", "--scales", "1"], "")

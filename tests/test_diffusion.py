@@ -1,0 +1,103 @@
+"""diffusion.py against equations written out by hand, and against diffusers."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from diffusers import DDIMScheduler
+from diffusers.training_utils import compute_snr
+
+from minilora.diffusion import (
+    PREDICTION_TYPES,
+    Schedule,
+    add_noise,
+    denoising_loss,
+    min_snr_weight,
+    offset_noise,
+    target,
+)
+
+TIMES = torch.tensor([0, 10, 500, 999])
+
+
+def schedule_of(prediction_type: str) -> Schedule:
+    return Schedule.of(DDIMScheduler(beta_schedule="scaled_linear", prediction_type=prediction_type))
+
+
+@pytest.fixture
+def latents_and_noise():
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(4, 4, 6, 6, generator=generator) for _ in range(2)]
+
+
+def test_noise_and_velocity_are_those_of_diffusers(latents_and_noise):
+    latents, noise = latents_and_noise
+    scheduler = DDIMScheduler(beta_schedule="scaled_linear", prediction_type="v_prediction")
+    schedule = Schedule.of(scheduler)
+    torch.testing.assert_close(add_noise(latents, noise, TIMES, schedule), scheduler.add_noise(latents, noise, TIMES))
+    torch.testing.assert_close(target(latents, noise, TIMES, schedule), scheduler.get_velocity(latents, noise, TIMES))
+
+
+def test_each_target_gives_back_the_picture(latents_and_noise):
+    latents, noise = latents_and_noise
+    for kind in PREDICTION_TYPES:
+        schedule = schedule_of(kind)
+        noisy, wanted = add_noise(latents, noise, TIMES, schedule), target(latents, noise, TIMES, schedule)
+        a = schedule.alpha_bar(TIMES)
+        rebuilt = {
+            "epsilon": (noisy - (1 - a).sqrt() * wanted) / a.sqrt(),
+            "v_prediction": a.sqrt() * noisy - (1 - a).sqrt() * wanted,
+            "sample": wanted,
+        }[kind]
+        # At t = 999 the epsilon form divides by √ᾱ ≈ 0.07, which magnifies float32 rounding.
+        torch.testing.assert_close(rebuilt, latents, atol=1e-5, rtol=1e-4)
+
+
+def test_an_unknown_prediction_type_is_refused():
+    with pytest.raises(ValueError, match="'flow'; known are epsilon, v_prediction, sample"):
+        Schedule(torch.ones(3), "flow")
+
+
+@pytest.mark.parametrize("kind", PREDICTION_TYPES)
+@pytest.mark.parametrize("gamma", [None, 5.0])
+def test_the_loss_is_the_weighted_mean_square_of_each_picture(kind, gamma, latents_and_noise):
+    latents, noise = latents_and_noise
+    schedule = schedule_of(kind)
+
+    def guess(noisy, timesteps, text):
+        return SimpleNamespace(sample=0.3 * noisy + text.mean())
+
+    text = torch.ones(4, 2, 3)
+    losses = denoising_loss(guess, latents, text, noise, TIMES, schedule, gamma)
+    assert losses.dtype == torch.float32
+    for i, t in enumerate(TIMES.tolist()):
+        a = schedule.alphas_cumprod[t]
+        noisy = a.sqrt() * latents[i] + (1 - a).sqrt() * noise[i]
+        velocity = a.sqrt() * noise[i] - (1 - a).sqrt() * latents[i]
+        wanted = {"epsilon": noise[i], "v_prediction": velocity, "sample": latents[i]}[kind]
+        expected = ((0.3 * noisy + 1 - wanted) ** 2).mean()
+        if gamma is not None:
+            snr = a / (1 - a)
+            capped = torch.minimum(snr, torch.tensor(gamma))
+            expected *= {"epsilon": capped / snr, "v_prediction": capped / (snr + 1), "sample": capped}[kind]
+        torch.testing.assert_close(losses[i], expected)
+
+
+def test_min_snr_weighs_the_error_in_the_picture_alike_for_all_predictions(latents_and_noise):
+    """An error δ in x₀ is an error δ·√SNR in ε and δ·√(SNR + 1) in v; weighted, all must cost the same."""
+    weights = {kind: min_snr_weight(TIMES, schedule_of(kind), 5.0) for kind in PREDICTION_TYPES}
+    snr = compute_snr(DDIMScheduler(beta_schedule="scaled_linear"), TIMES)
+    torch.testing.assert_close(weights["epsilon"] * snr, weights["sample"], rtol=1e-4, atol=0)
+    torch.testing.assert_close(weights["v_prediction"] * (snr + 1), weights["sample"], rtol=1e-4, atol=0)
+
+
+def test_no_signal_at_all_gives_a_finite_weight():
+    for kind, expected in [("epsilon", 1.0), ("v_prediction", 0.0), ("sample", 0.0)]:
+        assert min_snr_weight(torch.tensor([0]), Schedule(torch.zeros(1), kind), 5.0).item() == expected
+
+
+def test_offset_noise_shifts_whole_channels():
+    noise, offset = torch.randn(2, 4, 6, 6), torch.randn(2, 4, 1, 1)
+    shift = offset_noise(noise, offset, 0.1) - noise
+    torch.testing.assert_close(shift, (0.1 * offset).expand_as(noise), atol=1e-6, rtol=1e-4)
+    assert torch.equal(offset_noise(noise, offset, 0.0), noise)

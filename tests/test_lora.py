@@ -1,0 +1,330 @@
+"""lora.py: identities that must hold for any module, and PEFT as an oracle."""
+
+import peft
+import pytest
+import torch
+from conftest import make_tiny_text_encoder
+from torch import nn
+
+from minilora import (
+    LoRALinear,
+    inject_lora,
+    load_lora_state_dict,
+    lora_disabled,
+    lora_layers,
+    lora_parameters,
+    lora_state_dict,
+    merge_lora,
+    remove_lora,
+    set_lora_scale,
+    unmerge_lora,
+)
+
+
+class MLP(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first = nn.Linear(6, 10)
+        self.layers = nn.ModuleList([nn.Linear(10, 10), nn.Linear(10, 4)])
+
+    def forward(self, x):
+        x = self.first(x).relu()
+        return self.layers[1](self.layers[0](x).relu())
+
+
+TARGETS = ("first", "layers.0", "layers.1")
+
+
+def randomize(module: nn.Module, seed: int = 1) -> None:
+    """Give every A and B values as training would, so that the LoRA does something."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in lora_parameters(module):
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
+
+
+@pytest.fixture(params=["mlp", "text encoder", "unet"])
+def example(request, tokenizer):
+    """A module, its targets, and a function that calls it: LoRA must work on any of them."""
+    torch.manual_seed(0)
+    if request.param == "mlp":
+        x = torch.randn(3, 6)
+        return MLP(), TARGETS, lambda m: m(x)
+    if request.param == "text encoder":
+        ids = tokenizer(["red apple", "a dog"], padding="max_length", return_tensors="pt").input_ids
+        model = make_tiny_text_encoder(tokenizer).eval()
+        return model, ("q_proj", "v_proj", "out_proj"), lambda m: m(ids).last_hidden_state
+    unet = request.getfixturevalue("tiny_unet")
+    latents, text = torch.randn(2, 4, 8, 8), torch.randn(2, 5, 16)
+    return unet, ("to_q", "to_k", "to_v", "to_out.0"), lambda m: m(latents, torch.tensor([3, 700]), text).sample
+
+
+def test_before_training_the_output_is_the_base_output(example):
+    module, targets, call = example
+    before = call(module)
+    inject_lora(module, rank=4, targets=targets)
+    assert torch.equal(call(module), before)  # B is zero, and adding zero is exact
+
+
+def test_live_merged_unmerged_disabled_removed(example):
+    module, targets, call = example
+    originals = {name: tensor.clone() for name, tensor in module.state_dict().items()}
+    base = call(module)
+    inject_lora(module, rank=4, alpha=6, targets=targets)
+    randomize(module)
+    live = call(module)
+    assert not torch.allclose(live, base, atol=1e-3)
+
+    merge_lora(module)
+    # Float32 rounds W x + ΔW x and (W + ΔW) x differently, by a few units in the last place per layer.
+    torch.testing.assert_close(call(module), live, atol=1e-5, rtol=1e-4)
+    unmerge_lora(module)
+    assert torch.equal(call(module), live)
+    with lora_disabled(module):
+        assert torch.equal(call(module), base)
+    assert torch.equal(call(module), live)
+    remove_lora(module)
+    assert torch.equal(call(module), base)
+    assert module.state_dict().keys() == originals.keys()
+    assert all(torch.equal(tensor, originals[name]) for name, tensor in module.state_dict().items())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_unmerge_is_bit_exact_however_often(dtype):
+    module = MLP().to(dtype)
+    originals = {name: p.clone() for name, p in module.named_parameters()}
+    inject_lora(module, rank=2, targets=TARGETS)
+    randomize(module)
+    for _ in range(50):
+        merge_lora(module)
+        unmerge_lora(module)
+    remove_lora(module)
+    assert all(torch.equal(p, originals[name]) for name, p in module.named_parameters())
+
+
+def test_removing_gives_back_the_very_object():
+    module = MLP()
+    first, second = module.first, module.layers[1]
+    inject_lora(module, rank=2, targets=("first", "1"))
+    remove_lora(module)
+    assert module.first is first
+    assert module.layers[1] is second
+
+
+def test_the_merged_weight_is_the_equation():
+    base = nn.Linear(5, 3)
+    weight = base.weight.detach().clone()
+    layer = LoRALinear(base, rank=2, alpha=6)
+    a, b = torch.randn(2, 5), torch.randn(3, 2)
+    with torch.no_grad():
+        layer.adapters["default"].lora_A.copy_(a)
+        layer.adapters["default"].lora_B.copy_(b)
+    layer.merge()
+    torch.testing.assert_close(base.weight.detach(), weight + 3 * b @ a)  # alpha / rank = 3
+
+
+def test_initialisation_is_gaussian_with_deviation_one_over_rank_and_zero():
+    layer = LoRALinear(nn.Linear(4000, 16), rank=8)
+    adapter = layer.adapters["default"]
+    # 32 000 draws: the sample deviation is within 2 % with overwhelming probability.
+    assert adapter.lora_A.std().item() == pytest.approx(1 / 8, rel=0.02)
+    assert abs(adapter.lora_A.mean().item()) < 0.005
+    assert not adapter.lora_B.any()
+
+
+def test_only_the_adapter_learns():
+    module = MLP()
+    inject_lora(module, rank=2, targets=TARGETS)
+    before = {name: p.detach().clone() for name, p in module.named_parameters()}
+    x, y = torch.randn(8, 6), torch.randn(8, 4)
+    optimizer = torch.optim.SGD(lora_parameters(module), lr=0.1)
+    (module(x) - y).square().mean().backward()
+    for layer in lora_layers(module).values():
+        assert layer.adapters["default"].lora_B.grad.any()
+        assert not layer.adapters["default"].lora_A.grad.any()  # B is zero, so A has no effect yet
+    optimizer.step()
+    for name, parameter in module.named_parameters():
+        assert torch.equal(parameter, before[name]) == ("lora_B" not in name)
+    assert [p for p in module.parameters() if p.requires_grad] == lora_parameters(module)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_adapters_stay_float32_over_a_half_precision_base(dtype):
+    module = MLP().to(dtype)
+    inject_lora(module, rank=2, targets=TARGETS)
+    randomize(module)
+    assert all(p.dtype == torch.float32 for p in lora_parameters(module))
+    assert module(torch.randn(2, 6, dtype=dtype)).dtype == dtype
+
+
+def test_several_adapters_add_up_and_their_strengths_are_free():
+    base = nn.Linear(6, 5)
+    x = torch.randn(4, 6)
+    module = nn.Sequential(base)
+    inject_lora(module, rank=2, targets=["0"], name="one")
+    inject_lora(module, rank=3, alpha=1, targets=["0"], name="two")
+    randomize(module)
+    layer = module[0]
+    deltas = {name: adapter.delta() for name, adapter in layer.adapters.items()}
+    for one, two in [(1.0, 1.0), (0.3, -2.0), (0.0, 0.5)]:
+        set_lora_scale(module, one, "one")
+        set_lora_scale(module, two, "two")
+        expected = base(x) + x @ (one * deltas["one"] + two * deltas["two"]).T
+        torch.testing.assert_close(module(x), expected, atol=1e-5, rtol=1e-5)  # the order of float32 sums
+        merge_lora(module)
+        torch.testing.assert_close(module(x), expected, atol=1e-5, rtol=1e-5)
+        unmerge_lora(module)
+    remove_lora(module, "one")
+    set_lora_scale(module, 1.0)
+    torch.testing.assert_close(module(x), base(x) + x @ deltas["two"].T, atol=1e-5, rtol=1e-5)
+    remove_lora(module, "two")
+    assert module[0] is base
+
+
+def test_disabled_restores_what_it_found():
+    module = MLP()
+    inject_lora(module, rank=2, targets=TARGETS)
+    lora_layers(module)["first"].enabled = False
+    with pytest.raises(ZeroDivisionError), lora_disabled(module):
+        raise ZeroDivisionError
+    assert [layer.enabled for layer in lora_layers(module).values()] == [False, True, True]
+
+
+def test_dropout_acts_on_the_branch_in_training_only():
+    module = nn.Sequential(nn.Linear(64, 64))
+    inject_lora(module, rank=4, targets=["0"], dropout=0.5)
+    randomize(module)
+    x = torch.randn(3, 64)
+    assert not torch.equal(module(x), module(x))
+    module.eval()
+    assert torch.equal(module(x), module(x))
+
+
+def test_state_dict_round_trip_is_strict_both_ways():
+    module, other = MLP(), MLP()
+    inject_lora(module, rank=2, targets=TARGETS)
+    inject_lora(other, rank=2, targets=TARGETS)
+    randomize(module)
+    state = lora_state_dict(module)
+    load_lora_state_dict(other, state)
+    assert all(torch.equal(v, state[k]) for k, v in lora_state_dict(other).items())
+
+    broken = dict(state)
+    del broken["first.lora_A.weight"]
+    broken["second.lora_A.weight"] = torch.zeros(2, 6)
+    broken["layers.0.lora_B.weight"] = torch.zeros(10, 3)
+    untouched = {k: v.clone() for k, v in lora_state_dict(other).items()}
+    with pytest.raises(ValueError, match="first.lora_A.weight is missing") as error:
+        load_lora_state_dict(other, broken)
+    assert "second.lora_A.weight has no layer" in str(error.value)
+    assert "layers.0.lora_B.weight is (10, 3) and should be (10, 2)" in str(error.value)
+    assert all(torch.equal(v, untouched[k]) for k, v in lora_state_dict(other).items())
+
+
+def test_targets_match_on_dot_boundaries():
+    module = nn.ModuleDict({"to_q": nn.Linear(4, 4), "foo_to_q": nn.Linear(4, 4)})
+    assert list(inject_lora(module, rank=2, targets=["to_q"])) == ["to_q"]
+    assert isinstance(module["foo_to_q"], nn.Linear)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"targets": ["first", "frist"]}, "target 'frist' matches no module"),
+        ({"targets": ["layers"]}, "layers is a ModuleList"),
+        ({"rank": 7}, "first maps 6 to 10 features; rank 7"),
+        ({"rank": 0}, "rank 0"),
+        ({"name": "a.b"}, "'a.b'"),
+    ],
+)
+def test_what_cannot_be_injected_is_named_and_nothing_is_changed(change, message):
+    module = MLP()
+    with pytest.raises(ValueError, match=message.replace(".", r"\.")):
+        inject_lora(module, **({"rank": 2, "targets": TARGETS} | change))
+    assert not lora_layers(module)
+    assert all(p.requires_grad for p in module.parameters())
+
+
+def test_a_second_injection_is_refused():
+    module = MLP()
+    inject_lora(module, rank=2, targets=TARGETS)
+    with pytest.raises(ValueError, match=r"layers\.1 has a LoRA 'default' already, of rank 2"):
+        inject_lora(module, rank=3, targets=TARGETS)
+
+
+def test_wrong_order_of_calls_is_refused():
+    module = MLP()
+    for function in (merge_lora, unmerge_lora, remove_lora, lora_parameters):
+        with pytest.raises(ValueError, match="carries no LoRA"):
+            function(module)
+    inject_lora(module, rank=2, targets=TARGETS)
+    with pytest.raises(RuntimeError, match="not merged"):
+        unmerge_lora(module)
+    merge_lora(module)
+    for function in (merge_lora, remove_lora, lambda m: set_lora_scale(m, 0.5), lambda m: lora_disabled(m).__enter__()):
+        with pytest.raises(RuntimeError, match="unmerge_lora first"):
+            function(module)
+
+
+def test_what_is_not_finite_is_not_merged():
+    module = MLP()
+    inject_lora(module, rank=2, targets=TARGETS)
+    randomize(module)
+    with torch.no_grad():
+        lora_layers(module)["layers.0"].adapters["default"].lora_B[0, 0] = float("inf")
+    with pytest.raises(ValueError, match=r"not finite in layers\.0$"):
+        merge_lora(module)
+    assert not any(layer.merged for layer in lora_layers(module).values())
+
+
+def test_peft_gives_the_same_outputs_gradients_and_merged_weights(tiny_unet):
+    """Same weights in: PEFT, an independent implementation, must agree to 1e-6 of each tensor's norm.
+
+    PEFT scales after B and we before it; alpha / rank is a power of two here, so that this order
+    does not round differently and, through the layers of a U-Net, hide a real difference.
+    """
+
+    def same(own: torch.Tensor, other: torch.Tensor) -> bool:
+        return (own - other).norm() <= 1e-6 * other.norm()
+
+    theirs = peft.inject_adapter_in_model(
+        peft.LoraConfig(r=4, lora_alpha=8, target_modules=["to_q", "to_k", "to_v", "to_out.0"]),
+        type(tiny_unet).from_config(tiny_unet.config),
+    )
+    own_state = tiny_unet.state_dict()
+    theirs.load_state_dict(
+        {k: own_state[k.replace(".base_layer", "")] for k in theirs.state_dict() if "lora_" not in k}, strict=False
+    )
+    inject_lora(tiny_unet, rank=4, alpha=8)
+    randomize(tiny_unet)
+    for key, value in lora_state_dict(tiny_unet).items():
+        theirs.get_parameter(key.removesuffix(".weight") + ".default.weight").data.copy_(value)
+
+    latents, text, times = torch.randn(2, 4, 8, 8), torch.randn(2, 5, 16), torch.tensor([3, 700])
+    own_out, their_out = tiny_unet(latents, times, text).sample, theirs(latents, times, text).sample
+    assert same(own_out, their_out)
+    own_out.square().mean().backward()
+    their_out.square().mean().backward()
+    for path, layer in lora_layers(tiny_unet).items():
+        for matrix in ("lora_A", "lora_B"):
+            own = getattr(layer.adapters["default"], matrix).grad
+            other = theirs.get_parameter(f"{path}.{matrix}.default.weight").grad
+            assert same(own, other)
+    merge_lora(tiny_unet)
+    for path, layer in lora_layers(tiny_unet).items():
+        other = theirs.get_submodule(path)
+        other.merge()
+        assert same(layer.base.weight, other.base_layer.weight)
+
+
+def test_peft_gives_the_same_layer_for_any_scale():
+    module, other = nn.Sequential(nn.Linear(12, 9)), nn.Sequential(nn.Linear(12, 9))
+    other.load_state_dict(module.state_dict())
+    other = peft.inject_adapter_in_model(peft.LoraConfig(r=3, lora_alpha=5, target_modules=["0"]), other)
+    inject_lora(module, rank=3, alpha=5, targets=["0"])
+    randomize(module)
+    for key, value in lora_state_dict(module).items():
+        other.get_parameter(key.removesuffix(".weight") + ".default.weight").data.copy_(value)
+    x = torch.randn(7, 12)
+    torch.testing.assert_close(module(x), other(x), atol=1e-6, rtol=1e-6)
