@@ -29,9 +29,9 @@ class ByBase:
     bundled: object
 
 
-def setting(default, help: str, *, group: str, choices: tuple = (), repeat: bool = False):
+def setting(default, text: str, *, group: str, choices: tuple = (), repeat: bool = False):
     """Declare one setting; `repeat` means that its option may be given several times."""
-    metadata = {"help": help, "group": group, "choices": choices, "repeat": repeat, "default": default}
+    metadata = {"help": text, "group": group, "choices": choices, "repeat": repeat, "default": default}
     by_base = isinstance(default, ByBase)
     return dataclasses.field(default=None if by_base else default, metadata=metadata)
 

@@ -143,7 +143,7 @@ def _captions(
         beside = {path: path.with_suffix(".txt") for path in pictures}
         captions = {p: (text.read_text(encoding="utf-8").strip(),) for p, text in beside.items() if text.exists()}
     if config.caption is not None:
-        captions = {path: (config.caption,) for path in pictures} | captions
+        captions = dict.fromkeys(pictures, (config.caption,)) | captions
     return captions
 
 

@@ -16,9 +16,15 @@ from functools import cached_property
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+import transformers
 from torch import nn
-from transformers import CLIPTextModel, CLIPTokenizer
+
+# Said before diffusers is imported, which asks transformers for parts that are of no use here.
+transformers.logging.set_verbosity_error()
+transformers.logging.disable_progress_bar()
+
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel  # noqa: E402
+from transformers import CLIPTextModel, CLIPTokenizer  # noqa: E402
 
 from .config import UserError
 from .diffusion import Schedule
@@ -122,9 +128,9 @@ class Base:
         return self.unet.config.sample_size * self.pixels_per_latent
 
     @property
-    def smallest_side(self) -> int:
-        """What the side of a picture must be a multiple of, for VAE and U-Net to halve it evenly."""
-        return self.pixels_per_latent * 2 ** (len(self.unet.config.block_out_channels) - 1)
+    def side_multiple(self) -> int:
+        """What the side of a picture must be a multiple of, in pixels; diffusers' pipeline asks for at least 8."""
+        return max(8, self.pixels_per_latent)
 
     @torch.no_grad()
     def encode_picture(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

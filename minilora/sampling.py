@@ -18,6 +18,7 @@ from .distributed import this_device
 from .lora import lora_layers, merge_lora, set_lora_scale, unmerge_lora
 from .models import DTYPES, Base, load_lora
 
+TOGETHER = 4  # pictures drawn in one pass; more are faster and take more memory
 SCHEDULERS = {
     "ddim": "DDIMScheduler",
     "euler": "EulerDiscreteScheduler",
@@ -30,27 +31,27 @@ SCHEDULERS = {
 @torch.no_grad()
 def draw(
     base: Base,
-    prompts: Sequence[str],
+    prompt: str,
     seeds: Sequence[int],
     size: int,
-    steps: int = 30,
+    steps: int = 20,
     guidance: float = 3.0,
     negative: str = "",
 ) -> list[Image.Image]:
-    """Draw one picture per prompt and seed, `size` pixels wide and high."""
-    # One at a time: then a picture does not depend on which others are drawn with it.
-    return [
-        base.pipeline(
-            prompt,
-            negative_prompt=negative,
+    """Draw a prompt once for each seed, `size` pixels wide and high."""
+    pictures = []
+    for start in range(0, len(seeds), TOGETHER):
+        generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds[start : start + TOGETHER]]
+        pictures += base.pipeline(
+            [prompt] * len(generators),
+            negative_prompt=[negative] * len(generators),
             height=size,
             width=size,
             num_inference_steps=steps,
             guidance_scale=guidance,
-            generator=torch.Generator("cpu").manual_seed(seed),
-        ).images[0]
-        for prompt, seed in zip(prompts, seeds, strict=True)
-    ]
+            generator=generators,
+        ).images
+    return pictures
 
 
 @contextmanager
@@ -89,18 +90,17 @@ def draw_prompts(base: Base, prompts: Sequence[str], seed: int, size: int) -> Im
     """Draw each prompt with the LoRA as it is now, three seeds to a row."""
     seeds = [seed, seed + 1, seed + 2]
     with evaluating(base.unet):
-        rows = [draw(base, [prompt] * len(seeds), seeds, size) for prompt in prompts]
+        rows = [draw(base, prompt, seeds, size) for prompt in prompts]
     return sheet(rows, [f"seed {seed}" for seed in seeds], list(prompts))
 
 
 def before_after(base: Base, item: Item, seed: int, size: int) -> Image.Image:
     """Draw a training picture's caption by the base, the LoRA at 0.5 and at 1.0, and the picture itself."""
     seeds, columns = [seed, seed + 1, seed + 2], []
-    prompts = [item.captions[0]] * len(seeds)
     with evaluating(base.unet):
         for strength in (0.0, 0.5, 1.0):
             with merged_at(base.unet, {"default": strength}):
-                columns.append(draw(base, prompts, seeds, size))
+                columns.append(draw(base, item.captions[0], seeds, size))
     columns.append([cut_square(open_picture(item.path), size)] * len(seeds))
     rows = [list(row) for row in zip(*columns, strict=True)]
     return sheet(rows, ["base", "LoRA at 0.5", "LoRA at 1.0", "training picture"], [f"seed {seed}" for seed in seeds])
@@ -113,8 +113,8 @@ def sample(config: SampleConfig) -> Path:
     """Draw what `config` asks for and return the path of the picture."""
     base = Base(config.model, this_device(), DTYPES[config.precision])
     size = config.size or base.resolution
-    if size % base.smallest_side:
-        raise UserError(f"--size is {size}; this base needs a multiple of {base.smallest_side}")
+    if size % base.side_multiple:
+        raise UserError(f"--size is {size}; this base needs a multiple of {base.side_multiple}")
     strengths = {}
     for number, text in enumerate(config.lora):
         path, strength = split_strength(text)
@@ -127,7 +127,7 @@ def sample(config: SampleConfig) -> Path:
     seeds = [config.seed + i for i in range(config.count)]
 
     def draw_all(prompt: str) -> list[Image.Image]:
-        return draw(base, [prompt] * len(seeds), seeds, size, config.steps, config.guidance, config.negative)
+        return draw(base, prompt, seeds, size, config.steps, config.guidance, config.negative)
 
     if config.scales:
         columns = []

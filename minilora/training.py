@@ -13,7 +13,6 @@ import hashlib
 import json
 import math
 import signal
-import sys
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -79,8 +78,8 @@ def _train(config: TrainConfig, objective: Objective, ranks: Ranks) -> Path:
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     base = Base(config.model, ranks.device, DTYPES[config.precision])
     resolution = config.resolution or base.resolution
-    if resolution % base.smallest_side:
-        raise UserError(f"--resolution is {resolution}; this base needs a multiple of {base.smallest_side}")
+    if resolution % base.side_multiple:
+        raise UserError(f"--resolution is {resolution}; this base needs a multiple of {base.side_multiple}")
 
     # Pictures and captions are encoded once, in float32; then VAE and text encoder leave memory.
     items = read_folder(config, resolution)
@@ -118,9 +117,8 @@ def _train(config: TrainConfig, objective: Objective, ranks: Ranks) -> Path:
     trainable, total = sum(p.numel() for p in parameters), sum(p.numel() for p in unet.parameters())
     say(f"base       {base.source}, {base.schedule.prediction_type}, {config.precision} on {ranks.device}")
     say(f"pictures   {len(items)} of {config.data}, at {resolution} × {resolution} pixels")
-    say(
-        f"LoRA       rank {config.rank}, alpha {config.alpha:g}, in {len(layers)} layers: {trainable:,} of {total:,} parameters"
-    )
+    say(f"LoRA       rank {config.rank}, alpha {config.alpha:g}, in {len(layers)} layers")
+    say(f"trained    {trainable:,} of {total:,} parameters")
     say(f"batch      {config.batch_size} = {shares}")
 
     def save(step: int) -> Path:

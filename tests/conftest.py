@@ -72,7 +72,7 @@ def tiny_base(tmp_path_factory, tokenizer) -> Path:
         text_encoder=make_tiny_text_encoder(tokenizer),
         tokenizer=tokenizer,
         unet=make_tiny_unet(),
-        scheduler=DDIMScheduler(beta_schedule="scaled_linear", clip_sample=False, set_alpha_to_one=False),
+        scheduler=DDIMScheduler(beta_schedule="scaled_linear", clip_sample=False, steps_offset=1),
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,

@@ -215,7 +215,7 @@ def test_state_dict_round_trip_is_strict_both_ways():
     broken["second.lora_A.weight"] = torch.zeros(2, 6)
     broken["layers.0.lora_B.weight"] = torch.zeros(10, 3)
     untouched = {k: v.clone() for k, v in lora_state_dict(other).items()}
-    with pytest.raises(ValueError, match="first.lora_A.weight is missing") as error:
+    with pytest.raises(ValueError, match=r"first\.lora_A\.weight is missing") as error:
         load_lora_state_dict(other, broken)
     assert "second.lora_A.weight has no layer" in str(error.value)
     assert "layers.0.lora_B.weight is (10, 3) and should be (10, 2)" in str(error.value)

@@ -1,4 +1,4 @@
-"""Train the bundled miniature Stable Diffusion from scratch.
+r"""Train the bundled miniature Stable Diffusion from scratch.
 
     python -m minilora.base.build --data base-data --work .cache/base
 
@@ -47,7 +47,8 @@ The build reads four packages, unpacked side by side in --data:
   fluent-emoji-3d            npm pack @lobehub/fluent-emoji-3d@1.1.0     Fluent 3D, MIT (to measure only)
   lomiri                     apt-get download lomiri-wallpapers-16.04    photographs, CC-BY(-SA)-4.0 or CC0
 for example
-  mkdir emoji-datasource-google && tar xzf emoji-datasource-google-16.0.0.tgz -C emoji-datasource-google --strip-components=1
+  mkdir emoji-datasource-google
+  tar xzf emoji-datasource-google-16.0.0.tgz -C emoji-datasource-google --strip-components=1
   dpkg-deb -x lomiri-wallpapers-16.04*.deb lomiri"""
 # Left out: flags and symbols (letters, arrows, signs), and the photographs that LoRA is shown to learn.
 CATEGORIES_LEFT_OUT = ("Flags", "Symbols", "Component")
@@ -349,6 +350,9 @@ def main() -> None:
         feature_extractor=None,
         requires_safety_checker=False,
     ).to(dtype=torch.float16).save_pretrained(args.output)
+    # Half precision is for the download; without this line transformers would compute in it too.
+    config = args.output / "text_encoder" / "config.json"
+    config.write_text(config.read_text().replace('"dtype": "float16"', '"dtype": "float32"'))
     print(f"wrote {args.output}; python -m minilora.base.measure prints its figures")
 
 

@@ -1,0 +1,224 @@
+"""data.py: what a folder may look like, what is said when it is wrong, and what training sees of it."""
+
+import json
+import struct
+import zlib
+
+import numpy as np
+import pytest
+import torch
+from conftest import make_picture
+from PIL import Image
+
+from minilora import data, draws
+from minilora.config import TrainConfig, UserError
+from minilora.data import Examples, as_tensor, cut_square, open_picture, read_folder
+from minilora.distributed import Ranks
+from minilora.models import Base
+
+ONE = Ranks(0, 1, torch.device("cpu"))
+
+
+def config_for(folder, tmp_path, **settings):
+    return TrainConfig(data=str(folder), output=str(tmp_path / "out"), cache=str(tmp_path / "cache"), **settings)
+
+
+def examples_for(folder, tmp_path, tiny_base, ranks=ONE, **settings):
+    config = config_for(folder, tmp_path, **settings)
+    return Examples(read_folder(config, 16), config, 16, Base(str(tiny_base), ranks.device), 1000, ranks)
+
+
+# ----------------------------------------------------------------------------------------- pictures
+
+
+def test_a_turned_photograph_is_turned_upright(tmp_path):
+    picture = make_picture(0, 20, 10)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # "turn me by 90 degrees clockwise"
+    picture.save(tmp_path / "a.png", exif=exif)
+    upright = open_picture(tmp_path / "a.png")
+    assert upright.size == (10, 20)
+    assert np.array_equal(np.array(upright), np.rot90(np.array(picture), -1))
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
+def test_transparency_is_laid_on_white(mode, tmp_path):
+    picture = Image.new("RGBA", (4, 4), (200, 200, 200, 0))
+    picture.putpixel((0, 0), (0, 0, 0, 255))
+    picture.convert(mode).save(tmp_path / "a.png")
+    pixels = np.array(open_picture(tmp_path / "a.png"))
+    assert tuple(pixels[0, 0]) == (0, 0, 0)
+    assert (pixels.reshape(-1, 3)[1:] == 255).all()
+
+
+@pytest.mark.parametrize("mode", ["L", "1", "CMYK", "I;16"])
+def test_every_mode_becomes_rgb(mode, tmp_path):
+    name = "a.tif" if mode == "CMYK" else "a.png"
+    Image.new(mode, (5, 5)).save(tmp_path / name)
+    assert open_picture(tmp_path / name).mode == "RGB"
+
+
+def test_a_square_is_cut_out_at_its_place():
+    picture = Image.fromarray(np.arange(40, dtype=np.uint8)[None].repeat(20, 0)).convert("RGB")  # 40 wide, 20 high
+    columns = {p: as_tensor(cut_square(picture, 20, (p, 0.5)))[0, 0] for p in (0.0, 0.5, 1.0)}
+    for place, first in [(0.0, 0), (0.5, 10), (1.0, 20)]:
+        torch.testing.assert_close(columns[place], torch.arange(first, first + 20) / 127.5 - 1)
+    assert cut_square(make_picture(0, 31, 17), 8).size == (8, 8)
+    assert cut_square(make_picture(0, 5, 9), 16).size == (16, 16)  # enlarged
+
+
+# ------------------------------------------------------------------------------------------- folder
+
+
+def test_captions_come_from_metadata(pictures, tmp_path):
+    items = read_folder(config_for(pictures, tmp_path), 16)
+    assert [item.captions for item in items][:3] == [("picture 0",), ("picture 1",), ("a dog", "a red apple")]
+
+
+def test_captions_come_from_another_column(tmp_path):
+    make_picture(0).save(tmp_path / "a.png")
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.png", "text": "no", "title": "yes"}\n\n')
+    assert read_folder(config_for(tmp_path, tmp_path, caption_column="title"), 16)[0].captions == ("yes",)
+
+
+def test_captions_come_from_text_files_and_the_option_fills_the_gaps(tmp_path):
+    for name in "ab":
+        make_picture(0).save(tmp_path / f"{name}.png")
+    (tmp_path / "a.txt").write_text(" a red apple\n", encoding="utf-8")
+    with pytest.raises(UserError, match=r"b\.png has no caption"):
+        read_folder(config_for(tmp_path, tmp_path), 16)
+    items = read_folder(config_for(tmp_path, tmp_path, caption="a thing"), 16)
+    assert [item.captions for item in items] == [("a red apple",), ("a thing",)]
+
+
+def test_everything_wrong_is_said_at_once(pictures, tmp_path):
+    whole = (pictures / "0.png").read_bytes()
+    (pictures / "0.png").write_bytes(whole[: len(whole) // 2])
+    (pictures / "1.png").write_text("not a picture")
+    make_picture(9).save(pictures / "extra.png")
+    lines = (pictures / "metadata.jsonl").read_text().splitlines()
+    lines[3] = "{no json"
+    lines[4] = '{"file_name": "4.png", "caption": "in the wrong column"}'
+    lines += [
+        '{"file_name": "gone.png", "text": "x"}',
+        '{"file_name": "../out.png", "text": "x"}',
+        '{"text": "x"}',
+        lines[2],
+    ]
+    (pictures / "metadata.jsonl").write_text("\n".join(lines))
+    with pytest.raises(UserError) as error:
+        read_folder(config_for(pictures, tmp_path), 16)
+    message = str(error.value)
+    for part in [
+        "0.png cannot be opened",
+        "1.png cannot be opened",
+        "extra.png has no caption",
+        "line 4 is not JSON",
+        "line 5: 'text' holds no text; the line has caption",
+        "line 6: there is no file gone.png",
+        "line 7: ../out.png points outside the folder",
+        "line 8 has no file_name",
+        "line 9: 2.png stands there twice",
+    ]:
+        assert part in message
+    assert "\n" not in message
+
+
+def test_a_missing_and_an_empty_folder_are_named(tmp_path):
+    with pytest.raises(UserError, match="there is no such folder"):
+        read_folder(config_for(tmp_path / "gone", tmp_path), 16)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="there is no picture in it"):
+        read_folder(config_for(tmp_path / "empty", tmp_path), 16)
+
+
+def test_a_decompression_bomb_is_refused(tmp_path):
+    def chunk(kind: bytes, body: bytes) -> bytes:
+        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+    header = struct.pack(">IIBBBBB", 30_000, 30_000, 8, 2, 0, 0, 0)
+    bomb = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
+    (tmp_path / "bomb.png").write_bytes(bomb)
+    with pytest.raises(UserError, match=r"bomb\.png cannot be opened .*exceeds limit"):
+        read_folder(config_for(tmp_path, tmp_path, caption="x"), 16)
+
+
+def test_a_small_picture_is_a_warning(pictures, tmp_path, capsys):
+    read_folder(config_for(pictures, tmp_path), 64)
+    assert "is 20 pixels on its short side; it is enlarged to 64" in capsys.readouterr().err
+
+
+# --------------------------------------------------------------------------------------- positions
+
+
+def test_a_batch_is_the_draws_put_together(pictures, tmp_path, tiny_base):
+    examples = examples_for(pictures, tmp_path, tiny_base, seed=3)
+    base = Base(str(tiny_base), ONE.device)
+    batch = examples.batch(range(10, 14), ONE.device)
+    for row, position in enumerate(range(10, 14)):
+        item = examples.items[draws.picture_at(3, position, 5)]
+        mean, std = base.encode_picture(as_tensor(cut_square(open_picture(item.path), 16)))
+        assert torch.equal(batch.latents[row], mean + std * draws.gaussian(3, "posterior", position, mean.shape))
+        assert torch.equal(batch.noise[row], draws.gaussian(3, "noise", position, mean.shape))
+        assert batch.timesteps[row] == draws.integer(3, "timestep", position, 0, 1000)
+        caption = item.captions[draws.integer(3, "caption", position, 0, len(item.captions))]
+        assert torch.equal(batch.text[row], base.encode_prompt(caption))
+
+
+def test_each_of_several_captions_is_used(pictures, tmp_path, tiny_base):
+    examples = examples_for(pictures, tmp_path, tiny_base)
+    seen = {examples.caption_at(p) for p in range(100) if examples.picture_at(p).path.name == "2.png"}
+    assert seen == {"a dog", "a red apple"}
+
+
+def test_mirror_shows_the_mirror_image_half_of_the_time(pictures, tmp_path, tiny_base):
+    plain = examples_for(pictures, tmp_path, tiny_base)
+    mirrored = examples_for(pictures, tmp_path, tiny_base, mirror=True)
+    same = [torch.equal(plain._row(p)[0], mirrored._row(p)[0]) for p in range(200)]
+    assert 70 < sum(same) < 130  # 200 fair coins: four deviations are 28
+    base = Base(str(tiny_base), ONE.device)
+    position = same.index(False)
+    flipped = as_tensor(cut_square(open_picture(plain.picture_at(position).path), 16)).flip(-1)
+    mean, std = base.encode_picture(flipped)
+    assert torch.equal(mirrored._row(position)[0], mean + std * draws.gaussian(0, "posterior", position, mean.shape))
+
+
+def test_caption_dropout_leaves_out_its_share(pictures, tmp_path, tiny_base):
+    examples = examples_for(pictures, tmp_path, tiny_base, caption_dropout=0.3)
+    empty = sum(examples.caption_at(p) == "" for p in range(1000))
+    assert 240 < empty < 360  # 1000 draws of 0.3: four deviations are 58
+
+
+def test_random_crops_cover_the_picture_and_are_not_cached(pictures, tmp_path, tiny_base):
+    examples = examples_for(pictures, tmp_path, tiny_base, crop="random")
+    first, second = (
+        next(p for p in range(e * 5, e * 5 + 5) if examples.picture_at(p).path.name == "0.png") for e in (0, 1)
+    )
+    assert not torch.allclose(examples._row(first)[0], examples._row(second)[0], atol=0.1)
+    assert torch.equal(examples._row(first)[0], examples._row(first)[0])
+
+
+def test_the_cache_is_filled_once_and_follows_the_content(pictures, tmp_path, tiny_base):
+    def files():
+        return {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("*.safetensors")}
+
+    examples_for(pictures, tmp_path, tiny_base)
+    first = files()
+    assert len(first) == 5 + 7  # pictures; six captions and the empty one
+    examples_for(pictures, tmp_path, tiny_base)
+    assert files() == first
+    make_picture(77).save(pictures / "0.png")
+    data._load.cache_clear()
+    examples = examples_for(pictures, tmp_path, tiny_base)
+    assert len(files()) == len(first) + 1
+    position = next(p for p in range(5) if examples.picture_at(p).path.name == "0.png")
+    mean, std = Base(str(tiny_base), ONE.device).encode_picture(as_tensor(cut_square(make_picture(77), 16)))
+    assert torch.equal(examples._row(position)[0], mean + std * draws.gaussian(0, "posterior", position, mean.shape))
+
+
+def test_a_caption_longer_than_the_text_encoder_reads_is_said(pictures, tmp_path, tiny_base, capsys):
+    rows = [json.loads(line) for line in (pictures / "metadata.jsonl").read_text().splitlines()]
+    rows[0]["text"] = "apple " * 100
+    (pictures / "metadata.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    examples_for(pictures, tmp_path, tiny_base)
+    assert "sees only the beginning of 1 captions" in capsys.readouterr().err

@@ -1,0 +1,176 @@
+"""models.py and formats.py: bases by name, LoRA files in and out, and diffusers as the other reader."""
+
+import pytest
+import torch
+from conftest import make_tiny_text_encoder, make_tiny_unet
+from diffusers import StableDiffusionPipeline
+from safetensors.torch import load_file, save_file
+from test_lora import MLP, TARGETS, randomize
+
+from minilora import inject_lora, load_lora, lora_state_dict, merge_lora, save_lora
+from minilora.config import UserError
+from minilora.models import BUNDLED, Base, fingerprint
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def lora_file(tmp_path):
+    unet = make_tiny_unet()
+    inject_lora(unet, rank=4, alpha=6)
+    randomize(unet)
+    save_lora(unet, tmp_path / "pytorch_lora_weights.safetensors")
+    return unet, tmp_path / "pytorch_lora_weights.safetensors"
+
+
+def outputs(unet):
+    torch.manual_seed(3)
+    with torch.no_grad():
+        return unet(torch.randn(2, 4, 8, 8), torch.tensor([5, 800]), torch.randn(2, 5, 16)).sample
+
+
+def test_a_saved_lora_loads_with_the_same_effect(lora_file):
+    unet, path = lora_file
+    other = make_tiny_unet()
+    load_lora(other, path.parent, name="style", scale=1.0)
+    # The scale 6 / 4 was folded into B: one more rounding.
+    torch.testing.assert_close(outputs(other), outputs(unet), atol=1e-5, rtol=1e-4)
+    weaker = make_tiny_unet()
+    load_lora(weaker, path, scale=0.0)
+    assert torch.equal(outputs(weaker), outputs(make_tiny_unet()))
+
+
+def test_the_same_lora_gives_the_same_bytes(lora_file, tmp_path):
+    unet, path = lora_file
+    save_lora(unet, tmp_path / "again.safetensors")
+    assert (tmp_path / "again.safetensors").read_bytes() == path.read_bytes()
+
+
+def test_diffusers_loads_the_file_with_the_same_effect(lora_file, tiny_base):
+    unet, path = lora_file
+    pipeline = StableDiffusionPipeline.from_pretrained(tiny_base)
+    pipeline.load_lora_weights(path.parent)
+    torch.testing.assert_close(outputs(pipeline.unet), outputs(unet), atol=1e-5, rtol=1e-4)
+
+
+def test_a_file_that_diffusers_wrote_loads_with_the_same_effect(lora_file, tiny_base, tmp_path):
+    _, path = lora_file
+    pipeline = StableDiffusionPipeline.from_pretrained(tiny_base)
+    old = {k.replace("lora_A", "lora.down").replace("lora_B", "lora.up"): v for k, v in load_file(path).items()}
+    StableDiffusionPipeline.save_lora_weights(tmp_path / "theirs", unet_lora_layers={k[5:]: v for k, v in old.items()})
+    pipeline.load_lora_weights(tmp_path / "theirs")
+    ours = make_tiny_unet()
+    load_lora(ours, tmp_path / "theirs")
+    torch.testing.assert_close(outputs(ours), outputs(pipeline.unet), atol=1e-5, rtol=1e-4)
+
+
+def test_a_text_encoder_keeps_the_names_that_every_tool_reads(tokenizer, tmp_path):
+    encoder = make_tiny_text_encoder(tokenizer)
+    inject_lora(encoder, rank=2, targets=("q_proj",))
+    randomize(encoder)
+    save_lora(encoder, tmp_path / "te.safetensors")
+    assert all(k.startswith("text_encoder.text_model.encoder.layers.") for k in load_file(tmp_path / "te.safetensors"))
+    other = make_tiny_text_encoder(tokenizer)
+    load_lora(other, tmp_path / "te.safetensors")
+    assert all(torch.equal(v, lora_state_dict(encoder)[k]) for k, v in lora_state_dict(other).items())
+
+
+def test_any_module_can_be_saved_and_loaded(tmp_path):
+    module, other = MLP(), MLP()
+    inject_lora(module, rank=2, targets=TARGETS)
+    randomize(module)
+    save_lora(module, tmp_path / "mlp.safetensors")
+    load_lora(other, tmp_path / "mlp.safetensors")
+    merge_lora(module)
+    merge_lora(other)
+    assert torch.equal(module(torch.ones(1, 6)), other(torch.ones(1, 6)))
+
+
+def change(tensors, kind):
+    first = next(k for k in tensors if "lora_A" in k)
+    if kind == "another base":
+        tensors[first] = torch.zeros(4, 99)
+        return r"was not made for this base: .*has A \(4, 99\)"
+    if kind == "unknown layer":
+        tensors["unet.nowhere.lora_A.weight"], tensors["unet.nowhere.lora_B.weight"] = (
+            torch.zeros(2, 4),
+            torch.zeros(4, 2),
+        )
+        return r"unet\.nowhere is no linear layer"
+    if kind == "foreign component":
+        tensors["text_encoder.x.lora_A.weight"], tensors["text_encoder.x.lora_B.weight"] = (
+            torch.zeros(2, 4),
+            torch.zeros(4, 2),
+        )
+        return r"text_encoder\.x.*have no place in unet"
+    if kind == "no partner":
+        del tensors[first]
+        return "has no partner .*lora_A"
+    if kind == "not a lora":
+        tensors["unet.x.hada_w1_a"] = torch.zeros(2)
+        return r"unet\.x\.hada_w1_a is no key"
+    if kind == "not finite":
+        tensors[first][0, 0] = float("nan")
+        return "not finite"
+    tensors[first] = tensors[first][:2].clone()
+    return "differ in rank"
+
+
+@pytest.mark.parametrize(
+    "kind",
+    ["another base", "unknown layer", "foreign component", "no partner", "not a lora", "not finite", "ranks"],
+)
+def test_a_file_that_does_not_fit_is_refused_with_the_key(kind, lora_file, tmp_path):
+    tensors = load_file(lora_file[1])
+    message = change(tensors, kind)
+    save_file(tensors, tmp_path / "broken.safetensors")
+    unet = make_tiny_unet()
+    with pytest.raises(UserError, match=message):
+        load_lora(unet, tmp_path / "broken.safetensors")
+    assert not [name for name, _ in unet.named_parameters() if "lora" in name]
+
+
+def test_files_that_cannot_be_read_are_named(tmp_path):
+    (tmp_path / "text.safetensors").write_text("no")
+    for name in ("text.safetensors", "gone.safetensors"):
+        with pytest.raises(UserError, match=rf"{name}: not a safetensors file"):
+            load_lora(make_tiny_unet(), tmp_path / name)
+
+
+def test_scales_in_metadata_are_not_ignored(lora_file, tmp_path):
+    save_file(load_file(lora_file[1]), tmp_path / "m.safetensors", {"lora_adapter_metadata": "{}"})
+    with pytest.raises(UserError, match="lora_adapter_metadata, which is not read yet"):
+        load_lora(make_tiny_unet(), tmp_path / "m.safetensors")
+
+
+def test_a_base_that_is_not_there_is_named(tmp_path):
+    with pytest.raises(UserError, match="gone: neither a diffusers folder"):
+        Base(str(tmp_path / "gone"), CPU)
+    (tmp_path / "model_index.json").write_text('{"_class_name": "FluxPipeline"}')
+    with pytest.raises(UserError, match="it holds a FluxPipeline"):
+        Base(str(tmp_path), CPU)
+
+
+def test_a_base_with_a_part_missing_is_named(tmp_path):
+    (tmp_path / "model_index.json").write_text('{"_class_name": "StableDiffusionPipeline"}')
+    with pytest.raises(UserError, match="its unet does not load"):
+        _ = Base(str(tmp_path), CPU).unet
+
+
+def test_fingerprints_tell_modules_apart():
+    unet, other = make_tiny_unet(), make_tiny_unet()
+    assert fingerprint(unet) == fingerprint(other)
+    with torch.no_grad():
+        other.conv_out.bias[0] += 1e-6
+    assert fingerprint(unet) != fingerprint(other)
+    assert fingerprint(unet) != fingerprint(make_tiny_unet().half())
+
+
+def test_the_bundled_base_is_an_ordinary_pipeline_of_less_than_40_megabytes():
+    weights = sum(path.stat().st_size for path in BUNDLED.rglob("*") if path.is_file() and path.suffix != ".py")
+    assert weights < 40e6
+    pipeline = StableDiffusionPipeline.from_pretrained(BUNDLED)
+    picture = pipeline("red apple", num_inference_steps=2, output_type="np").images[0]
+    assert picture.shape == (64, 64, 3)
+    base = Base(None, CPU)
+    assert (base.resolution, base.pixels_per_latent, base.side_multiple) == (64, 4, 8)

@@ -1,0 +1,329 @@
+"""training.py: a run is a function of (base, pictures, settings), however it is cut up."""
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from minilora import training
+from minilora.config import TrainConfig, UserError
+from minilora.distributed import Ranks
+from minilora.formats import FILE_NAME
+from minilora.training import Shares, learning_rate_at, train
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture
+def run(pictures, tmp_path, tiny_base):
+    """Train on five small pictures with the tiny base; return the output folder."""
+
+    def run(name: str, objective=training.denoising, **settings) -> Path:
+        defaults = {"steps": 6, "batch_size": 4, "rank": 2, "learning_rate": 0.01, "model": str(tiny_base)}
+        places = {"data": str(pictures), "output": str(tmp_path / name), "cache": str(tmp_path / "cache")}
+        train(TrainConfig(**(places | defaults | settings)), objective)
+        return tmp_path / name
+
+    return run
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / FILE_NAME)
+
+
+def deltas(folder: Path) -> torch.Tensor:
+    """Return all ΔW of a LoRA file as one long vector."""
+    state = weights(folder)
+    pairs = [(state[k], state[k.replace("lora_A", "lora_B")]) for k in sorted(state) if "lora_A" in k]
+    return torch.cat([(b @ a).flatten() for a, b in pairs])
+
+
+def relative_difference(one: Path, two: Path) -> float:
+    return ((deltas(one) - deltas(two)).norm() / deltas(one).norm()).item()
+
+
+def losses(folder: Path) -> list[float]:
+    events = EventAccumulator(str(folder / "tensorboard"))
+    events.Reload()
+    return [event.value for event in events.Scalars("loss")]
+
+
+# ---------------------------------------------------------------------------------------- one run
+
+
+def test_a_run_leaves_what_it_promises(run):
+    folder = run("a")
+    config = json.loads((folder / "config.json").read_text())
+    assert config["rank"] == 2
+    assert len(losses(folder)) == 6
+    assert Image.open(folder / "samples" / "before_after.png").width > 4 * 192
+    assert {path.name for path in folder.iterdir()} == {FILE_NAME, "config.json", "samples", "tensorboard"}
+
+
+def test_the_same_settings_give_the_same_bytes_and_another_seed_does_not(run):
+    one, two, three = run("a"), run("b"), run("c", seed=1)
+    assert (one / FILE_NAME).read_bytes() == (two / FILE_NAME).read_bytes()
+    assert relative_difference(one, three) > 0.1
+
+
+def test_nothing_of_the_machine_enters_the_file(run, tmp_path):
+    assert str(tmp_path).encode() not in (run("a") / FILE_NAME).read_bytes()
+
+
+def test_training_lowers_the_loss(run):
+    values = losses(run("a", steps=60, batch_size=10, learning_rate=0.02))
+    assert sum(values[-20:]) < 0.97 * sum(values[:20])  # a random base of 16 × 16 pixels learns little, but learns
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_half_precision_trains_nearly_the_same(run, precision):
+    # bf16 keeps 8 bits of each number and fp16 11; Adam turns the sign of a gradient into a step, so
+    # where a gradient is nearly zero the two may part. Directions must agree all the same.
+    one, two = deltas(run("a")), deltas(run("b", precision=precision))
+    assert torch.cosine_similarity(one, two, dim=0) > 0.9
+
+
+# ------------------------------------------------------------------------------- the same, cut up
+
+
+def test_a_run_that_was_cut_in_two_gives_the_same_bytes(run):
+    whole = run("whole", checkpoint_every=2)
+    run("cut", steps=5, checkpoint_every=2)
+    assert [path.name for path in (whole.parent / "cut" / "checkpoints").iterdir()] == ["step-00000004.safetensors"]
+    cut = run("cut", resume=True)
+    assert (cut / FILE_NAME).read_bytes() == (whole / FILE_NAME).read_bytes()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_run_that_is_told_to_stop_saves_and_goes_on_as_if_nothing_had_been(run, number):
+    class Tap:
+        calls = 0
+
+        def __call__(self, *args):
+            self.calls += 1
+            if self.calls == 3:
+                os.kill(os.getpid(), number)
+            return training.denoising(*args)
+
+    whole = run("whole")
+    with pytest.raises(training.Stopped, match="stopped after step 3, saved .*go on with --resume") as stopped:
+        run("stopped", Tap())
+    assert stopped.value.exit_code == 128 + number
+    resumed = run("stopped", resume=True)
+    assert (resumed / FILE_NAME).read_bytes() == (whole / FILE_NAME).read_bytes()
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_killed_run_gives_the_same_bytes(run, pictures, tmp_path, tiny_base):
+    settings = {"steps": 40, "checkpoint_every": 5}
+    whole = run("whole", **settings)
+    words = (
+        f"train.py --data {pictures} --model {tiny_base} --output {tmp_path / 'killed'} --cache {tmp_path / 'cache'}"
+    )
+    words += " --steps 40 --checkpoint-every 5 --batch-size 4 --rank 2 --learning-rate 0.01"
+    process = subprocess.Popen([sys.executable, *words.split()], cwd=ROOT, stderr=subprocess.DEVNULL)
+    while process.poll() is None and not list((tmp_path / "killed").glob("checkpoints/step-*")):
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    resumed = run("killed", resume=True, **settings)
+    assert (resumed / FILE_NAME).read_bytes() == (whole / FILE_NAME).read_bytes()
+
+
+def test_micro_batches_give_the_lora_of_the_whole_batch(run):
+    # Only the order of float32 sums differs; Adam magnifies that where a gradient is nearly zero.
+    whole = run("whole", batch_size=6)
+    for micro in (1, 2, 3):
+        assert relative_difference(whole, run(f"micro{micro}", batch_size=6, micro_batch_size=micro)) < 1e-4
+
+
+def test_gradient_checkpointing_changes_nothing(run):
+    assert relative_difference(run("a"), run("b", gradient_checkpointing=True)) < 1e-6  # the same sums, done twice
+
+
+def torchrun(processes: int, *words: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    return subprocess.run([*command, "train.py", *words], cwd=ROOT, capture_output=True, text=True)
+
+
+def test_two_processes_give_the_lora_of_one(run, pictures, tmp_path, tiny_base):
+    words = f"--data {pictures} --model {tiny_base} --output {tmp_path / 'two'} --cache {tmp_path / 'cache2'}"
+    words += " --steps 60 --batch-size 8 --micro-batch-size 2 --rank 2 --learning-rate 0.001"
+    result = torchrun(2, *words.split())
+    assert result.returncode == 0, result.stderr
+    one = run("one", steps=60, batch_size=8, learning_rate=0.001)
+    # The order of a float32 sum, magnified by Adam where a gradient is nearly zero, over 60 steps.
+    assert relative_difference(one, tmp_path / "two") < 1e-4
+
+
+def test_a_mistake_under_torchrun_is_one_line_from_us(tmp_path):
+    result = torchrun(1, "--data", str(tmp_path / "gone"))
+    assert result.returncode != 0
+    assert f"error: --data {tmp_path / 'gone'}: there is no such folder" in result.stderr
+    assert "minilora/" not in result.stderr  # no traceback of ours
+
+
+# ------------------------------------------------------------------------------------- resuming
+
+
+def test_resume_without_a_checkpoint_starts_and_says_so(run, capsys):
+    folder = run("a", resume=True)
+    assert "found no checkpoint" in capsys.readouterr().out
+    assert (folder / FILE_NAME).read_bytes() == (run("b") / FILE_NAME).read_bytes()
+
+
+def test_resume_refuses_another_run_and_names_the_difference(run, pictures):
+    run("a", steps=3, checkpoint_every=2)
+    with pytest.raises(
+        UserError, match=r"belongs to another run: learning_rate was 0\.01 and is 0\.02; seed was 0 and is 1"
+    ):
+        run("a", resume=True, learning_rate=0.02, seed=1)
+    with pytest.raises(UserError, match="steps was None"):
+        run("a", resume=True, lr_schedule="cosine")
+    (pictures / "0.png").write_bytes((pictures / "1.png").read_bytes())
+    with pytest.raises(UserError, match="pictures was"):
+        run("a", resume=True)
+
+
+def test_resume_refuses_a_checkpoint_beyond_the_end_and_a_broken_one(run):
+    folder = run("a", checkpoint_every=4)
+    with pytest.raises(UserError, match="has 4 steps done, more than --steps 2"):
+        run("a", steps=2, resume=True)
+    (folder / "checkpoints" / "step-00000005.safetensors").write_text("broken")
+    with pytest.raises(UserError, match=r"step-00000005\.safetensors is not a checkpoint that can be read"):
+        run("a", resume=True)
+
+
+def test_only_the_newest_checkpoints_stay(run):
+    folder = run("a", steps=9, checkpoint_every=2, checkpoints_kept=2)
+    names = sorted(path.name for path in (folder / "checkpoints").iterdir())
+    assert names == ["step-00000006.safetensors", "step-00000008.safetensors"]
+
+
+# ------------------------------------------------------------------------- every setting has its effect
+
+
+CHANGES = [
+    {"alpha": 8.0},
+    {"rank": 4},
+    {"targets": ("to_q",)},
+    {"noise_offset": 0.5},
+    {"snr_gamma": 5.0},
+    {"caption_dropout": 1.0},
+    {"mirror": True},
+    {"crop": "random"},
+    {"lr_schedule": "cosine"},
+    {"lr_schedule": "linear"},
+    {"warmup_steps": 3},
+    {"max_grad_norm": 1e-9},
+    {"resolution": 24},
+    {"batch_size": 2},
+    {"caption_column": "title"},
+]
+
+
+def test_each_setting_changes_what_is_learnt(run, pictures):
+    rows = [json.loads(line) for line in (pictures / "metadata.jsonl").read_text().splitlines()]
+    (pictures / "metadata.jsonl").write_text("\n".join(json.dumps(row | {"title": "a cat"}) for row in rows))
+    plain = weights(run("plain"))
+
+    def same(other: dict[str, torch.Tensor]) -> bool:
+        return plain.keys() == other.keys() and all(
+            plain[k].shape == other[k].shape and torch.allclose(plain[k], other[k], rtol=1e-3) for k in plain
+        )
+
+    assert not [change for change in CHANGES if same(weights(run(str(change), **change)))]
+
+
+def test_clipping_really_clips(run):
+    # Adam's first step has the size of the learning rate however small the gradient is, until the
+    # gradient is as small as its eps (1e-8): clipped to 1e-12, nothing moves.
+    moved = {norm: deltas(run(f"clip{norm}", max_grad_norm=norm, steps=2)).norm() for norm in (1.0, 1e-12)}
+    assert moved[1e-12] < 1e-3 * moved[1.0]
+
+
+def test_the_logged_gradient_norm_is_the_one_before_clipping(run):
+    events = EventAccumulator(str(run("a", max_grad_norm=1e-6) / "tensorboard"))
+    events.Reload()
+    assert all(event.value > 1e-5 for event in events.Scalars("grad_norm"))
+
+
+def test_samples_during_training_disturb_nothing(run):
+    plain, drawn = run("a"), run("b", sample_prompt=("red apple", "a dog"), sample_every=3)
+    assert (plain / FILE_NAME).read_bytes() == (drawn / FILE_NAME).read_bytes()
+    names = sorted(path.name for path in (drawn / "samples").iterdir())
+    assert names == ["before_after.png", "step-00000003.png", "step-00000006.png"]
+
+
+def test_the_loop_takes_its_objective_as_an_argument(run):
+    def nothing_to_learn(unet, batch, schedule, config):
+        return 0 * training.denoising(unet, batch, schedule, config)
+
+    assert not deltas(run("a", nothing_to_learn)).any()  # B stays zero
+
+
+# --------------------------------------------------------------------------------------- refusals
+
+
+def test_a_loss_that_is_not_finite_stops_with_step_and_pictures(run, tmp_path):
+    def breaks(unet, batch, schedule, config):
+        breaks.calls = getattr(breaks, "calls", 0) + 1
+        return training.denoising(unet, batch, schedule, config) / (0.0 if breaks.calls == 3 else 1.0)
+
+    with pytest.raises(UserError, match=r"step 3: the loss is inf .* its pictures are .*\.png"):
+        run("a", breaks)
+    assert not (tmp_path / "a" / FILE_NAME).exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"batch_size": 5, "micro_batch_size": 2}, "--batch-size is 5; it cannot be divided into micro-batches of 2"),
+        ({"resolution": 18}, "--resolution is 18; this base needs a multiple of 8"),
+        ({"rank": 500}, "rank 500 is not between 1 and the smaller"),
+        ({"targets": ("to_v", "to_w")}, "target 'to_w' matches no module"),
+    ],
+)
+def test_what_cannot_be_is_refused_with_the_numbers(run, change, message):
+    with pytest.raises(UserError, match=message):
+        run("a", **change)
+
+
+# ----------------------------------------------------------------------------------- pure pieces
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 4])
+@pytest.mark.parametrize("micro", [1, 2, None])
+def test_ranks_and_micro_batches_partition_the_positions(world, micro):
+    config = TrainConfig(data="x", batch_size=24, micro_batch_size=micro)
+    shares = [Shares.of(config, Ranks(rank, world, torch.device("cpu"))) for rank in range(world)]
+    for step in (0, 7):
+        positions = sorted(p for share in shares for part in share.positions(step) for p in part)
+        assert positions == list(range(step * 24, step * 24 + 24))
+        assert len({len(share.positions(step)) for share in shares}) == 1
+
+
+def test_the_learning_rate_is_a_function_of_the_step():
+    config = TrainConfig(data="x", steps=100, learning_rate=1.0, warmup_steps=10)
+    rates = {kind: dataclasses.replace(config, lr_schedule=kind) for kind in ("constant", "linear", "cosine")}
+    for schedule in rates.values():
+        warm_up = [learning_rate_at(step, schedule) for step in range(11)]
+        assert warm_up == sorted(warm_up)
+        assert warm_up[0] > 0
+        assert warm_up[10] == 1.0
+    assert learning_rate_at(99, rates["constant"]) == 1.0
+    assert learning_rate_at(55, rates["linear"]) == pytest.approx(0.5)
+    assert learning_rate_at(55, rates["cosine"]) == pytest.approx(0.5)
+    for kind in ("linear", "cosine"):
+        assert learning_rate_at(100, rates[kind]) == pytest.approx(0)
+        assert 0 < learning_rate_at(99, rates[kind]) < 0.02
