@@ -12,24 +12,25 @@ All of them come from diffusers and transformers; this file only finds them and 
 
 import hashlib
 import json
+import os
 from functools import cached_property
 from pathlib import Path
 
+# Said before diffusers is imported, which asks transformers for parts that are of no use here.
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
 import torch
 import transformers
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from torch import nn
-
-# Said before diffusers is imported, which asks transformers for parts that are of no use here.
-transformers.logging.set_verbosity_error()
-transformers.logging.disable_progress_bar()
-
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel  # noqa: E402
-from transformers import CLIPTextModel, CLIPTokenizer  # noqa: E402
+from transformers import CLIPTextModel, CLIPTokenizer
 
 from .config import UserError
 from .diffusion import Schedule
 from .formats import FormatError, read_lora, write_lora
 from .lora import LoRALinear, inject_lora, load_lora_state_dict, lora_layers, lora_state_dict, set_lora_scale
+
+transformers.logging.disable_progress_bar()
 
 BUNDLED = Path(__file__).parent / "base"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

@@ -116,7 +116,7 @@ def test_a_run_that_is_told_to_stop_saves_and_goes_on_as_if_nothing_had_been(run
             return training.denoising(*args)
 
     whole = run("whole")
-    with pytest.raises(training.Stopped, match="stopped after step 3, saved .*go on with --resume") as stopped:
+    with pytest.raises(training.Stopped, match=r"stopped after step 3, saved .*go on with --resume") as stopped:
         run("stopped", Tap())
     assert stopped.value.exit_code == 128 + number
     resumed = run("stopped", resume=True)

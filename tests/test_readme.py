@@ -1,0 +1,98 @@
+"""Every command of the README runs, with small settings, in the order in which it stands there."""
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import minilora
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+HUB_ID = "stable-diffusion-v1-5/stable-diffusion-v1-5"
+
+
+def commands() -> list[str]:
+    blocks = re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
+    lines = [line.split("#")[0].strip() for block in blocks for line in block.splitlines()]
+    return [part.strip() for line in lines for part in line.split("&&") if part.strip()]
+
+
+def small(command: str, tiny_base: Path) -> str:
+    """Make a command small: few steps, two processes, a tiny base on disk for the one on the hub."""
+    command = command.replace(HUB_ID, str(tiny_base)).replace("--nproc-per-node 8", "--nproc-per-node 2")
+    command = re.sub(r"--(checkpoint|sample)-every \d+", r"--\1-every 1", command)
+    if "train.py" in command:
+        command += " --steps 2 --cache cache"
+        command += "" if "--batch-size" in command or "--config" in command else " --batch-size 1"
+    if "sample.py" in command:
+        command += " --steps 2"
+    return command
+
+
+def call(command: str, folder: Path) -> subprocess.Popen:
+    words = shlex.split(command)
+    programs = {"python": [], "torchrun": ["-m", "torch.distributed.run"]}
+    words = [sys.executable, *programs[words[0]], *words[1:]]
+    return subprocess.Popen(words, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def finish(process: subprocess.Popen, command: str) -> str:
+    output, _ = process.communicate()
+    assert process.returncode == 0, f"{command}\n{output}"
+    return output
+
+
+def test_the_first_screen_has_exactly_the_two_commands():
+    first = re.search(r"```bash\n(.*?)```", README, re.DOTALL)[1].splitlines()
+    assert [line.split("#")[0].strip() for line in first] == [
+        "pip install -e . && torchrun train.py --data dataset/mountain",
+        'pip install -e ".[test]" && pytest',
+    ]
+
+
+def test_every_command_runs(tmp_path, tiny_base):
+    for name in ("train.py", "sample.py", "dataset", "minilora"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    ran = 0
+    for command in commands():
+        if command.startswith(("pip ", "pytest", "tensorboard ")):
+            continue  # .ci/run does the first two; the third does not end
+        command = small(command, tiny_base)
+        if "--nnodes 2" in command:  # two machines: two torchruns on this one
+            command = command.replace("first.machine", "localhost")
+            second = command.replace("--node-rank 0", "--node-rank 1")
+            machines = [(call(c, tmp_path), c) for c in (command, second)]
+            for process, each in machines:
+                finish(process, each)
+        else:
+            output = finish(call(command, tmp_path), command)
+            if "train.py" in command:
+                # The last line is itself a command; it runs too.
+                suggested = output.strip().splitlines()[-1].removeprefix("next").strip()
+                finish(call(small(suggested, tiny_base), tmp_path), suggested)
+        ran += 1
+    assert ran >= 10
+    assert (tmp_path / "out" / "mountain" / "samples" / "before_after.png").exists()
+
+
+def test_every_file_and_picture_it_names_exists():
+    for target in re.findall(r"\]\(([^)#]+)\)", README):
+        if not target.startswith("http"):
+            assert (ROOT / target).exists(), target
+
+
+def test_every_function_it_imports_exists():
+    for names in re.findall(r"from minilora import ([^\n]+)", README):
+        for name in names.split(","):
+            assert hasattr(minilora, name.strip())
+
+
+@pytest.mark.parametrize("command", ["train.py", "sample.py"])
+def test_help_works_from_anywhere(command, tmp_path):
+    output = finish(call(f"python {ROOT / command} --help", tmp_path), command)
+    assert "--seed" in output
+    assert "bundled" in output

@@ -1,0 +1,167 @@
+"""sampling.py: merged pictures equal live ones, strengths are restored, sheets hold what they say."""
+
+import numpy as np
+import pytest
+import torch
+from conftest import make_tiny_unet
+from diffusers import StableDiffusionPipeline
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from test_lora import randomize
+
+from minilora import inject_lora, load_lora, lora_layers, save_lora, set_lora_scale
+from minilora.config import SampleConfig, UserError
+from minilora.models import Base
+from minilora.sampling import SCHEDULERS, draw, evaluating, merged_at, sample, sheet, split_strength
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def lora(tmp_path):
+    unet = make_tiny_unet()
+    inject_lora(unet, rank=4, alpha=6)
+    randomize(unet)
+    save_lora(unet, tmp_path / "lora" / "pytorch_lora_weights.safetensors")
+    return tmp_path / "lora"
+
+
+@pytest.fixture
+def command(tiny_base, tmp_path):
+    """Run sample.py's work with settings for the tiny base; return the picture as an array."""
+
+    def command(**settings) -> np.ndarray:
+        output = tmp_path / "picture.png"
+        places = {"model": str(tiny_base), "output": str(output), "prompt": ("red apple",), "steps": 3}
+        sample(SampleConfig(**(places | settings)))
+        return np.array(Image.open(output))
+
+    return command
+
+
+def test_the_picture_is_the_one_diffusers_draws(command, lora, tiny_base):
+    pipeline = StableDiffusionPipeline.from_pretrained(tiny_base)
+    pipeline.load_lora_weights(lora, adapter_name="a")
+    pipeline.set_adapters("a", 0.7)
+    theirs = pipeline(
+        "red apple",
+        num_inference_steps=3,
+        guidance_scale=4.0,
+        generator=torch.Generator().manual_seed(5),
+        output_type="np",
+    ).images[0]
+    ours = command(lora=(f"{lora}:0.7",), seed=5, guidance=4.0)
+    # Ours is merged and theirs is not: rounding may tip a pixel to the next of 256 levels.
+    assert np.abs(theirs * 255 - ours).max() <= 1.0
+
+
+def test_merged_equals_live(tiny_base, lora):
+    base = Base(str(tiny_base), CPU)
+    load_lora(base.unet, lora, "a")
+    set_lora_scale(base.unet, 0.5, "a")
+    live = draw(base, "a dog", [1, 2], 16, steps=3)
+    with merged_at(base.unet, {"a": 0.5}):
+        merged = draw(base, "a dog", [1, 2], 16, steps=3)
+    for one, two in zip(live, merged, strict=True):
+        assert np.abs(np.array(one).astype(int) - np.array(two)).max() <= 1  # as above
+
+
+def test_merged_at_puts_everything_back_even_after_an_error(tiny_base, lora):
+    base = Base(str(tiny_base), CPU)
+    load_lora(base.unet, lora, "a", 0.3)
+    with pytest.raises(ZeroDivisionError), merged_at(base.unet, {"a": 0.9}):
+        raise ZeroDivisionError
+    layers = lora_layers(base.unet).values()
+    assert {layer.adapters["a"].strength for layer in layers} == {0.3}
+    assert not any(layer.merged for layer in layers)
+
+
+def test_evaluating_restores_each_part():
+    module = torch.nn.Sequential(torch.nn.Dropout(), torch.nn.Dropout())
+    module[1].eval()
+    with evaluating(module):
+        assert not any(child.training for child in module.modules())
+    assert [child.training for child in module.modules()] == [True, True, False]
+
+
+def test_a_picture_depends_on_its_seed_and_nothing_else(command):
+    alone = command(seed=7)
+    assert np.array_equal(alone, command(seed=7))
+    assert not np.array_equal(alone, command(seed=8))
+    assert not np.array_equal(alone, command(seed=7, guidance=9.0))
+    assert not np.array_equal(alone, command(seed=7, negative="a dog"))
+    assert not np.array_equal(alone, command(seed=7, steps=4))
+    assert command(size=24).shape == (24, 24, 3)
+
+
+def test_several_loras_add_up(command, lora):
+    both = command(lora=(f"{lora}:0.3", f"{lora}:0.4"))
+    assert np.abs(both.astype(int) - command(lora=(f"{lora}:0.7",))).max() <= 1  # the order of a float32 sum
+    assert not np.array_equal(both, command())
+
+
+def test_scales_make_one_row_per_seed_and_one_column_per_scale(command, lora):
+    picture = command(lora=(str(lora),), scales=(0.0, 0.5, 1.0), count=2)
+    assert picture.shape[0] == 28 + 2 * 196
+    cells = [picture[28 : 28 + 192, -196 * (3 - i) : -196 * (3 - i) + 192] for i in range(3)]
+    plain = Image.fromarray(command()).resize((192, 192), Image.Resampling.BICUBIC)
+    assert np.array_equal(cells[0], np.array(plain))
+    assert not np.array_equal(cells[0], cells[2])
+
+
+def test_count_and_prompts_make_a_sheet(command):
+    picture = command(prompt=("red apple", "a dog"), count=3)
+    assert picture.shape[0] == 28 + 2 * 196
+    assert picture.shape[1] > 3 * 196
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_every_scheduler_draws(command, name):
+    assert command(scheduler=name).shape == (16, 16, 3)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_half_precision_draws_nearly_the_same(command, lora, precision):
+    # bf16 has 8 bits of mantissa, so three steps move pixels by a few per cent of their range.
+    one, two = command(lora=(str(lora),)), command(lora=(str(lora),), precision=precision)
+    assert np.abs(one.astype(int) - two).mean() < 10
+
+
+def test_a_strength_is_split_off_the_path():
+    assert [(str(p), s) for p, s in map(split_strength, ["out/a:0.8", "out/a", "a:b", "a:b:-1"])] == [
+        ("out/a", 0.8),
+        ("out/a", 1.0),
+        ("a:b", 1.0),
+        ("a:b", -1.0),
+    ]
+
+
+def test_a_lora_for_another_base_is_refused_with_keys_and_shapes(command, lora, tmp_path):
+    tensors = load_file(lora / "pytorch_lora_weights.safetensors")
+    wider = {k: torch.nn.functional.pad(v, (0, 16)) if "attn2.to_k.lora_A" in k else v for k, v in tensors.items()}
+    save_file(wider, tmp_path / "wide.safetensors")
+    with pytest.raises(
+        UserError, match=r"wide\.safetensors was not made for this base: unet\..*attn2\.to_k has A \(4, 32\)"
+    ):
+        command(lora=(str(tmp_path / "wide.safetensors"),))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"size": 20}, "--size is 20; this base needs a multiple of 8"),
+        ({"lora": ("nowhere",)}, "nowhere: not a safetensors file"),
+        ({"output": "out/picture.xyz"}, "must end as a picture's does"),
+        ({"model": "nowhere"}, "nowhere: neither a diffusers folder"),
+    ],
+)
+def test_mistakes_are_named(command, change, message):
+    with pytest.raises(UserError, match=message):
+        command(**change)
+
+
+def test_a_sheet_holds_its_pictures():
+    red, blue = (Image.new("RGB", (8, 8), color) for color in ("red", "blue"))
+    pixels = np.array(sheet([[red, blue], [blue, red]], ["one", "two"], ["a", "b"]))
+    assert tuple(pixels[28 + 90, -100]) == (0, 0, 255)
+    assert tuple(pixels[28 + 196 + 90, -100]) == (255, 0, 0)
