@@ -38,7 +38,10 @@ def write_tensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[s
 
 # ------------------------------------------------------------------------------- training checkpoints
 
-NAME = "step-{:08d}.safetensors"
+
+def path_of(folder: Path, step: int) -> Path:
+    """Return the name of the checkpoint after `step` steps."""
+    return folder / f"step-{step:08d}.safetensors"
 
 
 @dataclass(frozen=True)
@@ -51,8 +54,8 @@ class State:
     scaler: dict[str, float]  # of the gradient scaler; empty without one
 
 
-def save_checkpoint(folder: Path, state: State, fingerprint: dict, kept: int) -> Path:
-    """Write a checkpoint, delete all but the newest `kept`, and return its path.
+def save_checkpoint(folder: Path, state: State, fingerprint: dict, kept: int) -> None:
+    """Write a checkpoint and delete all but the newest `kept`.
 
     `fingerprint` says what the run is a function of, as JSON values; only a run with an equal one
     may go on from here.
@@ -60,11 +63,9 @@ def save_checkpoint(folder: Path, state: State, fingerprint: dict, kept: int) ->
     tensors = {f"lora.{key}": value for key, value in state.lora.items()}
     tensors |= {f"optimizer.{key}": value for key, value in state.optimizer.items()}
     about = {"step": state.step, "scaler": state.scaler, "fingerprint": fingerprint}
-    path = folder / NAME.format(state.step)
-    write_tensors(path, tensors, {"minilora": json.dumps(about, sort_keys=True)})
+    write_tensors(path_of(folder, state.step), tensors, {"minilora": json.dumps(about, sort_keys=True)})
     for old in _checkpoints(folder)[:-kept]:
         old.unlink()
-    return path
 
 
 def load_newest_checkpoint(folder: Path, fingerprint: dict) -> State | None:

@@ -19,13 +19,13 @@ def sample() -> None:
 
 def _run(settings: type, work: Callable, description: str) -> None:
     """Do `work` on the settings of the command line; for a mistake of the user's exit with 2."""
+    rank = int(os.environ.get("RANK", 0))
     try:
         work(config.read(settings, sys.argv[1:], description))
     except config.UserError as error:
-        rank = int(os.environ.get("RANK", 0))
         print(f"error: {error}" if rank == 0 else f"error (process {rank}): {error}", file=sys.stderr)
         sys.exit(2)
     except training.Stopped as stopped:
-        if str(stopped):
+        if rank == 0:
             print(stopped)
         sys.exit(stopped.exit_code)

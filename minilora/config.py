@@ -131,9 +131,7 @@ class TrainConfig(Settings):
     output: str | None = setting(
         None, "folder of the results; out/<name of the data folder> if not given", group=OUTPUT
     )
-    checkpoint_every: int | None = setting(
-        None, "steps between checkpoints; only when stopped if not given", group=OUTPUT
-    )
+    checkpoint_every: int = setting(ByBase(500, 100), "steps between checkpoints", group=OUTPUT)
     checkpoints_kept: int = setting(1, "how many of the newest checkpoints stay", group=OUTPUT)
     resume: bool = setting(False, "go on from the newest checkpoint in the output folder", group=OUTPUT)
     sample_prompt: tuple[str, ...] = setting(

@@ -200,8 +200,9 @@ class Examples:
         self.schedule_length = schedule_length
         self.folder = Path(config.cache).expanduser()
         self.vae, self.text_encoder = fingerprint(encoders.vae), fingerprint(encoders.text_encoder)
-        # With random crops no picture is ever seen twice, so the VAE stays and encodes each draw.
         self.encoders = encoders if config.crop == "random" else None
+        if self.encoders:
+            ranks.say("note: --crop random shows no crop twice, so the VAE stays in memory and encodes each draw")
         captions = sorted({caption for item in items for caption in (*item.captions, "")})
         if ranks.is_main and (cut := [caption for caption in captions if encoders.is_truncated(caption)]):
             print(

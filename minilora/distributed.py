@@ -6,6 +6,7 @@ communicates.
 """
 
 import os
+import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -26,6 +27,11 @@ class Ranks:
     def is_main(self) -> bool:
         """Whether this is the one process that prints and writes files."""
         return self.rank == 0
+
+    def say(self, text: str) -> None:
+        """Print a line, once for all processes."""
+        if self.is_main:
+            print(text, flush=True)
 
 
 def this_device() -> torch.device:
@@ -55,6 +61,64 @@ def wait_for_all() -> None:
     """Return once every process is here."""
     if dist.is_initialized():
         dist.barrier()
+
+
+class Shares:
+    """How the positions of a step are shared out: over rounds, processes, and the places of a micro-batch.
+
+    `batch` is the number of positions of a step over all processes; `micro` how many a process takes
+    at a time (all of its share if None).  Raises ValueError, with the numbers, if that cannot be.
+    """
+
+    def __init__(self, batch: int, micro: int | None, rank: int, world: int):
+        self.batch, self.rank, self.world = batch, rank, world
+        self.micro = micro or max(1, batch // world)
+        self.rounds, left_over = divmod(batch, self.micro * world)
+        if left_over or not self.rounds:
+            raise ValueError(
+                f"--batch-size is {batch}; it cannot be divided into micro-batches of {self.micro} "
+                f"on each of {world} processes"
+            )
+
+    def all_positions(self, step: int) -> range:
+        """Return the positions of a step, over all processes."""
+        return range(step * self.batch, (step + 1) * self.batch)
+
+    def positions(self, step: int) -> list[range]:
+        """Return this process's micro-batches of a step, each a range of positions."""
+        starts = (step * self.batch + (n * self.world + self.rank) * self.micro for n in range(self.rounds))
+        return [range(start, start + self.micro) for start in starts]
+
+    def __str__(self) -> str:
+        return f"{self.micro} pictures × {self.rounds} rounds × {self.world} processes"
+
+
+class StopSignals:
+    """Notice SIGTERM and SIGINT, within a block, instead of dying of them; a second one is obeyed at once."""
+
+    def __enter__(self) -> "StopSignals":
+        self.number: int | None = None
+        self.before = {number: signal.signal(number, self._notice) for number in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def _notice(self, number: int, frame) -> None:
+        self.number = number
+        self._restore()
+
+    def _restore(self) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def __exit__(self, *error) -> None:
+        self._restore()
+
+    def seen_by_any(self, ranks: Ranks) -> bool:
+        """Whether any process was told to stop; all get the same answer, and then all stop together."""
+        seen = torch.tensor(float(self.number or 0), device=ranks.device)
+        if dist.is_initialized():
+            dist.all_reduce(seen, dist.ReduceOp.MAX)
+        self.number = int(seen) or None
+        return self.number is not None
 
 
 def mean_over_ranks(values: torch.Tensor) -> torch.Tensor:

@@ -8,13 +8,12 @@ position is computed from it (draws.py).  Processes and micro-batches only share
 and a run that was stopped goes on as if it had not been.
 """
 
-import dataclasses
 import hashlib
 import json
 import math
-import signal
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -24,19 +23,11 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from . import sampling
-from .checkpoint import (
-    State,
-    load_newest_checkpoint,
-    load_optimizer_tensors,
-    optimizer_tensors,
-    save_checkpoint,
-    write_whole,
-)
+from . import checkpoint, sampling
 from .config import TrainConfig, UserError
 from .data import Batch, Examples, read_folder
 from .diffusion import Schedule, denoising_loss, offset_noise
-from .distributed import Ranks, mean_over_ranks, processes
+from .distributed import Ranks, Shares, StopSignals, mean_over_ranks, processes
 from .formats import FILE_NAME
 from .lora import inject_lora, load_lora_state_dict, lora_parameters, lora_state_dict
 from .models import DTYPES, Base, fingerprint, save_lora
@@ -44,16 +35,13 @@ from .models import DTYPES, Base, fingerprint, save_lora
 # What an objective is: (unet, batch, schedule, config) -> one loss per picture, (batch,).
 Objective = Callable[[nn.Module, Batch, Schedule, TrainConfig], torch.Tensor]
 
-# Settings that say where results go or how the work is shared out, and so do not change what is learnt.
-_NOT_IN_FINGERPRINT = ("data", "model", "output", "cache", "micro_batch_size", "checkpoint_every", "checkpoints_kept")
-_NOT_IN_FINGERPRINT += (
-    "resume",
-    "sample_prompt",
-    "sample_every",
-    "caption",
-    "caption_column",
-    "gradient_checkpointing",
-)
+
+class Stopped(Exception):
+    """The process was told to stop, and the run was saved."""
+
+    def __init__(self, signal_number: int, message: str):
+        super().__init__(message)
+        self.exit_code = 128 + signal_number
 
 
 def denoising(unet: nn.Module, batch: Batch, schedule: Schedule, config: TrainConfig) -> torch.Tensor:
@@ -69,28 +57,70 @@ def train(config: TrainConfig, objective: Objective = denoising) -> Path:
     and Stopped, after saving, when the process is told to stop.
     """
     with processes() as ranks:
-        return _train(config, objective, ranks)
+        run = prepare(config, objective, ranks)
+        first_step = resume(run) if config.resume else 0
+        if ranks.is_main:
+            checkpoint.write_whole(run.output / "config.json", config.to_json().encode())
+        bar = tqdm(total=config.steps, initial=first_step, desc="train", unit="step", disable=not ranks.is_main)
+        with StopSignals() as signals, Log(run, first_step) as log, bar:
+            for step in range(first_step, config.steps):
+                learning_rate = learning_rate_at(step, config)
+                loss, grad_norm = optimizer_step(run, step, learning_rate)
+                bar.set_postfix(loss=f"{loss:.4f}", lr=f"{learning_rate:.1e}", refresh=False)
+                bar.update()
+                log.numbers(step + 1, loss=loss, learning_rate=learning_rate, grad_norm=grad_norm)
+                stop = signals.seen_by_any(ranks)
+                if stop or is_due(config.checkpoint_every, step):
+                    saved = save_state(run, step + 1)
+                if is_due(config.sample_every, step):
+                    log.samples(step + 1)
+                if stop:
+                    raise Stopped(signals.number, f"stopped after step {step + 1}, saved {saved}; go on with --resume")
+        return finish(run)
 
 
-def _train(config: TrainConfig, objective: Objective, ranks: Ranks) -> Path:
-    shares = Shares.of(config, ranks)
-    say = print if ranks.is_main else (lambda *_: None)
+@dataclass(frozen=True)
+class Run:
+    """What a run is made of, once everything is loaded, checked and encoded."""
+
+    config: TrainConfig
+    objective: Objective
+    ranks: Ranks
+    shares: Shares
+    base: Base
+    examples: Examples
+    identity: dict  # what the run is a function of, as JSON values
+    model: nn.Module  # the U-Net; wrapped, where there are several processes, so that gradients are averaged
+    parameters: list[nn.Parameter]  # all that is trained; the one list for optimizer, clipping and counting
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler  # keeps fp16 gradients from vanishing; does nothing otherwise
+
+    @property
+    def output(self) -> Path:
+        return Path(self.config.output)
+
+
+# ------------------------------------------------------------------------------ before the first step
+
+
+def prepare(config: TrainConfig, objective: Objective, ranks: Ranks) -> Run:
+    """Load the base, read and encode the pictures, inject the LoRA, make the optimizer, and say so."""
+    try:
+        shares = Shares(config.batch_size, config.micro_batch_size, ranks.rank, ranks.world)
+    except ValueError as error:
+        raise UserError(str(error)) from error
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     base = Base(config.model, ranks.device, DTYPES[config.precision])
     resolution = config.resolution or base.resolution
     if resolution % base.side_multiple:
         raise UserError(f"--resolution is {resolution}; this base needs a multiple of {base.side_multiple}")
 
-    # Pictures and captions are encoded once, in float32; then VAE and text encoder leave memory.
+    # Pictures and captions are encoded in float32: a VAE in half precision can overflow.
     items = read_folder(config, resolution)
     encoders = Base(config.model, ranks.device)
     examples = Examples(items, config, resolution, encoders, len(base.schedule), ranks)
-    identity = _identity(config, resolution, base, examples)
-    if config.crop == "random":
-        say("note: --crop random encodes each draw anew, so the latents are not cached and the VAE stays in memory")
-    else:
-        del encoders
-    base.release("vae")
+    identity = _identity(config, base, examples)
+    base.release("vae")  # and the encoders go too, unless the examples keep them
 
     unet = base.unet.train()
     try:
@@ -101,121 +131,85 @@ def _train(config: TrainConfig, objective: Objective, ranks: Ranks) -> Path:
     if config.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
     if ranks.device.type == "cuda":
-        unet.to(memory_format=torch.channels_last)  # measured: faster on a GPU, not on a CPU
+        unet.to(memory_format=torch.channels_last)
     parameters = lora_parameters(unet)
-    assert all(p.dtype == torch.float32 for p in parameters)
-    assert sum(p.requires_grad for p in unet.parameters()) == len(parameters)
+    assert all(parameter.dtype == torch.float32 for parameter in parameters)
+    assert sum(parameter.requires_grad for parameter in unet.parameters()) == len(parameters)
     optimizer = torch.optim.AdamW(parameters, betas=(0.9, 0.999), eps=1e-8, weight_decay=1e-2, fused=True)
     scaler = torch.amp.GradScaler(ranks.device.type, enabled=config.precision == "fp16")
     model = DistributedDataParallel(unet, broadcast_buffers=False) if ranks.world > 1 else unet
 
-    output = Path(config.output)
-    first_step = _resume(config, output, identity, unet, optimizer, scaler, say) if config.resume else 0
-    if ranks.is_main:
-        write_whole(output / "config.json", config.to_json().encode())
-    writer = SummaryWriter(str(output / "tensorboard"), purge_step=first_step) if ranks.is_main else None
-    trainable, total = sum(p.numel() for p in parameters), sum(p.numel() for p in unet.parameters())
-    say(f"base       {base.source}, {base.schedule.prediction_type}, {config.precision} on {ranks.device}")
-    say(f"pictures   {len(items)} of {config.data}, at {resolution} × {resolution} pixels")
-    say(f"LoRA       rank {config.rank}, alpha {config.alpha:g}, in {len(layers)} layers")
-    say(f"trained    {trainable:,} of {total:,} parameters")
-    say(f"batch      {config.batch_size} = {shares}")
-
-    def save(step: int) -> Path:
-        state = State(step, lora_state_dict(unet), optimizer_tensors(optimizer), scaler.state_dict())
-        return save_checkpoint(output / "checkpoints", state, identity, config.checkpoints_kept)
-
-    signals = _Signals()
-    bar = tqdm(total=config.steps, initial=first_step, desc="train", disable=not ranks.is_main, unit="step")
-    with signals, bar:
-        for step in range(first_step, config.steps):
-            # ------------------------------------------------------------- one optimizer step
-            learning_rate = learning_rate_at(step, config)
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate
-            loss_sum = torch.zeros((), device=ranks.device)
-            for number, positions in enumerate(shares.positions(step)):
-                batch = examples.batch(positions, ranks.device)
-                # Gradients of several micro-batches add up; only the last one averages them over the ranks.
-                last = number == shares.accumulation - 1
-                with nullcontext() if last or ranks.world == 1 else model.no_sync():
-                    with torch.autocast(
-                        ranks.device.type, DTYPES[config.precision], enabled=config.precision != "fp32"
-                    ):
-                        loss = objective(model, batch, base.schedule, config).mean() / shares.accumulation
-                    scaler.scale(loss).backward()
-                loss_sum += loss.detach()
-            scaler.unscale_(optimizer)
-            grad_norm = nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
-            loss_mean, stop = mean_over_ranks(torch.stack([loss_sum, signals.seen.to(ranks.device)])).tolist()
-            if not math.isfinite(loss_mean) or not (scaler.is_enabled() or math.isfinite(grad_norm)):
-                raise UserError(_not_finite(step, loss_mean, float(grad_norm), examples, config))
-            scaler.step(optimizer)
-            scaler.update()
-            optimizer.zero_grad()
-            # --------------------------------------------------------------------------------
-            done = step + 1
-            if ranks.is_main:
-                bar.set_postfix(loss=f"{loss_mean:.4f}", lr=f"{learning_rate:.1e}", refresh=False)
-                bar.update()
-                for name, value in (("loss", loss_mean), ("learning_rate", learning_rate), ("grad_norm", grad_norm)):
-                    writer.add_scalar(name, value, done)
-                if stop or (config.checkpoint_every and done % config.checkpoint_every == 0 and done < config.steps):
-                    path = save(done)
-                if config.sample_every and done % config.sample_every == 0:
-                    sheet = sampling.draw_prompts(base, config.sample_prompt, config.seed, resolution)
-                    sampling.save_picture(sheet, output / "samples" / f"step-{done:08d}.png")
-                    writer.add_image("samples", np.array(sheet), done, dataformats="HWC")
-            if stop:
-                say_stopped = f"stopped after step {done}, saved {path}; go on with --resume" if ranks.is_main else ""
-                raise Stopped(signals.number, say_stopped)
-
-    lora_file = output / FILE_NAME
-    if ranks.is_main:
-        save_lora(unet, lora_file)
-        writer.close()
-        sheet = sampling.before_after(base, items[0], config.seed, resolution)
-        sampling.save_picture(sheet, output / "samples" / "before_after.png")
-        say(f"wrote      {lora_file} and {output / 'samples' / 'before_after.png'}")
-        model_option = f" --model {config.model}" if config.model else ""
-        say(f'next       python sample.py --prompt "{items[0].captions[0]}" --lora {output}{model_option}')
-    return lora_file
+    trained, total = sum(p.numel() for p in parameters), sum(p.numel() for p in unet.parameters())
+    ranks.say(f"base       {base.source}, {base.schedule.prediction_type}, {config.precision} on {ranks.device.type}")
+    ranks.say(f"pictures   {len(items)} of {config.data}, at {resolution} × {resolution} pixels")
+    ranks.say(f"LoRA       rank {config.rank}, alpha {config.alpha:g}, in {len(layers)} layers")
+    ranks.say(f"trained    {trained:,} of {total:,} parameters")
+    ranks.say(f"batch      {config.batch_size} = {shares}")
+    return Run(config, objective, ranks, shares, base, examples, identity, model, parameters, optimizer, scaler)
 
 
-# ------------------------------------------------------------------------------------- its pieces
+# Settings that say where things are or how work is shared out.  What they name, the pictures and the
+# base, is in the identity by content; the rest does not change what is learnt.
+_NO_PART_OF_IDENTITY = {
+    *("data", "caption", "caption_column", "cache", "model", "output", "resume", "micro_batch_size"),
+    *("gradient_checkpointing", "checkpoint_every", "checkpoints_kept", "sample_prompt", "sample_every"),
+}
 
 
-@dataclasses.dataclass(frozen=True)
-class Shares:
-    """How the positions of a step are shared out: over `accumulation` rounds, `world` ranks, `micro` each."""
+def _identity(config: TrainConfig, base: Base, examples: Examples) -> dict:
+    """Return what the run is a function of, as JSON values: settings, pictures with captions, base."""
+    settings = {name: value for name, value in asdict(config).items() if name not in _NO_PART_OF_IDENTITY}
+    if config.lr_schedule == "constant":
+        del settings["steps"]  # then a longer run begins as a shorter one
+    pictures = json.dumps([[item.digest, item.captions] for item in examples.items])
+    return settings | {
+        "targets": list(config.targets),
+        "resolution": examples.resolution,
+        "pictures": hashlib.sha256(pictures.encode()).hexdigest(),
+        "unet": fingerprint(base.unet),
+        "vae": examples.vae,
+        "text_encoder": examples.text_encoder,
+    }
 
-    batch: int
-    micro: int
-    rank: int
-    world: int
 
-    @classmethod
-    def of(cls, config: TrainConfig, ranks: Ranks) -> "Shares":
-        """Raise UserError, with the numbers, if the batch cannot be divided so."""
-        micro = config.micro_batch_size or max(1, config.batch_size // ranks.world)
-        if config.batch_size % (micro * ranks.world):
-            raise UserError(
-                f"--batch-size is {config.batch_size}; it cannot be divided into micro-batches of {micro} "
-                f"on each of {ranks.world} processes"
-            )
-        return cls(config.batch_size, micro, ranks.rank, ranks.world)
+# -------------------------------------------------------------------------------------- the step
 
-    @property
-    def accumulation(self) -> int:
-        return self.batch // (self.micro * self.world)
 
-    def positions(self, step: int) -> list[range]:
-        """Return this rank's micro-batches of a step, each a range of positions."""
-        starts = (step * self.batch + (n * self.world + self.rank) * self.micro for n in range(self.accumulation))
-        return [range(start, start + self.micro) for start in starts]
+def optimizer_step(run: Run, step: int, learning_rate: float) -> tuple[float, float]:
+    """Take one optimizer step; return the loss, a mean over the whole batch, and the gradient's norm.
 
-    def __str__(self) -> str:
-        return f"{self.micro} pictures × {self.accumulation} accumulated × {self.world} processes"
+    Raises UserError, with the step and its pictures, if one of them is not finite.
+    """
+    config, device = run.config, run.ranks.device
+    for group in run.optimizer.param_groups:
+        group["lr"] = learning_rate
+    loss_sum = torch.zeros((), device=device)
+    micro_batches = run.shares.positions(step)
+    for number, positions in enumerate(micro_batches, start=1):
+        batch = run.examples.batch(positions, device)
+        # The gradients of the micro-batches add up, and only the last backward pass averages them over
+        # the processes.  no_sync must be around the forward pass too, or it has no effect.
+        last = number == len(micro_batches)
+        with nullcontext() if last or run.ranks.world == 1 else run.model.no_sync():
+            with torch.autocast(device.type, DTYPES[config.precision], enabled=config.precision != "fp32"):
+                loss = run.objective(run.model, batch, run.base.schedule, config).mean() / len(micro_batches)
+            run.scaler.scale(loss).backward()
+        loss_sum += loss.detach()
+    run.scaler.unscale_(run.optimizer)
+    grad_norm = nn.utils.clip_grad_norm_(run.parameters, config.max_grad_norm).item()
+    loss_mean = mean_over_ranks(loss_sum).item()
+    # In fp16 a gradient that overflows is ordinary: the scaler skips the step and scales less.
+    if not math.isfinite(loss_mean) or not (math.isfinite(grad_norm) or run.scaler.is_enabled()):
+        pictures = ", ".join(
+            dict.fromkeys(run.examples.picture_at(p).path.name for p in run.shares.all_positions(step))
+        )
+        raise UserError(
+            f"step {step + 1}: loss {loss_mean}, norm of the gradient {grad_norm}; its pictures: {pictures}"
+        )
+    run.scaler.step(run.optimizer)
+    run.scaler.update()
+    run.optimizer.zero_grad()
+    return loss_mean, grad_norm
 
 
 def learning_rate_at(step: int, config: TrainConfig) -> float:
@@ -232,64 +226,81 @@ def learning_rate_at(step: int, config: TrainConfig) -> float:
     return config.learning_rate * 0.5 * (1 - math.cos(math.pi * left))
 
 
-class Stopped(Exception):
-    """The process was told to stop, and the run was saved."""
-
-    def __init__(self, signal_number: int, message: str):
-        super().__init__(message)
-        self.exit_code = 128 + signal_number
+def is_due(every: int | None, step: int) -> bool:
+    """Whether something that is done after every so many steps is done after this one."""
+    return every is not None and (step + 1) % every == 0
 
 
-class _Signals:
-    """Notice SIGTERM and SIGINT instead of dying of them; a second one is obeyed at once."""
-
-    def __enter__(self):
-        self.seen = torch.zeros(())  # a tensor, since one rank's signal must stop all of them
-        self.number = signal.SIGTERM
-        self.before = {number: signal.signal(number, self._notice) for number in (signal.SIGTERM, signal.SIGINT)}
-
-    def _notice(self, number, frame):
-        self.seen = torch.ones(())
-        self.number = number
-        self._restore()
-
-    def _restore(self):
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
-
-    def __exit__(self, *error):
-        self._restore()
+# -------------------------------------------------------------------------------- what a run leaves
 
 
-def _identity(config: TrainConfig, resolution: int, base: Base, examples: Examples) -> dict:
-    """Return what the run is a function of, as JSON values: settings, pictures with captions, base."""
-    settings = {k: v for k, v in dataclasses.asdict(config).items() if k not in _NOT_IN_FINGERPRINT}
-    if config.lr_schedule == "constant":
-        del settings["steps"]  # then a longer run begins as a shorter one
-    pictures = hashlib.sha256(json.dumps([[i.digest, i.captions] for i in examples.items]).encode()).hexdigest()
-    made_of = {"unet": fingerprint(base.unet), "vae": examples.vae, "text_encoder": examples.text_encoder}
-    return settings | {"targets": list(config.targets), "resolution": resolution, "pictures": pictures} | made_of
+class Log:
+    """TensorBoard's files and the pictures drawn during training; only the main process writes them."""
+
+    def __init__(self, run: Run, first_step: int):
+        self.run = run
+        folder = str(run.output / "tensorboard")
+        self.writer = SummaryWriter(folder, purge_step=first_step + 1) if run.ranks.is_main else None
+
+    def __enter__(self) -> "Log":
+        return self
+
+    def __exit__(self, *error) -> None:
+        if self.writer:
+            self.writer.close()
+
+    def numbers(self, step: int, **values: float) -> None:
+        if self.writer:
+            for name, value in values.items():
+                self.writer.add_scalar(name, value, step)
+
+    def samples(self, step: int) -> None:
+        """Draw every --sample-prompt with the LoRA as it is now."""
+        if self.writer:
+            run = self.run
+            sheet = sampling.draw_prompts(run.base, run.config.sample_prompt, run.config.seed, run.examples.resolution)
+            sampling.save_picture(sheet, run.output / "samples" / f"step-{step:08d}.png")
+            self.writer.add_image("samples", np.array(sheet), step, dataformats="HWC")
 
 
-def _resume(config, output: Path, identity: dict, unet, optimizer, scaler, say) -> int:
-    """Load the newest checkpoint, if there is one, and return the number of steps already done."""
+def save_state(run: Run, step: int) -> Path:
+    """Write a checkpoint after `step` steps and return its path."""
+    lora = lora_state_dict(run.base.unet)
+    state = checkpoint.State(step, lora, checkpoint.optimizer_tensors(run.optimizer), run.scaler.state_dict())
+    folder = run.output / "checkpoints"
+    if run.ranks.is_main:
+        checkpoint.save_checkpoint(folder, state, run.identity, run.config.checkpoints_kept)
+    return checkpoint.path_of(folder, step)
+
+
+def resume(run: Run) -> int:
+    """Take up the newest checkpoint, if there is one, and return the number of steps already done."""
+    folder = run.output / "checkpoints"
     try:
-        state = load_newest_checkpoint(output / "checkpoints", identity)
+        state = checkpoint.load_newest_checkpoint(folder, run.identity)
     except ValueError as error:
         raise UserError(f"--resume: {error}") from error
     if state is None:
-        say(f"note: --resume found no checkpoint in {output / 'checkpoints'}; starting from the beginning")
+        run.ranks.say(f"note: --resume found no checkpoint in {folder}; starting from the beginning")
         return 0
-    if state.step > config.steps:
-        raise UserError(f"--resume: the checkpoint has {state.step} steps done, more than --steps {config.steps}")
-    load_lora_state_dict(unet, state.lora)
-    load_optimizer_tensors(optimizer, state.optimizer)
-    scaler.load_state_dict(state.scaler)
-    say(f"resume     after step {state.step}")
+    if state.step > run.config.steps:
+        raise UserError(f"--resume: the checkpoint has {state.step} steps done, more than --steps {run.config.steps}")
+    load_lora_state_dict(run.base.unet, state.lora)
+    checkpoint.load_optimizer_tensors(run.optimizer, state.optimizer)
+    run.scaler.load_state_dict(state.scaler)
+    run.ranks.say(f"resume     after step {state.step}")
     return state.step
 
 
-def _not_finite(step: int, loss: float, grad_norm: float, examples: Examples, config: TrainConfig) -> str:
-    positions = range(step * config.batch_size, (step + 1) * config.batch_size)
-    pictures = ", ".join(dict.fromkeys(examples.picture_at(p).path.name for p in positions))
-    return f"step {step + 1}: the loss is {loss} and the gradient's norm {grad_norm}; its pictures are {pictures}"
+def finish(run: Run) -> Path:
+    """Write the LoRA file, draw the sheet that shows what it does, and say what to type next."""
+    config, item = run.config, run.examples.items[0]
+    lora_file, sheet_file = run.output / FILE_NAME, run.output / "samples" / "before_after.png"
+    if run.ranks.is_main:
+        save_lora(run.base.unet, lora_file)
+        sheet = sampling.before_after(run.base, item, config.seed, run.examples.resolution)
+        sampling.save_picture(sheet, sheet_file)
+        run.ranks.say(f"wrote      {lora_file} and {sheet_file}")
+        model = f" --model {config.model}" if config.model else ""
+        run.ranks.say(f'next       python sample.py --prompt "{item.captions[0]}" --lora {config.output}{model}')
+    return lora_file

@@ -12,13 +12,13 @@ def parse(*argv):
     return read(TrainConfig, list(argv), "")
 
 
-def test_defaults_are_the_well_known_recipe_and_differ_on_the_bundled_base_in_four_places():
+def test_defaults_are_the_well_known_recipe_and_differ_on_the_bundled_base_where_it_is_said():
     usual, bundled = parse("--data", "x/y", "--model", "some/base"), parse("--data", "x/y")
     assert (usual.rank, usual.alpha, usual.learning_rate, usual.batch_size) == (8, 8, 1e-4, 1)
     assert (usual.max_grad_norm, usual.noise_offset, usual.snr_gamma, usual.precision) == (1.0, 0, None, "fp32")
     assert usual.output == "out/y"
     differ = {f.name for f in dataclasses.fields(usual) if getattr(usual, f.name) != getattr(bundled, f.name)}
-    assert differ == {"model", "steps", "batch_size", "learning_rate"}
+    assert differ == {"model", "steps", "batch_size", "learning_rate", "checkpoint_every"}
 
 
 def test_the_command_line_wins_over_the_file(tmp_path):

@@ -1,5 +1,6 @@
 """data.py: what a folder may look like, what is said when it is wrong, and what training sees of it."""
 
+import dataclasses
 import json
 import struct
 import zlib
@@ -13,7 +14,7 @@ from PIL import Image
 from minilora import data, draws
 from minilora.config import TrainConfig, UserError
 from minilora.data import Examples, as_tensor, cut_square, open_picture, read_folder
-from minilora.distributed import Ranks
+from minilora.distributed import Ranks, Shares
 from minilora.models import Base
 
 ONE = Ranks(0, 1, torch.device("cpu"))
@@ -163,6 +164,21 @@ def test_a_batch_is_the_draws_put_together(pictures, tmp_path, tiny_base):
         assert batch.timesteps[row] == draws.integer(3, "timestep", position, 0, 1000)
         caption = item.captions[draws.integer(3, "caption", position, 0, len(item.captions))]
         assert torch.equal(batch.text[row], base.encode_prompt(caption))
+
+
+def test_however_the_positions_are_shared_out_the_draws_are_the_same(pictures, tmp_path, tiny_base):
+    examples = examples_for(pictures, tmp_path, tiny_base, mirror=True, caption_dropout=0.2)
+    whole = examples.batch(range(12, 24), ONE.device)
+    for world, micro in [(1, 1), (1, 4), (2, 3), (3, 2), (4, 1), (4, 3)]:
+        seen = 0
+        for rank in range(world):
+            for positions in Shares(12, micro, rank, world).positions(step=1):
+                part = examples.batch(positions, ONE.device)
+                for field in dataclasses.fields(part):
+                    rows = getattr(whole, field.name)[positions.start - 12 : positions.stop - 12]
+                    assert torch.equal(getattr(part, field.name), rows)
+                seen += len(positions)
+        assert seen == 12
 
 
 def test_each_of_several_captions_is_used(pictures, tmp_path, tiny_base):
