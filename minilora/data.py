@@ -34,11 +34,12 @@ from .models import Base, fingerprint
 
 @dataclass(frozen=True)
 class Item:
-    """One picture of the folder: its file, a hash of the file's bytes, and one or more captions."""
+    """One picture of the folder: its file, a hash of the file's bytes, its short side, its captions."""
 
     path: Path
     digest: str
-    captions: tuple[str, ...]
+    short_side: int  # pixels
+    captions: tuple[str, ...]  # one or more
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,11 @@ def as_tensor(picture: Image.Image) -> torch.Tensor:
 # ---------------------------------------------------------------------------------- folder -> items
 
 
-def read_folder(config: TrainConfig, resolution: int) -> list[Item]:
+# What Pillow raises for a file that is no picture, is cut off, or is a decompression bomb.
+_NO_PICTURE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError, Image.DecompressionBombWarning)
+
+
+def read_folder(config: TrainConfig) -> list[Item]:
     """Return the pictures of `config.data` with their captions, in the order of their names.
 
     Captions come from metadata.jsonl, or else from a .txt beside each picture, or else from
@@ -110,23 +115,12 @@ def read_folder(config: TrainConfig, resolution: int) -> list[Item]:
         if path not in captions:
             problems.append(f"{path.name} has no caption in metadata.jsonl or a .txt beside it; give one, or --caption")
         try:
-            smallest = min(open_picture(path).size)
-        except (
-            OSError,
-            SyntaxError,
-            ValueError,
-            Image.DecompressionBombError,
-            Image.DecompressionBombWarning,
-        ) as error:
+            short_side = min(open_picture(path).size)
+        except _NO_PICTURE as error:
             problems.append(f"{path.name} cannot be opened as a picture ({error})")
-            continue
-        if smallest < resolution:
-            print(
-                f"warning: {path} is {smallest} pixels on its short side; it is enlarged to {resolution}",
-                file=sys.stderr,
-            )
-        digest = hashlib.sha256(path.read_bytes()).hexdigest()
-        items.append(Item(path, digest, captions.get(path, ())))
+        else:
+            digest = hashlib.sha256(path.read_bytes()).hexdigest()
+            items.append(Item(path, digest, short_side, captions.get(path, ())))
     if problems:
         raise UserError(f"--data {folder}: " + "; ".join(problems))
     return items
@@ -203,6 +197,10 @@ class Examples:
         self.encoders = encoders if config.crop == "random" else None
         if self.encoders:
             ranks.say("note: --crop random shows no crop twice, so the VAE stays in memory and encodes each draw")
+        for item in items:
+            if item.short_side < resolution and ranks.is_main:
+                small = f"{item.path} is {item.short_side} pixels on its short side"
+                print(f"warning: {small}; it is enlarged to {resolution}", file=sys.stderr)
         captions = sorted({caption for item in items for caption in (*item.captions, "")})
         if ranks.is_main and (cut := [caption for caption in captions if encoders.is_truncated(caption)]):
             print(

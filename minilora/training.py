@@ -109,6 +109,7 @@ def prepare(config: TrainConfig, objective: Objective, ranks: Ranks) -> Run:
         shares = Shares(config.batch_size, config.micro_batch_size, ranks.rank, ranks.world)
     except ValueError as error:
         raise UserError(str(error)) from error
+    items = read_folder(config)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     base = Base(config.model, ranks.device, DTYPES[config.precision])
     resolution = config.resolution or base.resolution
@@ -116,7 +117,6 @@ def prepare(config: TrainConfig, objective: Objective, ranks: Ranks) -> Run:
         raise UserError(f"--resolution is {resolution}; this base needs a multiple of {base.side_multiple}")
 
     # Pictures and captions are encoded in float32: a VAE in half precision can overflow.
-    items = read_folder(config, resolution)
     encoders = Base(config.model, ranks.device)
     examples = Examples(items, config, resolution, encoders, len(base.schedule), ranks)
     identity = _identity(config, base, examples)

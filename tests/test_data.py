@@ -26,7 +26,7 @@ def config_for(folder, tmp_path, **settings):
 
 def examples_for(folder, tmp_path, tiny_base, ranks=ONE, **settings):
     config = config_for(folder, tmp_path, **settings)
-    return Examples(read_folder(config, 16), config, 16, Base(str(tiny_base), ranks.device), 1000, ranks)
+    return Examples(read_folder(config), config, 16, Base(str(tiny_base), ranks.device), 1000, ranks)
 
 
 # ----------------------------------------------------------------------------------------- pictures
@@ -72,14 +72,14 @@ def test_a_square_is_cut_out_at_its_place():
 
 
 def test_captions_come_from_metadata(pictures, tmp_path):
-    items = read_folder(config_for(pictures, tmp_path), 16)
+    items = read_folder(config_for(pictures, tmp_path))
     assert [item.captions for item in items][:3] == [("picture 0",), ("picture 1",), ("a dog", "a red apple")]
 
 
 def test_captions_come_from_another_column(tmp_path):
     make_picture(0).save(tmp_path / "a.png")
     (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.png", "text": "no", "title": "yes"}\n\n')
-    assert read_folder(config_for(tmp_path, tmp_path, caption_column="title"), 16)[0].captions == ("yes",)
+    assert read_folder(config_for(tmp_path, tmp_path, caption_column="title"))[0].captions == ("yes",)
 
 
 def test_captions_come_from_text_files_and_the_option_fills_the_gaps(tmp_path):
@@ -87,8 +87,8 @@ def test_captions_come_from_text_files_and_the_option_fills_the_gaps(tmp_path):
         make_picture(0).save(tmp_path / f"{name}.png")
     (tmp_path / "a.txt").write_text(" a red apple\n", encoding="utf-8")
     with pytest.raises(UserError, match=r"b\.png has no caption"):
-        read_folder(config_for(tmp_path, tmp_path), 16)
-    items = read_folder(config_for(tmp_path, tmp_path, caption="a thing"), 16)
+        read_folder(config_for(tmp_path, tmp_path))
+    items = read_folder(config_for(tmp_path, tmp_path, caption="a thing"))
     assert [item.captions for item in items] == [("a red apple",), ("a thing",)]
 
 
@@ -108,7 +108,7 @@ def test_everything_wrong_is_said_at_once(pictures, tmp_path):
     ]
     (pictures / "metadata.jsonl").write_text("\n".join(lines))
     with pytest.raises(UserError) as error:
-        read_folder(config_for(pictures, tmp_path), 16)
+        read_folder(config_for(pictures, tmp_path))
     message = str(error.value)
     for part in [
         "0.png cannot be opened",
@@ -127,10 +127,10 @@ def test_everything_wrong_is_said_at_once(pictures, tmp_path):
 
 def test_a_missing_and_an_empty_folder_are_named(tmp_path):
     with pytest.raises(UserError, match="there is no such folder"):
-        read_folder(config_for(tmp_path / "gone", tmp_path), 16)
+        read_folder(config_for(tmp_path / "gone", tmp_path))
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="there is no picture in it"):
-        read_folder(config_for(tmp_path / "empty", tmp_path), 16)
+        read_folder(config_for(tmp_path / "empty", tmp_path))
 
 
 def test_a_decompression_bomb_is_refused(tmp_path):
@@ -141,12 +141,13 @@ def test_a_decompression_bomb_is_refused(tmp_path):
     bomb = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
     (tmp_path / "bomb.png").write_bytes(bomb)
     with pytest.raises(UserError, match=r"bomb\.png cannot be opened .*exceeds limit"):
-        read_folder(config_for(tmp_path, tmp_path, caption="x"), 16)
+        read_folder(config_for(tmp_path, tmp_path, caption="x"))
 
 
-def test_a_small_picture_is_a_warning(pictures, tmp_path, capsys):
-    read_folder(config_for(pictures, tmp_path), 64)
-    assert "is 20 pixels on its short side; it is enlarged to 64" in capsys.readouterr().err
+def test_a_small_picture_is_a_warning(pictures, tmp_path, tiny_base, capsys):
+    make_picture(0, 40, 12).save(pictures / "3.png")
+    examples_for(pictures, tmp_path, tiny_base)
+    assert capsys.readouterr().err.count("3.png is 12 pixels on its short side; it is enlarged to 16") == 1
 
 
 # --------------------------------------------------------------------------------------- positions

@@ -9,14 +9,10 @@ import argparse
 import json
 from pathlib import Path
 
-import numpy as np
 from PIL import Image
 
-from minilora import draws
+from .pictures import fluent_pictures
 
-from .build import SEED, read_things
-
-LEARNT = 64
 LICENSE = """\
 The pictures are from Microsoft's Fluent Emoji (3D), Copyright (c) Microsoft Corporation, MIT licence,
 as packed by LobeHub in `@lobehub/fluent-emoji-3d` 1.1.0, and resized to 128 pixels.  Captions are the names in
@@ -37,21 +33,6 @@ NO EVENT SHALL THE AUTHORS OR COPYRIGHT HOLDERS BE LIABLE FOR ANY CLAIM, DAMAGES
 WHETHER IN AN ACTION OF CONTRACT, TORT OR OTHERWISE, ARISING FROM, OUT OF OR IN CONNECTION WITH THE
 SOFTWARE OR THE USE OR OTHER DEALINGS IN THE SOFTWARE.
 """
-
-
-Picture = tuple[Path, tuple[str, ...]]  # the file and its names
-
-
-def fluent_pictures(data: Path) -> tuple[list[Picture], list[Picture]]:
-    """Return the pictures to learn from and those kept out of the dataset."""
-    files = {path.stem.replace("-fe0f", ""): path for path in (data / "fluent-emoji-3d" / "assets").glob("*.webp")}
-    pictures = []
-    for stem, names, _ in read_things(data):
-        if path := files.get(stem.replace("-fe0f", "")):
-            pictures.append((path, names))
-    order = draws.generator(SEED, "fluent", 0).permutation(len(pictures))
-    mixed = [pictures[i] for i in np.asarray(order)]
-    return mixed[:LEARNT], mixed[LEARNT:]
 
 
 def main() -> None:

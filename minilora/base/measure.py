@@ -12,7 +12,7 @@ fifty everyday prompts, four seeds each.
 import argparse
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from pathlib import Path
 
@@ -22,17 +22,16 @@ from PIL import Image
 from torch import nn
 
 from minilora import draws
+from minilora.checkpoint import write_whole
 from minilora.config import TrainConfig
 from minilora.data import as_tensor, cut_square, open_picture
 from minilora.diffusion import denoising_loss
-from minilora.formats import FILE_NAME
 from minilora.lora import lora_disabled
 from minilora.models import BUNDLED, Base, load_lora
 from minilora.sampling import draw, merged_at, sheet
 from minilora.training import train
 
-from .build import SEED, SIZE, read_drawings
-from .fluent import fluent_pictures
+from .pictures import SEED, SIZE, Drawing, Named, fluent_pictures, read_drawings
 
 PROMPTS = """apple, banana, strawberry, lemon, watermelon, tomato, carrot, pizza, hamburger, ice cream,
 doughnut, birthday cake, dog, cat, rabbit, bear, pig, frog, penguin, octopus, butterfly, bee, tulip,
@@ -40,8 +39,10 @@ sunflower, cactus, mushroom, evergreen tree, house, car, bus, bicycle, rocket, a
 umbrella, rainbow, snowman, star, key, balloon, book, pencil, guitar, soccer ball, trophy, crown,
 heart, ghost, smile, mountain"""
 PROMPTS = [prompt.strip() for prompt in PROMPTS.replace("\n", " ").split(",")]
-STYLES = ("Noto", "Twemoji", "Fluent")
+STYLES = ("noto", "twemoji", "fluent")
 SHEET = "contact_sheet.jpg"
+
+Note = Callable[[str, str], None]  # what takes down a figure: its name and its value
 
 
 def pixels_of(paths: Sequence[Path]) -> torch.Tensor:
@@ -104,84 +105,88 @@ def train_classifier(pixels: torch.Tensor, styles: torch.Tensor) -> nn.Module:
 @torch.no_grad()
 def share_called_fluent(classifier: nn.Module, pictures: list[Image.Image]) -> float:
     pixels = torch.stack([as_tensor(picture) for picture in pictures])
-    return (classifier(pixels).argmax(1) == STYLES.index("Fluent")).float().mean().item()
+    return (classifier(pixels).argmax(1) == STYLES.index("fluent")).float().mean().item()
+
+
+def measure_base(base: Base, drawings: list[Drawing], unseen: list[Named], photographs: list[Path], note: Note) -> None:
+    """Measure the VAE and the U-Net, and draw the contact sheet."""
+    held_out = [d for d in drawings if d.held_out]
+    for name, paths in [
+        ("held-out drawn pictures", [d.path for d in held_out]),
+        ("Fluent pictures", [path for path, _ in unseen[:256]]),
+        ("the mountain photographs", photographs),
+    ]:
+        note(f"VAE reconstruction, {len(paths)} {name}", f"{psnr(base, pixels_of(paths)):.1f} dB")
+    for name, chosen in [("held-out", held_out), ("training", [d for d in drawings if not d.held_out][::16])]:
+        pictures = [(d.path, f"{d.names[0]}, {d.style} style") for d in chosen]
+        note(f"denoising loss, {len(pictures)} {name} pictures", f"{held_out_loss(base, pictures):.4f}")
+    started = time.time()
+    rows = [draw(base, prompt, range(4), SIZE) for prompt in PROMPTS]
+    note("time to draw 200 pictures, 20 steps each", f"{time.time() - started:.0f} s")
+    pairs = [left + right for left, right in zip(rows[:25], rows[25:], strict=True)]
+    labels = [f"{left} | {right}" for left, right in zip(PROMPTS[:25], PROMPTS[25:], strict=True)]
+    contact = sheet(pairs, [f"seed {seed}" for seed in (*range(4), *range(4))], labels)
+    contact.resize((contact.width // 2, contact.height // 2), Image.Resampling.LANCZOS).save(
+        BUNDLED / SHEET, quality=88
+    )
+
+
+def measure_lora(
+    base: Base, drawings: list[Drawing], unseen: list[Named], fluent: Path, work: Path, note: Note
+) -> None:
+    """Train a LoRA on dataset/fluent and measure it on pictures and prompts that are not in there."""
+    started = time.time()
+    lora_file = train(TrainConfig(data=str(fluent), output=str(work)))
+    note("time to train a LoRA on dataset/fluent by train.py's defaults", f"{time.time() - started:.0f} s")
+    load_lora(base.unet, lora_file)
+    pictures = [(path, names[0]) for path, names in unseen[:256]]
+    with lora_disabled(base.unet):
+        note(f"denoising loss, {len(pictures)} unseen Fluent pictures, base", f"{held_out_loss(base, pictures):.4f}")
+    note(f"denoising loss, {len(pictures)} unseen Fluent pictures, with LoRA", f"{held_out_loss(base, pictures):.4f}")
+
+    # Decoded by the VAE, as drawn pictures are: what it blurs must not give the style away.
+    known = [(d.path, STYLES.index(d.style)) for d in drawings] + [(path, STYLES.index("fluent")) for path, _ in unseen]
+    pixels = through_vae(base, pixels_of([path for path, _ in known]))
+    styles = torch.tensor([style for _, style in known])
+    test = torch.arange(len(known)) % 5 == 0
+    classifier = train_classifier(pixels[~test], styles[~test])
+    with torch.no_grad():
+        right = (classifier(pixels[test]).argmax(1) == styles[test]).float().mean().item()
+    note(f"style classifier, right on {int(test.sum())} pictures kept from it", f"{right:.1%}")
+    learnt = {name for line in (fluent / "metadata.jsonl").open() for name in json.loads(line)["text"]}
+    prompts = [prompt for prompt in PROMPTS if prompt not in learnt]
+    for strength in (0.0, 0.5, 1.0):
+        with merged_at(base.unet, {"default": strength}):
+            drawn = [picture for prompt in prompts for picture in draw(base, prompt, range(2), SIZE)]
+        share = share_called_fluent(classifier, drawn)
+        note(
+            f"called Fluent, {len(drawn)} pictures of {len(prompts)} prompts not learnt, LoRA at {strength:g}",
+            f"{share:.1%}",
+        )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m minilora.base.measure", description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, default=Path("base-data"), help="folder of the unpacked data packages")
-    parser.add_argument("--fluent", type=Path, default=Path("dataset/fluent"), help="folder that the LoRA learns from")
+    parser.add_argument("--dataset", type=Path, default=Path("dataset"), help="folder of the example datasets")
     parser.add_argument("--work", type=Path, default=Path(".cache/measure"), help="folder for the LoRA it trains")
     args = parser.parse_args()
-    base = Base(None, torch.device("cpu"))
-    drawings = read_drawings(args.data)
-    held_out = [d for d in drawings if d.held_out]
-    unseen = fluent_pictures(args.data)[1]
-    figures: dict[str, str] = {}
+    figures: list[str] = []
 
     def note(name: str, value: str) -> None:
-        figures[name] = value
+        figures.append(f"| {name} | {value} |\n")
         print(f"{name}: {value}", flush=True)
 
-    # ------------------------------------------------------------------------------------ the base
-    photographs = sorted((args.fluent.parent).glob("mountain*/*.jpg"))
-    for name, paths in [
-        ("held-out drawn pictures", [d.path for d in held_out]),
-        ("Fluent pictures", [path for path, _ in unseen[:256]]),
-        ("the two mountain photographs", photographs),
-    ]:
-        note(f"VAE reconstruction, {name} ({len(paths)})", f"{psnr(base, pixels_of(paths)):.1f} dB")
-    pictures = [(d.path, f"{d.names[0]}, {d.style} style") for d in held_out]
-    note(f"denoising loss, held-out drawn pictures ({len(pictures)})", f"{held_out_loss(base, pictures):.4f}")
-    known = [(d.path, f"{d.names[0]}, {d.style} style") for d in drawings if not d.held_out][::16]
-    note(f"denoising loss, pictures it was trained on ({len(known)})", f"{held_out_loss(base, known):.4f}")
+    base = Base(None, torch.device("cpu"))
+    drawings, (_, unseen) = read_drawings(args.data), fluent_pictures(args.data)
+    measure_base(base, drawings, unseen, sorted(args.dataset.glob("mountain*/*.jpg")), note)
+    measure_lora(base, drawings, unseen, args.dataset / "fluent", args.work, note)
 
-    started = time.time()
-    rows = [draw(base, prompt, range(4), SIZE) for prompt in PROMPTS]
-    note("time to draw 200 pictures, 20 steps each", f"{time.time() - started:.0f} s")
-    pairs = [rows[i] + rows[i + 25] for i in range(25)]
-    labels = [f"{PROMPTS[i]} | {PROMPTS[i + 25]}" for i in range(25)]
-    small = sheet(pairs, [f"seed {seed}" for seed in (*range(4), *range(4))], labels)
-    small.resize((small.width // 2, small.height // 2), Image.Resampling.LANCZOS).save(BUNDLED / SHEET, quality=88)
-
-    # ------------------------------------------------------------------------------ LoRA on Fluent
-    started = time.time()
-    train(TrainConfig(data=str(args.fluent), output=str(args.work)))
-    note("LoRA on dataset/fluent, train.py's defaults, time", f"{time.time() - started:.0f} s")
-    load_lora(base.unet, args.work / FILE_NAME)
-    pictures = [(path, names[0]) for path, names in unseen[:256]]
-    with lora_disabled(base.unet):
-        without = held_out_loss(base, pictures)
-    with_lora = held_out_loss(base, pictures)
-    note("denoising loss, 256 unseen Fluent pictures, without and with LoRA", f"{without:.4f}, {with_lora:.4f}")
-
-    # Decoded by the VAE, as drawn pictures are: what it blurs must not give the style away.
-    everything = [(d.path, i) for i, style in enumerate(("noto", "twemoji")) for d in drawings if d.style == style]
-    everything += [(path, 2) for path, _ in unseen]
-    learn, test = [e for n, e in enumerate(everything) if n % 5], everything[::5]
-    classifier = train_classifier(
-        through_vae(base, pixels_of([p for p, _ in learn])), torch.tensor([s for _, s in learn])
-    )
-    with torch.no_grad():
-        right = classifier(through_vae(base, pixels_of([p for p, _ in test]))).argmax(1) == torch.tensor(
-            [s for _, s in test]
-        )
-    note(f"style classifier, right on {len(test)} pictures it has not seen", f"{right.float().mean():.1%}")
-    learnt = {name for line in (args.fluent / "metadata.jsonl").open() for name in json.loads(line)["text"]}
-    prompts = [prompt for prompt in PROMPTS if prompt not in learnt]
-    for name, strength in (("without LoRA", 0.0), ("with LoRA at 0.5", 0.5), ("with LoRA", 1.0)):
-        with merged_at(base.unet, {"default": strength}):
-            drawn = [picture for prompt in prompts for picture in draw(base, prompt, range(2), SIZE)]
-        note(
-            f"called Fluent, {len(drawn)} pictures of {len(prompts)} prompts not learnt, {name}",
-            f"{share_called_fluent(classifier, drawn):.1%}",
-        )
-
-    lines = "\n".join(f"| {name} | {value} |" for name, value in figures.items())
-    sizes = {part: sum(p.numel() for p in getattr(base, part).parameters()) for part in ("vae", "text_encoder")}
-    card = (BUNDLED / "card.md").read_text()
-    (BUNDLED / "README.md").write_text(card.replace("FIGURES", lines).replace("SIZES", f"{sizes}"))
-    print(f"wrote {BUNDLED / 'README.md'} and {SHEET}")
+    before, rest = (BUNDLED / "README.md").read_text().split("<!-- figures -->")
+    after = rest.split("<!-- end of figures -->")[1]
+    card = f"{before}<!-- figures -->\n| | |\n|---|---|\n{''.join(figures)}<!-- end of figures -->{after}"
+    write_whole(BUNDLED / "README.md", card.encode())
+    print(f"wrote the figures into {BUNDLED / 'README.md'}")
 
 
 if __name__ == "__main__":
