@@ -29,7 +29,7 @@ from . import draws
 from .checkpoint import write_tensors
 from .config import TrainConfig, UserError
 from .distributed import Ranks, wait_for_all
-from .models import Base, fingerprint
+from .models import Base
 
 
 @dataclass(frozen=True)
@@ -131,20 +131,31 @@ def _captions(
 ) -> dict[Path, tuple[str, ...]]:
     """Return the captions by picture, and add what is wrong with them to `problems`."""
     metadata = folder / "metadata.jsonl"
+    captions: dict[Path, tuple[str, ...]] = {}
     if metadata.exists():
         captions = _read_metadata(metadata, config.caption_column, problems)
     else:
-        beside = {path: path.with_suffix(".txt") for path in pictures}
-        captions = {p: (text.read_text(encoding="utf-8").strip(),) for p, text in beside.items() if text.exists()}
+        for picture in pictures:
+            beside = picture.with_suffix(".txt")
+            if beside.exists():
+                captions[picture] = (_read_text(beside, problems).strip(),)
     if config.caption is not None:
         captions = dict.fromkeys(pictures, (config.caption,)) | captions
     return captions
 
 
+def _read_text(path: Path, problems: list[str]) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        problems.append(f"{path.name} cannot be read as UTF-8 text ({error})")
+        return ""
+
+
 def _read_metadata(metadata: Path, column: str, problems: list[str]) -> dict[Path, tuple[str, ...]]:
     """Read metadata.jsonl: one object a line, with `file_name` and a text or a list of texts."""
     folder, captions = metadata.parent, {}
-    for number, line in enumerate(metadata.read_text(encoding="utf-8").splitlines(), start=1):
+    for number, line in enumerate(_read_text(metadata, problems).splitlines(), start=1):
         where = f"metadata.jsonl line {number}"
         if not line.strip():
             continue
@@ -193,7 +204,7 @@ class Examples:
         self.resolution = resolution
         self.schedule_length = schedule_length
         self.folder = Path(config.cache).expanduser()
-        self.vae, self.text_encoder = fingerprint(encoders.vae), fingerprint(encoders.text_encoder)
+        self.vae, self.text_encoder = encoders.encoder_fingerprints()
         self.encoders = encoders if config.crop == "random" else None
         if self.encoders:
             ranks.say("note: --crop random shows no crop twice, so the VAE stays in memory and encodes each draw")
@@ -208,6 +219,7 @@ class Examples:
                 file=sys.stderr,
             )
         self._fill(captions, encoders, ranks)
+        encoders.release("text_encoder")
 
     def batch(self, positions: Sequence[int], device: torch.device) -> Batch:
         """Return what stands at the given positions, whoever asks and in whichever order."""

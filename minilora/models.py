@@ -113,6 +113,13 @@ class Base:
         module = self._from_pretrained(kind, part, torch_dtype=self.dtype)
         return module.requires_grad_(False).eval().to(self.device)
 
+    def encoder_fingerprints(self) -> tuple[str, str]:
+        """Return what the latents of a picture and the vectors of a prompt are functions of, as two hashes."""
+        of_pictures = fingerprint(self.vae, str(self.vae.config.scaling_factor))
+        tokenizer = json.loads(self.tokenizer.backend_tokenizer.to_str())
+        words = {key: value for key, value in tokenizer.items() if key not in ("padding", "truncation")}
+        return of_pictures, fingerprint(self.text_encoder, json.dumps(words))
+
     def release(self, *parts: str) -> None:
         """Let parts leave memory; they are loaded again if they are used again."""
         for part in parts:
@@ -154,9 +161,9 @@ class Base:
         return len(self.tokenizer(prompt).input_ids) > self.tokenizer.model_max_length
 
 
-def fingerprint(module: nn.Module) -> str:
-    """Return a hash of every name, type, shape and number in a module's state."""
-    digest = hashlib.sha256()
+def fingerprint(module: nn.Module, *more: str) -> str:
+    """Return a hash of every name, type, shape and number in a module's state, and of more text."""
+    digest = hashlib.sha256("\0".join(more).encode())
     for name, tensor in sorted(module.state_dict().items()):
         digest.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
         digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())

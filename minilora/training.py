@@ -120,7 +120,7 @@ def prepare(config: TrainConfig, objective: Objective, ranks: Ranks) -> Run:
     encoders = Base(config.model, ranks.device)
     examples = Examples(items, config, resolution, encoders, len(base.schedule), ranks)
     identity = _identity(config, base, examples)
-    base.release("vae")  # and the encoders go too, unless the examples keep them
+    base.release("vae")  # the encoders go too, unless the examples keep them
 
     unet = base.unet.train()
     try:
@@ -137,7 +137,7 @@ def prepare(config: TrainConfig, objective: Objective, ranks: Ranks) -> Run:
     assert sum(parameter.requires_grad for parameter in unet.parameters()) == len(parameters)
     optimizer = torch.optim.AdamW(parameters, betas=(0.9, 0.999), eps=1e-8, weight_decay=1e-2, fused=True)
     scaler = torch.amp.GradScaler(ranks.device.type, enabled=config.precision == "fp16")
-    model = DistributedDataParallel(unet, broadcast_buffers=False) if ranks.world > 1 else unet
+    model = DistributedDataParallel(unet) if ranks.world > 1 else unet
 
     trained, total = sum(p.numel() for p in parameters), sum(p.numel() for p in unet.parameters())
     ranks.say(f"base       {base.source}, {base.schedule.prediction_type}, {config.precision} on {ranks.device.type}")
@@ -261,6 +261,7 @@ class Log:
             sheet = sampling.draw_prompts(run.base, run.config.sample_prompt, run.config.seed, run.examples.resolution)
             sampling.save_picture(sheet, run.output / "samples" / f"step-{step:08d}.png")
             self.writer.add_image("samples", np.array(sheet), step, dataformats="HWC")
+            run.base.release("pipeline", "vae", "text_encoder")  # memory is for training
 
 
 def save_state(run: Run, step: int) -> Path:

@@ -125,6 +125,13 @@ def test_everything_wrong_is_said_at_once(pictures, tmp_path):
     assert "\n" not in message
 
 
+def test_text_that_is_not_utf8_is_named(tmp_path):
+    make_picture(0).save(tmp_path / "a.png")
+    (tmp_path / "a.txt").write_bytes("rosé".encode("latin-1"))
+    with pytest.raises(UserError, match=r"a\.txt cannot be read as UTF-8"):
+        read_folder(config_for(tmp_path, tmp_path))
+
+
 def test_a_missing_and_an_empty_folder_are_named(tmp_path):
     with pytest.raises(UserError, match="there is no such folder"):
         read_folder(config_for(tmp_path / "gone", tmp_path))
