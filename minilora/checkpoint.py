@@ -64,7 +64,7 @@ def save_checkpoint(folder: Path, state: State, fingerprint: dict, kept: int) ->
     tensors |= {f"optimizer.{key}": value for key, value in state.optimizer.items()}
     about = {"step": state.step, "scaler": state.scaler, "fingerprint": fingerprint}
     write_tensors(path_of(folder, state.step), tensors, {"minilora": json.dumps(about, sort_keys=True)})
-    for old in _checkpoints(folder)[:-kept]:
+    for old in all_in(folder)[:-kept]:
         old.unlink()
 
 
@@ -73,7 +73,7 @@ def load_newest_checkpoint(folder: Path, fingerprint: dict) -> State | None:
 
     Raises ValueError, naming what differs, if it belongs to another run, or if it cannot be read.
     """
-    paths = _checkpoints(folder)
+    paths = all_in(folder)
     if not paths:
         return None
     try:
@@ -99,7 +99,8 @@ def load_newest_checkpoint(folder: Path, fingerprint: dict) -> State | None:
     return State(about["step"], part("lora."), part("optimizer."), about["scaler"])
 
 
-def _checkpoints(folder: Path) -> list[Path]:
+def all_in(folder: Path) -> list[Path]:
+    """Return the checkpoints of a folder, the newest last."""
     return sorted(folder.glob("step-*.safetensors"))
 
 

@@ -22,7 +22,7 @@ def _run(settings: type, work: Callable, description: str) -> None:
     rank = int(os.environ.get("RANK", 0))
     try:
         work(config.read(settings, sys.argv[1:], description))
-    except config.UserError as error:
+    except (config.UserError, OSError) as error:  # an OSError: a disk that is full, a folder that is not ours
         print(f"error: {error}" if rank == 0 else f"error (process {rank}): {error}", file=sys.stderr)
         sys.exit(2)
     except training.Stopped as stopped:

@@ -117,8 +117,9 @@ class StopSignals:
         seen = torch.tensor(float(self.number or 0), device=ranks.device)
         if dist.is_initialized():
             dist.all_reduce(seen, dist.ReduceOp.MAX)
-        self.number = int(seen) or None
-        return self.number is not None
+        if seen:
+            self.number = int(seen)
+        return bool(seen)
 
 
 def mean_over_ranks(values: torch.Tensor) -> torch.Tensor:

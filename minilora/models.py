@@ -83,7 +83,10 @@ class Base:
 
     @cached_property
     def schedule(self) -> Schedule:
-        return Schedule.of(self.scheduler).to(self.device)
+        try:
+            return Schedule.of(self.scheduler).to(self.device)
+        except ValueError as error:
+            raise UserError(f"--model {self.source}: {error}") from error
 
     @cached_property
     def pipeline(self) -> StableDiffusionPipeline:
@@ -110,7 +113,7 @@ class Base:
             ) from error
 
     def _load(self, kind: type, part: str) -> nn.Module:
-        module = self._from_pretrained(kind, part, torch_dtype=self.dtype)
+        module = self._from_pretrained(kind, part, torch_dtype=self.dtype, use_safetensors=True)
         return module.requires_grad_(False).eval().to(self.device)
 
     def encoder_fingerprints(self) -> tuple[str, str]:

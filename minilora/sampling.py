@@ -4,6 +4,7 @@ The denoising itself is diffusers' StableDiffusionPipeline.  Every picture has a
 in diffusers: `torch.Generator("cpu").manual_seed(seed)`.
 """
 
+import io
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,6 +13,7 @@ import diffusers
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
+from .checkpoint import write_whole
 from .config import SampleConfig, UserError
 from .data import Item, cut_square, open_picture
 from .distributed import this_device
@@ -111,6 +113,7 @@ def before_after(base: Base, item: Item, seed: int, size: int) -> Image.Image:
 
 def sample(config: SampleConfig) -> Path:
     """Draw what `config` asks for and return the path of the picture."""
+    picture_format(Path(config.output))  # before the work, not after it
     base = Base(config.model, this_device(), DTYPES[config.precision])
     size = config.size or base.resolution
     if size % base.side_multiple:
@@ -139,7 +142,7 @@ def sample(config: SampleConfig) -> Path:
         result = sheet(rows, [f"scale {scale:g}" for scale in config.scales], labels)
     else:
         if strengths:
-            merge_lora(base.unet)  # for speed; the picture is the same
+            merge_lora(base.unet)  # for speed; in float32 the picture is the same
         rows = [draw_all(prompt) for prompt in config.prompt]
         labels = [f"seed {seed}" for seed in seeds]
         single = len(rows) == len(seeds) == 1
@@ -180,8 +183,15 @@ def sheet(rows: list[list[Image.Image]], columns: Sequence[str], labels: Sequenc
 
 
 def save_picture(picture: Image.Image, path: Path) -> None:
-    """Write a picture, in the format that its name ends with."""
-    if path.suffix.lower() not in Image.registered_extensions():
+    """Write a picture, whole or not at all, in the format that its name ends with."""
+    content = io.BytesIO()
+    picture.save(content, picture_format(path))
+    write_whole(path, content.getvalue())
+
+
+def picture_format(path: Path) -> str:
+    """Return the format that a file's name stands for; UserError if there is none that can be written."""
+    name = Image.registered_extensions().get(path.suffix.lower())
+    if name not in Image.SAVE:
         raise UserError(f"--output {path}: its name must end as a picture's does, for example .png")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    picture.save(path)
+    return name

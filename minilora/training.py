@@ -27,7 +27,7 @@ from . import checkpoint, sampling
 from .config import TrainConfig, UserError
 from .data import Batch, Examples, read_folder
 from .diffusion import Schedule, denoising_loss, offset_noise
-from .distributed import Ranks, Shares, StopSignals, mean_over_ranks, processes
+from .distributed import Ranks, Shares, StopSignals, mean_over_ranks, processes, wait_for_all
 from .formats import FILE_NAME
 from .lora import inject_lora, load_lora_state_dict, lora_parameters, lora_state_dict
 from .models import DTYPES, Base, fingerprint, save_lora
@@ -58,7 +58,7 @@ def train(config: TrainConfig, objective: Objective = denoising) -> Path:
     """
     with processes() as ranks:
         run = prepare(config, objective, ranks)
-        first_step = resume(run) if config.resume else 0
+        first_step = resume(run) if config.resume else start(run)
         if ranks.is_main:
             checkpoint.write_whole(run.output / "config.json", config.to_json().encode())
         bar = tqdm(total=config.steps, initial=first_step, desc="train", unit="step", disable=not ranks.is_main)
@@ -75,6 +75,7 @@ def train(config: TrainConfig, objective: Objective = denoising) -> Path:
                 if is_due(config.sample_every, step):
                     log.samples(step + 1)
                 if stop:
+                    wait_for_all()  # the others must not be gone while the main process still writes
                     raise Stopped(signals.number, f"stopped after step {step + 1}, saved {saved}; go on with --resume")
         return finish(run)
 
@@ -165,6 +166,7 @@ def _identity(config: TrainConfig, base: Base, examples: Examples) -> dict:
     return settings | {
         "targets": list(config.targets),
         "resolution": examples.resolution,
+        "schedule": [base.schedule.prediction_type, *base.schedule.alphas_cumprod[[0, -1]].tolist()],
         "pictures": hashlib.sha256(pictures.encode()).hexdigest(),
         "unet": fingerprint(base.unet),
         "vae": examples.vae,
@@ -274,6 +276,25 @@ def save_state(run: Run, step: int) -> Path:
     return checkpoint.path_of(folder, step)
 
 
+def start(run: Run) -> int:
+    """Clear away what an earlier run left in the output folder, and return the number of steps done, 0.
+
+    Raises UserError if that run was not finished: its checkpoints may be hours of work.
+    """
+    wait_for_all()
+    old, lora_file = checkpoint.all_in(run.output / "checkpoints"), run.output / FILE_NAME
+    if old and not lora_file.exists():
+        raise UserError(
+            f"{run.output} holds a run that was not finished, {old[-1].name}; go on with --resume, "
+            "choose another --output, or delete its checkpoints"
+        )
+    wait_for_all()  # all have looked
+    if run.ranks.is_main:
+        for path in (*old, lora_file):
+            path.unlink(missing_ok=True)
+    return 0
+
+
 def resume(run: Run) -> int:
     """Take up the newest checkpoint, if there is one, and return the number of steps already done."""
     folder = run.output / "checkpoints"
@@ -304,4 +325,5 @@ def finish(run: Run) -> Path:
         run.ranks.say(f"wrote      {lora_file} and {sheet_file}")
         model = f" --model {config.model}" if config.model else ""
         run.ranks.say(f'next       python sample.py --prompt "{item.captions[0]}" --lora {config.output}{model}')
+    wait_for_all()
     return lora_file

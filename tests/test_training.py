@@ -135,7 +135,8 @@ def test_a_killed_run_gives_the_same_bytes(run, pictures, tmp_path, tiny_base):
     while process.poll() is None and not list((tmp_path / "killed").glob("checkpoints/step-*")):
         time.sleep(0.01)
     process.kill()
-    process.wait()
+    assert process.wait() == -signal.SIGKILL  # it was running, and
+    assert not (tmp_path / "killed" / FILE_NAME).exists()  # it was not done
     resumed = run("killed", resume=True, **settings)
     assert (resumed / FILE_NAME).read_bytes() == (whole / FILE_NAME).read_bytes()
 
@@ -202,6 +203,17 @@ def test_resume_refuses_a_checkpoint_beyond_the_end_and_a_broken_one(run):
     (folder / "checkpoints" / "step-00000005.safetensors").write_text("broken")
     with pytest.raises(UserError, match=r"step-00000005\.safetensors is not a checkpoint that can be read"):
         run("a", resume=True)
+
+
+def test_a_new_run_clears_a_finished_one_away_and_refuses_an_unfinished_one(run):
+    folder = run("a", checkpoint_every=2, checkpoints_kept=3)
+    run("a", steps=2, checkpoint_every=1)
+    assert [path.name for path in (folder / "checkpoints").iterdir()] == ["step-00000002.safetensors"]
+    (folder / FILE_NAME).unlink()
+    with pytest.raises(
+        UserError, match=r"a run that was not finished, step-00000002\.safetensors; go on with --resume"
+    ):
+        run("a")
 
 
 def test_only_the_newest_checkpoints_stay(run):
