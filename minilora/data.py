@@ -59,12 +59,16 @@ class Batch:
 def open_picture(path: Path) -> Image.Image:
     """Return a picture as RGB: turned as its EXIF says, transparency laid on white.
 
-    Raises OSError or Image.DecompressionBombError if it is no picture, is cut off, or is a bomb.
+    Raises one of `NO_PICTURE` if it is no picture, is cut off, or is a decompression bomb.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         with Image.open(path) as file:
             picture = ImageOps.exif_transpose(file)
+            if picture.mode.startswith("I;16"):  # Pillow would clip at 255
+                picture = Image.fromarray((np.array(picture) // 256).astype(np.uint8))
+            if picture.mode in ("I", "F"):
+                raise ValueError(f"its numbers are of Pillow's mode {picture.mode}, whose white is not defined")
             if picture.has_transparency_data:
                 picture = picture.convert("RGBA")
                 white = Image.new("RGBA", picture.size, "white")
@@ -92,7 +96,7 @@ def as_tensor(picture: Image.Image) -> torch.Tensor:
 
 
 # What Pillow raises for a file that is no picture, is cut off, or is a decompression bomb.
-_NO_PICTURE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError, Image.DecompressionBombWarning)
+NO_PICTURE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError, Image.DecompressionBombWarning)
 
 
 def read_folder(config: TrainConfig) -> list[Item]:
@@ -116,7 +120,7 @@ def read_folder(config: TrainConfig) -> list[Item]:
             problems.append(f"{path.name} has no caption in metadata.jsonl or a .txt beside it; give one, or --caption")
         try:
             short_side = min(open_picture(path).size)
-        except _NO_PICTURE as error:
+        except NO_PICTURE as error:
             problems.append(f"{path.name} cannot be opened as a picture ({error})")
         else:
             digest = hashlib.sha256(path.read_bytes()).hexdigest()

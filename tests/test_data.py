@@ -55,8 +55,11 @@ def test_transparency_is_laid_on_white(mode, tmp_path):
 @pytest.mark.parametrize("mode", ["L", "1", "CMYK", "I;16"])
 def test_every_mode_becomes_rgb(mode, tmp_path):
     name = "a.tif" if mode == "CMYK" else "a.png"
-    Image.new(mode, (5, 5)).save(tmp_path / name)
-    assert open_picture(tmp_path / name).mode == "RGB"
+    middle = {"L": 128, "1": 1, "CMYK": (0, 0, 0, 127), "I;16": 128 * 256}[mode]
+    Image.new(mode, (5, 5), middle).save(tmp_path / name)
+    picture = open_picture(tmp_path / name)
+    assert picture.mode == "RGB"
+    assert picture.getpixel((2, 2)) == ((255,) * 3 if mode == "1" else (128,) * 3)
 
 
 def test_a_square_is_cut_out_at_its_place():
