@@ -36,6 +36,11 @@ def write_tensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[s
     write_whole(path, save({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, metadata))
 
 
+def under(tensors: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
+    """Return the tensors whose names begin with `prefix`, by the rest of their names."""
+    return {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+
+
 # ------------------------------------------------------------------------------- training checkpoints
 
 
@@ -93,10 +98,7 @@ def load_newest_checkpoint(folder: Path, fingerprint: dict) -> State | None:
     if different:
         raise ValueError(f"{paths[-1]} belongs to another run: " + "; ".join(different))
 
-    def part(prefix: str) -> dict[str, torch.Tensor]:
-        return {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
-
-    return State(about["step"], part("lora."), part("optimizer."), about["scaler"])
+    return State(about["step"], under(tensors, "lora."), under(tensors, "optimizer."), about["scaler"])
 
 
 def all_in(folder: Path) -> list[Path]:

@@ -14,13 +14,19 @@ from minilora.models import BUNDLED, Base, fingerprint
 CPU = torch.device("cpu")
 
 
-@pytest.fixture
-def lora_file(tmp_path):
+def write_a_lora(path):
+    """Write the file of a LoRA that does something, and return the U-Net that carries it."""
     unet = make_tiny_unet()
     inject_lora(unet, rank=4, alpha=6)
     randomize(unet)
-    save_lora(unet, tmp_path / "pytorch_lora_weights.safetensors")
-    return unet, tmp_path / "pytorch_lora_weights.safetensors"
+    save_lora(unet, path)
+    return unet
+
+
+@pytest.fixture
+def lora_file(tmp_path):
+    path = tmp_path / "pytorch_lora_weights.safetensors"
+    return write_a_lora(path), path
 
 
 def outputs(unet):

@@ -3,13 +3,12 @@
 import numpy as np
 import pytest
 import torch
-from conftest import make_tiny_unet
 from diffusers import StableDiffusionPipeline
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from test_lora import randomize
+from test_models import write_a_lora
 
-from minilora import inject_lora, load_lora, lora_layers, save_lora, set_lora_scale
+from minilora import load_lora, lora_layers, set_lora_scale
 from minilora.config import SampleConfig, UserError
 from minilora.models import Base
 from minilora.sampling import SCHEDULERS, draw, evaluating, merged_at, sample, sheet, split_strength
@@ -19,10 +18,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture
 def lora(tmp_path):
-    unet = make_tiny_unet()
-    inject_lora(unet, rank=4, alpha=6)
-    randomize(unet)
-    save_lora(unet, tmp_path / "lora" / "pytorch_lora_weights.safetensors")
+    write_a_lora(tmp_path / "lora" / "pytorch_lora_weights.safetensors")
     return tmp_path / "lora"
 
 

@@ -30,7 +30,7 @@ from tqdm import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from minilora import draws
-from minilora.checkpoint import load_optimizer_tensors, optimizer_tensors, write_tensors
+from minilora.checkpoint import load_optimizer_tensors, optimizer_tensors, under, write_tensors
 from minilora.data import as_tensor, open_picture
 from minilora.diffusion import Schedule, denoising_loss
 
@@ -141,10 +141,9 @@ def fit(name: str, modules: torch.nn.ModuleDict, loss_at, steps: int, learning_r
     if path.exists():
         state = load_file(path)
         first = int(state.pop("step"))
-        part = {p: {k[len(p) :]: v for k, v in state.items() if k.startswith(p)} for p in ("now.", "average.", "adam.")}
-        modules.load_state_dict(part["now."])
-        average.load_state_dict(part["average."])
-        load_optimizer_tensors(optimizer, part["adam."])
+        modules.load_state_dict(under(state, "now."))
+        average.load_state_dict(under(state, "average."))
+        load_optimizer_tensors(optimizer, under(state, "adam."))
 
     def save(step: int) -> None:
         state = {f"now.{k}": v for k, v in modules.state_dict().items()}
