@@ -7,12 +7,16 @@ program or the machine stopped.
 
 import json
 import os
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
+
+from .config import UserError
+from .formats import FILE_NAME
 
 
 def write_whole(path: Path, content: bytes) -> None:
@@ -44,9 +48,24 @@ def under(tensors: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tens
 # ------------------------------------------------------------------------------- training checkpoints
 
 
-def path_of(folder: Path, step: int) -> Path:
-    """Return the name of the checkpoint after `step` steps."""
-    return folder / f"step-{step:08d}.safetensors"
+def path_of(output: Path, step: int) -> Path:
+    """Return where the checkpoint after `step` steps of a run is, given the run's output folder."""
+    return output / "checkpoints" / f"step-{step:08d}.safetensors"
+
+
+def all_in(output: Path) -> list[Path]:
+    """Return the checkpoints of a run, the newest last."""
+    return sorted((output / "checkpoints").glob("step-*.safetensors"))
+
+
+def refuse_unfinished(output: Path) -> None:
+    """Raise UserError if a run there was not finished: its checkpoints may be hours of work."""
+    old = all_in(output)
+    if old and not (output / FILE_NAME).exists():
+        raise UserError(
+            f"{output} holds a run that was not finished, {old[-1].name}; go on with --resume, "
+            "choose another --output, or delete its checkpoints"
+        )
 
 
 @dataclass(frozen=True)
@@ -59,7 +78,7 @@ class State:
     scaler: dict[str, float]  # of the gradient scaler; empty without one
 
 
-def save_checkpoint(folder: Path, state: State, fingerprint: dict, kept: int) -> None:
+def save_checkpoint(output: Path, state: State, fingerprint: dict, kept: int) -> None:
     """Write a checkpoint and delete all but the newest `kept`.
 
     `fingerprint` says what the run is a function of, as JSON values; only a run with an equal one
@@ -68,27 +87,32 @@ def save_checkpoint(folder: Path, state: State, fingerprint: dict, kept: int) ->
     tensors = {f"lora.{key}": value for key, value in state.lora.items()}
     tensors |= {f"optimizer.{key}": value for key, value in state.optimizer.items()}
     about = {"step": state.step, "scaler": state.scaler, "fingerprint": fingerprint}
-    write_tensors(path_of(folder, state.step), tensors, {"minilora": json.dumps(about, sort_keys=True)})
-    for old in all_in(folder)[:-kept]:
+    write_tensors(path_of(output, state.step), tensors, {"minilora": json.dumps(about, sort_keys=True)})
+    for old in all_in(output)[:-kept]:
         old.unlink()
 
 
-def load_newest_checkpoint(folder: Path, fingerprint: dict) -> State | None:
-    """Return the newest checkpoint of a folder, or None if there is none.
+def load_newest_checkpoint(output: Path, fingerprint: dict) -> State | None:
+    """Return the newest whole checkpoint of a run, or None if there is none at all.
 
-    Raises ValueError, naming what differs, if it belongs to another run, or if it cannot be read.
+    One that cannot be read is passed over with a warning.  Raises ValueError if that leaves none, or,
+    naming what differs, if the checkpoint belongs to another run.
     """
-    paths = all_in(folder)
-    if not paths:
+    broken = []
+    for path in reversed(all_in(output)):
+        try:
+            with safe_open(path, framework="pt") as file:
+                about = json.loads(file.metadata()["minilora"])
+                tensors = {key: file.get_tensor(key) for key in file.keys()}
+            break
+        except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+            broken.append(f"{path} is not a checkpoint that can be read ({error})")
+    else:
+        if broken:
+            raise ValueError("; ".join(broken) + "; delete it to begin anew")
         return None
-    try:
-        with safe_open(paths[-1], framework="pt") as file:
-            about = json.loads(file.metadata()["minilora"])
-            tensors = {key: file.get_tensor(key) for key in file.keys()}
-    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(
-            f"{paths[-1]} is not a checkpoint that can be read ({error}); delete it to go on without it"
-        ) from error
+    for complaint in broken:
+        print(f"warning: {complaint}; going on from {path.name}", file=sys.stderr)
     there = about["fingerprint"]
     different = [
         f"{key} was {there.get(key)!r} and is {fingerprint.get(key)!r}"
@@ -96,14 +120,9 @@ def load_newest_checkpoint(folder: Path, fingerprint: dict) -> State | None:
         if there.get(key) != fingerprint.get(key)
     ]
     if different:
-        raise ValueError(f"{paths[-1]} belongs to another run: " + "; ".join(different))
+        raise ValueError(f"{path} belongs to another run: " + "; ".join(different))
 
     return State(about["step"], under(tensors, "lora."), under(tensors, "optimizer."), about["scaler"])
-
-
-def all_in(folder: Path) -> list[Path]:
-    """Return the checkpoints of a folder, the newest last."""
-    return sorted(folder.glob("step-*.safetensors"))
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:

@@ -1,31 +1,161 @@
-"""The commands: read the settings, do the work, tell a user's mistake in one line."""
+"""The commands: settings from the command line and a JSON file, the work, a user's mistake in one line.
 
+`read` makes the command line from a settings class of config.py, reads `--config file.json` with the
+same names, and lets the command line win.  A name that is not a setting is an error wherever it is
+found.
+"""
+
+import argparse
+import dataclasses
+import difflib
+import json
 import os
 import sys
+import types
+import typing
 from collections.abc import Callable
+from pathlib import Path
 
-from . import config, sampling, training
+from .config import ByBase, SampleConfig, TrainConfig, UserError, option
 
 
 def train() -> None:
     """Train a LoRA on a folder of pictures."""
-    _run(config.TrainConfig, training.train, train.__doc__)
+    from .training import train as work
+
+    run(TrainConfig, work, train.__doc__)
 
 
 def sample() -> None:
     """Draw pictures with a base and any mix of LoRAs."""
-    _run(config.SampleConfig, sampling.sample, sample.__doc__)
+    from .sampling import sample as work  # not with training: it would load TensorBoard for nothing
+
+    run(SampleConfig, work, sample.__doc__)
 
 
-def _run(settings: type, work: Callable, description: str) -> None:
+def run(settings: type, work: Callable, description: str) -> None:
     """Do `work` on the settings of the command line; for a mistake of the user's exit with 2."""
     rank = int(os.environ.get("RANK", 0))
     try:
-        work(config.read(settings, sys.argv[1:], description))
-    except (config.UserError, OSError) as error:  # an OSError: a disk that is full, a folder that is not ours
+        work(read(settings, sys.argv[1:], description))
+    except (UserError, OSError) as error:  # an OSError: a disk that is full, a folder that is not ours
         print(f"error: {error}" if rank == 0 else f"error (process {rank}): {error}", file=sys.stderr)
         sys.exit(2)
-    except training.Stopped as stopped:
-        if rank == 0:
-            print(stopped)
-        sys.exit(stopped.exit_code)
+    except KeyboardInterrupt:
+        sys.exit(130)  # as a shell counts it; nothing was begun that would have to be saved
+
+
+# ------------------------------------------------------------------------------ command line and file
+
+
+def read(cls: type, argv: list[str], description: str):
+    """Return the settings given on a command line, and in the `--config` file that it may name.
+
+    Raises UserError for an unknown setting, with the nearest name, and for a value that does not fit.
+    """
+    parser = _parser(cls, description)
+    given, unknown = parser.parse_known_args(argv)
+    names = {field.name for field in dataclasses.fields(cls)}
+    if unknown:
+        options = {option(name) for name in names} | {"--config"}
+        wrong = [word for word in unknown if word.startswith("-")] or unknown
+        raise UserError("; ".join(_unknown(word, options) for word in wrong))
+    given = {name: tuple(value) if isinstance(value, list) else value for name, value in vars(given).items()}
+    path = given.pop("config", None)
+    values = _read_file(cls, Path(path)) if path else {}
+    # What follows from other settings anyway goes on following them: with another --data on the
+    # command line, the file's output folder would be that of the other run.
+    follows = cls.following(values)
+    values = {name: value for name, value in values.items() if name not in follows or value != follows[name]}
+    return cls(**values | given)
+
+
+def _parser(cls: type, description: str) -> argparse.ArgumentParser:
+    """Make the command line of a settings class: an option per field, grouped."""
+
+    class Parser(argparse.ArgumentParser):
+        def error(self, message):
+            raise UserError(message)
+
+    parser = Parser(
+        description=description,
+        allow_abbrev=False,
+        argument_default=argparse.SUPPRESS,  # so that only what was typed wins over the file
+        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=34, width=110),
+    )
+    parser.add_argument("--config", metavar="FILE", help="JSON file of settings; the command line wins over it")
+    groups: dict[str, argparse._ArgumentGroup] = {}
+    for field in dataclasses.fields(cls):
+        title = field.metadata["group"]
+        group = groups.get(title) or groups.setdefault(title, parser.add_argument_group(title))
+        kind, is_tuple, _ = _kind(cls, field.name)
+        words = {"help": field.metadata["help"] + _default_words(field)}
+        if kind is bool:
+            words["action"] = argparse.BooleanOptionalAction
+        elif field.metadata["repeat"]:
+            words |= {"action": "append", "type": kind, "metavar": "TEXT"}
+        else:
+            metavar = "|".join(field.metadata["choices"]) or {int: "N", float: "X", str: "TEXT"}[kind]
+            words |= {"type": _comma_list(kind) if is_tuple else kind, "metavar": metavar}
+        group.add_argument(option(field.name), **words)
+    return parser
+
+
+def _default_words(field) -> str:
+    default = field.metadata["default"]
+    if isinstance(default, ByBase):
+        return f" (default {default.usual}; {default.bundled} on the bundled base)"
+    if default is None or default is False or default in ((), ""):
+        return ""
+    return f" (default {','.join(default) if isinstance(default, tuple) else default})"
+
+
+def _comma_list(kind: type):
+    def parse(text: str) -> tuple:
+        return tuple(kind(part.strip()) for part in text.split(","))
+
+    parse.__name__ = f"comma-separated {kind.__name__}"  # what argparse names in its error
+    return parse
+
+
+def _kind(cls: type, name: str) -> tuple[type, bool, bool]:
+    """Return the type of one value of a setting, whether the setting holds several, and whether it may be None."""
+    hint = typing.get_type_hints(cls)[name]
+    optional = isinstance(hint, types.UnionType)
+    if optional:
+        hint = next(arm for arm in typing.get_args(hint) if arm is not type(None))
+    if typing.get_origin(hint) is tuple:
+        return typing.get_args(hint)[0], True, optional
+    return hint, False, optional
+
+
+def _read_file(cls: type, path: Path) -> dict:
+    """Read settings from a JSON file, checking every name and type."""
+    try:
+        values = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"--config {path}: {error}") from error
+    if not isinstance(values, dict):
+        raise UserError(f"--config {path}: it holds a {type(values).__name__} and should hold one object of settings")
+    fields = {field.name: field for field in dataclasses.fields(cls)}
+    problems, result = [], {}
+    for name, value in values.items():
+        if name not in fields:
+            problems.append(_unknown(name, set(fields)))
+            continue
+        kind, is_tuple, optional = _kind(cls, name)
+        parts = value if is_tuple and isinstance(value, list) else [value]
+        right = all(type(part) is kind or (kind is float and type(part) is int) for part in parts)
+        if right and is_tuple == isinstance(value, list):
+            result[name] = tuple(kind(part) for part in parts) if is_tuple else kind(value)
+        elif not (value is None and optional):  # null is what a setting that is not given is written as
+            wanted = f"a list of {kind.__name__}" if is_tuple else kind.__name__
+            problems.append(f"{name} is {json.dumps(value)} and should be {wanted}")
+    if problems:
+        raise UserError(f"--config {path}: " + "; ".join(problems))
+    return result
+
+
+def _unknown(word: str, known: set[str]) -> str:
+    nearest = difflib.get_close_matches(word.split("=")[0], known, n=1)
+    return f"unknown setting {word}" + (f"; did you mean {nearest[0]}?" if nearest else "")

@@ -1,16 +1,13 @@
-"""The settings of each command: one frozen dataclass, its checks, its command line, its JSON.
+"""The settings of each command: one frozen dataclass with its defaults and its checks.
 
-A setting is written once, below, with its unit and its allowed values.  `read` makes the command
-line from the dataclass, reads `--config file.json` with the same names, and lets the command line
-win.  A name that is not a setting is an error wherever it is found.
+A setting is written once, here, with its unit and its allowed values.  commands.py makes the command
+line from it and reads the same names from a JSON file.
 """
 
-import argparse
 import dataclasses
-import difflib
 import json
-import types
-import typing
+import math
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -42,15 +39,17 @@ _PRECISION_HELP = "number format of the frozen base and of the computation"
 PRECISIONS = ("fp32", "bf16", "fp16")
 
 
+def option(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
 class Settings:
-    """What the settings of every command share: defaults that follow the base, and checks."""
+    """What the settings of every command share: defaults that follow other settings, and checks."""
 
     def __post_init__(self):
-        for field in dataclasses.fields(self):
-            default = field.metadata["default"]
-            if getattr(self, field.name) is None and isinstance(default, ByBase):
-                value = default.bundled if self.model is None else default.usual
-                object.__setattr__(self, field.name, value)
+        for name, value in self.following(vars(self)).items():
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, value)
         problems = [
             f"{option(field.name)} is {getattr(self, field.name)!r}; it can be {', '.join(field.metadata['choices'])}"
             for field in dataclasses.fields(self)
@@ -59,6 +58,14 @@ class Settings:
         problems += self.problems()
         if problems:
             raise UserError("; ".join(problems))
+
+    @classmethod
+    def following(cls, values: dict) -> dict:
+        """Return the defaults that follow from other settings, given those, by name."""
+        defaults = {field.name: field.metadata["default"] for field in dataclasses.fields(cls)}
+        by_base = {name: default for name, default in defaults.items() if isinstance(default, ByBase)}
+        bundled = values.get("model") is None
+        return {name: default.bundled if bundled else default.usual for name, default in by_base.items()}
 
     def problems(self) -> list[str]:
         raise NotImplementedError
@@ -139,12 +146,24 @@ class TrainConfig(Settings):
     )
     sample_every: int | None = setting(None, "steps between the drawings of --sample-prompt", group=OUTPUT)
 
-    def __post_init__(self):
-        if self.data and self.output is None:
-            object.__setattr__(self, "output", str(Path("out") / Path(self.data).resolve().name))
-        if self.alpha is None and self.rank is not None:
-            object.__setattr__(self, "alpha", float(self.rank))
-        super().__post_init__()
+    @classmethod
+    def following(cls, values: dict) -> dict:
+        data, rank = values.get("data"), values.get("rank", cls.rank)
+        output = str(Path("out") / Path(os.path.abspath(data)).name) if data else None
+        return super().following(values) | {"output": output, "alpha": float(rank)}
+
+    def identity(self) -> dict:
+        """Return the settings that what is learnt is a function of, as JSON values.
+
+        The others say where things are or how work is shared out; of what they name, pictures and
+        base, it is the content that counts.
+        """
+        no_part = {"data", "caption", "caption_column", "cache", "model", "output", "resume", "micro_batch_size"}
+        no_part |= {"gradient_checkpointing", "checkpoint_every", "checkpoints_kept", "sample_prompt", "sample_every"}
+        if self.lr_schedule == "constant":
+            no_part.add("steps")  # a longer run begins as a shorter one
+        settings = {name: value for name, value in dataclasses.asdict(self).items() if name not in no_part}
+        return settings | {"targets": list(self.targets)}
 
     def problems(self) -> list[str]:
         wrong = [] if self.data else ["--data is needed: a folder of pictures, for example dataset/mountain"]
@@ -170,7 +189,7 @@ class SampleConfig(Settings):
     negative: str = setting("", "what to keep away from", group=PICTURES)
     seed: int = setting(0, "seed of the first picture; the next ones count up", group=PICTURES)
     count: int = setting(1, "pictures per prompt", group=PICTURES)
-    steps: int = setting(30, "denoising steps", group=PICTURES)
+    steps: int = setting(ByBase(30, 20), "denoising steps", group=PICTURES)
     guidance: float = setting(
         ByBase(7.5, 3.0), "how strongly the prompt is followed; 1 is without guidance", group=PICTURES
     )
@@ -185,7 +204,9 @@ class SampleConfig(Settings):
         group=MODEL,
     )
     scales: tuple[float, ...] = setting(
-        (), "strengths to compare, with commas between: one row per seed, one column each", group=MODEL
+        (),
+        "factors on the strengths of --lora to compare, with commas between (--scales=-1,0,1): one column each",
+        group=MODEL,
     )
     precision: str = setting("fp32", _PRECISION_HELP, choices=PRECISIONS, group=MODEL)
 
@@ -196,120 +217,9 @@ class SampleConfig(Settings):
         wrong += self.out_of_range(1, "count steps size guidance")
         wrong += self.out_of_range(0, "seed")
         if self.scales and not self.lora:
-            wrong.append("--scales needs a --lora whose strength it sets")
+            wrong.append("--scales needs a --lora whose strength it changes")
+        if not all(math.isfinite(scale) for scale in self.scales):
+            wrong.append(f"--scales is {','.join(map(str, self.scales))}; each must be a finite number")
+        if self.negative and self.guidance == 1:
+            wrong.append("--negative has no effect at --guidance 1, which is without guidance")
         return wrong
-
-
-# ------------------------------------------------------------------------------ command line and file
-
-
-def option(name: str) -> str:
-    return "--" + name.replace("_", "-")
-
-
-def read(cls: type, argv: list[str], description: str):
-    """Return the settings given on a command line, and in the `--config` file that it may name.
-
-    Raises UserError for an unknown setting, with the nearest name, and for a value that does not fit.
-    """
-    parser = _parser(cls, description)
-    given, unknown = parser.parse_known_args(argv)
-    names = {field.name for field in dataclasses.fields(cls)}
-    if unknown:
-        options = {option(name) for name in names} | {"--config"}
-        wrong = [word for word in unknown if word.startswith("-")] or unknown
-        raise UserError("; ".join(_unknown(word, options) for word in wrong))
-    given = {name: tuple(value) if isinstance(value, list) else value for name, value in vars(given).items()}
-    path = given.pop("config", None)
-    values = _read_file(cls, Path(path)) if path else {}
-    return cls(**values | given)
-
-
-def _parser(cls: type, description: str) -> argparse.ArgumentParser:
-    """Make the command line of a settings class: an option per field, grouped."""
-
-    class Parser(argparse.ArgumentParser):
-        def error(self, message):
-            raise UserError(message)
-
-    parser = Parser(
-        description=description,
-        allow_abbrev=False,
-        argument_default=argparse.SUPPRESS,  # so that only what was typed wins over the file
-        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=34, width=110),
-    )
-    parser.add_argument("--config", metavar="FILE", help="JSON file of settings; the command line wins over it")
-    groups: dict[str, argparse._ArgumentGroup] = {}
-    for field in dataclasses.fields(cls):
-        title = field.metadata["group"]
-        group = groups.get(title) or groups.setdefault(title, parser.add_argument_group(title))
-        kind, is_tuple = _kind(cls, field.name)
-        words = {"help": field.metadata["help"] + _default_words(field)}
-        if kind is bool:
-            words["action"] = argparse.BooleanOptionalAction
-        elif field.metadata["repeat"]:
-            words |= {"action": "append", "type": kind, "metavar": "TEXT"}
-        else:
-            metavar = "|".join(field.metadata["choices"]) or {int: "N", float: "X", str: "TEXT"}[kind]
-            words |= {"type": _comma_list(kind) if is_tuple else kind, "metavar": metavar}
-        group.add_argument(option(field.name), **words)
-    return parser
-
-
-def _default_words(field) -> str:
-    default = field.metadata["default"]
-    if isinstance(default, ByBase):
-        return f" (default {default.usual}; {default.bundled} on the bundled base)"
-    if default is None or default is False or default in ((), ""):
-        return ""
-    return f" (default {','.join(default) if isinstance(default, tuple) else default})"
-
-
-def _comma_list(kind: type):
-    def parse(text: str) -> tuple:
-        return tuple(kind(part.strip()) for part in text.split(","))
-
-    parse.__name__ = f"comma-separated {kind.__name__}"  # what argparse names in its error
-    return parse
-
-
-def _kind(cls: type, name: str) -> tuple[type, bool]:
-    """Return the type of one value of a setting, and whether the setting holds several."""
-    hint = typing.get_type_hints(cls)[name]
-    if isinstance(hint, types.UnionType):
-        hint = next(arm for arm in typing.get_args(hint) if arm is not type(None))
-    if typing.get_origin(hint) is tuple:
-        return typing.get_args(hint)[0], True
-    return hint, False
-
-
-def _read_file(cls: type, path: Path) -> dict:
-    """Read settings from a JSON file, checking every name and type."""
-    try:
-        values = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"--config {path}: {error}") from error
-    if not isinstance(values, dict):
-        raise UserError(f"--config {path}: it holds a {type(values).__name__} and should hold one object of settings")
-    fields = {field.name: field for field in dataclasses.fields(cls)}
-    problems, result = [], {}
-    for name, value in values.items():
-        if name not in fields:
-            problems.append(_unknown(name, set(fields)))
-            continue
-        kind, is_tuple = _kind(cls, name)
-        parts = value if is_tuple and isinstance(value, list) else [value]
-        right = all(type(part) is kind or (kind is float and type(part) is int) for part in parts)
-        if value is None or (right and is_tuple == isinstance(value, list)):
-            result[name] = tuple(kind(part) for part in parts) if is_tuple else value if value is None else kind(value)
-        else:
-            wanted = f"a list of {kind.__name__}" if is_tuple else kind.__name__
-            problems.append(f"{name} is {json.dumps(value)} and should be {wanted}")
-    if problems:
-        raise UserError(f"--config {path}: " + "; ".join(problems))
-    return result
-
-
-def _unknown(word: str, known: set[str]) -> str:
-    nearest = difflib.get_close_matches(word.split("=")[0], known, n=1)
-    return f"unknown setting {word}" + (f"; did you mean {nearest[0]}?" if nearest else "")

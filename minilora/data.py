@@ -12,6 +12,7 @@ picture, size or base is a new file, and nothing there can be stale.
 
 import hashlib
 import json
+import os
 import sys
 import warnings
 from collections.abc import Sequence
@@ -105,13 +106,19 @@ def read_folder(config: TrainConfig) -> list[Item]:
     Captions come from metadata.jsonl, or else from a .txt beside each picture, or else from
     --caption.  Raises UserError with everything that is wrong with the folder, in one message.
     """
-    folder = Path(config.data)
+    folder = Path(os.path.normpath(config.data))
     if not folder.is_dir():
         raise UserError(f"--data {folder}: there is no such folder")
     suffixes = Image.registered_extensions()
-    pictures = sorted(p for p in folder.rglob("*") if p.suffix.lower() in suffixes and p.is_file())
-    problems: list[str] = []
+    inside = list(folder.rglob("*"))
+    pictures = sorted(p for p in inside if p.suffix.lower() in suffixes and p.is_file())
+    problems = [
+        f"{p.relative_to(folder)} is a link to a folder, which is not followed; put the pictures themselves there"
+        for p in inside
+        if p.is_symlink() and p.is_dir()
+    ]
     captions = _captions(folder, pictures, config, problems)
+    pictures = sorted({*pictures, *captions})  # metadata may name a picture whatever its name ends with
     if not pictures and not problems:
         raise UserError(f"--data {folder}: there is no picture in it")
     items = []
@@ -172,9 +179,9 @@ def _read_metadata(metadata: Path, column: str, problems: list[str]) -> dict[Pat
             problems.append(f"{where} has no file_name")
             continue
         name, texts = row["file_name"], row.get(column)
-        path = folder / name
+        path = Path(os.path.normpath(folder / name))
         texts = [texts] if isinstance(texts, str) else texts
-        if not path.resolve().is_relative_to(folder.resolve()):
+        if not path.is_relative_to(folder):
             problems.append(f"{where}: {name} points outside the folder")
         elif not path.is_file():
             problems.append(f"{where}: there is no file {name}")
@@ -189,6 +196,9 @@ def _read_metadata(metadata: Path, column: str, problems: list[str]) -> dict[Pat
 
 
 # ------------------------------------------------------------------------------- items -> batches
+
+
+_CUT = 1  # to be counted up when open_picture or cut_square come to give other pixels
 
 
 class Examples:
@@ -266,7 +276,7 @@ class Examples:
         return self.folder / name[:2] / f"{name}.safetensors"
 
     def _picture_file(self, item: Item, mirrored: bool) -> Path:
-        return self._file("latents", self.vae, item.digest, self.resolution, mirrored)
+        return self._file("latents", _CUT, self.vae, item.digest, self.resolution, mirrored)
 
     def _caption_file(self, caption: str) -> Path:
         return self._file("text", self.text_encoder, caption)
@@ -286,13 +296,15 @@ class Examples:
             for item in self.items:
                 for mirrored in (False, True) if self.config.mirror else (False,):
                     jobs[self._picture_file(item, mirrored)] = partial(encode_picture, item, mirrored)
-        share = [path for path in list(jobs)[ranks.rank :: ranks.world] if not path.exists()]
-        for path in tqdm(share, "encode", disable=not (ranks.is_main and share)):
-            tensors = jobs[path]()
-            if not all(tensor.isfinite().all() for tensor in tensors.values()):
-                raise UserError(f"the base gives numbers that are not finite for {jobs[path].args[0]}")
-            write_tensors(path, tensors, {})
-        wait_for_all()
+        # Shared out over all processes; then, where machines do not share the folder, each makes the rest.
+        for rank, world in ((ranks.rank, ranks.world), (ranks.local_rank, ranks.local_world)):
+            share = [path for path in list(jobs)[rank::world] if not path.exists()]
+            for path in tqdm(share, "encode", disable=not (ranks.is_main and share)):
+                tensors = jobs[path]()
+                if not all(tensor.isfinite().all() for tensor in tensors.values()):
+                    raise UserError(f"the base gives numbers that are not finite for {jobs[path].args[0]}")
+                write_tensors(path, tensors, {})
+            wait_for_all()
 
 
 @lru_cache(maxsize=4096)

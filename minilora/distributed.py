@@ -7,21 +7,28 @@ communicates.
 
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 
+from .config import UserError
+
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among all: `rank` counts from 0 to `world` - 1; `device` is where it computes."""
+    """This process among all: `rank` counts from 0 to `world` - 1; `device` is where it computes.
+
+    `local_rank` and `local_world` count the processes of one machine only.
+    """
 
     rank: int
     world: int
     device: torch.device
+    local_rank: int = 0
+    local_world: int = 1
 
     @property
     def is_main(self) -> bool:
@@ -35,10 +42,16 @@ class Ranks:
 
 
 def this_device() -> torch.device:
-    """Return where this process computes: its own GPU if there is one, else the CPU."""
-    if torch.cuda.is_available():
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-    return torch.device("cpu")
+    """Return where this process computes: its own GPU if there are any, else the CPU.
+
+    Raises UserError if the machine has GPUs, but fewer than processes.
+    """
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    local_world, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
+    if local_world > gpus:
+        raise UserError(f"--nproc-per-node is {local_world}; this machine has {gpus} GPUs, and a process needs its own")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
 
 
 @contextmanager
@@ -50,8 +63,9 @@ def processes() -> Iterator[Ranks]:
         torch.cuda.set_device(device)
     if world > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    local_rank, local_world = (int(os.environ.get(f"LOCAL_{name}", n)) for name, n in (("RANK", 0), ("WORLD_SIZE", 1)))
     try:
-        yield Ranks(rank, world, device)
+        yield Ranks(rank, world, device, local_rank, local_world)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
@@ -63,11 +77,30 @@ def wait_for_all() -> None:
         dist.barrier()
 
 
+def decided_by_main(work: Callable):
+    """Do `work` on the main process only and return its result, or raise its UserError, on every process.
+
+    What is on the main process's disk is so seen by all, whether or not they share that disk.
+    """
+    if not dist.is_initialized():
+        return work()
+    outcome: list = [None, None]  # result, what the user did wrong
+    if dist.get_rank() == 0:
+        try:
+            outcome[0] = work()
+        except UserError as error:
+            outcome[1] = str(error)
+    dist.broadcast_object_list(outcome, src=0)
+    if outcome[1] is not None:
+        raise UserError(outcome[1])
+    return outcome[0]
+
+
 class Shares:
     """How the positions of a step are shared out: over rounds, processes, and the places of a micro-batch.
 
     `batch` is the number of positions of a step over all processes; `micro` how many a process takes
-    at a time (all of its share if None).  Raises ValueError, with the numbers, if that cannot be.
+    at a time (all of its share if None).  Raises UserError, with the numbers, if that cannot be.
     """
 
     def __init__(self, batch: int, micro: int | None, rank: int, world: int):
@@ -75,7 +108,7 @@ class Shares:
         self.micro = micro or max(1, batch // world)
         self.rounds, left_over = divmod(batch, self.micro * world)
         if left_over or not self.rounds:
-            raise ValueError(
+            raise UserError(
                 f"--batch-size is {batch}; it cannot be divided into micro-batches of {self.micro} "
                 f"on each of {world} processes"
             )

@@ -16,8 +16,6 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
-from .checkpoint import write_tensors
-
 FILE_NAME = "pytorch_lora_weights.safetensors"
 _KEY = re.compile(r"(?P<component>[^.]+)\.(?P<layer>.+)\.(?P<matrix>lora_A|lora_B|lora\.down|lora\.up)\.weight")
 _MATRIX = {"lora_A": "lora_A", "lora.down": "lora_A", "lora_B": "lora_B", "lora.up": "lora_B"}
@@ -29,10 +27,9 @@ class FormatError(ValueError):
     """A file that is not what it should be; the message names the file and the keys."""
 
 
-def write_lora(path: Path, components: dict[str, Tensors]) -> None:
-    """Write a LoRA, given by component, whole or not at all; equal tensors give equal bytes."""
-    tensors = {f"{name}.{key}": value for name, state in components.items() for key, value in state.items()}
-    write_tensors(path, tensors, {"format": "pt"})
+def as_diffusers(components: dict[str, Tensors]) -> Tensors:
+    """Return the tensors of a diffusers file, given by component."""
+    return {f"{name}.{key}": value for name, state in components.items() for key, value in state.items()}
 
 
 def read_lora(path: Path) -> dict[str, Tensors]:

@@ -36,7 +36,7 @@ time:  y = W x + Σ sᵢ · ΔWᵢ x.
 Source: Hu et al., "LoRA: low-rank adaptation of large language models", 2021.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -90,7 +90,7 @@ class LoRALinear(nn.Module):
     `base` is the original layer itself, not a copy.  `adapters` maps a name to an Adapter.  While
     merged, the changes are in the base's weight and the sum is skipped.
 
-    Raises ValueError for a rank that is not between 1 and min(in, out).
+    The rank may be above min(in, out), as in some files, though nothing is gained by it.
     """
 
     def __init__(
@@ -111,9 +111,6 @@ class LoRALinear(nn.Module):
 
     def add(self, rank: int, alpha: float | None, dropout: float, name: str, generator=None) -> None:
         """Add one more change, under a new name; alpha defaults to the rank."""
-        largest = min(self.base.in_features, self.base.out_features)
-        if not 1 <= rank <= largest:
-            raise ValueError(f"rank is {rank}; this layer takes 1 to {largest}, the smaller side of its weight")
         alpha = rank if alpha is None else alpha
         self.adapters[name] = Adapter(self.base, rank, alpha, dropout, generator).train(self.training)
 
@@ -175,22 +172,39 @@ def inject_lora(
     """
     layers = lora_layers(module)
     inside = {f"{path}.{inner}" for path, layer in layers.items() for inner, _ in layer.named_modules() if inner}
-    candidates = [(path, child) for path, child in module.named_modules() if path not in inside]
-    matches = {
-        target: [(path, child) for path, child in candidates if f".{path}".endswith(f".{target}")] for target in targets
-    }
-    found = {path: child for pairs in matches.values() for path, child in pairs}
+    paths = [path for path, _ in module.named_modules() if path not in inside]
+    matches = {target: [path for path in paths if f".{path}".endswith(f".{target}")] for target in targets}
+    problems = [f"target {target!r} matches no module" for target, found in matches.items() if not found]
+    found = dict.fromkeys(path for found in matches.values() for path in found)
+    for path in found:
+        linear = layers[path].base if path in layers else module.get_submodule(path)
+        if isinstance(linear, nn.Linear) and not 1 <= rank <= min(linear.in_features, linear.out_features):
+            shape = f"{linear.in_features} to {linear.out_features}"
+            problems.append(f"{path} maps {shape} features; rank {rank} is not between 1 and the smaller of them")
+    return add_lora(module, dict.fromkeys(found, rank), alpha, dropout, name, generator, problems)
 
-    problems = [f"target {target!r} matches no module" for target, pairs in matches.items() if not pairs]
+
+def add_lora(
+    module: nn.Module,
+    ranks: Mapping[str, int],
+    alpha: float | None = None,
+    dropout: float = 0.0,
+    name: str = "default",
+    generator: torch.Generator | None = None,
+    problems: Sequence[str] = (),
+) -> dict[str, LoRALinear]:
+    """Do what `inject_lora` does at exactly the layers in `ranks`, by full name, each with a rank of its own.
+
+    Raises ValueError, with nothing changed, for `problems` found before and all that are found here.
+    """
+    problems = list(problems)
     if "." in name or not name:
         problems.append(f"name {name!r} is empty or has a dot in it")
+    found = {path: module.get_submodule(path) for path in ranks}
     for path, child in found.items():
         linear = child.base if isinstance(child, LoRALinear) else child
         if not isinstance(linear, nn.Linear):
             problems.append(f"{path} is a {type(linear).__name__}; only Linear layers can take a LoRA")
-        elif not 1 <= rank <= min(linear.in_features, linear.out_features):
-            shape = f"{linear.in_features} to {linear.out_features}"
-            problems.append(f"{path} maps {shape} features; rank {rank} is not between 1 and the smaller of them")
         elif isinstance(child, LoRALinear) and name in child.adapters:
             problems.append(f"{path} has a LoRA {name!r} already, of rank {child.adapters[name].rank}")
         elif isinstance(child, LoRALinear) and child.merged:
@@ -201,9 +215,9 @@ def inject_lora(
     module.requires_grad_(False)
     for path, child in found.items():
         if isinstance(child, LoRALinear):
-            child.add(rank, alpha, dropout, name, generator)
+            child.add(ranks[path], alpha, dropout, name, generator)
         else:
-            layer = LoRALinear(child, rank, alpha, dropout, name, generator)
+            layer = LoRALinear(child, ranks[path], alpha, dropout, name, generator)
             module.set_submodule(path, layer.train(child.training))
     return {path: module.get_submodule(path) for path in found}
 

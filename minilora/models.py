@@ -25,10 +25,11 @@ from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNe
 from torch import nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
+from .checkpoint import write_tensors
 from .config import UserError
 from .diffusion import Schedule
-from .formats import FormatError, read_lora, write_lora
-from .lora import LoRALinear, inject_lora, load_lora_state_dict, lora_layers, lora_state_dict, set_lora_scale
+from .formats import FormatError, as_diffusers, read_lora
+from .lora import LoRALinear, add_lora, load_lora_state_dict, lora_layers, lora_state_dict, set_lora_scale
 
 transformers.logging.disable_progress_bar()
 
@@ -118,7 +119,7 @@ class Base:
 
     def encoder_fingerprints(self) -> tuple[str, str]:
         """Return what the latents of a picture and the vectors of a prompt are functions of, as two hashes."""
-        of_pictures = fingerprint(self.vae, str(self.vae.config.scaling_factor))
+        of_pictures = fingerprint(self.vae)
         tokenizer = json.loads(self.tokenizer.backend_tokenizer.to_str())
         words = {key: value for key, value in tokenizer.items() if key not in ("padding", "truncation")}
         return of_pictures, fingerprint(self.text_encoder, json.dumps(words))
@@ -130,8 +131,15 @@ class Base:
 
     @property
     def pixels_per_latent(self) -> int:
-        """How many pixels one latent spans, each way."""
-        return 2 ** (len(self.vae.config.block_out_channels) - 1)
+        """How many pixels one latent spans, each way; known without loading the VAE."""
+        return 2 ** (len(self._vae_config["block_out_channels"]) - 1)
+
+    @cached_property
+    def _vae_config(self) -> dict:
+        try:
+            return AutoencoderKL.load_config(self.source, subfolder="vae")
+        except (OSError, ValueError) as error:
+            raise UserError(f"--model {self.source}: its vae does not load ({str(error).splitlines()[0]})") from error
 
     @property
     def resolution(self) -> int:
@@ -164,9 +172,15 @@ class Base:
         return len(self.tokenizer(prompt).input_ids) > self.tokenizer.model_max_length
 
 
+_ABOUT_THE_FILE = ("transformers_version", "dtype", "torch_dtype", "architectures")
+
+
 def fingerprint(module: nn.Module, *more: str) -> str:
-    """Return a hash of every name, type, shape and number in a module's state, and of more text."""
-    digest = hashlib.sha256("\0".join(more).encode())
+    """Return a hash of a module's config, of every name, type, shape and number in its state, and of more text."""
+    config = module.config if isinstance(module.config, dict) else module.config.to_dict()
+    # What does not change what is computed: where it was loaded from, by which version, as which type.
+    told = {key: value for key, value in config.items() if not key.startswith("_") and key not in _ABOUT_THE_FILE}
+    digest = hashlib.sha256("\0".join((json.dumps(told, sort_keys=True, default=str), *more)).encode())
     for name, tensor in sorted(module.state_dict().items()):
         digest.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
         digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
@@ -187,7 +201,8 @@ def save_lora(module: nn.Module, path: str | Path, name: str = "default") -> Non
             key = f"{layer_path}.lora_B.weight"
             state[key] = state[key] * layer.adapters[name].scale
     component = _component(module)
-    write_lora(Path(path), {component: {_in_file(component) + key: tensor for key, tensor in state.items()}})
+    tensors = as_diffusers({component: {_in_file(component) + key: tensor for key, tensor in state.items()}})
+    write_tensors(Path(path), tensors, {"format": "pt"})
 
 
 def load_lora(module: nn.Module, path: str | Path, name: str = "default", scale: float = 1.0) -> dict[str, nn.Module]:
@@ -224,10 +239,7 @@ def load_lora(module: nn.Module, path: str | Path, name: str = "default", scale:
         more = f"; and {len(problems) - 3} more" if len(problems) > 3 else ""
         raise UserError(f"LoRA {path} was not made for this base: " + "; ".join(problems[:3]) + more)
 
-    layers = {}
-    for rank in sorted(set(ranks.values())):
-        targets = [path_in_module for path_in_module, r in ranks.items() if r == rank]
-        layers |= inject_lora(module, rank, targets=targets, name=name)
+    layers = add_lora(module, ranks, name=name)
     load_lora_state_dict(module, state, name)
     set_lora_scale(module, scale, name)
     return layers
@@ -236,7 +248,7 @@ def load_lora(module: nn.Module, path: str | Path, name: str = "default", scale:
 def _component(module: nn.Module) -> str:
     """Return what a LoRA file calls this part of a base."""
     kinds = {UNet2DConditionModel: "unet", CLIPTextModel: "text_encoder"}
-    return kinds.get(type(module), "model")
+    return next((name for kind, name in kinds.items() if isinstance(module, kind)), "model")
 
 
 def _in_file(component: str) -> str:

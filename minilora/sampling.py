@@ -5,6 +5,7 @@ in diffusers: `torch.Generator("cpu").manual_seed(seed)`.
 """
 
 import io
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -31,26 +32,18 @@ SCHEDULERS = {
 
 
 @torch.no_grad()
-def draw(
-    base: Base,
-    prompt: str,
-    seeds: Sequence[int],
-    size: int,
-    steps: int = 20,
-    guidance: float = 3.0,
-    negative: str = "",
-) -> list[Image.Image]:
-    """Draw a prompt once for each seed, `size` pixels wide and high."""
+def draw(base: Base, prompt: str, seeds: Sequence[int], size: int, config: SampleConfig) -> list[Image.Image]:
+    """Draw a prompt once for each seed, `size` pixels wide and high, with the steps and guidance of `config`."""
     pictures = []
     for start in range(0, len(seeds), TOGETHER):
         generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds[start : start + TOGETHER]]
         pictures += base.pipeline(
             [prompt] * len(generators),
-            negative_prompt=[negative] * len(generators),
+            negative_prompt=[config.negative] * len(generators),
             height=size,
             width=size,
-            num_inference_steps=steps,
-            guidance_scale=guidance,
+            num_inference_steps=config.steps,
+            guidance_scale=config.guidance,
             generator=generators,
         ).images
     return pictures
@@ -58,12 +51,21 @@ def draw(
 
 @contextmanager
 def merged_at(module: torch.nn.Module, strengths: dict[str, float]) -> Iterator[None]:
-    """Within the block the LoRAs are merged at the given strengths; afterwards all is as it was found."""
+    """Within the block the LoRAs are merged at the given strengths; afterwards all is as it was found.
+
+    Raises UserError if that gives weights that are not finite numbers.
+    """
+    if not strengths:
+        yield
+        return
     found = {(p, n): a.strength for p, layer in lora_layers(module).items() for n, a in layer.adapters.items()}
     try:
         for name, strength in strengths.items():
             set_lora_scale(module, strength, name)
-        merge_lora(module)
+        try:
+            merge_lora(module)
+        except ValueError as error:
+            raise UserError(f"LoRA at {', '.join(f'{s:g}' for s in strengths.values())}: {error}") from error
         yield
     finally:
         layers = lora_layers(module)
@@ -88,21 +90,21 @@ def evaluating(module: torch.nn.Module) -> Iterator[None]:
 # ------------------------------------------------------------------------------- during training
 
 
-def draw_prompts(base: Base, prompts: Sequence[str], seed: int, size: int) -> Image.Image:
+def draw_prompts(base: Base, prompts: Sequence[str], size: int, config: SampleConfig) -> Image.Image:
     """Draw each prompt with the LoRA as it is now, three seeds to a row."""
-    seeds = [seed, seed + 1, seed + 2]
+    seeds = [config.seed, config.seed + 1, config.seed + 2]
     with evaluating(base.unet):
-        rows = [draw(base, prompt, seeds, size) for prompt in prompts]
+        rows = [draw(base, prompt, seeds, size, config) for prompt in prompts]
     return sheet(rows, [f"seed {seed}" for seed in seeds], list(prompts))
 
 
-def before_after(base: Base, item: Item, seed: int, size: int) -> Image.Image:
+def before_after(base: Base, item: Item, size: int, config: SampleConfig) -> Image.Image:
     """Draw a training picture's caption by the base, the LoRA at 0.5 and at 1.0, and the picture itself."""
-    seeds, columns = [seed, seed + 1, seed + 2], []
+    seeds, columns = [config.seed, config.seed + 1, config.seed + 2], []
     with evaluating(base.unet):
         for strength in (0.0, 0.5, 1.0):
             with merged_at(base.unet, {"default": strength}):
-                columns.append(draw(base, item.captions[0], seeds, size))
+                columns.append(draw(base, item.captions[0], seeds, size, config))
     columns.append([cut_square(open_picture(item.path), size)] * len(seeds))
     rows = [list(row) for row in zip(*columns, strict=True)]
     return sheet(rows, ["base", "LoRA at 0.5", "LoRA at 1.0", "training picture"], [f"seed {seed}" for seed in seeds])
@@ -130,7 +132,7 @@ def sample(config: SampleConfig) -> Path:
     seeds = [config.seed + i for i in range(config.count)]
 
     def draw_all(prompt: str) -> list[Image.Image]:
-        return draw(base, prompt, seeds, size, config.steps, config.guidance, config.negative)
+        return draw(base, prompt, seeds, size, config)
 
     if config.scales:
         columns = []
@@ -139,11 +141,10 @@ def sample(config: SampleConfig) -> Path:
                 columns.append([picture for prompt in config.prompt for picture in draw_all(prompt)])
         rows = [list(row) for row in zip(*columns, strict=True)]
         labels = [f"{prompt}, seed {seed}" for prompt in config.prompt for seed in seeds]
-        result = sheet(rows, [f"scale {scale:g}" for scale in config.scales], labels)
+        result = sheet(rows, [f"LoRA × {scale:g}" for scale in config.scales], labels)
     else:
-        if strengths:
-            merge_lora(base.unet)  # for speed; in float32 the picture is the same
-        rows = [draw_all(prompt) for prompt in config.prompt]
+        with merged_at(base.unet, strengths):  # for speed; in float32 the picture is the same
+            rows = [draw_all(prompt) for prompt in config.prompt]
         labels = [f"seed {seed}" for seed in seeds]
         single = len(rows) == len(seeds) == 1
         result = rows[0][0] if single else sheet(rows, labels, list(config.prompt))
@@ -155,11 +156,16 @@ def sample(config: SampleConfig) -> Path:
 
 def split_strength(text: str) -> tuple[Path, float]:
     """Split "out/fluent:0.8" into path and strength; without a strength it is 1."""
-    path, colon, strength = text.rpartition(":")
+    path, colon, last = text.rpartition(":")
     try:
-        return (Path(path), float(strength)) if colon else (Path(text), 1.0)
+        strength = float(last) if colon else None
     except ValueError:
-        return Path(text), 1.0  # the colon belongs to the path
+        strength = None  # the colon belongs to the path
+    if strength is None:
+        return Path(text), 1.0
+    if not math.isfinite(strength):
+        raise UserError(f"--lora {text}: the strength {last} is not a finite number")
+    return Path(path), strength
 
 
 # ------------------------------------------------------------------------------- sheets

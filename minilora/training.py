@@ -11,9 +11,10 @@ and a run that was stopped goes on as if it had not been.
 import hashlib
 import json
 import math
+import shlex
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -24,10 +25,10 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from . import checkpoint, sampling
-from .config import TrainConfig, UserError
+from .config import SampleConfig, TrainConfig, UserError
 from .data import Batch, Examples, read_folder
 from .diffusion import Schedule, denoising_loss, offset_noise
-from .distributed import Ranks, Shares, StopSignals, mean_over_ranks, processes, wait_for_all
+from .distributed import Ranks, Shares, StopSignals, decided_by_main, mean_over_ranks, processes, wait_for_all
 from .formats import FILE_NAME
 from .lora import inject_lora, load_lora_state_dict, lora_parameters, lora_state_dict
 from .models import DTYPES, Base, fingerprint, save_lora
@@ -36,12 +37,11 @@ from .models import DTYPES, Base, fingerprint, save_lora
 Objective = Callable[[nn.Module, Batch, Schedule, TrainConfig], torch.Tensor]
 
 
-class Stopped(Exception):
-    """The process was told to stop, and the run was saved."""
+class Stopped(SystemExit):
+    """The process was told to stop, and the run was saved; it ends with the exit code that a shell expects."""
 
-    def __init__(self, signal_number: int, message: str):
-        super().__init__(message)
-        self.exit_code = 128 + signal_number
+    def __init__(self, signal_number: int):
+        super().__init__(128 + signal_number)
 
 
 def denoising(unet: nn.Module, batch: Batch, schedule: Schedule, config: TrainConfig) -> torch.Tensor:
@@ -57,6 +57,8 @@ def train(config: TrainConfig, objective: Objective = denoising) -> Path:
     and Stopped, after saving, when the process is told to stop.
     """
     with processes() as ranks:
+        if not config.resume:
+            decided_by_main(lambda: checkpoint.refuse_unfinished(Path(config.output)))
         run = prepare(config, objective, ranks)
         first_step = resume(run) if config.resume else start(run)
         if ranks.is_main:
@@ -76,7 +78,9 @@ def train(config: TrainConfig, objective: Objective = denoising) -> Path:
                     log.samples(step + 1)
                 if stop:
                     wait_for_all()  # the others must not be gone while the main process still writes
-                    raise Stopped(signals.number, f"stopped after step {step + 1}, saved {saved}; go on with --resume")
+                    bar.close()
+                    ranks.say(f"stopped after step {step + 1}, saved {saved}; go on with --resume")
+                    raise Stopped(signals.number)
         return finish(run)
 
 
@@ -100,16 +104,17 @@ class Run:
     def output(self) -> Path:
         return Path(self.config.output)
 
+    def drawing(self, prompts: tuple[str, ...]) -> SampleConfig:
+        """Return the settings that sample.py has for these prompts by default, so that it draws the same."""
+        return SampleConfig(prompt=prompts, model=self.config.model, seed=self.config.seed)
+
 
 # ------------------------------------------------------------------------------ before the first step
 
 
 def prepare(config: TrainConfig, objective: Objective, ranks: Ranks) -> Run:
     """Load the base, read and encode the pictures, inject the LoRA, make the optimizer, and say so."""
-    try:
-        shares = Shares(config.batch_size, config.micro_batch_size, ranks.rank, ranks.world)
-    except ValueError as error:
-        raise UserError(str(error)) from error
+    shares = Shares(config.batch_size, config.micro_batch_size, ranks.rank, ranks.world)
     items = read_folder(config)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     base = Base(config.model, ranks.device, DTYPES[config.precision])
@@ -149,22 +154,10 @@ def prepare(config: TrainConfig, objective: Objective, ranks: Ranks) -> Run:
     return Run(config, objective, ranks, shares, base, examples, identity, model, parameters, optimizer, scaler)
 
 
-# Settings that say where things are or how work is shared out.  What they name, the pictures and the
-# base, is in the identity by content; the rest does not change what is learnt.
-_NO_PART_OF_IDENTITY = {
-    *("data", "caption", "caption_column", "cache", "model", "output", "resume", "micro_batch_size"),
-    *("gradient_checkpointing", "checkpoint_every", "checkpoints_kept", "sample_prompt", "sample_every"),
-}
-
-
 def _identity(config: TrainConfig, base: Base, examples: Examples) -> dict:
     """Return what the run is a function of, as JSON values: settings, pictures with captions, base."""
-    settings = {name: value for name, value in asdict(config).items() if name not in _NO_PART_OF_IDENTITY}
-    if config.lr_schedule == "constant":
-        del settings["steps"]  # then a longer run begins as a shorter one
     pictures = json.dumps([[item.digest, item.captions] for item in examples.items])
-    return settings | {
-        "targets": list(config.targets),
+    return config.identity() | {
         "resolution": examples.resolution,
         "schedule": [base.schedule.prediction_type, *base.schedule.alphas_cumprod[[0, -1]].tolist()],
         "pictures": hashlib.sha256(pictures.encode()).hexdigest(),
@@ -200,8 +193,9 @@ def optimizer_step(run: Run, step: int, learning_rate: float) -> tuple[float, fl
     run.scaler.unscale_(run.optimizer)
     grad_norm = nn.utils.clip_grad_norm_(run.parameters, config.max_grad_norm).item()
     loss_mean = mean_over_ranks(loss_sum).item()
-    # In fp16 a gradient that overflows is ordinary: the scaler skips the step and scales less.
-    if not math.isfinite(loss_mean) or not (math.isfinite(grad_norm) or run.scaler.is_enabled()):
+    # In fp16 a gradient that overflows is ordinary: the scaler skips the step and scales less, down to 1.
+    overflow = run.scaler.is_enabled() and run.scaler.get_scale() > 1
+    if not math.isfinite(loss_mean) or not (math.isfinite(grad_norm) or overflow):
         pictures = ", ".join(
             dict.fromkeys(run.examples.picture_at(p).path.name for p in run.shares.all_positions(step))
         )
@@ -260,7 +254,8 @@ class Log:
         """Draw every --sample-prompt with the LoRA as it is now."""
         if self.writer:
             run = self.run
-            sheet = sampling.draw_prompts(run.base, run.config.sample_prompt, run.config.seed, run.examples.resolution)
+            prompts = run.config.sample_prompt
+            sheet = sampling.draw_prompts(run.base, prompts, run.examples.resolution, run.drawing(prompts))
             sampling.save_picture(sheet, run.output / "samples" / f"step-{step:08d}.png")
             self.writer.add_image("samples", np.array(sheet), step, dataformats="HWC")
             run.base.release("pipeline", "vae", "text_encoder")  # memory is for training
@@ -270,41 +265,32 @@ def save_state(run: Run, step: int) -> Path:
     """Write a checkpoint after `step` steps and return its path."""
     lora = lora_state_dict(run.base.unet)
     state = checkpoint.State(step, lora, checkpoint.optimizer_tensors(run.optimizer), run.scaler.state_dict())
-    folder = run.output / "checkpoints"
     if run.ranks.is_main:
-        checkpoint.save_checkpoint(folder, state, run.identity, run.config.checkpoints_kept)
-    return checkpoint.path_of(folder, step)
+        checkpoint.save_checkpoint(run.output, state, run.identity, run.config.checkpoints_kept)
+    return checkpoint.path_of(run.output, step)
 
 
 def start(run: Run) -> int:
-    """Clear away what an earlier run left in the output folder, and return the number of steps done, 0.
-
-    Raises UserError if that run was not finished: its checkpoints may be hours of work.
-    """
-    wait_for_all()
-    old, lora_file = checkpoint.all_in(run.output / "checkpoints"), run.output / FILE_NAME
-    if old and not lora_file.exists():
-        raise UserError(
-            f"{run.output} holds a run that was not finished, {old[-1].name}; go on with --resume, "
-            "choose another --output, or delete its checkpoints"
-        )
-    wait_for_all()  # all have looked
+    """Clear away what a finished run left in the output folder, and return the number of steps done, 0."""
     if run.ranks.is_main:
-        for path in (*old, lora_file):
+        for path in (*checkpoint.all_in(run.output), run.output / FILE_NAME):
             path.unlink(missing_ok=True)
     return 0
 
 
 def resume(run: Run) -> int:
     """Take up the newest checkpoint, if there is one, and return the number of steps already done."""
-    folder = run.output / "checkpoints"
-    try:
-        state = checkpoint.load_newest_checkpoint(folder, run.identity)
-    except ValueError as error:
-        raise UserError(f"--resume: {error}") from error
+
+    def load() -> checkpoint.State | None:
+        try:
+            return checkpoint.load_newest_checkpoint(run.output, run.identity)
+        except ValueError as error:
+            raise UserError(f"--resume: {error}") from error
+
+    state = decided_by_main(load)
     if state is None:
-        run.ranks.say(f"note: --resume found no checkpoint in {folder}; starting from the beginning")
-        return 0
+        run.ranks.say(f"note: --resume found no checkpoint in {run.output}; starting from the beginning")
+        return start(run)
     if state.step > run.config.steps:
         raise UserError(f"--resume: the checkpoint has {state.step} steps done, more than --steps {run.config.steps}")
     load_lora_state_dict(run.base.unet, state.lora)
@@ -320,10 +306,12 @@ def finish(run: Run) -> Path:
     lora_file, sheet_file = run.output / FILE_NAME, run.output / "samples" / "before_after.png"
     if run.ranks.is_main:
         save_lora(run.base.unet, lora_file)
-        sheet = sampling.before_after(run.base, item, config.seed, run.examples.resolution)
+        drawing = run.drawing(item.captions[:1])
+        sheet = sampling.before_after(run.base, item, run.examples.resolution, drawing)
         sampling.save_picture(sheet, sheet_file)
         run.ranks.say(f"wrote      {lora_file} and {sheet_file}")
-        model = f" --model {config.model}" if config.model else ""
-        run.ranks.say(f'next       python sample.py --prompt "{item.captions[0]}" --lora {config.output}{model}')
+        model = ["--model", config.model] if config.model else []
+        words = ["python", "sample.py", "--prompt", item.captions[0], "--lora", config.output, *model]
+        run.ranks.say(f"next       {shlex.join(words)}")
     wait_for_all()
     return lora_file

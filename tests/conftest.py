@@ -1,7 +1,10 @@
 """What the tests share: a tiny Stable Diffusion with random weights, and folders of small pictures."""
 
 import json
+import os
 from pathlib import Path
+
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before torch looks: the identities hold to the bit on a CPU
 
 import numpy as np
 import pytest

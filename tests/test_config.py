@@ -5,7 +5,8 @@ import json
 
 import pytest
 
-from minilora.config import SampleConfig, TrainConfig, UserError, read
+from minilora.commands import read, run
+from minilora.config import SampleConfig, TrainConfig, UserError
 
 
 def parse(*argv):
@@ -54,6 +55,16 @@ def test_a_configuration_written_is_the_configuration_read(tmp_path):
     assert parse("--config", str(file)) == config
 
 
+def test_what_follows_from_other_settings_goes_on_following_them(tmp_path):
+    file = tmp_path / "config.json"
+    file.write_text(parse("--data", "x/y", "--steps", "7").to_json())
+    again = parse("--config", str(file), "--data", "x/z", "--rank", "4", "--model", "some/base")
+    assert (again.output, again.alpha, again.batch_size, again.steps) == ("out/z", 4, 1, 7)
+    file.write_text(parse("--data", "x/y", "--output", "o", "--alpha", "1").to_json())
+    again = parse("--config", str(file), "--data", "x/z", "--rank", "4")
+    assert (again.output, again.alpha) == ("o", 1)
+
+
 def test_settings_are_frozen():
     with pytest.raises(dataclasses.FrozenInstanceError):
         parse("--data", "a").rank = 3
@@ -90,6 +101,8 @@ def test_mistakes_on_the_command_line_are_named(argv, message):
         ('{"data": "a", "rank": "8"}', 'rank is "8" and should be int'),
         ('{"data": "a", "rank": true}', "rank is true and should be int"),
         ('{"data": "a", "targets": "to_q"}', 'targets is "to_q" and should be a list of str'),
+        ('{"data": "a", "rank": null}', "rank is null and should be int"),
+        ('{"data": "a", "targets": null}', "targets is null and should be a list of str"),
         ("[1]", "holds a list"),
         ("{", "Expecting property name"),
     ],
@@ -110,3 +123,26 @@ def test_sampling_settings():
         read(SampleConfig, [], "")
     with pytest.raises(UserError, match="--scales needs a --lora"):
         read(SampleConfig, ["--prompt", "a", "--scales", "1"], "")
+    with pytest.raises(UserError, match="--negative has no effect at --guidance 1"):
+        read(SampleConfig, ["--prompt", "a", "--negative", "b", "--guidance", "1"], "")
+    with pytest.raises(UserError, match=r"--scales is 0\.0,nan; each must be a finite number"):
+        read(SampleConfig, ["--prompt", "a", "--lora", "x", "--scales", "0,nan"], "")
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "line"),
+    [
+        (UserError("there is no such folder"), 2, "error: there is no such folder\n"),
+        (OSError(28, "No space left on device", "out/x"), 2, "error: [Errno 28] No space left on device: 'out/x'\n"),
+        (KeyboardInterrupt(), 130, ""),
+    ],
+)
+def test_what_ends_a_command_early_is_one_line_and_an_exit_code(error, code, line, monkeypatch, capsys):
+    def work(config):
+        raise error
+
+    monkeypatch.setattr("sys.argv", ["sample.py", "--prompt", "a"])
+    with pytest.raises(SystemExit) as end:
+        run(SampleConfig, work, "")
+    assert end.value.code == code
+    assert capsys.readouterr().err == line

@@ -128,6 +128,31 @@ def test_everything_wrong_is_said_at_once(pictures, tmp_path):
     assert "\n" not in message
 
 
+def test_metadata_names_a_picture_however_it_is_written(tmp_path):
+    folder = tmp_path / "folder"
+    (folder / "sub").mkdir(parents=True)
+    for name in ("a.png", "b.png", "c.png"):
+        make_picture(0).save(folder / name)
+    (folder / "b.png").rename(folder / "b")  # what it is, its first bytes say
+    (folder / "c.png").rename(tmp_path / "c.png")
+    (folder / "c.png").symlink_to(tmp_path / "c.png")
+    names = ("sub/../a.png", "b", "./c.png")
+    (folder / "metadata.jsonl").write_text("".join(json.dumps({"file_name": n, "text": n}) + "\n" for n in names))
+    items = read_folder(config_for(folder, tmp_path))
+    assert [(item.path.name, item.captions[0]) for item in items] == [
+        ("a.png", "sub/../a.png"),
+        ("b", "b"),
+        ("c.png", "./c.png"),
+    ]
+
+
+def test_a_link_to_a_folder_is_not_left_out_silently(pictures, tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    (pictures / "more").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(UserError, match="more is a link to a folder, which is not followed"):
+        read_folder(config_for(pictures, tmp_path))
+
+
 def test_text_that_is_not_utf8_is_named(tmp_path):
     make_picture(0).save(tmp_path / "a.png")
     (tmp_path / "a.txt").write_bytes("rosé".encode("latin-1"))
@@ -241,6 +266,15 @@ def test_the_cache_is_filled_once_and_follows_the_content(pictures, tmp_path, ti
     position = next(p for p in range(5) if examples.picture_at(p).path.name == "0.png")
     mean, std = Base(str(tiny_base), ONE.device).encode_picture(as_tensor(cut_square(make_picture(77), 16)))
     assert torch.equal(examples._row(position)[0], mean + std * draws.gaussian(0, "posterior", position, mean.shape))
+
+
+def test_machines_need_not_share_the_cache(pictures, tmp_path, tiny_base):
+    one = examples_for(pictures, tmp_path, tiny_base).batch(range(8), ONE.device)
+    (tmp_path / "other machine").mkdir()
+    second = Ranks(1, 2, torch.device("cpu"), local_rank=0, local_world=1)
+    two = examples_for(pictures, tmp_path / "other machine", tiny_base, second).batch(range(8), ONE.device)
+    assert torch.equal(one.latents, two.latents)
+    assert torch.equal(one.text, two.text)
 
 
 def test_a_caption_longer_than_the_text_encoder_reads_is_said(pictures, tmp_path, tiny_base, capsys):

@@ -7,8 +7,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
-import minilora
+from minilora import remove_lora
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -85,10 +86,18 @@ def test_every_file_and_picture_it_names_exists():
             assert (ROOT / target).exists(), target
 
 
-def test_every_function_it_imports_exists():
-    for names in re.findall(r"from minilora import ([^\n]+)", README):
-        for name in names.split(","):
-            assert hasattr(minilora, name.strip())
+def test_its_python_runs(tmp_path, monkeypatch, tiny_unet):
+    monkeypatch.chdir(tmp_path)
+    [block] = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    before = {name: value.clone() for name, value in tiny_unet.state_dict().items()}
+
+    def train(parameters):
+        for parameter in parameters:
+            torch.nn.init.normal_(parameter)
+
+    exec(block, {"unet": tiny_unet, "train": train})
+    remove_lora(tiny_unet)
+    assert all(torch.equal(value, before[name]) for name, value in tiny_unet.state_dict().items())
 
 
 @pytest.mark.parametrize("command", ["train.py", "sample.py"])

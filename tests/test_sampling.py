@@ -54,9 +54,10 @@ def test_merged_equals_live(tiny_base, lora):
     base = Base(str(tiny_base), CPU)
     load_lora(base.unet, lora, "a")
     set_lora_scale(base.unet, 0.5, "a")
-    live = draw(base, "a dog", [1, 2], 16, steps=3)
+    three_steps = SampleConfig(prompt=("a dog",), steps=3)
+    live = draw(base, "a dog", [1, 2], 16, three_steps)
     with merged_at(base.unet, {"a": 0.5}):
-        merged = draw(base, "a dog", [1, 2], 16, steps=3)
+        merged = draw(base, "a dog", [1, 2], 16, three_steps)
     for one, two in zip(live, merged, strict=True):
         assert np.abs(np.array(one).astype(int) - np.array(two)).max() <= 1  # as above
 
@@ -69,6 +70,13 @@ def test_merged_at_puts_everything_back_even_after_an_error(tiny_base, lora):
     layers = lora_layers(base.unet).values()
     assert {layer.adapters["a"].strength for layer in layers} == {0.3}
     assert not any(layer.merged for layer in layers)
+
+
+def test_a_strength_that_gives_no_numbers_is_refused(command, lora):
+    with pytest.raises(UserError, match="the strength nan is not a finite number"):
+        command(lora=(f"{lora}:nan",))
+    with pytest.raises(UserError, match=r"LoRA at 1e\+39: cannot merge: .* not finite in down_blocks"):
+        command(lora=(f"{lora}:1e39",))
 
 
 def test_evaluating_restores_each_part():

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -19,6 +20,8 @@ from minilora import training
 from minilora.config import TrainConfig, UserError
 from minilora.distributed import Shares
 from minilora.formats import FILE_NAME
+from minilora.lora import lora_parameters
+from minilora.models import DTYPES
 from minilora.training import learning_rate_at, train
 
 ROOT = Path(__file__).parents[1]
@@ -93,6 +96,26 @@ def test_half_precision_trains_nearly_the_same(run, precision):
     assert torch.cosine_similarity(one, two, dim=0) > 0.9
 
 
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_precision_and_checkpointing_are_what_is_asked_for(run, precision, checkpointing):
+    def objective(unet, batch, schedule, config):
+        wanted = DTYPES[precision]
+        assert unet.conv_in.weight.dtype == wanted
+        assert all(parameter.dtype == torch.float32 for parameter in lora_parameters(unet))
+        assert torch.is_autocast_enabled("cpu") == (precision != "fp32")
+        assert precision == "fp32" or torch.get_autocast_dtype("cpu") == wanted
+        assert unet.is_gradient_checkpointing == checkpointing
+        return training.denoising(unet, batch, schedule, config)
+
+    run("a", objective, steps=1, precision=precision, gradient_checkpointing=checkpointing)
+
+
+def test_gradient_checkpointing_changes_nothing_that_is_learnt(run):
+    one, two = run("a"), run("b", gradient_checkpointing=True)
+    assert (one / FILE_NAME).read_bytes() == (two / FILE_NAME).read_bytes()
+
+
 # ------------------------------------------------------------------------------- the same, cut up
 
 
@@ -105,7 +128,7 @@ def test_a_run_that_was_cut_in_two_gives_the_same_bytes(run):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_run_that_is_told_to_stop_saves_and_goes_on_as_if_nothing_had_been(run, number):
+def test_a_run_that_is_told_to_stop_saves_and_goes_on_as_if_nothing_had_been(run, number, capsys):
     class Tap:
         calls = 0
 
@@ -115,13 +138,14 @@ def test_a_run_that_is_told_to_stop_saves_and_goes_on_as_if_nothing_had_been(run
                 os.kill(os.getpid(), number)
             return training.denoising(*args)
 
-    whole = run("whole")
-    with pytest.raises(training.Stopped, match=r"stopped after step 3, saved .*go on with --resume") as stopped:
+    whole, handler = run("whole"), signal.getsignal(number)
+    with pytest.raises(training.Stopped) as stopped:
         run("stopped", Tap())
-    assert stopped.value.exit_code == 128 + number
+    assert stopped.value.code == 128 + number
+    assert re.search(r"stopped after step 3, saved .*; go on with --resume\n$", capsys.readouterr().out)
     resumed = run("stopped", resume=True)
     assert (resumed / FILE_NAME).read_bytes() == (whole / FILE_NAME).read_bytes()
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(number) is handler
 
 
 def test_a_killed_run_gives_the_same_bytes(run, pictures, tmp_path, tiny_base):
@@ -200,9 +224,21 @@ def test_resume_refuses_a_checkpoint_beyond_the_end_and_a_broken_one(run):
     folder = run("a", checkpoint_every=4)
     with pytest.raises(UserError, match="has 4 steps done, more than --steps 2"):
         run("a", steps=2, resume=True)
-    (folder / "checkpoints" / "step-00000005.safetensors").write_text("broken")
-    with pytest.raises(UserError, match=r"step-00000005\.safetensors is not a checkpoint that can be read"):
+    for path in (folder / "checkpoints").iterdir():
+        path.write_text("broken")
+    with pytest.raises(UserError, match=r"step-00000004\.safetensors is not a checkpoint that can be read"):
         run("a", resume=True)
+
+
+def test_resume_passes_over_a_broken_checkpoint_to_the_whole_one_before(run, capsys):
+    folder = run("a", checkpoint_every=2, checkpoints_kept=2)
+    whole = (folder / FILE_NAME).read_bytes()
+    (folder / "checkpoints" / "step-00000006.safetensors").write_text("broken")
+    run("a", resume=True)
+    captured = capsys.readouterr()
+    assert "step-00000006.safetensors is not a checkpoint that can be read" in captured.err
+    assert "resume     after step 4" in captured.out
+    assert (folder / FILE_NAME).read_bytes() == whole
 
 
 def test_a_new_run_clears_a_finished_one_away_and_refuses_an_unfinished_one(run):
@@ -295,6 +331,22 @@ def test_a_loss_that_is_not_finite_stops_with_step_and_pictures(run, tmp_path):
     with pytest.raises(UserError, match=r"step 3: loss inf.* its pictures: .*\.png"):
         run("a", breaks)
     assert not (tmp_path / "a" / FILE_NAME).exists()
+
+
+def broken_gradient(unet, batch, schedule, config):
+    """A loss that is finite and whose derivative is not: 0 · ∞."""
+    loss = training.denoising(unet, batch, schedule, config)
+    return loss + (0 * loss).clamp(min=0).sqrt()
+
+
+def test_a_gradient_that_is_not_finite_stops_though_the_loss_is(run):
+    with pytest.raises(UserError, match=r"step 1: loss [0-9.]+, norm of the gradient nan; its pictures: .*\.png"):
+        run("a", broken_gradient)
+
+
+def test_fp16_that_overflows_for_ever_stops(run):
+    with pytest.raises(UserError, match=r"step 17: loss .*, norm of the gradient nan"):
+        run("a", broken_gradient, steps=30, precision="fp16")  # after 16 halvings of the scale of 65,536
 
 
 @pytest.mark.parametrize(

@@ -37,6 +37,7 @@ from minilora.diffusion import Schedule, denoising_loss
 from .pictures import DATA_HELP, SEED, SIZE, STYLES, Drawing, caption_at, read_drawings, read_photographs
 
 TOKENS = 32  # per caption
+
 # --------------------------------------------------------------------------------------- the parts
 
 

@@ -23,7 +23,7 @@ from torch import nn
 
 from minilora import draws
 from minilora.checkpoint import write_whole
-from minilora.config import TrainConfig
+from minilora.config import SampleConfig, TrainConfig
 from minilora.data import as_tensor, cut_square, open_picture
 from minilora.diffusion import denoising_loss
 from minilora.lora import lora_disabled
@@ -39,6 +39,7 @@ sunflower, cactus, mushroom, evergreen tree, house, car, bus, bicycle, rocket, a
 umbrella, rainbow, snowman, star, key, balloon, book, pencil, guitar, soccer ball, trophy, crown,
 heart, ghost, smile, mountain"""
 PROMPTS = [prompt.strip() for prompt in PROMPTS.replace("\n", " ").split(",")]
+DRAWING = SampleConfig(prompt=tuple(PROMPTS))  # steps and guidance are those of sample.py
 STYLES = ("noto", "twemoji", "fluent")
 SHEET = "contact_sheet.jpg"
 
@@ -121,8 +122,8 @@ def measure_base(base: Base, drawings: list[Drawing], unseen: list[Named], photo
         pictures = [(d.path, f"{d.names[0]}, {d.style} style") for d in chosen]
         note(f"denoising loss, {len(pictures)} {name} pictures", f"{held_out_loss(base, pictures):.4f}")
     started = time.time()
-    rows = [draw(base, prompt, range(4), SIZE) for prompt in PROMPTS]
-    note("time to draw 200 pictures, 20 steps each", f"{time.time() - started:.0f} s")
+    rows = [draw(base, prompt, range(4), SIZE, DRAWING) for prompt in PROMPTS]
+    note(f"time to draw 200 pictures, {DRAWING.steps} steps each", f"{time.time() - started:.0f} s")
     pairs = [left + right for left, right in zip(rows[:25], rows[25:], strict=True)]
     labels = [f"{left} | {right}" for left, right in zip(PROMPTS[:25], PROMPTS[25:], strict=True)]
     contact = sheet(pairs, [f"seed {seed}" for seed in (*range(4), *range(4))], labels)
@@ -157,7 +158,7 @@ def measure_lora(
     prompts = [prompt for prompt in PROMPTS if prompt not in learnt]
     for strength in (0.0, 0.5, 1.0):
         with merged_at(base.unet, {"default": strength}):
-            drawn = [picture for prompt in prompts for picture in draw(base, prompt, range(2), SIZE)]
+            drawn = [picture for prompt in prompts for picture in draw(base, prompt, range(2), SIZE, DRAWING)]
         share = share_called_fluent(classifier, drawn)
         note(
             f"called Fluent, {len(drawn)} pictures of {len(prompts)} prompts not learnt, LoRA at {strength:g}",
