@@ -1,6 +1,7 @@
 """LoRA for Stable Diffusion, from scratch.  Read lora.py first, then diffusion.py, then training.py."""
 
 from .lora import (
+    LoRAConv2d,
     LoRALinear,
     inject_lora,
     load_lora_state_dict,
@@ -13,9 +14,9 @@ from .lora import (
     set_lora_scale,
     unmerge_lora,
 )
-from .models import load_lora, save_lora
 
 __all__ = [
+    "LoRAConv2d",
     "LoRALinear",
     "inject_lora",
     "load_lora",
@@ -30,3 +31,12 @@ __all__ = [
     "set_lora_scale",
     "unmerge_lora",
 ]
+
+
+def __getattr__(name: str):
+    """Import load_lora and save_lora when first used: they need diffusers, whose import takes seconds."""
+    if name in ("load_lora", "save_lora"):
+        from . import models
+
+        return getattr(models, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

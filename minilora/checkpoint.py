@@ -13,10 +13,22 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 
 from .config import UserError
-from .formats import FILE_NAME
+from .files import staging
+from .formats import (
+    FILE_NAME,
+    PEFT_CONFIG,
+    FormatError,
+    LoRA,
+    as_diffusers,
+    as_kohya,
+    as_peft,
+    difference,
+    read_lora,
+    tensor_bytes,
+)
+from .names import Modules
 
 
 def write_whole(path: Path, content: bytes) -> None:
@@ -37,7 +49,31 @@ def write_whole(path: Path, content: bytes) -> None:
 
 def write_tensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
     """Write tensors as a safetensors file, whole or not at all; equal arguments give equal bytes."""
-    write_whole(path, save({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, metadata))
+    write_whole(path, tensor_bytes(tensors, metadata))
+
+
+DIALECTS = ("diffusers", "kohya", "peft")
+
+
+def write_lora(path: Path, lora: LoRA, dialect: str, modules: Modules, flat_text_encoder: bool = False) -> None:
+    """Write a LoRA in a dialect, whole or not at all: a file, for PEFT a folder with one for each component.
+
+    It takes its name only after it was read back and every ΔW found to be what it was, up to the
+    rounding of B.  Raises FormatError if that is not so.
+    """
+    if dialect == "peft":
+        files = as_peft(lora, flat_text_encoder)
+    else:
+        files = as_kohya(lora, modules) if dialect == "kohya" else as_diffusers(lora)
+    with staging(path, 0, overwrite=True) as new:
+        for name, (tensors, about) in files.items():
+            if dialect == "peft":
+                write_tensors(new / name, tensors, {"format": "pt"})
+                write_whole((new / name).with_name(PEFT_CONFIG), json.dumps(about, indent=2, sort_keys=True).encode())
+            else:
+                write_tensors(new, tensors, about)
+        if (apart := difference(lora, read_lora(new, modules))) > 1:
+            raise FormatError(f"{path}: read back, it differs by {apart:.2g} times what rounding can do")
 
 
 def under(tensors: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:

@@ -16,7 +16,7 @@ import typing
 from collections.abc import Callable
 from pathlib import Path
 
-from .config import ByBase, SampleConfig, TrainConfig, UserError, option
+from .config import ByBase, MergeConfig, SampleConfig, TrainConfig, UserError, option
 
 
 def train() -> None:
@@ -31,6 +31,13 @@ def sample() -> None:
     from .sampling import sample as work  # not with training: it would load TensorBoard for nothing
 
     run(SampleConfig, work, sample.__doc__)
+
+
+def merge() -> None:
+    """Fold LoRA files into a base, file to file; or merge, resize, convert and extract LoRAs."""
+    from .merge import merge as work
+
+    run(MergeConfig, work, merge.__doc__)
 
 
 def run(settings: type, work: Callable, description: str) -> None:
@@ -60,7 +67,8 @@ def read(cls: type, argv: list[str], description: str):
         options = {option(name) for name in names} | {"--config"}
         wrong = [word for word in unknown if word.startswith("-")] or unknown
         raise UserError("; ".join(_unknown(word, options) for word in wrong))
-    given = {name: tuple(value) if isinstance(value, list) else value for name, value in vars(given).items()}
+    # (Values that stand without an option are an empty list when there are none.)
+    given = {k: tuple(v) if isinstance(v, list) else v for k, v in vars(given).items() if v != []}
     path = given.pop("config", None)
     values = _read_file(cls, Path(path)) if path else {}
     # What follows from other settings anyway goes on following them: with another --data on the
@@ -90,6 +98,9 @@ def _parser(cls: type, description: str) -> argparse.ArgumentParser:
         group = groups.get(title) or groups.setdefault(title, parser.add_argument_group(title))
         kind, is_tuple, _ = _kind(cls, field.name)
         words = {"help": field.metadata["help"] + _default_words(field)}
+        if field.metadata["bare"]:
+            group.add_argument(field.name, nargs="*", metavar="FILE", **words)
+            continue
         if kind is bool:
             words["action"] = argparse.BooleanOptionalAction
         elif field.metadata["repeat"]:

@@ -36,7 +36,7 @@ time:  y = W x + Σ sᵢ · ΔWᵢ x.
 Source: Hu et al., "LoRA: low-rank adaptation of large language models", 2021.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -49,53 +49,47 @@ ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")  # the attention projections of
 class Adapter(nn.Module):
     """One low-rank change, ΔW = (alpha / rank) · B A, and the strength it is applied with.
 
-    `lora_A` is (rank, in), gaussian with standard deviation 1 / rank; `lora_B` is (out, rank), zero.
-    Both are float32 whatever the base is: half precision would round the small steps of training away.
+    `lora_A` is (rank, in), for a convolution (rank, in, height, width), gaussian with standard deviation
+    1 / rank; `lora_B` is (out, rank), zero.  Both are float32 whatever the base is: half precision would
+    round the small steps of training away.
     """
 
-    def __init__(self, base: nn.Linear, rank: int, alpha: float, dropout: float = 0.0, generator=None):
+    def __init__(self, weight: torch.Tensor, rank: int, alpha: float, dropout: float = 0.0, generator=None):
         super().__init__()
         self.rank = rank
         self.alpha = alpha
         self.strength = 1.0
         self.dropout = nn.Dropout(dropout)
         # Drawn on the CPU, so that a seed means the same numbers on every device.
-        gaussian = torch.randn(rank, base.in_features, generator=generator) / rank
-        zeros = torch.zeros(base.out_features, rank)
-        self.lora_A = nn.Parameter(gaussian.to(base.weight.device))  # (rank, in)
-        self.lora_B = nn.Parameter(zeros.to(base.weight.device))  # (out, rank)
+        gaussian = torch.randn(rank, *weight.shape[1:], generator=generator) / rank
+        zeros = torch.zeros(len(weight), rank)
+        self.lora_A = nn.Parameter(gaussian.to(weight.device))  # (rank, in)
+        self.lora_B = nn.Parameter(zeros.to(weight.device))  # (out, rank)
 
     @property
     def scale(self) -> float:
         return self.alpha / self.rank
 
     def delta(self) -> torch.Tensor:
-        """Return strength · ΔW as one float32 matrix, (out, in)."""
-        return (self.strength * self.scale) * (self.lora_B.detach() @ self.lora_A.detach())
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Return strength · ΔW x without ever forming ΔW; (…, in) -> (…, out)."""
-        if not torch.is_autocast_enabled(x.device.type):
-            x = x.to(self.lora_A.dtype)
-        down = F.linear(self.dropout(x), self.lora_A)  # (…, rank)
-        return F.linear(down * (self.strength * self.scale), self.lora_B)  # (…, out)
+        """Return strength · ΔW in float32 and in the shape of the weight, (out, in)."""
+        product = self.lora_B.detach() @ self.lora_A.detach().flatten(1)
+        return (self.strength * self.scale * product).unflatten(1, self.lora_A.shape[1:])
 
     def extra_repr(self) -> str:
         return f"rank={self.rank}, alpha={self.alpha}, strength={self.strength}"
 
 
-class LoRALinear(nn.Module):
-    """A linear layer with low-rank changes beside it: y = base(x) + Σ sᵢ · (alphaᵢ / rankᵢ) · Bᵢ (Aᵢ x).
+class LoRALayer(nn.Module):
+    """A layer with low-rank changes beside it: y = base(x) + Σ sᵢ · (alphaᵢ / rankᵢ) · Bᵢ (Aᵢ x).
 
-    `base` is the original layer itself, not a copy.  `adapters` maps a name to an Adapter.  While
-    merged, the changes are in the base's weight and the sum is skipped.
-
-    The rank may be above min(in, out), as in some files, though nothing is gained by it.
+    `base` is the original layer itself, not a copy.  `adapters` maps a name to an Adapter.  Those whose
+    names are in `merged` are in the base's weight and not in the sum.  The rank may be above min(in, out),
+    as in some files, though nothing is gained by it.
     """
 
     def __init__(
         self,
-        base: nn.Linear,
+        base: nn.Module,
         rank: int,
         alpha: float | None = None,
         dropout: float = 0.0,
@@ -106,50 +100,85 @@ class LoRALinear(nn.Module):
         self.base = base
         self.adapters = nn.ModuleDict()
         self.enabled = True
-        self.register_buffer("original_weight", None, persistent=False)  # kept while merged
+        self.merged: set[str] = set()
+        self.register_buffer("original_weight", None, persistent=False)  # kept while anything is merged
         self.add(rank, alpha, dropout, name, generator)
 
     def add(self, rank: int, alpha: float | None, dropout: float, name: str, generator=None) -> None:
         """Add one more change, under a new name; alpha defaults to the rank."""
         alpha = rank if alpha is None else alpha
-        self.adapters[name] = Adapter(self.base, rank, alpha, dropout, generator).train(self.training)
-
-    @property
-    def merged(self) -> bool:
-        return self.original_weight is not None
+        self.adapters[name] = Adapter(self.base.weight, rank, alpha, dropout, generator).train(self.training)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y = self.base(x)  # (…, out)
-        if self.enabled and not self.merged:
-            for adapter in self.adapters.values():
-                y = y + adapter(x).to(y.dtype)
+        if self.enabled:
+            for name, adapter in self.adapters.items():
+                if name not in self.merged:
+                    y = y + self.branch(x, adapter).to(y.dtype)
         return y
 
-    @torch.no_grad()
-    def merged_weight(self) -> torch.Tensor:
-        """Return W + Σ sᵢ · ΔWᵢ, summed in float32 and rounded once to W's own type; (out, in)."""
-        weight = self.base.weight
-        return (weight.float() + sum(adapter.delta() for adapter in self.adapters.values())).to(weight.dtype)
+    def branch(self, x: torch.Tensor, adapter: Adapter) -> torch.Tensor:
+        """Return strength · ΔW x without ever forming ΔW; (…, in) -> (…, out)."""
+        if not torch.is_autocast_enabled(x.device.type):
+            x = x.to(adapter.lora_A.dtype)
+        down = self.down(adapter.dropout(x), adapter.lora_A)  # (…, rank)
+        return self.up(down * (adapter.strength * adapter.scale), adapter.lora_B)  # (…, out)
 
     @torch.no_grad()
-    def merge(self) -> None:
-        """Put the changes into the base's weight and keep the original."""
-        self.original_weight = self.base.weight.detach().clone()
-        self.base.weight.copy_(self.merged_weight())
+    def merged_weight(self, names: Iterable[str]) -> torch.Tensor:
+        """Return W + Σ sᵢ · ΔWᵢ over the names, summed in float32 and rounded once to W's own type; (out, in)."""
+        weight = self.base.weight if self.original_weight is None else self.original_weight
+        chosen = [adapter.delta() for name, adapter in self.adapters.items() if name in names]
+        return (weight.float() + sum(chosen)).to(weight.dtype)
 
     @torch.no_grad()
-    def unmerge(self) -> None:
-        """Put the original weight back, bit for bit."""
-        self.base.weight.copy_(self.original_weight)
-        self.original_weight = None
+    def merge(self, names: Iterable[str]) -> None:
+        """Put these changes into the base's weight too, and keep the original."""
+        if self.original_weight is None:
+            self.original_weight = self.base.weight.detach().clone()
+        self.merged.update(names)
+        self.base.weight.copy_(self.merged_weight(self.merged))
+
+    @torch.no_grad()
+    def unmerge(self, names: Iterable[str]) -> None:
+        """Take these changes out of the base's weight; without any it is the original, bit for bit."""
+        self.merged.difference_update(names)
+        self.base.weight.copy_(self.merged_weight(self.merged) if self.merged else self.original_weight)
+        if not self.merged:
+            self.original_weight = None
+
+
+class LoRALinear(LoRALayer):
+    """A linear layer with low-rank changes beside it; A is (rank, in), B is (out, rank)."""
+
+    down = staticmethod(F.linear)
+    up = staticmethod(F.linear)
+
+
+class LoRAConv2d(LoRALayer):
+    """A convolution with low-rank changes beside it: A is a convolution to `rank` channels, B one of 1 × 1.
+
+    A, (rank, in, height, width), has the stride, padding and dilation of the base, so B A is a change
+    of the base's weight: ΔW[o, i, h, w] = (alpha / rank) · Σᵣ B[o, r] A[r, i, h, w].
+    """
+
+    def down(self, x: torch.Tensor, a: torch.Tensor) -> torch.Tensor:
+        return self.base._conv_forward(x, a, None)  # (batch, rank, h, w); with the base's own padding and stride
+
+    @staticmethod
+    def up(x: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        return F.conv2d(x, b[..., None, None])  # (batch, out, h, w)
+
+
+KINDS = {nn.Linear: LoRALinear, nn.Conv2d: LoRAConv2d}
 
 
 # ------------------------------------------------------------------------- putting it in, taking it out
 
 
-def lora_layers(module: nn.Module) -> dict[str, LoRALinear]:
+def lora_layers(module: nn.Module) -> dict[str, LoRALayer]:
     """Return the layers that carry LoRA, by full name; empty if there are none."""
-    return {name: child for name, child in module.named_modules() if isinstance(child, LoRALinear)}
+    return {name: child for name, child in module.named_modules() if isinstance(child, LoRALayer)}
 
 
 def inject_lora(
@@ -160,15 +189,15 @@ def inject_lora(
     dropout: float = 0.0,
     name: str = "default",
     generator: torch.Generator | None = None,
-) -> dict[str, LoRALinear]:
+) -> dict[str, LoRALayer]:
     """Put a new LoRA into `module`, in place, and freeze everything else; return its layers by full name.
 
-    A linear layer is a target if its full name is one of `targets` or ends with "." and one of them:
-    "to_q" means …attn1.to_q, not …foo_to_q.  `alpha` defaults to the rank, a scale of 1.  Another
-    `name` puts a second LoRA beside the first.
+    A linear layer or convolution is a target if its full name is one of `targets` or ends with "." and
+    one of them: "to_q" means …attn1.to_q, not …foo_to_q.  `alpha` defaults to the rank, a scale of 1.
+    Another `name` puts a second LoRA beside the first.
 
     Raises ValueError, naming every module concerned, for a target that matches nothing or matches
-    something that is not a linear layer, a rank that does not fit, a name that is in use.
+    something else, a convolution in groups, a rank that does not fit, a name that is in use.
     """
     layers = lora_layers(module)
     inside = {f"{path}.{inner}" for path, layer in layers.items() for inner, _ in layer.named_modules() if inner}
@@ -177,10 +206,12 @@ def inject_lora(
     problems = [f"target {target!r} matches no module" for target, found in matches.items() if not found]
     found = dict.fromkeys(path for found in matches.values() for path in found)
     for path in found:
-        linear = layers[path].base if path in layers else module.get_submodule(path)
-        if isinstance(linear, nn.Linear) and not 1 <= rank <= min(linear.in_features, linear.out_features):
-            shape = f"{linear.in_features} to {linear.out_features}"
-            problems.append(f"{path} maps {shape} features; rank {rank} is not between 1 and the smaller of them")
+        layer = layers[path].base if path in layers else module.get_submodule(path)
+        if isinstance(layer, tuple(KINDS)):
+            inputs, outputs = layer.weight[0].numel(), len(layer.weight)
+            if not 1 <= rank <= min(inputs, outputs):
+                shape = f"{inputs} to {outputs}"
+                problems.append(f"{path} maps {shape} features; rank {rank} is not between 1 and the smaller of them")
     return add_lora(module, dict.fromkeys(found, rank), alpha, dropout, name, generator, problems)
 
 
@@ -192,7 +223,7 @@ def add_lora(
     name: str = "default",
     generator: torch.Generator | None = None,
     problems: Sequence[str] = (),
-) -> dict[str, LoRALinear]:
+) -> dict[str, LoRALayer]:
     """Do what `inject_lora` does at exactly the layers in `ranks`, by full name, each with a rank of its own.
 
     Raises ValueError, with nothing changed, for `problems` found before and all that are found here.
@@ -202,22 +233,23 @@ def add_lora(
         problems.append(f"name {name!r} is empty or has a dot in it")
     found = {path: module.get_submodule(path) for path in ranks}
     for path, child in found.items():
-        linear = child.base if isinstance(child, LoRALinear) else child
-        if not isinstance(linear, nn.Linear):
-            problems.append(f"{path} is a {type(linear).__name__}; only Linear layers can take a LoRA")
-        elif isinstance(child, LoRALinear) and name in child.adapters:
+        layer = child.base if isinstance(child, LoRALayer) else child
+        if not isinstance(layer, tuple(KINDS)):
+            problems.append(f"{path} is a {type(layer).__name__}; only Linear and Conv2d can take a LoRA")
+        elif getattr(layer, "groups", 1) != 1:
+            problems.append(f"{path} is a convolution in {layer.groups} groups, of which A B is no change")
+        elif isinstance(child, LoRALayer) and name in child.adapters:
             problems.append(f"{path} has a LoRA {name!r} already, of rank {child.adapters[name].rank}")
-        elif isinstance(child, LoRALinear) and child.merged:
-            problems.append(f"{path} is merged; unmerge_lora first")
     if problems:
         raise ValueError("cannot inject LoRA: " + "; ".join(problems))
 
     module.requires_grad_(False)
     for path, child in found.items():
-        if isinstance(child, LoRALinear):
+        if isinstance(child, LoRALayer):
             child.add(ranks[path], alpha, dropout, name, generator)
         else:
-            layer = LoRALinear(child, ranks[path], alpha, dropout, name, generator)
+            kind = next(kind for layer, kind in KINDS.items() if isinstance(child, layer))
+            layer = kind(child, ranks[path], alpha, dropout, name, generator)
             module.set_submodule(path, layer.train(child.training))
     return {path: module.get_submodule(path) for path in found}
 
@@ -225,11 +257,11 @@ def add_lora(
 def remove_lora(module: nn.Module, name: str | None = None) -> None:
     """Take the LoRA called `name` (all by default) out of `module`, in place.
 
-    A layer that carries no other gets its original nn.Linear object back, still frozen.  Raises
+    A layer that carries no other gets its original object back, still frozen.  Raises
     RuntimeError while merged, since the change would stay behind unseen.
     """
     layers = _layers_with(module, name)
-    _require(layers, merged=False, what="remove_lora")
+    _require(layers, merged=False, what="remove_lora", name=name)
     for path, layer in layers.items():
         if name is not None:
             del layer.adapters[name]
@@ -250,7 +282,7 @@ def lora_parameters(module: nn.Module, name: str | None = None) -> list[nn.Param
 def set_lora_scale(module: nn.Module, strength: float, name: str | None = None) -> None:
     """Set how strongly the LoRA called `name` (all by default) acts: 0 is the base, 1 is as trained."""
     layers = _layers_with(module, name)
-    _require(layers, merged=False, what="set_lora_scale")
+    _require(layers, merged=False, what="set_lora_scale", name=name)
     for layer in layers.values():
         for adapter_name, adapter in layer.adapters.items():
             if name in (None, adapter_name):
@@ -272,31 +304,34 @@ def lora_disabled(module: nn.Module) -> Iterator[None]:
             layer.enabled = found[path]
 
 
-def merge_lora(module: nn.Module) -> None:
-    """Fold every LoRA, at its strength, into the base's weights, in place: W ← W + Σ sᵢ · ΔWᵢ.
+def merge_lora(module: nn.Module, name: str | None = None) -> None:
+    """Fold the LoRA called `name` (all by default), at its strength, into the weights: W ← W + Σ sᵢ · ΔWᵢ.
 
     The sum is computed in float32 and rounded once to the weight's own type.  Each layer keeps its
     original weight until `unmerge_lora`.  Raises RuntimeError if merged already, ValueError, with
     nothing changed, if a merged weight would not be finite.
     """
-    layers = _layers_with(module)
-    _require(layers, merged=False, what="merge_lora")
-    broken = [path for path, layer in layers.items() if not layer.merged_weight().isfinite().all()]
+    layers = _layers_with(module, name)
+    _require(layers, merged=False, what="merge_lora", name=name)
+    names = {path: [name] if name else list(layer.adapters) for path, layer in layers.items()}
+    broken = [p for p, layer in layers.items() if not layer.merged_weight(layer.merged | {*names[p]}).isfinite().all()]
     if broken:
         raise ValueError(f"cannot merge: the merged weight is not finite in {', '.join(broken)}")
-    for layer in layers.values():
-        layer.merge()
+    for path, layer in layers.items():
+        layer.merge(names[path])
 
 
-def unmerge_lora(module: nn.Module) -> None:
-    """Undo `merge_lora`, in place: the weights are what they were, bit for bit.
+def unmerge_lora(module: nn.Module, name: str | None = None) -> None:
+    """Undo `merge_lora`, in place, for one LoRA or for all: without any the weights are the original bits.
 
     Raises RuntimeError if not merged.
     """
-    layers = _layers_with(module)
-    _require(layers, merged=True, what="unmerge_lora")
+    layers = _layers_with(module, name)
+    if name is None and any(layer.merged for layer in layers.values()):
+        layers = {path: layer for path, layer in layers.items() if layer.merged}
+    _require(layers, merged=True, what="unmerge_lora", name=name)
     for layer in layers.values():
-        layer.unmerge()
+        layer.unmerge([name] if name else list(layer.merged))
 
 
 # --------------------------------------------------------------------------------------------- tensors
@@ -331,7 +366,7 @@ def load_lora_state_dict(module: nn.Module, state: dict[str, torch.Tensor], name
         tensor.copy_(state[key])
 
 
-def _layers_with(module: nn.Module, name: str | None = None) -> dict[str, LoRALinear]:
+def _layers_with(module: nn.Module, name: str | None = None) -> dict[str, LoRALayer]:
     """Return the layers that carry the LoRA called `name` (any by default), or raise if none does."""
     layers = {p: layer for p, layer in lora_layers(module).items() if name is None or name in layer.adapters}
     if not layers:
@@ -340,9 +375,10 @@ def _layers_with(module: nn.Module, name: str | None = None) -> dict[str, LoRALi
     return layers
 
 
-def _require(layers: dict[str, LoRALinear], merged: bool, what: str) -> None:
-    """Raise RuntimeError unless every layer's merged state is as wanted."""
-    wrong = [path for path, layer in layers.items() if layer.merged != merged]
+def _require(layers: dict[str, LoRALayer], merged: bool, what: str, name: str | None = None) -> None:
+    """Raise RuntimeError unless in every layer the LoRA called `name` (any by default) is merged, or is not."""
+    there = {path: name in layer.merged if name else bool(layer.merged) for path, layer in layers.items()}
+    wrong = [path for path in layers if there[path] != merged]
     if wrong:
         state, remedy = ("not merged", "merge_lora") if merged else ("merged", "unmerge_lora")
         raise RuntimeError(f"{what}: {', '.join(wrong[:3])} … is {state}; call {remedy} first")

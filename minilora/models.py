@@ -23,13 +23,15 @@ import torch
 import transformers
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from torch import nn
-from transformers import CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from .checkpoint import write_tensors
+from .checkpoint import write_lora
 from .config import UserError
 from .diffusion import Schedule
-from .formats import FormatError, as_diffusers, read_lora
-from .lora import LoRALinear, add_lora, load_lora_state_dict, lora_layers, lora_state_dict, set_lora_scale
+from .formats import Change, LoRA
+from .lora import KINDS, LoRALayer, add_lora, load_lora_state_dict, lora_layers, set_lora_scale
+from .merge import Folded, Report, read_for
+from .names import TEXT_ENCODER, TEXT_ENCODER_2, UNET, full_name
 
 transformers.logging.disable_progress_bar()
 
@@ -190,67 +192,73 @@ def fingerprint(module: nn.Module, *more: str) -> str:
 # -------------------------------------------------------------------- LoRA files in and out of a module
 
 
-def save_lora(module: nn.Module, path: str | Path, name: str = "default") -> None:
-    """Write the LoRA called `name` as a diffusers file: the same LoRA gives the same bytes.
+def components(target) -> dict[str, nn.Module]:
+    """Return what can carry LoRA in a module, or in a diffusers pipeline, by the name it has in files."""
+    if not isinstance(target, nn.Module):
+        parts = {name: getattr(target, name, None) for name in (UNET, TEXT_ENCODER, TEXT_ENCODER_2)}
+        return {name: part for name, part in parts.items() if part is not None}
+    kinds = {UNet2DConditionModel: UNET, CLIPTextModel: TEXT_ENCODER, CLIPTextModelWithProjection: TEXT_ENCODER_2}
+    return {next((name for kind, name in kinds.items() if isinstance(target, kind)), "model"): target}
 
-    The scale alpha / rank is folded into B, because not every program reads it from elsewhere.
+
+def live_modules(target) -> dict[str, tuple[str, str, tuple[int, ...]]]:
+    """Return (component, path, shape of the weight) of every layer that can carry LoRA, by its full name."""
+    result = {}
+    for component, module in components(target).items():
+        inside = tuple(f"{path}." for path in lora_layers(module))
+        for path, child in module.named_modules():
+            if isinstance(child, LoRALayer):
+                child = child.base
+            elif path.startswith(inside):
+                continue
+            if isinstance(child, tuple(KINDS)):
+                result[full_name(component, path)] = (component, path, tuple(child.weight.shape))
+    return result
+
+
+def save_lora(target, path: str | Path, name: str = "default", dialect: str = "diffusers") -> None:
+    """Write the LoRA called `name` that a module or a diffusers pipeline carries; the same LoRA gives the same bytes.
+
+    `dialect` is "diffusers", "kohya" (for A1111, ComfyUI and kohya's tools) or "peft" (`path` is then a
+    folder).  The scale alpha / rank is folded into B, because not every program reads it from elsewhere.
     """
-    state = lora_state_dict(module, name)
-    for layer_path, layer in lora_layers(module).items():
-        if name in layer.adapters:
-            key = f"{layer_path}.lora_B.weight"
-            state[key] = state[key] * layer.adapters[name].scale
-    component = _component(module)
-    tensors = as_diffusers({component: {_in_file(component) + key: tensor for key, tensor in state.items()}})
-    write_tensors(Path(path), tensors, {"format": "pt"})
+    live, modules = live_modules(target), components(target)
+    changes = {}
+    for full, (component, path_there, _) in live.items():
+        layer = modules[component].get_submodule(path_there)
+        if isinstance(layer, LoRALayer) and name in layer.adapters:
+            adapter = layer.adapters[name]
+            changes[full] = Change(adapter.lora_A.detach().cpu(), adapter.lora_B.detach().cpu(), adapter.scale)
+    if not changes:
+        raise ValueError(f"this {type(target).__name__} carries no LoRA named {name!r}; inject_lora or load_lora first")
+    shapes = {full: shape for full, (_, _, shape) in live.items()}
+    flat = TEXT_ENCODER in modules and not hasattr(modules[TEXT_ENCODER], "text_model")
+    write_lora(Path(path), LoRA(changes), dialect, shapes, flat)
 
 
-def load_lora(module: nn.Module, path: str | Path, name: str = "default", scale: float = 1.0) -> dict[str, nn.Module]:
-    """Put the LoRA of a file into `module` under a name, in place, and return the layers that carry it.
+def load_lora(
+    target, path: str | Path, name: str = "default", scale: float = 1.0, allow_unmatched: bool = False
+) -> Report:
+    """Put the LoRA of a file into a module or a diffusers pipeline under a name, in place, and report on it.
 
-    `path` is a file, or a folder with pytorch_lora_weights.safetensors in it.  Raises UserError if
-    the file is not a LoRA, or has a key or a shape that does not fit the module.
+    `path` is a file or folder of any dialect.  Raises UserError, with nothing changed, if it is not a
+    LoRA, has a shape that does not fit, or keys that have no home there (unless `allow_unmatched`).
     """
-    try:
-        components = read_lora(Path(path))
-    except FormatError as error:
-        raise UserError(f"LoRA {error}") from error
-    component = _component(module)
-    modules = dict(module.named_modules())
-    state, problems = {}, []
-    for other, tensors in components.items():
-        if other != component:
-            problems.append(f"{other}.{next(iter(tensors))} and the rest of {other} have no place in {component}")
+    live, modules = live_modules(target), components(target)
+    shapes = {full: shape for full, (_, _, shape) in live.items()}
+    where = " and ".join(modules)
+    lora = read_for(Path(path), shapes, where, allow_unmatched)
+    report = Report([], {str(path): lora.homeless} if lora.homeless else {}, [])
+    for component, module in modules.items():
+        mine = {live[full][1]: change for full, change in lora.changes.items() if live[full][0] == component}
+        if not mine:
             continue
-        state = {key.removeprefix(_in_file(component)): tensor for key, tensor in tensors.items()}
-    ranks = {key.removesuffix(".lora_A.weight"): len(a) for key, a in state.items() if "lora_A" in key}
-    for path_in_module, rank in ranks.items():
-        linear = modules.get(path_in_module)
-        linear = linear.base if isinstance(linear, LoRALinear) else linear
-        down, up = (tuple(state[f"{path_in_module}.{matrix}.weight"].shape) for matrix in ("lora_A", "lora_B"))
-        if not isinstance(linear, nn.Linear):
-            problems.append(f"{component}.{path_in_module} is no linear layer of it")
-        elif (down, up) != ((rank, linear.in_features), (linear.out_features, rank)):
-            problems.append(
-                f"{component}.{path_in_module} has A {down} and B {up} in the file but maps "
-                f"{linear.in_features} to {linear.out_features} features"
-            )
-    if problems:
-        more = f"; and {len(problems) - 3} more" if len(problems) > 3 else ""
-        raise UserError(f"LoRA {path} was not made for this base: " + "; ".join(problems[:3]) + more)
-
-    layers = add_lora(module, ranks, name=name)
-    load_lora_state_dict(module, state, name)
-    set_lora_scale(module, scale, name)
-    return layers
-
-
-def _component(module: nn.Module) -> str:
-    """Return what a LoRA file calls this part of a base."""
-    kinds = {UNet2DConditionModel: "unet", CLIPTextModel: "text_encoder"}
-    return next((name for kind, name in kinds.items() if isinstance(module, kind)), "model")
-
-
-def _in_file(component: str) -> str:
-    """Return what stands before a layer's name in a file: CLIP's layers keep the name they had."""
-    return "text_model." if component == "text_encoder" else ""
+        add_lora(module, {path_there: change.rank for path_there, change in mine.items()}, name=name)
+        state = {f"{path_there}.lora_A.weight": change.A for path_there, change in mine.items()}
+        state |= {f"{path_there}.lora_B.weight": change.B.float() * change.scale for path_there, change in mine.items()}
+        load_lora_state_dict(module, state, name)
+        set_lora_scale(module, scale, name)
+        weights = {path_there: module.get_submodule(path_there).base.weight for path_there in mine}
+        relative = {p: abs(scale) * mine[p].norm() / max(weights[p].float().norm().item(), 1e-30) for p in mine}
+        report.folded.append(Folded(f"{path} at {scale:g}", component, relative))
+    return report

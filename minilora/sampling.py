@@ -5,7 +5,6 @@ in diffusers: `torch.Generator("cpu").manual_seed(seed)`.
 """
 
 import io
-import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,8 +17,9 @@ from .checkpoint import write_whole
 from .config import SampleConfig, UserError
 from .data import Item, cut_square, open_picture
 from .distributed import this_device
-from .lora import lora_layers, merge_lora, set_lora_scale, unmerge_lora
-from .models import DTYPES, Base, load_lora
+from .lora import lora_layers, merge_lora, unmerge_lora
+from .merge import split_strength
+from .models import DTYPES, Base, components, load_lora
 
 TOGETHER = 4  # pictures drawn in one pass; more are faster and take more memory
 SCHEDULERS = {
@@ -50,29 +50,34 @@ def draw(base: Base, prompt: str, seeds: Sequence[int], size: int, config: Sampl
 
 
 @contextmanager
-def merged_at(module: torch.nn.Module, strengths: dict[str, float]) -> Iterator[None]:
+def merged_at(base: Base, strengths: dict[str, float]) -> Iterator[None]:
     """Within the block the LoRAs are merged at the given strengths; afterwards all is as it was found.
 
     Raises UserError if that gives weights that are not finite numbers.
     """
-    if not strengths:
-        yield
-        return
-    found = {(p, n): a.strength for p, layer in lora_layers(module).items() for n, a in layer.adapters.items()}
+    modules = [module for module in components(base.pipeline).values() if lora_layers(module)]
+    adapters = [
+        (name, adapter)
+        for module in modules
+        for layer in lora_layers(module).values()
+        for name, adapter in layer.adapters.items()
+    ]
+    found = [adapter.strength for _, adapter in adapters]
     try:
-        for name, strength in strengths.items():
-            set_lora_scale(module, strength, name)
+        for name, adapter in adapters:
+            adapter.strength = strengths.get(name, adapter.strength)
         try:
-            merge_lora(module)
+            for module in modules:
+                merge_lora(module)
         except ValueError as error:
             raise UserError(f"LoRA at {', '.join(f'{s:g}' for s in strengths.values())}: {error}") from error
         yield
     finally:
-        layers = lora_layers(module)
-        if any(layer.merged for layer in layers.values()):
-            unmerge_lora(module)
-        for (path, name), strength in found.items():
-            layers[path].adapters[name].strength = strength
+        for module in modules:
+            if any(layer.merged for layer in lora_layers(module).values()):
+                unmerge_lora(module)
+        for (_, adapter), strength in zip(adapters, found, strict=True):
+            adapter.strength = strength
 
 
 @contextmanager
@@ -103,7 +108,7 @@ def before_after(base: Base, item: Item, size: int, config: SampleConfig) -> Ima
     seeds, columns = [config.seed, config.seed + 1, config.seed + 2], []
     with evaluating(base.unet):
         for strength in (0.0, 0.5, 1.0):
-            with merged_at(base.unet, {"default": strength}):
+            with merged_at(base, {"default": strength}):
                 columns.append(draw(base, item.captions[0], seeds, size, config))
     columns.append([cut_square(open_picture(item.path), size)] * len(seeds))
     rows = [list(row) for row in zip(*columns, strict=True)]
@@ -124,7 +129,7 @@ def sample(config: SampleConfig) -> Path:
     for number, text in enumerate(config.lora):
         path, strength = split_strength(text)
         name = f"lora{number}"
-        load_lora(base.unet, path, name, strength)
+        load_lora(base.pipeline, path, name, strength)
         strengths[name] = strength
     scheduler = getattr(diffusers, SCHEDULERS[config.scheduler])
     base.pipeline.scheduler = scheduler.from_config(base.scheduler.config)
@@ -137,13 +142,13 @@ def sample(config: SampleConfig) -> Path:
     if config.scales:
         columns = []
         for scale in config.scales:
-            with merged_at(base.unet, {name: scale * strengths[name] for name in strengths}):
+            with merged_at(base, {name: scale * strengths[name] for name in strengths}):
                 columns.append([picture for prompt in config.prompt for picture in draw_all(prompt)])
         rows = [list(row) for row in zip(*columns, strict=True)]
         labels = [f"{prompt}, seed {seed}" for prompt in config.prompt for seed in seeds]
         result = sheet(rows, [f"LoRA × {scale:g}" for scale in config.scales], labels)
     else:
-        with merged_at(base.unet, strengths):  # for speed; in float32 the picture is the same
+        with merged_at(base, strengths):  # for speed; in float32 the picture is the same
             rows = [draw_all(prompt) for prompt in config.prompt]
         labels = [f"seed {seed}" for seed in seeds]
         single = len(rows) == len(seeds) == 1
@@ -152,20 +157,6 @@ def sample(config: SampleConfig) -> Path:
     save_picture(result, path)
     print(f"wrote {path}")
     return path
-
-
-def split_strength(text: str) -> tuple[Path, float]:
-    """Split "out/fluent:0.8" into path and strength; without a strength it is 1."""
-    path, colon, last = text.rpartition(":")
-    try:
-        strength = float(last) if colon else None
-    except ValueError:
-        strength = None  # the colon belongs to the path
-    if strength is None:
-        return Path(text), 1.0
-    if not math.isfinite(strength):
-        raise UserError(f"--lora {text}: the strength {last} is not a finite number")
-    return Path(path), strength
 
 
 # ------------------------------------------------------------------------------- sheets

@@ -30,7 +30,31 @@ def make_tiny_unet() -> UNet2DConditionModel:
     )
 
 
-def make_tiny_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
+def make_unet(family: str) -> UNet2DConditionModel:
+    """Make a U-Net of a family's topology, in small, with random weights."""
+    torch.manual_seed(1)
+    shape = {
+        "block_out_channels": (8, 16, 16),
+        "layers_per_block": 2,
+        "norm_num_groups": 4,
+        "sample_size": 8,
+        "cross_attention_dim": 12,
+        "attention_head_dim": 2,
+    }
+    cross = {"down": "CrossAttnDownBlock2D", "up": "CrossAttnUpBlock2D"}
+    plain = {"down": "DownBlock2D", "up": "UpBlock2D"}
+    blocks = [plain, cross, cross] if family == "sdxl" else [cross, cross, plain]
+    shape["down_block_types"] = tuple(block["down"] for block in blocks)
+    shape["up_block_types"] = tuple(block["up"] for block in reversed(blocks))
+    if family != "sd1":
+        shape["use_linear_projection"] = True
+    if family == "sdxl":
+        shape |= {"transformer_layers_per_block": (1, 2, 3), "addition_embed_type": "text_time"}
+        shape |= {"addition_time_embed_dim": 4, "projection_class_embeddings_input_dim": 6 * 4 + 16}
+    return UNet2DConditionModel(**shape).requires_grad_(False)
+
+
+def make_tiny_text_encoder(tokenizer: CLIPTokenizer, kind: type = CLIPTextModel):
     torch.manual_seed(0)
     config = CLIPTextConfig(
         vocab_size=len(tokenizer),
@@ -44,7 +68,7 @@ def make_tiny_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    return CLIPTextModel(config)
+    return kind(config)
 
 
 @pytest.fixture

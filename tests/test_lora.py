@@ -1,5 +1,7 @@
 """lora.py: identities that must hold for any module, and PEFT as an oracle."""
 
+import copy
+
 import peft
 import pytest
 import torch
@@ -7,6 +9,7 @@ from conftest import make_tiny_text_encoder
 from torch import nn
 
 from minilora import (
+    LoRAConv2d,
     LoRALinear,
     inject_lora,
     load_lora_state_dict,
@@ -120,7 +123,7 @@ def test_the_merged_weight_is_the_equation():
     with torch.no_grad():
         layer.adapters["default"].lora_A.copy_(a)
         layer.adapters["default"].lora_B.copy_(b)
-    layer.merge()
+    layer.merge(["default"])
     torch.testing.assert_close(base.weight.detach(), weight + 3 * b @ a)  # alpha / rank = 3
 
 
@@ -328,3 +331,74 @@ def test_peft_gives_the_same_layer_for_any_scale():
         other.get_parameter(key.removesuffix(".weight") + ".default.weight").data.copy_(value)
     x = torch.randn(7, 12)
     torch.testing.assert_close(module(x), other(x), atol=1e-6, rtol=1e-6)
+
+
+# ------------------------------------------------------------------------------------- convolutions
+
+
+CONVOLUTIONS = [
+    {"kernel_size": 3, "padding": 1},
+    {"kernel_size": 1},
+    {"kernel_size": 3, "stride": 2, "padding": 1},
+    {"kernel_size": (1, 3), "dilation": 2, "padding": "same"},
+    {"kernel_size": 3, "padding": 1, "padding_mode": "reflect"},
+]
+
+
+@pytest.mark.parametrize("shape", CONVOLUTIONS, ids=str)
+def test_a_convolution_live_merged_and_unmerged(shape):
+    module = nn.Sequential(nn.Conv2d(4, 6, **shape))
+    x = torch.randn(2, 4, 9, 9)
+    weight = module[0].weight.detach().clone()
+    [layer] = inject_lora(module, rank=3, alpha=2, targets=("0",)).values()
+    assert isinstance(layer, LoRAConv2d)
+    randomize(module)
+    live = module(x)
+    merge_lora(module)
+    # float32 rounding of sums of up to 36 products
+    torch.testing.assert_close(module(x), live, rtol=1e-5, atol=1e-5)
+    unmerge_lora(module)
+    assert torch.equal(layer.base.weight, weight)
+
+
+def test_a_convolution_in_groups_is_refused():
+    module = nn.Sequential(nn.Conv2d(4, 4, 3, groups=2))
+    with pytest.raises(ValueError, match="0 is a convolution in 2 groups"):
+        inject_lora(module, rank=1, targets=("0",))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_loras_are_merged_and_unmerged_by_name_in_any_order(dtype):
+    module = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6)).to(dtype)
+    before = copy.deepcopy(module.state_dict())
+    inject_lora(module, rank=2, targets=("0", "1"), name="a")
+    inject_lora(module, rank=3, targets=("0",), name="b")
+    randomize(module)
+    merge_lora(module, "a")
+    only_a = [layer.base.weight.clone() for layer in lora_layers(module).values()]
+    merge_lora(module, "b")
+    both = module[0].base.weight.clone()
+    with pytest.raises(RuntimeError, match="is merged"):
+        merge_lora(module, "a")
+    unmerge_lora(module, "b")
+    assert all(torch.equal(w, layer.base.weight) for w, layer in zip(only_a, lora_layers(module).values(), strict=True))
+    unmerge_lora(module, "a")
+    merge_lora(module)
+    assert torch.equal(module[0].base.weight, both)
+    unmerge_lora(module)
+    remove_lora(module)
+    assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
+
+
+def test_live_and_merged_adapters_side_by_side():
+    module = nn.Sequential(nn.Linear(6, 6))
+    inject_lora(module, rank=2, targets=("0",), name="a")
+    inject_lora(module, rank=3, targets=("0",), name="b")
+    randomize(module)
+    x = torch.randn(3, 6)
+    live = module(x)
+    merge_lora(module, "a")
+    torch.testing.assert_close(module(x), live, rtol=1e-5, atol=1e-5)  # float32 rounding
+    set_lora_scale(module, 0.0, "b")
+    with pytest.raises(RuntimeError, match="set_lora_scale"):
+        set_lora_scale(module, 0.0, "a")

@@ -157,7 +157,7 @@ def measure_lora(
     learnt = {name for line in (fluent / "metadata.jsonl").open() for name in json.loads(line)["text"]}
     prompts = [prompt for prompt in PROMPTS if prompt not in learnt]
     for strength in (0.0, 0.5, 1.0):
-        with merged_at(base.unet, {"default": strength}):
+        with merged_at(base, {"default": strength}):
             drawn = [picture for prompt in prompts for picture in draw(base, prompt, range(2), SIZE, DRAWING)]
         share = share_called_fluent(classifier, drawn)
         note(

@@ -1,0 +1,343 @@
+"""formats.py: any dialect -> ours -> any dialect leaves every ΔW as it was; diffusers and PEFT agree."""
+
+import hashlib
+import json
+
+import numpy as np
+import pytest
+import torch
+from conftest import make_tiny_text_encoder, make_unet
+from diffusers import StableDiffusionPipeline
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+from minilora.checkpoint import DIALECTS, write_lora
+from minilora.formats import FILE_NAME, Change, FormatError, LoRA, as_kohya, difference, read_lora, tensor_bytes
+from minilora.models import BUNDLED, live_modules
+from minilora.names import kohya_names
+
+FAMILIES = ("sd1", "sd2", "sdxl")
+
+
+def modules_of(family: str) -> dict[str, tuple[int, ...]]:
+    """Return the modules of a small base of a family, with its text encoders."""
+    tokenizer = CLIPTokenizer.from_pretrained(BUNDLED, subfolder="tokenizer")
+    kinds = [CLIPTextModel, CLIPTextModelWithProjection][: 2 if family == "sdxl" else 1]
+    parts = [make_unet(family), *(make_tiny_text_encoder(tokenizer, kind) for kind in kinds)]
+    return {name: shape for part in parts for name, (_, _, shape) in live_modules(part).items()}
+
+
+MODULES = {family: modules_of(family) for family in FAMILIES}
+
+
+def random_lora(modules, seed: int, share: float = 0.5, dtype=torch.float32, ranks=(1, 6)) -> LoRA:
+    """Return a LoRA of some of the modules, each with a rank and a scale of its own."""
+    random = np.random.default_rng(seed)
+    changes = {}
+    for name, shape in modules.items():
+        if random.random() < share:
+            rank = int(random.integers(*ranks))
+            a = torch.from_numpy(random.standard_normal((rank, *shape[1:]))).to(dtype)
+            b = torch.from_numpy(random.standard_normal((shape[0], rank))).to(dtype)
+            changes[name] = Change(a, b, float(random.choice([1.0, 0.5, 2.0, 0.3])))
+    return LoRA(changes)
+
+
+def path_for(folder, dialect: str):
+    return folder / ("adapter" if dialect == "peft" else f"{dialect}.safetensors")
+
+
+# --------------------------------------------------------------------------------- there and back
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    family=st.sampled_from(FAMILIES),
+    through=st.lists(st.sampled_from(DIALECTS), min_size=1, max_size=3),
+    dtype=st.sampled_from([torch.float32, torch.float16, torch.bfloat16]),
+    seed=st.integers(0, 10_000),
+)
+def test_through_any_dialects_every_change_stays(family, through, dtype, seed, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("dialects")
+    lora = now = random_lora(MODULES[family], seed, share=0.1, dtype=dtype)
+    if not lora.changes:
+        return
+    for step, dialect in enumerate(through):
+        path = path_for(folder, f"{dialect}") if dialect == "peft" else folder / f"{step}.safetensors"
+        write_lora(path, now, dialect, MODULES[family])
+        now = read_lora(path, MODULES[family])
+        assert not now.homeless
+    # The scale is folded into B once, which rounds it once; after that nothing changes any more.
+    assert difference(lora, now) <= 1
+    for name, change in lora.changes.items():
+        torch.testing.assert_close(
+            now.changes[name].delta(), change.delta(), rtol=0, atol=torch.finfo(dtype).eps * 30
+        )  # sums of five products of normal numbers, below 30
+
+
+@pytest.mark.parametrize("dialect", DIALECTS)
+def test_the_same_lora_gives_the_same_bytes_and_no_other_file_is_left(dialect, tmp_path):
+    lora = random_lora(MODULES["sdxl"], 3)
+    contents = []
+    for name in ("one", "two"):
+        path = path_for(tmp_path / name, dialect)
+        write_lora(path, lora, dialect, MODULES["sdxl"])
+        contents.append({p.relative_to(path): p.read_bytes() for p in [path, *path.rglob("*")] if p.is_file()})
+        assert [p.name for p in (tmp_path / name).iterdir()] == [path.name]
+    assert contents[0] == contents[1]
+    assert str(tmp_path).encode() not in b"".join(contents[0].values())
+
+
+# -------------------------------------------------------------------------------- what others write
+
+
+def test_kohya_files_have_an_alpha_for_each_module(tmp_path):
+    lora = random_lora(MODULES["sdxl"], 1)
+    names, tensors = kohya_names(MODULES["sdxl"]), {}
+    for name, change in lora.changes.items():
+        tensors[f"{names[name]}.lora_down.weight"] = change.A
+        tensors[f"{names[name]}.lora_up.weight"] = change.B[..., None, None] if change.A.ndim == 4 else change.B
+        tensors[f"{names[name]}.alpha"] = torch.tensor(change.scale * change.rank)
+    save_file(tensors, tmp_path / "k.safetensors")
+    assert difference(lora, read_lora(tmp_path / "k.safetensors", MODULES["sdxl"])) < 1  # alpha is float32, too
+
+
+@pytest.mark.parametrize("prefix", ["lora_te_text_model_", "lora_te1_text_model_", "lora_te_"])
+def test_a_text_encoder_goes_by_several_names(prefix, tmp_path):
+    name = f"{prefix}encoder_layers_1_self_attn_q_proj"
+    save_file(
+        {f"{name}.lora_down.weight": torch.ones(2, 16), f"{name}.lora_up.weight": torch.ones(16, 2)},
+        tmp_path / "k.safetensors",
+    )
+    [found] = read_lora(tmp_path / "k.safetensors", MODULES["sd1"]).changes
+    assert found == "text_encoder.text_model.encoder.layers.1.self_attn.q_proj"
+
+
+@pytest.mark.parametrize(
+    ("name", "down", "up"),
+    [
+        ("unet.{}", ".lora.down.weight", ".lora.up.weight"),
+        ("unet.{}", ".lora_A.weight", ".lora_B.weight"),
+        ("unet.{}", ".lora_linear_layer.down.weight", ".lora_linear_layer.up.weight"),
+        ("{}", ".lora_A.weight", ".lora_B.weight"),
+        ("base_model.model.{}", ".lora_A.default.weight", ".lora_B.default.weight"),
+        ("unet.base_model.model.{}", ".lora_A.weight", ".lora_B.weight"),
+        ("processor", "_lora.down.weight", "_lora.up.weight"),
+    ],
+)
+def test_every_spelling_of_diffusers_is_read(name, down, up, tmp_path):
+    path = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_out.0"
+    name = path.replace("to_out.0", "processor.to_out") if name == "processor" else name.format(path)
+    save_file({name + down: torch.ones(2, 8), name + up: torch.ones(8, 2)}, tmp_path / "d.safetensors")
+    [found] = read_lora(tmp_path / "d.safetensors", MODULES["sd1"]).changes
+    assert found == f"unet.{path}"
+
+
+def test_modules_that_are_only_counted_are_found_by_their_order(tmp_path):
+    # As cloneofsimo's trainer walks: the linear layers below modules of some classes, in a model's order.
+    unet = make_unet("sd1")
+    paths = {child: path for path, child in unet.named_modules()}
+    owners = [m for m in unet.modules() if type(m).__name__ in ("Attention", "GEGLU")]
+    linears = [child for m in owners for child in m.modules() if isinstance(child, torch.nn.Linear)]
+    tensors, wanted = {}, {}
+    for number, linear in enumerate(linears):
+        a, b = torch.randn(2, linear.in_features), torch.randn(linear.out_features, 2)
+        tensors[f"unet:{number}:down"], tensors[f"unet:{number}:up"] = a, b
+        wanted[f"unet.{paths[linear]}"] = Change(a, b)
+    save_file(tensors, tmp_path / "c.safetensors", {"unet": '["CrossAttention", "Attention", "GEGLU"]'})
+    assert difference(LoRA(wanted), read_lora(tmp_path / "c.safetensors", MODULES["sd1"])) < 1e-6
+
+
+def test_the_scale_in_diffusers_metadata_counts(tmp_path):
+    name = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn{}.to_q"
+    tensors = {
+        f"{name.format(n)}.lora_{m}.weight": torch.ones(2, 8) if m == "A" else torch.ones(8, 2)
+        for n in (1, 2)
+        for m in "AB"
+    }
+    config = {"unet.r": 2, "unet.lora_alpha": 8, "unet.alpha_pattern": {name.format(2).removeprefix("unet."): 1}}
+    save_file(tensors, tmp_path / "m.safetensors", {"lora_adapter_metadata": json.dumps(config)})
+    lora = read_lora(tmp_path / "m.safetensors", MODULES["sd1"])
+    assert [lora.changes[name.format(n)].scale for n in (1, 2)] == [4, 0.5]
+    save_file(tensors, tmp_path / "m.safetensors", {"lora_adapter_metadata": '{"text_encoder.r": 2}'})
+    with pytest.raises(FormatError, match="lora_adapter_metadata says nothing of unet"):
+        read_lora(tmp_path / "m.safetensors", MODULES["sd1"])
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+def test_a_folder_that_peft_wrote_is_read_with_its_patterns(rslora, tmp_path):
+    unet = make_unet("sd1")
+    config = LoraConfig(
+        r=2,
+        lora_alpha=6,
+        target_modules=["to_q", "to_out.0", "conv1", "proj_in"],
+        rank_pattern={"attn2.to_q": 4, "conv1": 3},
+        alpha_pattern={"attn2.to_q": 1, r"down_blocks\.0\..*\.to_out\.0": 5},
+        init_lora_weights=False,
+        use_rslora=rslora,
+    )
+    model = get_peft_model(unet, config)
+    model.save_pretrained(tmp_path / "unet")
+    lora = read_lora(tmp_path, MODULES["sd1"])
+    theirs = {n: m for n, m in model.base_model.model.named_modules() if hasattr(m, "get_delta_weight")}
+    assert {f"unet.{name}" for name in theirs} == lora.changes.keys()
+    for name, layer in theirs.items():
+        torch.testing.assert_close(lora.changes[f"unet.{name}"].delta(), layer.get_delta_weight("default"))
+    assert difference(lora, read_lora(tmp_path / "unet", MODULES["sd1"])) < 1e-6
+
+
+# --------------------------------------------------------------------------------- what others read
+
+
+@pytest.fixture(scope="module")
+def pipeline_of_sd1():
+    tokenizer = CLIPTokenizer.from_pretrained(BUNDLED, subfolder="tokenizer")
+    return StableDiffusionPipeline(
+        vae=None,
+        text_encoder=make_tiny_text_encoder(tokenizer),
+        tokenizer=tokenizer,
+        unet=make_unet("sd1"),
+        scheduler=None,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+
+
+@pytest.mark.parametrize("dialect", ["diffusers", "kohya"])
+def test_diffusers_reads_every_change(dialect, tmp_path, pipeline_of_sd1):
+    modules = {n: s for n, s in MODULES["sd1"].items() if "time_emb" not in n and "conv_" not in n}
+    # Diffusers itself gives kohya's attention modules a wrong scale where their ranks differ.
+    lora = random_lora(modules, 5, ranks=(4, 5) if dialect == "kohya" else (1, 6))
+    write_lora(tmp_path / "l.safetensors", lora, dialect, MODULES["sd1"])
+    pipeline_of_sd1.load_lora_weights(tmp_path / "l.safetensors", adapter_name=dialect)
+    theirs = {}
+    for component in ("unet", "text_encoder"):
+        for path, layer in getattr(pipeline_of_sd1, component).named_modules():
+            if hasattr(layer, "get_delta_weight") and dialect in layer.lora_A:
+                path = f"text_model.{path}" if component == "text_encoder" else path
+                theirs[f"{component}.{path}"] = layer.get_delta_weight(dialect)
+    pipeline_of_sd1.unload_lora_weights()
+    assert theirs.keys() == lora.changes.keys()
+    for name, delta in theirs.items():
+        torch.testing.assert_close(delta, lora.changes[name].delta())
+
+
+def test_peft_reads_every_change(tmp_path):
+    lora = random_lora({n: s for n, s in MODULES["sd1"].items() if n.startswith("unet.")}, 6)
+    write_lora(tmp_path / "l", lora, "peft", MODULES["sd1"])
+    model = PeftModel.from_pretrained(make_unet("sd1"), tmp_path / "l" / "unet").base_model.model
+    theirs = {f"unet.{path}": layer for path, layer in model.named_modules() if hasattr(layer, "get_delta_weight")}
+    assert theirs.keys() == lora.changes.keys()
+    for name, layer in theirs.items():
+        torch.testing.assert_close(layer.get_delta_weight("default"), lora.changes[name].delta())
+
+
+def test_kohya_metadata_is_what_user_interfaces_show(tmp_path):
+    modules = {"unet.down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k": (320, 768)}
+    lora = LoRA({name: Change(torch.ones(4, 768), torch.ones(320, 4)) for name in modules})
+    [(tensors, about)] = as_kohya(lora, modules).values()
+    wanted = {"ss_network_dim": "4", "ss_network_alpha": "4", "ss_base_model_version": "sd_v1"}
+    wanted |= {"ss_network_module": "networks.lora", "modelspec.architecture": "stable-diffusion-v1/lora"}
+    assert wanted.items() <= about.items()
+    assert all(isinstance(value, str) for value in about.values())
+    # The hash of the tensors' bytes does not depend on what else the header says.
+    content = tensor_bytes(tensors, {"anything": "else"})
+    first = 8 + int.from_bytes(content[:8], "little")
+    assert about["sshs_model_hash"] == hashlib.sha256(content[first:]).hexdigest()
+
+
+# ----------------------------------------------------------------------------------------- refusals
+
+
+TO_Q = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
+
+
+def good() -> dict[str, torch.Tensor]:
+    return {f"{TO_Q}.lora_A.weight": torch.ones(2, 8), f"{TO_Q}.lora_B.weight": torch.ones(8, 2)}
+
+
+@pytest.mark.parametrize(
+    ("key", "kind"),
+    [
+        ("lora_unet_x.hada_w1_a", "LoHa"),
+        ("lora_unet_x.lokr_w1", "LoKr"),
+        ("lora_unet_x.oft_blocks", "OFT"),
+        ("lora_unet_x.dora_scale", "DoRA"),
+        (f"{TO_Q}.lora_magnitude_vector", "DoRA"),
+        ("lora_unet_x.lora_mid.weight", "Tucker"),
+        ("lora_unet_x.diff", "a full difference"),
+        ("lora_unet_x.diff_b", "a full difference"),
+        (f"{TO_Q}.lora_B.bias", "LoRA with a bias"),
+    ],
+)
+def test_what_is_not_lora_is_refused_by_its_name(key, kind, tmp_path):
+    save_file(good() | {key: torch.ones(2)}, tmp_path / "x.safetensors")
+    with pytest.raises(FormatError, match=rf"x\.safetensors: .*{kind}.* is not read"):
+        read_lora(tmp_path / "x.safetensors", MODULES["sd1"])
+
+
+def test_what_is_wrong_with_a_file_is_said_with_the_key(tmp_path):
+    path = tmp_path / "x.safetensors"
+
+    def message(tensors, metadata=None):
+        save_file(tensors, path, metadata)
+        with pytest.raises(FormatError) as error:
+            read_lora(path, MODULES["sd1"])
+        return str(error.value)
+
+    a, b = good()
+    assert f"{a} is alone: B" in message({a: torch.ones(2, 8)})
+    assert f"{b} is alone: A" in message({b: torch.ones(8, 2)})
+    assert f"{a} and its partner are (2, 8) and (8, 3), which do not make" in message(good() | {b: torch.ones(8, 3)})
+    assert "(2, 9) and (8, 2) but the base's weight is (8, 8)" in message(good() | {a: torch.ones(2, 9)})
+    assert f"{a}, {b} or their scale 1 holds numbers that are not finite" in message(
+        good() | {a: torch.full((2, 8), torch.nan)}
+    )
+    assert "not finite" in message(good() | {f"{TO_Q}.alpha": torch.tensor(torch.inf)})
+    assert f"{TO_Q}.alpha is (2,) and should be one number" in message(good() | {f"{TO_Q}.alpha": torch.ones(2)})
+    assert "are the same part of" in message(good() | {f"{TO_Q}.lora.down.weight": torch.ones(2, 8)})
+    assert "is no key of a LoRA" in message(good() | {"hello": torch.ones(2)})
+    assert "of types torch.int64" in message(good() | {a: torch.ones(2, 8, dtype=torch.int64)})
+    assert "use_dora is True" in message(good(), {"lora_adapter_metadata": '{"unet.use_dora": true}'})
+    assert "it holds no tensors" in message({})
+    assert read_lora_homeless(path, good() | {"unet.nowhere.lora_A.weight": torch.ones(2, 8)}) == [
+        "unet.nowhere.lora_A.weight"
+    ]
+
+
+def read_lora_homeless(path, tensors):
+    save_file(tensors, path)
+    return read_lora(path, MODULES["sd1"]).homeless
+
+
+def test_files_that_are_not_safetensors_are_refused(tmp_path):
+    torch.save(good(), tmp_path / "x.pt")
+    with pytest.raises(FormatError, match="a pickle, which can run code"):
+        read_lora(tmp_path / "x.pt", MODULES["sd1"])
+    save_file(good(), tmp_path / "x.safetensors")
+    whole = (tmp_path / "x.safetensors").read_bytes()
+    for content in (whole[:-8], whole[:20], b"", b"\xff" * 100, whole.replace(b'"F32"', b'"F99"')):
+        (tmp_path / "x.safetensors").write_bytes(content)
+        with pytest.raises(FormatError, match=r"x\.safetensors: not a safetensors file that can be read"):
+            read_lora(tmp_path / "x.safetensors", MODULES["sd1"])
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(FormatError, match=f"holds neither {FILE_NAME} nor adapter_config"):
+        read_lora(tmp_path / "empty", MODULES["sd1"])
+
+
+def test_a_scale_that_does_not_fit_the_type_is_refused(tmp_path):
+    lora = LoRA({TO_Q: Change(torch.ones(2, 8).half(), torch.ones(8, 2).half(), 1e6)})
+    with pytest.raises(FormatError, match="its scale 1e"):
+        write_lora(tmp_path / "x.safetensors", lora, "diffusers", MODULES["sd1"])
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_is_written_is_what_load_file_reads(tmp_path):
+    write_lora(tmp_path / "x.safetensors", LoRA({TO_Q: Change(*good().values(), 3.0)}), "diffusers", MODULES["sd1"])
+    tensors = load_file(tmp_path / "x.safetensors")
+    assert tensors.keys() == good().keys()
+    assert torch.equal(tensors[f"{TO_Q}.lora_B.weight"], torch.full((8, 2), 3.0))

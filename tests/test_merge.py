@@ -1,0 +1,412 @@
+"""merge.py, lowrank.py, files.py: W + s·ΔW, exactly; nothing else changes; nothing is left half-written."""
+
+import json
+import shutil
+import struct
+
+import numpy as np
+import pytest
+import torch
+from conftest import make_tiny_text_encoder, make_unet
+from safetensors.torch import load_file, save_file
+from test_formats import random_lora
+from transformers import CLIPTextModel, CLIPTextModelWithProjection
+
+from minilora import names
+from minilora.checkpoint import write_lora
+from minilora.commands import merge as command
+from minilora.config import UserError
+from minilora.files import Checkpoint
+from minilora.formats import Change, LoRA, difference, read_lora
+from minilora.lowrank import combine, extract, reduce
+from minilora.merge import fold, restore, split_strength
+from minilora.models import live_modules
+
+FAMILIES = ("sd1", "sd2", "sdxl")
+
+
+def parts_of(family: str, tokenizer) -> dict[str, torch.nn.Module]:
+    kinds = {"text_encoder": CLIPTextModel, "text_encoder_2": CLIPTextModelWithProjection}
+    if family != "sdxl":
+        del kinds["text_encoder_2"]
+    encoders = {component: make_tiny_text_encoder(tokenizer, kind) for component, kind in kinds.items()}
+    return {"unet": make_unet(family), **encoders}
+
+
+@pytest.fixture
+def folder(tmp_path, tokenizer, request):
+    """A diffusers folder: float32 and fp16 variants, a sharded text encoder, a VAE, files that are no weights."""
+    base = tmp_path / "base"
+    parts = parts_of(getattr(request, "param", "sd1"), tokenizer)
+    for component, module in parts.items():
+        if component == "unet":
+            module.save_pretrained(base / component)
+            module.half().save_pretrained(base / component, variant="fp16")
+        else:
+            module.save_pretrained(base / component, max_shard_size="20KB")
+    (base / "vae").mkdir()
+    save_file({"decoder.weight": torch.ones(3, 3)}, base / "vae" / "diffusion_pytorch_model.safetensors")
+    (base / "model_index.json").write_text('{"_class_name": "StableDiffusionPipeline"}')
+    (base / "tokenizer").mkdir()
+    (base / "tokenizer" / "vocab.json").write_text("{}")
+    return base
+
+
+def original_file(path, family: str, tokenizer, dtype=torch.float32):
+    """Write a single file in the original layout, with an integer tensor and a moving average in it."""
+    parts = parts_of(family, tokenizer)
+    tensors = {"alphas_cumprod": torch.rand(1000), "model_ema.decay": torch.tensor(0.99), "steps": torch.tensor([7])}
+    unet = parts["unet"]
+    paths = [p for p, child in unet.named_modules() if next(child.parameters(recurse=False), None) is not None]
+    originals = names.original_unet_paths(paths)
+    for key, tensor in unet.state_dict().items():
+        module, leaf = key.rsplit(".", 1)
+        tensors[f"model.diffusion_model.{originals[module]}.{leaf}"] = tensor
+    clip = {"sd1": "cond_stage_model.transformer.", "sdxl": "conditioner.embedders.0.transformer."}.get(family)
+    openclip = {"sd2": "cond_stage_model.model.", "sdxl": "conditioner.embedders.1.model."}.get(family)
+    for component, module in parts.items():
+        if component == "unet":
+            continue
+        state = {names.full_name("x", k): v for k, v in module.state_dict().items()}
+        state = {names.full_name(component, k.removeprefix("x.")).split(".", 1)[1]: v for k, v in state.items()}
+        if clip and component == "text_encoder":
+            tensors |= {f"{clip}{key}": value for key, value in state.items()}
+            continue
+        for layer in range(2):
+            ours, theirs = f"text_model.encoder.layers.{layer}.", f"{openclip}transformer.resblocks.{layer}."
+            qkv = [state[f"{ours}self_attn.{n}_proj.weight"] for n in "qkv"]
+            tensors[f"{theirs}attn.in_proj_weight"] = torch.cat(qkv)
+            tensors[f"{theirs}attn.out_proj.weight"] = state[f"{ours}self_attn.out_proj.weight"]
+            tensors[f"{theirs}mlp.c_fc.weight"] = state[f"{ours}mlp.fc1.weight"]
+            tensors[f"{theirs}mlp.c_proj.weight"] = state[f"{ours}mlp.fc2.weight"]
+    half = {k: v.to(dtype).contiguous() if v.is_floating_point() else v for k, v in tensors.items()}
+    save_file(half, path, {"format": "pt"})
+    return path
+
+
+def lora_for(base, path, seed=0, dialect="kohya", **options) -> LoRA:
+    modules = Checkpoint(base).modules
+    lora = random_lora(modules, seed, **options)
+    write_lora(path, lora, dialect, modules)
+    return read_lora(path, modules)
+
+
+def bytes_of(path):
+    if path.is_file():
+        return {".": path.read_bytes()}
+    return {str(p.relative_to(path)): p.read_bytes() for p in sorted(path.rglob("*")) if p.is_file()}
+
+
+def check_merged(base, merged, lora: LoRA, strength: float):
+    """Every weight is W + s·ΔW or the very same bytes, and all other files are the same."""
+    checkpoint = Checkpoint(base)
+    changed = set()
+    for name in lora.changes:
+        for home in checkpoint.homes[name]:
+            new = load_file(merged / home.file)[home.key][home.first_row : home.first_row + home.shape[0]]
+            old = load_file(base / home.file)[home.key][home.first_row : home.first_row + home.shape[0]].double()
+            change = lora.changes[name]
+            target = old + strength * change.delta(torch.float64)
+            # A float32 sum of W and `rank` products, each as large as the size of its terms, rounded to W's type.
+            terms = Change(change.A.abs(), change.B.abs(), abs(strength * change.scale)).delta(torch.float64)
+            error = (change.rank + 2) * torch.finfo(torch.float32).eps * (old.abs() + terms)
+            kind = torch.finfo(new.dtype)
+            error += kind.eps * target.abs().clamp(min=kind.tiny)
+            assert ((new.double() - target).abs() <= error).all(), name
+            changed.add((home.file, home.key))
+    for path, file in checkpoint.files.items():
+        before, after = load_file(base / path), load_file(merged / path)
+        assert list(before) == list(after)
+        assert all(torch.equal(before[key], after[key]) for key in file.entries if (path, key) not in changed)
+    for path in checkpoint.others:
+        assert (base / path).read_bytes() == (merged / path).read_bytes()
+
+
+# -------------------------------------------------------------------------------------------- folding
+
+
+@pytest.mark.parametrize("folder", FAMILIES, indirect=True)
+def test_a_folder_with_variants_and_shards(folder, tmp_path):
+    lora = lora_for(folder, tmp_path / "l.safetensors")
+    assert {name.split(".")[0] for name in lora.changes} >= {"unet", "text_encoder"}
+    report = fold(folder, [(tmp_path / "l.safetensors", 0.7)], tmp_path / "out")
+    check_merged(folder, tmp_path / "out", lora, 0.7)
+    assert bytes_of(folder).keys() == bytes_of(tmp_path / "out").keys()
+    assert sum(len(f.changes) for f in report.folded) == len(lora.changes)
+    for folded in report.folded:
+        for name, relative in folded.changes.items():
+            weight = Checkpoint(folder).weight(name).double()
+            assert relative == pytest.approx(0.7 * lora.changes[name].norm() / weight.norm().item(), rel=1e-2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_single_file(family, dtype, tmp_path, tokenizer):
+    base = original_file(tmp_path / "base.safetensors", family, tokenizer, dtype)
+    lora = lora_for(base, tmp_path / "l.safetensors", share=0.9)
+    kinds = {name.split(".")[0] for name in lora.changes}
+    assert kinds == {"unet", "text_encoder", *(["text_encoder_2"] if family == "sdxl" else [])}
+    report = fold(base, [(tmp_path / "l.safetensors", -1.3)], tmp_path / "out.safetensors")
+    check_merged(base, tmp_path / "out.safetensors", lora, -1.3)
+    assert any("moving average" in note for note in report.notes)
+
+
+def test_several_loras_add_up(folder, tmp_path):
+    paths = [tmp_path / "a.safetensors", tmp_path / "b.safetensors"]
+    a, b = (lora_for(folder, path, seed) for seed, path in enumerate(paths))
+    fold(folder, [(paths[0], 0.5), (paths[1], -2.0)], tmp_path / "out", dtype=torch.float64)
+    check_merged(folder, tmp_path / "out", combine([(a, 0.5), (b, -2.0)]), 1.0)
+
+
+def test_the_merged_folder_is_the_live_module_merged(tmp_path):
+    from minilora import load_lora, merge_lora
+
+    make_unet("sd1").save_pretrained(tmp_path / "base" / "unet")
+    lora_for(tmp_path / "base", tmp_path / "l.safetensors")
+    fold(tmp_path / "base", [(tmp_path / "l.safetensors", 0.7)], tmp_path / "out")
+    live = make_unet("sd1")
+    load_lora(live, tmp_path / "l.safetensors", scale=0.7)
+    merge_lora(live)
+    merged = type(live).from_pretrained(tmp_path / "out" / "unet").state_dict()
+    for name, tensor in live.state_dict().items():
+        if "lora" not in name:
+            torch.testing.assert_close(merged[name.replace(".base.", ".")], tensor, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["folder", "file"])
+def test_undo_gives_the_base_back_byte_for_byte(kind, folder, tmp_path, tokenizer):
+    base = folder if kind == "folder" else original_file(tmp_path / "base.safetensors", "sd2", tokenizer, torch.float16)
+    lora_for(base, tmp_path / "l.safetensors")
+    merged, undo, back = (tmp_path / name for name in ("merged", "undo.safetensors", "back"))
+    fold(base, [(tmp_path / "l.safetensors", 0.7)], merged, undo=undo)
+    assert bytes_of(merged) != bytes_of(base)
+    restore(merged, undo, back)
+    assert bytes_of(back) == bytes_of(base)
+    with pytest.raises(UserError, match="is not as the merge left it"):
+        restore(base, undo, tmp_path / "wrong")
+    with pytest.raises(UserError, match="no undo file"):
+        restore(merged, tmp_path / "l.safetensors", tmp_path / "wrong")
+    assert not (tmp_path / "wrong").exists()
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_taking_it_off_again_returns_to_within_one_unit(tmp_path, tokenizer):
+    base = original_file(tmp_path / "base.safetensors", "sd1", tokenizer)
+    lora_for(base, tmp_path / "l.safetensors")
+    fold(base, [(tmp_path / "l.safetensors", 0.7)], tmp_path / "merged.safetensors")
+    fold(tmp_path / "merged.safetensors", [(tmp_path / "l.safetensors", -0.7)], tmp_path / "back.safetensors")
+    before, merged, after = (load_file(tmp_path / f"{n}.safetensors") for n in ("base", "merged", "back"))
+    for key in before:
+        # A unit in the last place of the larger of W and W + ΔW: that is where the sum was rounded.
+        unit = torch.finfo(torch.float32).eps * torch.maximum(before[key].abs(), merged[key].abs()).double()
+        assert ((before[key].double() - after[key].double()).abs() <= 2 * unit).all()
+
+
+def test_weights_of_other_kinds_are_left_out_and_said(folder, tmp_path):
+    (folder / "unet" / "diffusion_pytorch_model.bin").write_bytes(b"x")
+    (folder / "everything.safetensors").write_bytes(
+        (folder / "vae" / "diffusion_pytorch_model.safetensors").read_bytes()
+    )
+    lora_for(folder, tmp_path / "l.safetensors")
+    report = fold(folder, [(tmp_path / "l.safetensors", 1.0)], tmp_path / "out")
+    assert sum("left out" in note for note in report.notes) == 2
+    assert not (tmp_path / "out" / "unet" / "diffusion_pytorch_model.bin").exists()
+
+
+# ----------------------------------------------------------------------------------------- refusals
+
+
+def test_what_cannot_be_merged_leaves_nothing(folder, tmp_path):
+    out, lora = tmp_path / "out", tmp_path / "l.safetensors"
+    lora_for(folder, lora)
+    tensors = load_file(lora)
+
+    def refused(match: str, base=folder, **options):
+        with pytest.raises(UserError, match=match):
+            fold(base, [(lora, 1.0)], out, undo=tmp_path / "undo", **options)
+        assert not out.exists()
+        assert not (tmp_path / "undo").exists()
+        assert not list(tmp_path.glob(".*"))
+
+    stray = {
+        "lora_unet_nowhere.lora_down.weight": torch.ones(2, 3),
+        "lora_unet_nowhere.lora_up.weight": torch.ones(3, 2),
+    }
+    save_file(tensors | stray, lora)
+    refused("was not made for this base: nothing in .*base goes by the name in lora_unet_nowhere.lora_down.weight")
+    report = fold(folder, [(lora, 1.0)], out, allow_unmatched=True)
+    assert report.homeless == {str(lora): sorted(stray)}
+    shutil.rmtree(out)
+    save_file(stray, lora)
+    refused("was not made for this base", allow_unmatched=True)
+    key = next(key for key in tensors if key.startswith("lora_unet") and key.endswith("lora_up.weight"))
+    save_file(tensors | {key: torch.full_like(tensors[key], 1e38)}, lora)
+    refused("would not be finite numbers of type F")
+    save_file(tensors | {key: torch.full_like(tensors[key], torch.nan)}, lora)
+    refused("not finite")
+    save_file(tensors, lora)
+    refused("neither a diffusers folder", base=folder / "tokenizer")
+    refused("no such file or folder", base=tmp_path / "gone")
+    out.mkdir()
+    with pytest.raises(UserError, match="it exists; choose another, or --overwrite"):
+        fold(folder, [(lora, 1.0)], out)
+    fold(folder, [(lora, 1.0)], out, overwrite=True)
+    assert Checkpoint(out).modules == Checkpoint(folder).modules
+
+
+def damaged_headers():
+    entry = {"dtype": "F32", "shape": [2, 2], "data_offsets": [0, 16]}
+    yield "overlap", {"a": entry, "b": entry}, 16
+    yield "hole", {"a": entry, "b": entry | {"data_offsets": [20, 36]}}, 36
+    yield "shape", {"a": entry | {"shape": [1 << 40, 1 << 40]}}, 16
+    yield "negative", {"a": entry | {"shape": [-2, -2]}}, 16
+    yield "type", {"a": entry | {"dtype": "F99"}}, 16
+    yield "short", {"a": entry}, 12
+    yield "long", {"a": entry}, 20
+    yield "offsets", {"a": entry | {"data_offsets": [0]}}, 16
+    yield "list", [1], 16
+
+
+@pytest.mark.parametrize(("header", "size"), [h[1:] for h in damaged_headers()], ids=[h[0] for h in damaged_headers()])
+def test_a_damaged_checkpoint_is_refused(header, size, tmp_path):
+    text = json.dumps(header).encode()
+    (tmp_path / "base.safetensors").write_bytes(struct.pack("<Q", len(text)) + text + bytes(size))
+    with pytest.raises(UserError, match=r"base\.safetensors: "):
+        Checkpoint(tmp_path / "base.safetensors")
+
+
+@pytest.mark.parametrize("content", [b"", b"1234567", struct.pack("<Q", 1 << 60) + b"{}", struct.pack("<Q", 2) + b"{,"])
+def test_what_is_no_safetensors_file_is_refused(content, tmp_path):
+    (tmp_path / "base.safetensors").write_bytes(content)
+    with pytest.raises(UserError, match=r"base\.safetensors: "):
+        Checkpoint(tmp_path / "base.safetensors")
+
+
+def test_a_disk_without_room_is_said(folder, tmp_path, monkeypatch):
+    lora_for(folder, tmp_path / "l.safetensors")
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=10))
+    with pytest.raises(UserError, match=r"it needs [\d,]+ bytes and the disk has 10 left"):
+        fold(folder, [(tmp_path / "l.safetensors", 1.0)], tmp_path / "out")
+
+
+# ------------------------------------------------------------------------------------- LoRA with LoRA
+
+
+def test_combining_is_exact(folder):
+    modules = Checkpoint(folder).modules
+    a, b = (random_lora(modules, seed) for seed in (1, 2))
+    both = combine([(a, 0.7), (b, -0.4)])
+    for name, change in both.changes.items():
+        parts = [
+            s * lora.changes[name].delta(torch.float64) for lora, s in ((a, 0.7), (b, -0.4)) if name in lora.changes
+        ]
+        torch.testing.assert_close(change.delta(torch.float64), sum(parts), rtol=1e-6, atol=1e-5)
+    assert both.changes.keys() == a.changes.keys() | b.changes.keys()
+
+
+@pytest.mark.parametrize("rank", [1, 2, 4])
+def test_reducing_is_what_the_singular_values_say(folder, rank):
+    lora = random_lora(Checkpoint(folder).modules, 1)
+    reduced, report = reduce(lora, rank, None)
+    for name, change in lora.changes.items():
+        whole = change.delta(torch.float64).flatten(1)
+        values = torch.linalg.svdvals(whole)
+        lost = (whole - reduced.changes[name].delta(torch.float64).flatten(1)).norm()
+        assert lost.item() == pytest.approx(values[rank:].norm().item(), rel=1e-5, abs=1e-5 * values[0].item())
+        assert report.lost[name] == pytest.approx(lost.item(), abs=1e-5 * values[0].item())
+        assert reduced.changes[name].rank == min(rank, change.rank)
+
+
+def test_reducing_to_a_share_of_the_energy(folder):
+    lora = random_lora(Checkpoint(folder).modules, 1)
+    reduced, _ = reduce(lora, None, 0.8)
+    for name, change in reduced.changes.items():
+        values = torch.linalg.svdvals(lora.changes[name].delta(torch.float64).flatten(1)).square()
+        kept = (values[: change.rank].sum() / values.sum()).item()
+        assert kept >= 0.8 - 1e-6
+        assert change.rank == 1 or (values[: change.rank - 1].sum() / values.sum()).item() < 0.8
+
+
+def test_extracting_finds_what_was_folded_in(folder, tmp_path):
+    for fp16 in folder.rglob("*fp16*"):
+        fp16.unlink()
+    lora = lora_for(folder, tmp_path / "l.safetensors")
+    fold(folder, [(tmp_path / "l.safetensors", 1.0)], tmp_path / "tuned")
+    found, report, notes = extract(folder, tmp_path / "tuned", 6, None)
+    assert found.changes.keys() == lora.changes.keys()
+    for name, change in lora.changes.items():
+        torch.testing.assert_close(found.changes[name].delta(), change.delta(), rtol=1e-3, atol=1e-4)
+    assert max(report.lost[n] / report.size[n] for n in report.lost) < 1e-5  # the weights' own rounding
+    assert any("are the same in both" in note for note in notes)
+    with pytest.raises(UserError, match="have the same weights"):
+        extract(folder, folder, 6, None)
+
+
+# -------------------------------------------------------------------------------------- command line
+
+
+def run(monkeypatch, *argv) -> int:
+    monkeypatch.setattr("sys.argv", ["merge", *map(str, argv)])
+    try:
+        command()
+    except SystemExit as end:
+        return end.code
+    return 0
+
+
+def test_the_command_does_each_of_its_things(folder, tmp_path, monkeypatch, capsys):
+    lora = lora_for(folder, tmp_path / "l.safetensors", dialect="diffusers")
+    loras, out = tmp_path / "l.safetensors", tmp_path / "out"
+    assert run(monkeypatch, folder, f"{loras}:0.7", "--output", out, "--undo", tmp_path / "undo") == 0
+    assert "change of the weight" in capsys.readouterr().out
+    check_merged(folder, out, lora, 0.7)
+    assert run(monkeypatch, "--restore", out, tmp_path / "undo", "--output", tmp_path / "back") == 0
+    assert bytes_of(tmp_path / "back") == bytes_of(folder)
+    both = tmp_path / "both.safetensors"
+    assert run(monkeypatch, "--loras-only", f"{loras}:0.5", f"{loras}:0.5", "--output", both, "--rank", 5) == 0
+    assert "overall: error 0.000%" in capsys.readouterr().out
+    assert difference(lora, read_lora(both)) < 100  # through float32 and a decomposition, against one rounding
+    kohya = tmp_path / "k.safetensors"
+    words = ("--loras-only", loras, "--dialect", "kohya", "--base", folder, "--output", kohya)
+    assert run(monkeypatch, *words) == 0
+    assert difference(lora, read_lora(kohya, Checkpoint(folder).modules)) <= 1
+    assert run(monkeypatch, "--extract", folder, out, "--rank", 2, "--output", tmp_path / "e.safetensors") == 0
+    assert run(monkeypatch, folder, loras, "--output", out) == 2
+    assert "error: --output" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["base"], "a merge takes BASE LORA[:SCALE] …, not base; --output is needed"),
+        (["base", "l", "--output", "o", "--rank", "4"], "--rank has no effect on a merge"),
+        (["--extract", "a", "b", "--output", "o"], "--extract needs a --rank or an --energy"),
+        (["--extract", "a", "b", "--output", "o", "--rank", "2", "--undo", "u"], "--undo has no effect on --extract"),
+        (["--restore", "a", "--output", "o"], "--restore takes MERGED UNDO, not a"),
+        (["--restore", "--extract", "a", "b", "--output", "o", "--rank", "1"], "cannot be done at once"),
+        (["b", "l:nan", "--output", "o"], "the strength nan is not a finite number"),
+        (["gone", "l", "--output", "o"], "gone: there is no such file or folder"),
+    ],
+)
+def test_mistakes_are_one_line(argv, message, monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    assert run(monkeypatch, *argv) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+
+
+def test_a_strength_is_split_off_the_path():
+    assert [(str(p), s) for p, s in map(split_strength, ("out/x:0.8", "c:/x", "x", "x:-1"))] == [
+        ("out/x", 0.8),
+        ("c:/x", 1.0),
+        ("x", 1.0),
+        ("x", -1.0),
+    ]
+
+
+def test_live_modules_and_checkpoints_name_the_same_modules(folder, tokenizer):
+    live = {n: s for part in parts_of("sd1", tokenizer).values() for n, (_, _, s) in live_modules(part).items()}
+    assert Checkpoint(folder).modules == live
+    assert np.prod(next(iter(live.values()))) > 0

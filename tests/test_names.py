@@ -1,0 +1,63 @@
+"""names.py: every name of a module, with diffusers' own converter as the oracle for the original layout."""
+
+import pytest
+import torch
+from conftest import make_tiny_text_encoder, make_unet
+from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
+from transformers import CLIPTextModel, CLIPTextModelWithProjection
+
+from minilora import names
+from minilora.models import live_modules
+
+
+def with_weights(module: torch.nn.Module) -> list[str]:
+    return [path for path, child in module.named_modules() if next(child.parameters(recurse=False), None) is not None]
+
+
+@pytest.mark.parametrize("family", ["sd1", "sd2", "sdxl"])
+def test_original_names_are_those_that_diffusers_reads(family):
+    unet = make_unet(family)
+    paths = with_weights(unet)
+    originals = names.original_unet_paths(paths)
+    assert originals.keys() == set(paths)
+    state = unet.state_dict()
+    single = {}
+    for key, tensor in state.items():
+        path, leaf = key.rsplit(".", 1)
+        single[f"model.diffusion_model.{originals[path]}.{leaf}"] = tensor
+    config = {**unet.config, "class_embed_type": None}
+    converted = convert_ldm_unet_checkpoint(single, config)
+    assert converted.keys() == state.keys()
+    assert all(torch.equal(converted[key], state[key]) for key in state)
+    assert names.diffusers_unet_paths(originals.values()) == {theirs: ours for ours, theirs in originals.items()}
+
+
+@pytest.mark.parametrize("kind", [CLIPTextModel, CLIPTextModelWithProjection])
+def test_text_encoders_have_one_name_whatever_the_live_model_calls_its_modules(kind, tokenizer):
+    live = live_modules(make_tiny_text_encoder(tokenizer, kind))
+    component = "text_encoder" if kind is CLIPTextModel else "text_encoder_2"
+    assert f"{component}.text_model.encoder.layers.1.self_attn.q_proj" in live
+    assert f"{component}.text_model.encoder.layers.0.mlp.fc1" in live
+
+
+def test_kohya_names_are_those_of_its_trainer():
+    sd1 = names.kohya_names([*live_modules(make_unet("sd1")), "text_encoder.text_model.encoder.layers.0.mlp.fc1"])
+    assert sd1["unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_out.0"] == (
+        "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_out_0"
+    )
+    assert sd1["text_encoder.text_model.encoder.layers.0.mlp.fc1"] == "lora_te_text_model_encoder_layers_0_mlp_fc1"
+    encoders = (
+        "text_encoder.text_model.encoder.layers.0.mlp.fc1",
+        "text_encoder_2.text_model.encoder.layers.0.mlp.fc1",
+    )
+    sdxl = names.kohya_names([*live_modules(make_unet("sdxl")), *encoders])
+    assert sdxl["unet.down_blocks.1.attentions.0.proj_in"] == "lora_unet_input_blocks_4_1_proj_in"
+    assert sdxl["unet.up_blocks.0.upsamplers.0.conv"] == "lora_unet_output_blocks_2_2_conv"
+    assert sdxl["unet.down_blocks.0.resnets.0.conv1"] == "lora_unet_input_blocks_1_0_in_layers_2"
+    assert [sdxl[name].split("_text_model")[0] for name in encoders] == ["lora_te1", "lora_te2"]
+
+
+@pytest.mark.parametrize("family", ["sd1", "sd2", "sdxl"])
+def test_no_two_modules_share_a_name(family, tokenizer):
+    modules = [*live_modules(make_unet(family)), *live_modules(make_tiny_text_encoder(tokenizer))]
+    assert all(len(meant) == 1 for meant in names.known_by(modules).values())
