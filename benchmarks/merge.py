@@ -37,9 +37,9 @@ def make(work: Path, dtype: str, blocks: int) -> None:
     from diffusers import UNet2DConditionModel
     from safetensors.torch import load_file, save_file
 
-    from minilora.checkpoint import write_lora
-    from minilora.files import Checkpoint
+    from minilora.export import write_lora
     from minilora.formats import Change, LoRA
+    from minilora.layout import Checkpoint
     from minilora.names import original_unet_paths
 
     folder = work / f"{dtype}-{blocks}"

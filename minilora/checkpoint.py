@@ -1,12 +1,6 @@
-"""State on disk: written whole or not at all, and never unpickled.
-
-A file first goes under a temporary name, is flushed to the disk, and only then takes its final name
-by a rename, which the file system does at once.  So a file that is there is whole, whenever the
-program or the machine stopped.
-"""
+"""Training state on disk: a checkpoint after every so many steps, from which a run goes on as if never stopped."""
 
 import json
-import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,73 +9,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from .config import UserError
-from .files import staging
-from .formats import (
-    FILE_NAME,
-    PEFT_CONFIG,
-    FormatError,
-    LoRA,
-    as_diffusers,
-    as_kohya,
-    as_peft,
-    difference,
-    read_lora,
-    tensor_bytes,
-)
-from .names import Modules
-
-
-def write_whole(path: Path, content: bytes) -> None:
-    """Write a file so that it is found under its name only when all of it is on the disk."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
-    with open(temporary, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)  # the rename itself
-    finally:
-        os.close(folder)
-
-
-def write_tensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
-    """Write tensors as a safetensors file, whole or not at all; equal arguments give equal bytes."""
-    write_whole(path, tensor_bytes(tensors, metadata))
-
-
-DIALECTS = ("diffusers", "kohya", "peft")
-
-
-def write_lora(path: Path, lora: LoRA, dialect: str, modules: Modules, flat_text_encoder: bool = False) -> None:
-    """Write a LoRA in a dialect, whole or not at all: a file, for PEFT a folder with one for each component.
-
-    It takes its name only after it was read back and every ΔW found to be what it was, up to the
-    rounding of B.  Raises FormatError if that is not so.
-    """
-    if dialect == "peft":
-        files = as_peft(lora, flat_text_encoder)
-    else:
-        files = as_kohya(lora, modules) if dialect == "kohya" else as_diffusers(lora)
-    with staging(path, 0, overwrite=True) as new:
-        for name, (tensors, about) in files.items():
-            if dialect == "peft":
-                write_tensors(new / name, tensors, {"format": "pt"})
-                write_whole((new / name).with_name(PEFT_CONFIG), json.dumps(about, indent=2, sort_keys=True).encode())
-            else:
-                write_tensors(new, tensors, about)
-        if (apart := difference(lora, read_lora(new, modules))) > 1:
-            raise FormatError(f"{path}: read back, it differs by {apart:.2g} times what rounding can do")
+from .files import write_tensors
+from .formats import FILE_NAME
 
 
 def under(tensors: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
     """Return the tensors whose names begin with `prefix`, by the rest of their names."""
     return {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
-
-
-# ------------------------------------------------------------------------------- training checkpoints
 
 
 def path_of(output: Path, step: int) -> Path:

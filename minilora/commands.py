@@ -61,7 +61,8 @@ def read(cls: type, argv: list[str], description: str):
     Raises UserError for an unknown setting, with the nearest name, and for a value that does not fit.
     """
     parser = _parser(cls, description)
-    given, unknown = parser.parse_known_args(argv)
+    bare = any(field.metadata["bare"] for field in dataclasses.fields(cls))
+    given, unknown = (parser.parse_known_intermixed_args if bare else parser.parse_known_args)(argv)
     names = {field.name for field in dataclasses.fields(cls)}
     if unknown:
         options = {option(name) for name in names} | {"--config"}

@@ -27,9 +27,9 @@ from safetensors.torch import load_file
 from tqdm import tqdm
 
 from . import draws
-from .checkpoint import write_tensors
 from .config import TrainConfig, UserError
 from .distributed import Ranks, wait_for_all
+from .files import write_tensors
 from .models import Base
 
 

@@ -1,4 +1,8 @@
-"""Checkpoints on disk, without loading them: where each tensor's bytes are, and writing them anew.
+"""Files on disk: written whole or not at all, never unpickled; and safetensors files without loading them.
+
+A file first goes under a temporary name, is flushed to the disk, and only then takes its final name
+by a rename, which the file system does at once.  So a file that is there is whole, whenever the
+program or the machine stopped.
 
 A safetensors file is 8 bytes with the length of a header, the header (JSON: the type, shape and place
 of each tensor), and the tensors' bytes.  So a file can be rewritten with some of its tensors changed
@@ -11,16 +15,18 @@ import math
 import os
 import shutil
 import struct
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from operator import index
 from pathlib import Path
 from typing import BinaryIO
 
 import torch
+from safetensors.torch import save
 
 from .config import UserError
-from .names import TEXT_ENCODER, TEXT_ENCODER_2, UNET, diffusers_unet_paths, full_name, modules_of_original
 
 CHUNK = 1 << 21  # bytes that are worked on at a time: few enough to stay in a processor's cache
 DTYPES = {  # the types that a weight can have
@@ -28,7 +34,97 @@ DTYPES = {  # the types that a weight can have
     **{"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2},
 }
 SIZES = {name: dtype.itemsize for name, dtype in DTYPES.items()}  # bytes of one number
+PICKLES = (".pt", ".pth", ".ckpt", ".bin")
+PICKLE_HELP = (
+    "a pickle, which can run code when it is opened, is not read; where you trust it, convert it with "
+    "safetensors.torch.save_file(torch.load(file, weights_only=True), 'new.safetensors')"
+)
 SIZES |= {"I64": 8, "U64": 8, "I32": 4, "U32": 4, "I16": 2, "U16": 2, "I8": 1, "U8": 1, "BOOL": 1}
+
+
+# --------------------------------------------------------------------------------- written whole
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a file so that it is found under its name only when all of it is on the disk."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)  # gone already, unless something went wrong
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """See to it that the names in a folder are on the disk, so that a rename outlives a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_tensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
+    """Write tensors as a safetensors file, whole or not at all; equal arguments give equal bytes."""
+    write_whole(path, tensor_bytes(tensors, metadata))
+
+
+def tensor_bytes(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> bytes:
+    """Return a safetensors file; equal arguments give equal bytes, as safetensors' own order of metadata does not."""
+    content = save({key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}, dict(metadata))
+    first = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(content[8:first])
+    header["__metadata__"] = dict(sorted(metadata.items()))
+    text = json.dumps(dict(sorted(header.items())), separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text + content[first:]
+
+
+@contextmanager
+def staging(output: Path, size: int, overwrite: bool, content: Collection[Path] = ()) -> Iterator[Path]:
+    """Give a temporary path to write to, which takes the name `output` once the block is done, or goes away.
+
+    Raises UserError if there is something at `output` already, unless it may be overwritten, or if
+    the disk has no room for `size` bytes.  A folder is overwritten only if all files in it are among
+    `content`, the files of the new one: others may be what nobody means to lose.
+    """
+    if output.exists() and not overwrite:
+        raise UserError(f"{output}: it exists; choose another name, or --overwrite")
+    if output.is_dir():
+        there = {path.relative_to(output) for path in output.rglob("*") if path.is_file()}
+        if lost := sorted(there - set(content)):
+            raise UserError(f"{output}: a folder with {lost[0]} in it, which is not overwritten; choose another name")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(output.parent).free
+    if free < size:
+        raise UserError(f"{output}: it needs {size:,} bytes and the disk has {free:,} left")
+    new = output.with_name(f".{output.name}.{os.getpid()}.part")
+    old = output.with_name(f".{output.name}.{os.getpid()}.old")
+    try:
+        yield new
+        if output.is_dir():
+            output.rename(old)
+        try:
+            os.replace(new, output)
+        except OSError:
+            if old.exists():
+                old.rename(output)
+            raise
+        sync_folder(output.parent)
+    finally:
+        for path in (new, old):
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
+
+
+# ------------------------------------------------------------------------- tensor by tensor
 
 
 @dataclass(frozen=True)
@@ -49,6 +145,8 @@ class TensorFile:
     """
 
     def __init__(self, path: Path):
+        if path.suffix in PICKLES:
+            raise UserError(f"{path}: {PICKLE_HELP}")
         self.path = path
         self.size = path.stat().st_size
         with open(path, "rb") as file:
@@ -61,12 +159,12 @@ class TensorFile:
                 header = json.loads(file.read(length))
                 self.metadata = header.pop("__metadata__", {})
                 entries = {
-                    key: Entry(e["dtype"], tuple(e["shape"]), *(self.first + n for n in e["data_offsets"]))
+                    key: Entry(str(e["dtype"]), tuple(e["shape"]), *(self.first + index(n) for n in e["data_offsets"]))
                     for key, e in header.items()
                 }
-            except (ValueError, TypeError, KeyError, AttributeError) as error:
+            except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
                 raise UserError(f"{path}: its safetensors header cannot be read ({error!r})") from error
-        self.entries = dict(sorted(entries.items(), key=lambda item: item[1].begin))
+        self.entries = dict(sorted(entries.items(), key=lambda item: (item[1].begin, item[1].end)))
         end = self.first
         for key, entry in self.entries.items():
             size = SIZES.get(entry.dtype)
@@ -92,102 +190,6 @@ class TensorFile:
         return content
 
 
-@dataclass(frozen=True)
-class Home:
-    """Where the weight of a module lies: rows `first_row` and on of a tensor of a file of a checkpoint."""
-
-    file: Path  # relative to the checkpoint
-    key: str
-    first_row: int
-    shape: tuple[int, ...]  # of the module's weight
-
-
-class Checkpoint:
-    """A base on disk: its weight files, all its other files, and where the weight of each module lies.
-
-    Raises UserError if there is no Stable Diffusion in safetensors files at `path`.
-    """
-
-    def __init__(self, path: Path):
-        self.path = path
-        self.files: dict[Path, TensorFile] = {}  # by path relative to `path`
-        self.others: list[Path] = []
-        self.left_out: list[Path] = []  # weights of other kinds, which would be those of the base
-        self.homes: dict[str, list[Home]] = {}
-        if path.is_dir():
-            self._look_through_folder()
-        elif path.is_file():
-            self.files[Path()] = TensorFile(path)
-            self._find_original_homes()
-        else:
-            raise UserError(f"{path}: there is no such file or folder")
-        if not self.homes:
-            raise UserError(
-                f"{path}: it is neither a diffusers folder with .safetensors weights nor a single file of one"
-            )
-
-    @property
-    def size(self) -> int:
-        return sum(file.size for file in self.files.values()) + sum((self.path / p).stat().st_size for p in self.others)
-
-    @property
-    def modules(self) -> dict[str, tuple[int, ...]]:
-        """The shapes of the weights, by the modules' full names."""
-        return {name: homes[0].shape for name, homes in self.homes.items()}
-
-    def weight(self, name: str) -> torch.Tensor:
-        """Return the weight of a module."""
-        home = self.homes[name][0]
-        file = self.files[home.file]
-        dtype = DTYPES[file.entries[home.key].dtype]
-        width = dtype.itemsize * math.prod(home.shape[1:])
-        rows = file.bytes_of(home.key, home.first_row * width, (home.first_row + home.shape[0]) * width)
-        return torch.frombuffer(rows, dtype=dtype).view(home.shape)
-
-    def copy_others(self, target: Path) -> None:
-        """Copy all that is not a weight into another folder."""
-        for path in self.others:
-            (target / path).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(self.path / path, target / path)
-
-    def _look_through_folder(self) -> None:
-        for path in sorted(p.relative_to(self.path) for p in self.path.rglob("*") if p.is_file()):
-            component = path.parts[0] if len(path.parts) == 2 else ""
-            if path.suffix in (".bin", ".ckpt", ".pt", ".pth", ".msgpack", ".onnx", ".h5"):
-                self.left_out.append(path)
-            elif path.suffix != ".safetensors" or len(path.parts) != 2:
-                (self.left_out if path.suffix == ".safetensors" else self.others).append(path)
-            else:
-                self.files[path] = TensorFile(self.path / path)
-                if component in (UNET, TEXT_ENCODER, TEXT_ENCODER_2):
-                    for key, entry in self.files[path].entries.items():
-                        self._add([full_name(component, key.removesuffix(".weight"))], path, key, entry)
-
-    def _find_original_homes(self) -> None:
-        prefix, entries = "model.diffusion_model.", self.files[Path()].entries
-        originals = {key: key.removeprefix(prefix).removesuffix(".weight") for key in entries if key.startswith(prefix)}
-        paths = diffusers_unet_paths(originals.values())
-        for key, entry in entries.items():
-            if key not in originals:
-                self._add(modules_of_original(key), Path(), key, entry)
-            elif path := paths.get(originals[key]):
-                self._add([full_name(UNET, path)], Path(), key, entry)
-
-    def _add(self, names: list[str], file: Path, key: str, entry: Entry) -> None:
-        """Note that the weights of some modules lie, one below the other, under a key."""
-        if not key.endswith("weight") or len(entry.shape) not in (2, 4):
-            return
-        if entry.dtype not in DTYPES or any(".embeddings." in name for name in names):
-            return  # tables of vectors, and whole numbers: no layer that can carry LoRA
-        for number, name in enumerate(names):
-            rows = entry.shape[0] // len(names)
-            home = Home(file, key, number * rows, (rows, *entry.shape[1:]))
-            self.homes.setdefault(name, []).append(home)
-
-
-# ------------------------------------------------------------------------------------------ byte streams
-
-
 def rewrite(file: TensorFile, target: Path, changes: Mapping[str, Callable[[BinaryIO], Iterator]]) -> None:
     """Write a checkpoint file anew: for the keys in `changes` the bytes that these give, the others as they are.
 
@@ -195,34 +197,45 @@ def rewrite(file: TensorFile, target: Path, changes: Mapping[str, Callable[[Bina
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     with open(file.path, "rb", buffering=0) as source, open(target, "wb", buffering=0) as out:
-        position = 0  # up to which all is written
-        for key in [*(key for key in file.entries if key in changes), None]:
-            until = file.entries[key].begin if key is not None else file.size
-            copy_bytes(source, out, until - position, file.path)
-            position = until
-            if key is not None:
-                for piece in changes[key](source):
+        with ThreadPoolExecutor(1) as beside:  # copying and computing do not wait for each other
+            copied = beside.submit(_copy_unchanged, file, changes.keys(), source.fileno(), out.fileno())
+            for key, change in changes.items():
+                source.seek(file.entries[key].begin)
+                out.seek(file.entries[key].begin)
+                for piece in change(source):
                     write_all(out, piece)
-                position = file.entries[key].end
+            copied.result()
         os.fsync(out.fileno())
 
 
-def copy_bytes(source: BinaryIO, out: BinaryIO, count: int, path: Path) -> None:
-    """Copy the next `count` bytes from one unbuffered file to another, within the kernel where it can."""
-    in_kernel = getattr(os, "copy_file_range", None)
-    while count:
-        try:
-            done = in_kernel(source.fileno(), out.fileno(), count) if in_kernel else 0
-        except OSError as error:
-            if error.errno not in (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP):
-                raise
-            in_kernel, done = None, 0  # not between these two files
+def _copy_unchanged(file: TensorFile, changed: Collection[str], source: int, out: int) -> None:
+    """Copy all bytes of a file but those of the changed tensors to the same places of another."""
+    begin = 0
+    for key, entry in file.entries.items():
+        if key in changed:
+            copy_bytes(source, out, begin, entry.begin, file.path)
+            begin = entry.end
+    copy_bytes(source, out, begin, file.size, file.path)
+
+
+def copy_bytes(source: int, out: int, begin: int, end: int, path: Path) -> None:
+    """Copy the bytes from `begin` to `end` of one open file to the same place of another, in the kernel if it can."""
+    in_kernel = hasattr(os, "copy_file_range")
+    while begin < end:
+        done = 0
+        if in_kernel:
+            try:
+                done = os.copy_file_range(source, out, end - begin, begin, begin)
+            except OSError as error:
+                if error.errno not in (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP):
+                    raise
+                in_kernel = False  # not between these two files
         if not done:
-            piece = memoryview(bytearray(min(CHUNK, count)))
-            read_exactly(source, piece, path)
-            write_all(out, piece)
-            done = len(piece)
-        count -= done
+            piece = os.pread(source, min(CHUNK, end - begin), begin)
+            if not piece:
+                raise UserError(f"{path}: it became shorter while it was read")
+            done = os.pwrite(out, piece, begin)
+        begin += done
 
 
 def read_exactly(source: BinaryIO, piece: memoryview, path: Path) -> None:
@@ -240,31 +253,3 @@ def write_all(out: BinaryIO, piece) -> None:
     piece = memoryview(piece)
     while piece:
         piece = piece[out.write(piece) :]
-
-
-@contextmanager
-def staging(output: Path, size: int, overwrite: bool) -> Iterator[Path]:
-    """Give a temporary path to write to, which takes the name `output` once the block is done, or goes away.
-
-    Raises UserError if there is something at `output` already, unless it may be overwritten, or if
-    the disk has no room for `size` bytes.
-    """
-    if output.exists() and not overwrite:
-        raise UserError(f"--output {output}: it exists; choose another, or --overwrite")
-    output.parent.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(output.parent).free
-    if free < size:
-        raise UserError(f"--output {output}: it needs {size:,} bytes and the disk has {free:,} left")
-    new = output.with_name(f".{output.name}.{os.getpid()}.part")
-    old = output.with_name(f".{output.name}.{os.getpid()}.old")
-    try:
-        yield new
-        if output.is_dir():
-            output.rename(old)
-        os.replace(new, output)
-    finally:
-        for path in (new, old):
-            if path.is_dir():
-                shutil.rmtree(path)
-            else:
-                path.unlink(missing_ok=True)

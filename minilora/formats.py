@@ -1,4 +1,4 @@
-"""LoRA files: read any dialect, write any.
+"""LoRA files: read any dialect; export.py writes them.
 
 In memory a LoRA is one thing, whatever it was read from: for each module, by its full name
 (names.py), the two matrices of its change and their scale,
@@ -17,19 +17,18 @@ Only what is LoRA is read as LoRA; its relatives are refused by their names.  So
 these files in diffusers 0.42, PEFT 0.21, kohya's sd-scripts 48d368f and cloneofsimo's lora d84074b.
 """
 
-import hashlib
 import json
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 
-from .names import TEXT_ENCODER, TEXT_ENCODER_2, UNET, Modules, is_sdxl, known_by, kohya_names, numbered, split
+from .files import PICKLE_HELP, PICKLES
+from .names import TEXT_ENCODER, TEXT_ENCODER_2, UNET, Modules, known_by, numbered, split
 
 FILE_NAME = "pytorch_lora_weights.safetensors"  # of diffusers
 PEFT_CONFIG, PEFT_FILE = "adapter_config.json", "adapter_model.safetensors"
@@ -95,7 +94,7 @@ _RELATIVES = {  # what a key looks like of a kind that is not LoRA
     r"\.dora_scale|lora_magnitude_vector": "DoRA",
     r"\.lora_mid\.": "LoRA with a Tucker core",
     r"\.diff(_b)?$|\.w_norm$|\.b_norm$|\.set_weight$": "a full difference",
-    r"lora_embedding_|^bundle_emb\.|\.on_input$": "an embedding or IA3",
+    r"lora_embedding_|\.on_input$": "an embedding's LoRA or IA3",
     r"\.[ab][12]\.weight$": "GLoRA",
     r"\.lora_B\.bias$|\.lora_up\.bias$": "LoRA with a bias",
 }
@@ -122,19 +121,19 @@ def read_lora(path: Path, modules: Modules | None = None) -> LoRA:
             raise FormatError(f"{path}: its lora_adapter_metadata says nothing of {component}, as of {name}")
         return _peft_scale(configs[component], module, rank) if configs else 1.0
 
+    nowhere: list[str] = []
     if any(_COUNTED.fullmatch(key) for key in tensors):
-        tensors = _named_from_counted(path, tensors, metadata, modules)
+        tensors, nowhere = _named_from_counted(path, tensors, metadata, modules)
     lora = _gather(path, tensors, modules, scale_of)
+    lora.homeless.extend(nowhere)
     lora.metadata.update(metadata)
     return lora
 
 
 def _read_tensors(path: Path) -> tuple[Tensors, dict[str, str]]:
-    if path.suffix in (".pt", ".pth", ".ckpt", ".bin"):
-        raise FormatError(
-            f"{path}: a pickle, which can run code when it is opened, is not read; where you trust it, convert it "
-            "with safetensors.torch.save_file(torch.load(file, weights_only=True), 'lora.safetensors')"
-        )
+    pickle = path if path.suffix in PICKLES else path.with_suffix(".bin")
+    if pickle == path or (pickle.exists() and not path.exists()):
+        raise FormatError(f"{pickle}: {PICKLE_HELP}")
     try:
         with safe_open(path, framework="pt") as file:
             return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}
@@ -148,6 +147,9 @@ def _gather(path: Path, tensors: Tensors, modules: Modules | None, scale_of: Cal
     parts: dict[str, dict[str, tuple[str, torch.Tensor]]] = {}  # module -> "A", "B", "alpha" -> key, tensor
     homeless, problems = [], []
     for key, tensor in tensors.items():
+        if key.startswith("bundle_emb."):  # a learned word that came along with a LoRA
+            homeless.append(key)
+            continue
         if kind := next((kind for look, kind in _RELATIVES.items() if re.search(look, key)), None):
             problems.append(f"{key} belongs to {kind}, which is not LoRA and is not read")
             continue
@@ -208,7 +210,7 @@ def _change(found: dict, shape: tuple[int, ...] | None, problems: list[str], sca
     if not (a.is_floating_point() and b.is_floating_point()):
         problems.append(f"{shapes}, of types {a.dtype} and {b.dtype}")
         return None
-    b = b.flatten(1)  # (out, rank)
+    a, b = (t.float() if t.dtype.itemsize == 1 else t for t in (a, b.flatten(1)))  # b: (out, rank)
     if shape is not None:
         flat = a.ndim == 2 or a.shape[2:] == (1, 1)
         fitting = [(len(b), *a.shape[1:]), *([(len(b), a.shape[1]), (len(b), a.shape[1], 1, 1)] if flat else [])]
@@ -235,8 +237,8 @@ def _spelt_out(name: str) -> set[str]:
     component, path = split(name)
     if component not in (UNET, TEXT_ENCODER, TEXT_ENCODER_2):
         return set()
-    path = path.removeprefix("base_model.model.")
-    path = re.sub(r"\.processor\.(to_[qkv])$", r".\1", re.sub(r"\.processor\.to_out$", ".to_out.0", path))
+    path = re.sub(r"\.to_out$", ".to_out.0", path.removeprefix("base_model.model.").replace(".processor.", "."))
+    path = re.sub(r"\.self_attn\.to_(q|k|v|out)(\.0)?$", r".self_attn.\1_proj", path)
     if component != UNET and not path.startswith("text_model."):
         path = f"text_model.{path}"
     return {f"{component}.{path}"}
@@ -264,6 +266,8 @@ def _configs_in(path: Path, metadata: dict[str, str]) -> dict[str, dict]:
 
 def _check_peft(where: str, config: dict) -> None:
     """Refuse PEFT settings under which ΔW is not scale · B A."""
+    if not isinstance(config, dict):
+        raise FormatError(f"{where}: its settings are no JSON object")
     problems = [
         f"{name} is {config[name]!r}"
         for name in ("use_dora", "lora_bias", "modules_to_save", "fan_in_fan_out", "layer_replication", "use_qalora")
@@ -273,8 +277,16 @@ def _check_peft(where: str, config: dict) -> None:
         problems.append(f"peft_type is {config['peft_type']!r}")
     if config.get("bias", "none") != "none":
         problems.append(f"bias is {config['bias']!r}")
-    if not isinstance(config.get("lora_alpha", 8), (int, float)):
-        problems.append(f"lora_alpha is {config['lora_alpha']!r}")
+    if str(config.get("init_lora_weights")).startswith(("pissa", "olora", "corda", "loftq", "lora_ga")):
+        problems.append(f"init_lora_weights is {config['init_lora_weights']!r}, which changes the base too")
+    alphas = config.get("alpha_pattern") or {}
+    for name, alpha in {"lora_alpha": config.get("lora_alpha", 8), **alphas}.items():
+        if not isinstance(alpha, (int, float)):
+            problems.append(f"the alpha of {name} is {alpha!r}")
+    try:
+        [re.compile(pattern) for pattern in alphas]
+    except re.error as error:
+        problems.append(f"a pattern in alpha_pattern cannot be read ({error})")
     if problems:
         raise FormatError(f"{where}: {some(problems)}; only plain LoRA is read")
 
@@ -322,31 +334,35 @@ def _read_peft(folder: Path, modules: Modules | None) -> LoRA:
 # --------------------------------------------------------------------------------------- cloneofsimo
 
 
-def _named_from_counted(path: Path, tensors: Tensors, metadata: dict[str, str], modules: Modules | None) -> Tensors:
-    """Give the tensors of a file that only counts its modules the names of diffusers."""
+def _named_from_counted(
+    path: Path, tensors: Tensors, metadata: dict[str, str], modules: Modules | None
+) -> tuple[Tensors, list[str]]:
+    """Give the tensors of a file that only counts its modules the names of diffusers; return the other keys too."""
     if modules is None:
         raise FormatError(f"{path}: its modules are only counted; give the base that it was trained for")
     named: Tensors = {}
+    homeless = [key for key in tensors if metadata.get(key) == "<embed>"]  # learned words
     counted: dict[str, dict[tuple[int, str], torch.Tensor]] = {}
     for key, tensor in tensors.items():
         if match := _COUNTED.fullmatch(key):
             counted.setdefault(match[1], {})[int(match[2]), match[3]] = tensor
-        elif metadata.get(key) != "<embed>":  # a learned word, which textual inversion would need
+        elif key not in homeless:
             raise FormatError(f"{path}: {key} is no key of a LoRA")
-        else:
-            raise FormatError(f"{path}: {key} is a learned word, not LoRA, and is not read")
     for component, parts in counted.items():
+        if not any(name.startswith(f"{component}.") for name in modules):
+            homeless += [f"{component}:{number}:{direction}" for number, direction in parts]
+            continue
         try:
             classes = json.loads(metadata[component])
             orders = numbered(modules, component, classes)
-        except (KeyError, ValueError) as error:
+        except (KeyError, TypeError, ValueError) as error:
             raise FormatError(f"{path}: which modules of {component} it counts is not known ({error})") from error
         fitting = [order for order in orders if _fits(order, parts, modules)]
         if not fitting:
             raise FormatError(f"{path}: its {len(parts) // 2} modules of {component} are not those of this base")
         for (number, direction), tensor in parts.items():
             named[f"{fitting[0][number]}.lora.{direction}.weight"] = tensor
-    return named
+    return named, homeless
 
 
 def _fits(order: list[str], parts: dict[tuple[int, str], torch.Tensor], modules: Modules) -> bool:
@@ -354,133 +370,7 @@ def _fits(order: list[str], parts: dict[tuple[int, str], torch.Tensor], modules:
     if {number for number, _ in parts} != set(range(len(order))):
         return False
     return all(
-        tensor.shape[0 if direction == "up" else 1] == modules[order[number]][0 if direction == "up" else 1]
+        tensor.ndim > 1
+        and tensor.shape[0 if direction == "up" else 1] == modules[order[number]][0 if direction == "up" else 1]
         for (number, direction), tensor in parts.items()
     )
-
-
-# ------------------------------------------------------------------------------------------- writing
-
-
-def tensor_bytes(tensors: Tensors, metadata: Mapping[str, str]) -> bytes:
-    """Return a safetensors file; equal arguments give equal bytes, as safetensors' own order of metadata does not."""
-    content = save({key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}, dict(metadata))
-    first = 8 + int.from_bytes(content[:8], "little")
-    header = json.loads(content[8:first])
-    header["__metadata__"] = dict(sorted(metadata.items()))
-    text = json.dumps(dict(sorted(header.items())), separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text + content[first:]
-
-
-def difference(one: LoRA, two: LoRA) -> float:
-    """Return the largest ‖ΔW₁ − ΔW₂‖ of any module, relative to the largest that rounding B could make it.
-
-    The unit is what rounding each number of B to the coarser of the two types can do; infinite if the
-    modules are not the same.
-    """
-    if one.changes.keys() != two.changes.keys():
-        return math.inf
-    largest = 0.0
-    for name, a in one.changes.items():
-        b = two.changes[name]
-        apart = Change(
-            torch.cat([a.A.double(), b.A.double()]), torch.cat([a.scale * a.B.double(), -b.scale * b.B.double()], 1)
-        )
-        unit = max(torch.finfo(change.B.dtype).eps for change in (a, b))
-        size = abs(a.scale) * a.B.double().norm().item() * a.A.double().norm().item()
-        largest = max(largest, apart.norm() / (unit * size) if size else apart.norm())
-    return largest
-
-
-def as_diffusers(lora: LoRA) -> dict[str, tuple[Tensors, dict[str, str]]]:
-    """Return the file of the diffusers dialect, as tensors and metadata by file name.
-
-    The scale is folded into B: programs disagree on where else to look for it.
-    """
-    tensors = {}
-    for name, change in lora.changes.items():
-        tensors[f"{name}.lora_A.weight"] = change.A
-        tensors[f"{name}.lora_B.weight"] = _like_weight(_folded(name, change), change)
-    return {FILE_NAME: (tensors, {"format": "pt"})}
-
-
-def as_kohya(lora: LoRA, modules: Modules) -> dict[str, tuple[Tensors, dict[str, str]]]:
-    """Return the file of kohya's dialect, which A1111 and ComfyUI read, as tensors and metadata by file name.
-
-    The scale is folded into B, and alpha says so by being the rank.
-    """
-    names, tensors = kohya_names(modules), {}
-    for name, change in lora.changes.items():
-        b = _like_weight(_folded(name, change), change)
-        tensors[f"{names[name]}.lora_down.weight"] = change.A
-        tensors[f"{names[name]}.lora_up.weight"] = b
-        tensors[f"{names[name]}.alpha"] = torch.tensor(float(change.rank), dtype=b.dtype)
-    ranks = sorted({change.rank for change in lora.changes.values()})
-    rank = str(ranks[0]) if len(ranks) == 1 else "Dynamic"
-    about = {"ss_v2": "False", "ss_network_module": "networks.lora", "ss_network_args": "{}"}
-    about |= {"ss_network_dim": rank, "ss_network_alpha": rank, "modelspec.sai_model_spec": "1.0.1"}
-    about |= {"modelspec.implementation": "diffusers", "modelspec.title": "LoRA"}
-    if family := _family(modules):
-        version, architecture, resolution, prediction = family
-        about |= {"ss_base_model_version": version, "ss_v2": str(version.startswith("sd_v2"))}
-        about |= {"modelspec.architecture": f"{architecture}/lora", "modelspec.resolution": resolution}
-        about |= {"modelspec.prediction_type": prediction}
-    # The two hashes that user interfaces know a file by: of the tensors' bytes, and of 64 kB at a fixed place.
-    content = tensor_bytes(tensors, {key: value for key, value in about.items() if key.startswith("ss_")})
-    first = 8 + int.from_bytes(content[:8], "little")
-    about |= {"sshs_model_hash": hashlib.sha256(content[first:]).hexdigest()}
-    about |= {"sshs_legacy_hash": hashlib.sha256(content[0x100000:0x110000]).hexdigest()[:8]}
-    return {"lora.safetensors": (tensors, about)}
-
-
-def _family(modules: Modules) -> tuple[str, str, str, str] | None:
-    """Return what kohya's tools call the base: version, architecture, resolution, prediction; None if unknown."""
-    if is_sdxl(modules):
-        return "sdxl_base_v1-0", "stable-diffusion-xl-v1-base", "1024x1024", "epsilon"
-    widths = {shape[1] for name, shape in modules.items() if name.endswith("attn2.to_k")}
-    if widths == {768}:
-        return "sd_v1", "stable-diffusion-v1", "512x512", "epsilon"
-    if widths == {1024}:
-        return "sd_v2", "stable-diffusion-v2-512", "512x512", "epsilon"
-    return None
-
-
-def as_peft(lora: LoRA, flat_text_encoder: bool) -> dict[str, tuple[Tensors, dict]]:
-    """Return PEFT's files, a folder for each component, as tensors and settings by file name.
-
-    `flat_text_encoder` says that CLIPTextModel's own modules are named without "text_model.", as they
-    are from transformers 5.6 on: PEFT reads the names of the live model only.
-    """
-    files: dict[str, tuple[Tensors, dict]] = {}
-    for component in dict.fromkeys(split(name)[0] for name in lora.changes):
-        tensors, ranks = {}, {}
-        for name, change in lora.changes.items():
-            owner, path = split(name)
-            if owner != component:
-                continue
-            if owner == TEXT_ENCODER and flat_text_encoder:
-                path = path.removeprefix("text_model.")
-            tensors[f"base_model.model.{path}.lora_A.weight"] = change.A
-            tensors[f"base_model.model.{path}.lora_B.weight"] = _like_weight(_folded(name, change), change)
-            ranks[path] = change.rank
-        most = max(ranks.values())
-        pattern = {f"^{re.escape(path)}": rank for path, rank in ranks.items() if rank != most}
-        config = {"peft_type": "LORA", "r": most, "lora_alpha": most, "target_modules": sorted(ranks), "bias": "none"}
-        config |= {"rank_pattern": pattern, "alpha_pattern": pattern, "inference_mode": True, "use_rslora": False}
-        files[f"{component}/{PEFT_FILE}"] = (tensors, config)
-    return files
-
-
-def _folded(name: str, change: Change) -> torch.Tensor:
-    """Return scale · B in B's own type, (out, rank)."""
-    if change.scale == 1:
-        return change.B
-    b = (change.B.double() * change.scale).to(change.B.dtype)
-    if not b.isfinite().all():
-        raise FormatError(f"{name}: its scale {change.scale:g} does not fit into {b.dtype}")
-    return b
-
-
-def _like_weight(b: torch.Tensor, change: Change) -> torch.Tensor:
-    return b[..., None, None] if change.A.ndim == 4 else b

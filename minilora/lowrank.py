@@ -17,8 +17,8 @@ from pathlib import Path
 import torch
 
 from .config import UserError
-from .files import Checkpoint
 from .formats import Change, LoRA
+from .layout import Checkpoint
 
 
 @dataclass
@@ -50,11 +50,15 @@ def combine(loras: Sequence[tuple[LoRA, float]]) -> LoRA:
             changes.setdefault(name, []).append((change, strength))
     result = {}
     for name, several in changes.items():
-        shapes = {(len(change.B), *change.A.shape[1:]) for change, _ in several}
+        # (A linear layer and a convolution of 1 × 1 are the same.)
+        shapes = {(len(change.B), change.A[0].numel()) for change, _ in several}
         if len(shapes) > 1:
             raise UserError(f"{name} is {' and '.join(map(str, sorted(shapes)))}: these LoRAs are of different bases")
-        a = torch.cat([change.A.float() for change, _ in several])  # (ranks, in)
+        kernel = max((change.A.shape[1:] for change, _ in several), key=len)
+        a = torch.cat([change.A.float().reshape(change.rank, *kernel) for change, _ in several])  # (ranks, in)
         b = torch.cat([(change.B.double() * (change.scale * strength)).float() for change, strength in several], dim=1)
+        if not b.isfinite().all():
+            raise UserError(f"{name}: at strength {', '.join(f'{s:g}' for _, s in several)} it is not finite")
         result[name] = Change(a, b)  # b: (out, ranks)
     return LoRA(result)
 
@@ -68,7 +72,7 @@ def reduce(lora: LoRA, rank: int | None, energy: float | None) -> tuple[LoRA, Re
         u, values, vt = torch.linalg.svd(change.scale * (r @ s.T), full_matrices=False)
         result[name] = _split(q @ u, values, (p @ vt.T).T, change.A.shape[1:], rank, energy)
         _note(report, name, values, result[name].rank)
-    return LoRA(result), report
+    return LoRA(result, lora.metadata), report
 
 
 def extract(base: Path, tuned: Path, rank: int | None, energy: float | None) -> tuple[LoRA, Reduction, list[str]]:
@@ -83,6 +87,8 @@ def extract(base: Path, tuned: Path, rank: int | None, energy: float | None) -> 
     changes, report, equal = {}, Reduction(), 0
     for name, shape in one.modules.items():
         difference = (two.weight(name).double() - one.weight(name).double()).flatten(1)  # (out, in)
+        if not difference.isfinite().all():
+            raise UserError(f"{name} holds numbers that are not finite in {base} or {tuned}")
         if not difference.any():
             equal += 1
             continue
@@ -97,8 +103,9 @@ def extract(base: Path, tuned: Path, rank: int | None, energy: float | None) -> 
         changes[name] = _split(left, values, right, shape[1:], rank, energy)
         _note(report, name, values, changes[name].rank)
     notes = [f"{equal} modules are the same in both"] if equal else []
-    others = sum(1 for _ in _others_that_differ(one, two))
-    if others:
+    if one.files.keys() != two.files.keys():
+        notes.append("other tensors (norms, biases, embeddings) were not compared: the files are not the same")
+    elif others := sum(1 for _ in _others_that_differ(one, two)):
         notes.append(f"{others} other tensors differ (norms, biases, embeddings); no LoRA can hold them")
     if not changes:
         raise UserError(f"{base} and {tuned} have the same weights; there is no LoRA between them")
@@ -127,10 +134,11 @@ def _note(report: Reduction, name: str, values: torch.Tensor, kept: int) -> None
 def _others_that_differ(one: Checkpoint, two: Checkpoint) -> Iterator[str]:
     """Yield the keys of the tensors that are not the weight of a module and differ."""
     known = {(home.file, home.key) for homes in one.homes.values() for home in homes}
-    for path, file in one.files.items():
-        for key in file.entries:
-            other = two.files.get(path)
-            if (path, key) in known or other is None or key not in other.entries:
+    files = {home.file for homes in one.homes.values() for home in homes}
+    for path in files:
+        file, other = one.files[path], two.files[path]
+        for key in file.entries.keys() & other.entries.keys():
+            if (path, key) in known or key.startswith(("model_ema.", "first_stage_model.")):
                 continue
             if file.bytes_of(key) != other.bytes_of(key):
                 yield key

@@ -11,13 +11,8 @@ original bytes of what changed are kept, and --restore puts them back, byte for 
 BASE is a diffusers folder or a single file in the original layout.
 """
 
-import json
 import math
-import os
-import struct
-import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -25,12 +20,14 @@ from typing import BinaryIO
 
 import torch
 
-from .checkpoint import write_lora
 from .config import MergeConfig, UserError
-from .files import CHUNK, DTYPES, Checkpoint, Entry, TensorFile, read_exactly, rewrite, staging, write_all
+from .export import write_lora
+from .files import CHUNK, DTYPES, TensorFile, read_exactly, rewrite, staging
 from .formats import Change, FormatError, LoRA, read_lora, some
+from .layout import Checkpoint
 from .lowrank import combine, extract, reduce
 from .names import Modules, split
+from .undo import Undo, keeping, restore
 
 # ---------------------------------------------------------------------------------------------- report
 
@@ -96,15 +93,19 @@ def fold(
     `output`, for files that cannot be read, keys without a home in the base (unless allowed), shapes
     that do not fit, sums that are not finite numbers, and a disk without room.
     """
+    if undo and undo.resolve().is_relative_to(output.resolve()):
+        raise UserError(f"--undo {undo}: it would lie in the --output {output}; choose a place beside it")
     checkpoint = Checkpoint(base)
     read = [read_for(path, checkpoint.modules, str(base), allow_unmatched) for path, _ in loras]
     plan, folded = _plan(checkpoint, read, loras, dtype)
     changed = {(file, key) for file, keys in plan.items() for key in keys}
     norms: dict[str, float] = {}
-    with staging(output, checkpoint.size, overwrite) as new, _keeping(undo, checkpoint, plan, overwrite) as kept:
+    room = checkpoint.size * (1 if undo is None else 2)
+    staged = staging(output, room, overwrite, checkpoint.content)
+    with staged as new, keeping(undo, checkpoint, plan) as kept:
         for path, file in checkpoint.files.items():
             parts = plan.get(path, {})
-            changes = {key: partial(_added, file, key, parts[key], dtype, norms, kept) for key in parts}
+            changes = {k: partial(_added, file, k, parts[k], dtype, norms, kept) for k in file.entries if k in parts}
             rewrite(file, new / path, changes)
         checkpoint.copy_others(new)
     for part in folded:
@@ -123,6 +124,10 @@ def read_for(path: Path, modules: Modules | None, base: str, allow_unmatched: bo
         lora = read_lora(path, modules)
     except FormatError as error:
         raise UserError(f"LoRA {error}") from error
+    if lora.homeless and modules is None:
+        raise UserError(
+            f"LoRA {path}: {lora.homeless[0]} does not spell out its module's name; give --base, which has it"
+        )
     if lora.homeless and (not allow_unmatched or not lora.changes):
         raise UserError(
             f"LoRA {path} was not made for this base: nothing in {base} goes by the name in {some(lora.homeless, 3)}"
@@ -158,7 +163,7 @@ def _added(
     parts: list[Part],
     dtype: torch.dtype,
     norms: dict[str, float],
-    kept: "Undo | None",
+    kept: Undo | None,
     source: BinaryIO,
 ) -> Iterator[memoryview]:
     """Yield the bytes of a tensor with its parts added, some rows at a time, and note ‖W‖ by module."""
@@ -196,116 +201,6 @@ def _added(
         norms[module] = math.sqrt(square)
 
 
-# ------------------------------------------------------------------------------------------------ undo
-
-
-CHECKSUMS = "checksums"
-
-
-class Undo:
-    """A file with the original bytes of what a merge changed, and a checksum of what each became.
-
-    An ordinary safetensors file: a tensor is named by its file in the checkpoint and its key, and
-    `checksums` holds the CRC-32 of each changed tensor, in their order.
-    """
-
-    def __init__(self, path: Path, changed: list[tuple[str, Entry]]):
-        self.out = open(path, "wb", buffering=0)  # noqa: SIM115  closed by finish, or by _keeping
-        header, position = {}, 0
-        for name, entry in changed:
-            size = entry.end - entry.begin
-            header[name] = {"dtype": entry.dtype, "shape": entry.shape, "data_offsets": [position, position + size]}
-            position += size
-        header[CHECKSUMS] = {
-            "dtype": "U32",
-            "shape": [len(changed)],
-            "data_offsets": [position, position + 4 * len(changed)],
-        }
-        text = json.dumps(header).encode()
-        text += b" " * (-len(text) % 8)
-        write_all(self.out, struct.pack("<Q", len(text)) + text)
-        self.checksums: list[int] = []
-        self.running = 0
-
-    def original(self, raw) -> None:
-        write_all(self.out, raw)
-
-    def changed(self, new) -> None:
-        self.running = zlib.crc32(new, self.running)
-
-    def tensor_done(self) -> None:
-        self.checksums.append(self.running)
-        self.running = 0
-
-    def finish(self) -> None:
-        write_all(self.out, struct.pack(f"<{len(self.checksums)}I", *self.checksums))
-        os.fsync(self.out.fileno())
-
-
-@contextmanager
-def _keeping(path: Path | None, checkpoint: Checkpoint, plan, overwrite: bool) -> Iterator[Undo | None]:
-    """Write an undo file while the block runs; nothing if `path` is None."""
-    if path is None:
-        yield None
-        return
-    changed = [
-        (f"{rel.as_posix()}:{key}", entry)
-        for rel, file in checkpoint.files.items()
-        for key, entry in file.entries.items()
-        if key in plan.get(rel, {})
-    ]
-    with staging(path, sum(entry.end - entry.begin for _, entry in changed), overwrite) as new:
-        undo = Undo(new, changed)
-        try:
-            yield undo
-            undo.finish()
-        finally:
-            undo.out.close()
-
-
-def restore(merged: Path, undo: Path, output: Path, *, overwrite: bool = False) -> Report:
-    """Write to `output` the base that `merged` was made from, byte for byte, given the undo file of that merge.
-
-    Raises UserError if `merged` is not what that merge wrote.
-    """
-    checkpoint, kept = Checkpoint(merged), TensorFile(undo)
-    if CHECKSUMS not in kept.entries:
-        raise UserError(f"{undo}: it is no undo file of a merge")
-    names = [name for name in kept.entries if name != CHECKSUMS]
-    with open(undo, "rb") as originals, staging(output, checkpoint.size, overwrite) as new:
-        originals.seek(kept.entries[CHECKSUMS].begin)
-        checksums = dict(zip(names, struct.unpack(f"<{len(names)}I", originals.read(4 * len(names))), strict=True))
-
-        def put_back(file: TensorFile, key: str, name: str, source: BinaryIO) -> Iterator[memoryview]:
-            entry, there, checksum = file.entries[key], kept.entries[name], 0
-            originals.seek(there.begin)
-            for begin in range(0, entry.end - entry.begin, CHUNK):
-                size = min(CHUNK, entry.end - entry.begin - begin)
-                piece = memoryview(bytearray(size))
-                read_exactly(source, piece, file.path)
-                checksum = zlib.crc32(piece, checksum)
-                read_exactly(originals, piece, undo)
-                yield piece
-            if checksum != checksums[name]:
-                raise UserError(f"{file.path}: {key} is not as the merge left it that {undo} undoes")
-
-        for path, file in checkpoint.files.items():
-            mine = {
-                name.removeprefix(f"{path.as_posix()}:"): name
-                for name in names
-                if name.startswith(f"{path.as_posix()}:")
-            }
-            for key, name in mine.items():
-                if key not in file.entries or file.entries[key].shape != kept.entries[name].shape:
-                    raise UserError(f"{file.path}: it has no {key} of {kept.entries[name].shape}, which {undo} undoes")
-                names.remove(name)
-            rewrite(file, new / path, {key: partial(put_back, file, key, name) for key, name in mine.items()})
-        if names:
-            raise UserError(f"{merged}: it has no {names[0]}, which {undo} undoes")
-        checkpoint.copy_others(new)
-    return Report([], {}, [f"put back {len(checksums)} tensors"])
-
-
 # ------------------------------------------------------------------------------------------- the command
 
 
@@ -313,7 +208,8 @@ def merge(config: MergeConfig) -> None:
     """Do what `config` asks for and print what became of it."""
     output = Path(config.output)
     if config.restore:
-        report = restore(*map(Path, config.files), output, overwrite=config.overwrite)
+        count = restore(*map(Path, config.files), output, overwrite=config.overwrite)
+        report = Report([], {}, [f"put back {count} tensors"])
     elif config.loras_only or config.extract:
         report = _write_lora(config, output)
     else:
@@ -344,16 +240,18 @@ def _write_lora(config: MergeConfig, output: Path) -> Report:
         loras = []
         for text in config.files:
             path, strength = split_strength(text)
-            loras.append(
-                (read_for(path, modules, config.base or "diffusers' naming", config.allow_unmatched), strength)
-            )
+            loras.append((read_for(path, modules, config.base or "it", config.allow_unmatched), strength))
             notes += [f"left out: {key} of {path}" for key in loras[-1][0].homeless]
         lora = combine(loras)
+        lora.metadata = loras[0][0].metadata if len(loras) == 1 else {}
         if config.rank or config.energy:
             lora, reduction = reduce(lora, config.rank, config.energy)
     if modules is None and config.dialect == "kohya":
         raise UserError("--dialect kohya needs --base, whose modules it names")
-    write_lora(output, lora, config.dialect, modules, flat_text_encoder=False)
+    try:
+        write_lora(output, lora, config.dialect, modules)
+    except FormatError as error:
+        raise UserError(str(error)) from error
     ranks = sorted({change.rank for change in lora.changes.values()})
     notes.append(f"{len(lora.changes)} modules, rank {ranks[0]}" + (f" to {ranks[-1]}" if len(ranks) > 1 else ""))
     return Report([], {}, [*([str(reduction)] if reduction else []), *notes])

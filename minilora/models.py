@@ -25,11 +25,11 @@ from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNe
 from torch import nn
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from .checkpoint import write_lora
 from .config import UserError
 from .diffusion import Schedule
+from .export import write_lora
 from .formats import Change, LoRA
-from .lora import KINDS, LoRALayer, add_lora, load_lora_state_dict, lora_layers, set_lora_scale
+from .lora import KINDS, LoRALayer, add_lora, load_lora_state_dict, lora_layers, remove_lora, set_lora_scale
 from .merge import Folded, Report, read_for
 from .names import TEXT_ENCODER, TEXT_ENCODER_2, UNET, full_name
 
@@ -232,8 +232,7 @@ def save_lora(target, path: str | Path, name: str = "default", dialect: str = "d
     if not changes:
         raise ValueError(f"this {type(target).__name__} carries no LoRA named {name!r}; inject_lora or load_lora first")
     shapes = {full: shape for full, (_, _, shape) in live.items()}
-    flat = TEXT_ENCODER in modules and not hasattr(modules[TEXT_ENCODER], "text_model")
-    write_lora(Path(path), LoRA(changes), dialect, shapes, flat)
+    write_lora(Path(path), LoRA(changes), dialect, shapes)
 
 
 def load_lora(
@@ -253,7 +252,12 @@ def load_lora(
         mine = {live[full][1]: change for full, change in lora.changes.items() if live[full][0] == component}
         if not mine:
             continue
-        add_lora(module, {path_there: change.rank for path_there, change in mine.items()}, name=name)
+        try:
+            add_lora(module, {path_there: change.rank for path_there, change in mine.items()}, name=name)
+        except ValueError as error:
+            for folded in report.folded:
+                remove_lora(modules[folded.component], name)
+            raise UserError(f"LoRA {path}: {error}") from error
         state = {f"{path_there}.lora_A.weight": change.A for path_there, change in mine.items()}
         state |= {f"{path_there}.lora_B.weight": change.B.float() * change.scale for path_there, change in mine.items()}
         load_lora_state_dict(module, state, name)

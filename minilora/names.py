@@ -85,7 +85,7 @@ def _renamed(path: str, renaming: Mapping[str, str]) -> str | None:
 def original_unet_paths(paths: Iterable[str]) -> dict[str, str]:
     """Return the original path of each module of a U-Net, by its path in diffusers."""
     paths = list(paths)
-    blocks = 1 + max((int(p.split(".")[1]) for p in paths if p.startswith("down_blocks.")), default=-1)
+    blocks = len({p.split(".")[1] for p in paths if p.startswith("down_blocks.")})
     layers = len({p.split(".")[3] for p in paths if p.startswith("down_blocks.0.resnets.")})
     with_attention = {p.split(".attentions.")[0] for p in paths if ".attentions." in p}
     renaming = {}
@@ -99,7 +99,7 @@ def original_unet_paths(paths: Iterable[str]) -> dict[str, str]:
 def diffusers_unet_paths(originals: Iterable[str]) -> dict[str, str]:
     """Return the diffusers path of each module of a U-Net, by its original path."""
     originals = list(originals)
-    places = {int(p.split(".")[1]) for p in originals if p.startswith("input_blocks.")}
+    places = {p.split(".")[1] for p in originals if p.startswith("input_blocks.")}
     samplers = sorted(int(p.split(".")[1]) for p in originals if re.fullmatch(r"input_blocks\.\d+\.0\.op", p))
     layers = samplers[0] - 1 if samplers else len(places) - 1
     renaming = {theirs: ours for ours, theirs in _unet_pairs(len(samplers) + 1, layers)}
@@ -166,6 +166,15 @@ def kohya_names(modules: Iterable[str]) -> dict[str, str]:
     return result
 
 
+def older_paths(path: str) -> list[str]:
+    """Return the paths that an attention layer had in LoRA files of diffusers before 0.22."""
+    if found := re.fullmatch(r"(.+\.attn\d)\.(to_[qkv]|to_out)(?:\.0)?", path):
+        return [f"{found[1]}.processor.{found[2]}", f"{found[1]}.{found[2]}"]
+    if found := re.fullmatch(r"(.+\.self_attn)\.(q|k|v|out)_proj", path):
+        return [f"{found[1]}.to_{found[2]}"]
+    return []
+
+
 def known_by(modules: Iterable[str]) -> dict[str, set[str]]:
     """Return every name that the modules are known by in LoRA files, each with the full names it may mean."""
     modules = list(modules)
@@ -176,9 +185,8 @@ def known_by(modules: Iterable[str]) -> dict[str, set[str]]:
         paths = {path, path.removeprefix("text_model.")}
         names = {f"{prefix}{p}" for p in paths for prefix in ("", "base_model.model.")}  # bare, and PEFT's
         names |= {f"{component}.{n}" for n in names}
-        if attention := re.fullmatch(r"(.+\.attn\d)\.(to_[qkv]|to_out)(?:\.0)?", path):  # diffusers before 0.19
-            processor = f"{attention[1]}.processor.{attention[2]}"
-            names |= {processor, f"{component}.{processor}"}
+        for older in older_paths(path):
+            names |= {older, f"{component}.{older}"}
         underscored = paths | ({originals[path]} if component == UNET and path in originals else set())
         for prefix in _KOHYA.get(component, ()):
             names |= {f"{prefix}_{p.replace('.', '_')}" for p in underscored}

@@ -13,10 +13,10 @@ import diffusers
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from .checkpoint import write_whole
 from .config import SampleConfig, UserError
 from .data import Item, cut_square, open_picture
 from .distributed import this_device
+from .files import write_whole
 from .lora import lora_layers, merge_lora, unmerge_lora
 from .merge import split_strength
 from .models import DTYPES, Base, components, load_lora

@@ -29,6 +29,7 @@ from .config import SampleConfig, TrainConfig, UserError
 from .data import Batch, Examples, read_folder
 from .diffusion import Schedule, denoising_loss, offset_noise
 from .distributed import Ranks, Shares, StopSignals, decided_by_main, mean_over_ranks, processes, wait_for_all
+from .files import write_whole
 from .formats import FILE_NAME
 from .lora import inject_lora, load_lora_state_dict, lora_parameters, lora_state_dict
 from .models import DTYPES, Base, fingerprint, save_lora
@@ -62,7 +63,7 @@ def train(config: TrainConfig, objective: Objective = denoising) -> Path:
         run = prepare(config, objective, ranks)
         first_step = resume(run) if config.resume else start(run)
         if ranks.is_main:
-            checkpoint.write_whole(run.output / "config.json", config.to_json().encode())
+            write_whole(run.output / "config.json", config.to_json().encode())
         bar = tqdm(total=config.steps, initial=first_step, desc="train", unit="step", disable=not ranks.is_main)
         with StopSignals() as signals, Log(run, first_step) as log, bar:
             for step in range(first_step, config.steps):

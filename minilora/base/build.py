@@ -30,9 +30,10 @@ from tqdm import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from minilora import draws
-from minilora.checkpoint import load_optimizer_tensors, optimizer_tensors, under, write_tensors
+from minilora.checkpoint import load_optimizer_tensors, optimizer_tensors, under
 from minilora.data import as_tensor, open_picture
 from minilora.diffusion import Schedule, denoising_loss
+from minilora.files import write_tensors
 
 from .pictures import DATA_HELP, SEED, SIZE, STYLES, Drawing, caption_at, read_drawings, read_photographs
 

@@ -22,10 +22,10 @@ from PIL import Image
 from torch import nn
 
 from minilora import draws
-from minilora.checkpoint import write_whole
 from minilora.config import SampleConfig, TrainConfig
 from minilora.data import as_tensor, cut_square, open_picture
 from minilora.diffusion import denoising_loss
+from minilora.files import write_whole
 from minilora.lora import lora_disabled
 from minilora.models import BUNDLED, Base, load_lora
 from minilora.sampling import draw, merged_at, sheet
