@@ -5,5 +5,5 @@ cd "$(dirname "$0")/.."
 torchrun train.py --data dataset/mountain
 cp out/mountain/samples/before_after.png docs/pictures/mountain.png
 torchrun train.py --data dataset/fluent
-python sample.py --prompt "pizza" --prompt "cat" --prompt "house" --lora out/fluent \
+python sample.py --prompt "tomato" --prompt "smile" --prompt "sunflower" --lora out/fluent \
     --scales 0,0.25,0.5,0.75,1 --output docs/pictures/fluent.png

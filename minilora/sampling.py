@@ -146,7 +146,7 @@ def sample(config: SampleConfig) -> Path:
                 columns.append([picture for prompt in config.prompt for picture in draw_all(prompt)])
         rows = [list(row) for row in zip(*columns, strict=True)]
         labels = [f"{prompt}, seed {seed}" for prompt in config.prompt for seed in seeds]
-        result = sheet(rows, [f"LoRA × {scale:g}" for scale in config.scales], labels)
+        result = sheet(rows, [f"scale {scale:g}" for scale in config.scales], labels)
     else:
         with merged_at(base, strengths):  # for speed; in float32 the picture is the same
             rows = [draw_all(prompt) for prompt in config.prompt]

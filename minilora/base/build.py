@@ -266,7 +266,11 @@ def main() -> None:
     drawings = read_drawings(args.data)
     held_out = sum(d.held_out for d in drawings)
     print(f"{len(drawings)} drawn pictures, {held_out} of them held out")
-    tokenizer = train_tokenizer(drawings)
+    # Kept too: learnt anew, equally frequent pieces could come in another order, and the text encoder not know them.
+    kept = args.work / "tokenizer"
+    if not kept.exists():
+        train_tokenizer(drawings).save_pretrained(kept)
+    tokenizer = CLIPTokenizer.from_pretrained(kept)
     vae = train_vae(drawings, read_photographs(args.data), args.vae_steps, args.work, device)
     unet, text_encoder = train_unet(drawings, tokenizer, vae, args.steps, args.work, device)
     StableDiffusionPipeline(
