@@ -86,16 +86,16 @@ def as_kohya(lora: LoRA, modules: Modules) -> dict[str, tuple[Tensors, dict[str,
         tensors[f"{names[name]}.alpha"] = torch.tensor(float(change.rank), dtype=b.dtype)
     ranks = sorted({change.rank for change in lora.changes.values()})
     rank = str(ranks[0]) if len(ranks) == 1 else "Dynamic"
-    # What is known of a LoRA from kohya's trainer stays; what follows is so for any LoRA written here.
-    about = {k: v for k, v in lora.metadata.items() if k.startswith(("ss_", "modelspec."))}
-    about |= {"ss_v2": about.get("ss_v2", "False"), "ss_network_module": "networks.lora", "ss_network_args": "{}"}
-    about |= {"ss_network_dim": rank, "ss_network_alpha": rank, "modelspec.sai_model_spec": "1.0.1"}
-    about |= {"modelspec.implementation": "diffusers", "modelspec.title": "LoRA"}
+    about = {"ss_v2": "False"}
     if family := _family(modules):
         known, architecture, resolution = family
-        said = {"ss_base_model_version": known, "ss_v2": str(known.startswith("sd_v2"))}
-        said |= {"modelspec.architecture": f"{architecture}/lora", "modelspec.resolution": resolution}
-        about = said | {key: value for key, value in about.items() if key != "ss_v2" or key in lora.metadata}
+        about |= {"ss_base_model_version": known, "ss_v2": str(known.startswith("sd_v2"))}
+        about |= {"modelspec.architecture": f"{architecture}/lora", "modelspec.resolution": resolution}
+    # What a file from kohya's trainer says of itself wins over that; what follows is so for any LoRA written here.
+    about |= {k: v for k, v in lora.metadata.items() if k.startswith(("ss_", "modelspec."))}
+    about |= {"ss_network_module": "networks.lora", "ss_network_args": "{}"}
+    about |= {"ss_network_dim": rank, "ss_network_alpha": rank, "modelspec.sai_model_spec": "1.0.1"}
+    about |= {"modelspec.implementation": "diffusers", "modelspec.title": "LoRA"}
     # The two hashes that user interfaces know a file by: of the tensors' bytes, and of 64 kB at a fixed place.
     content = tensor_bytes(tensors, {key: value for key, value in about.items() if key.startswith("ss_")})
     first = 8 + int.from_bytes(content[:8], "little")

@@ -28,7 +28,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from .files import PICKLE_HELP, PICKLES
-from .names import TEXT_ENCODER, TEXT_ENCODER_2, UNET, Modules, known_by, numbered, split
+from .names import COMPONENTS, Modules, full_name, known_by, numbered, split
 
 FILE_NAME = "pytorch_lora_weights.safetensors"  # of diffusers
 PEFT_CONFIG, PEFT_FILE = "adapter_config.json", "adapter_model.safetensors"
@@ -235,13 +235,11 @@ def _change(found: dict, shape: tuple[int, ...] | None, problems: list[str], sca
 def _spelt_out(name: str) -> set[str]:
     """Return the full name that a key spells out, without a base to look it up in."""
     component, path = split(name)
-    if component not in (UNET, TEXT_ENCODER, TEXT_ENCODER_2):
+    if component not in COMPONENTS:
         return set()
     path = re.sub(r"\.to_out$", ".to_out.0", path.removeprefix("base_model.model.").replace(".processor.", "."))
     path = re.sub(r"\.self_attn\.to_(q|k|v|out)(\.0)?$", r".self_attn.\1_proj", path)
-    if component != UNET and not path.startswith("text_model."):
-        path = f"text_model.{path}"
-    return {f"{component}.{path}"}
+    return {full_name(component, path)}
 
 
 # ---------------------------------------------------------------------- scales that stand beside, and PEFT
@@ -304,10 +302,10 @@ def _peft_scale(config: dict, path: str, rank: int) -> float:
 def _read_peft(folder: Path, modules: Modules | None) -> LoRA:
     """Read a PEFT adapter folder, or one PEFT folder for each component."""
     if (folder / PEFT_CONFIG).exists():
-        component = folder.name if folder.name in (UNET, TEXT_ENCODER, TEXT_ENCODER_2) else None
+        component = folder.name if folder.name in COMPONENTS else None
         folders = [(folder, component)]
     else:
-        inside = [(folder / component, component) for component in (UNET, TEXT_ENCODER, TEXT_ENCODER_2)]
+        inside = [(folder / component, component) for component in COMPONENTS]
         folders = [(sub, component) for sub, component in inside if (sub / PEFT_CONFIG).exists()]
     if not folders:
         raise FormatError(f"{folder}: it holds neither {FILE_NAME} nor {PEFT_CONFIG}")

@@ -12,7 +12,7 @@ import torch
 
 from .config import UserError
 from .files import DTYPES, PICKLES, Entry, TensorFile, write_whole
-from .names import TEXT_ENCODER, TEXT_ENCODER_2, UNET, diffusers_unet_paths, full_name, modules_of_original
+from .names import COMPONENTS, UNET, diffusers_unet_paths, full_name, modules_of_original
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ class Checkpoint:
                 (self.left_out if path.suffix == ".safetensors" else self.others).append(path)
             else:
                 self.files[path] = TensorFile(self.path / path)
-                if component in (UNET, TEXT_ENCODER, TEXT_ENCODER_2):
+                if component in COMPONENTS:
                     for key, entry in self.files[path].entries.items():
                         self._add([full_name(component, key.removesuffix(".weight"))], path, key, entry)
 

@@ -98,7 +98,6 @@ def fold(
     checkpoint = Checkpoint(base)
     read = [read_for(path, checkpoint.modules, str(base), allow_unmatched) for path, _ in loras]
     plan, folded = _plan(checkpoint, read, loras, dtype)
-    changed = {(file, key) for file, keys in plan.items() for key in keys}
     norms: dict[str, float] = {}
     room = checkpoint.size * (1 if undo is None else 2)
     staged = staging(output, room, overwrite, checkpoint.content)
@@ -111,7 +110,9 @@ def fold(
     for part in folded:
         part.changes = {m: n / norms[m] if norms[m] else math.inf for m, n in part.changes.items()}
     notes = [f"left out: {path}, whose weights would be those of the base" for path in checkpoint.left_out]
-    notes += [f"changed {len(changed)} of {sum(len(f.entries) for f in checkpoint.files.values())} tensors"]
+    changed = sum(len(keys) for keys in plan.values())
+    tensors = sum(len(file.entries) for file in checkpoint.files.values())
+    notes += [f"changed {changed} of {tensors} tensors"]
     ema = sum(key.startswith("model_ema.") for file in checkpoint.files.values() for key in file.entries)
     notes += [f"note: the {ema} tensors of the moving average (model_ema.) are those of the base"] if ema else []
     homeless = {str(path): lora.homeless for (path, _), lora in zip(loras, read, strict=True) if lora.homeless}

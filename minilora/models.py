@@ -31,7 +31,7 @@ from .export import write_lora
 from .formats import Change, LoRA
 from .lora import KINDS, LoRALayer, add_lora, load_lora_state_dict, lora_layers, remove_lora, set_lora_scale
 from .merge import Folded, Report, read_for
-from .names import TEXT_ENCODER, TEXT_ENCODER_2, UNET, full_name
+from .names import COMPONENTS, TEXT_ENCODER, TEXT_ENCODER_2, UNET, full_name
 
 transformers.logging.disable_progress_bar()
 
@@ -195,7 +195,7 @@ def fingerprint(module: nn.Module, *more: str) -> str:
 def components(target) -> dict[str, nn.Module]:
     """Return what can carry LoRA in a module, or in a diffusers pipeline, by the name it has in files."""
     if not isinstance(target, nn.Module):
-        parts = {name: getattr(target, name, None) for name in (UNET, TEXT_ENCODER, TEXT_ENCODER_2)}
+        parts = {name: getattr(target, name, None) for name in COMPONENTS}
         return {name: part for name, part in parts.items() if part is not None}
     kinds = {UNet2DConditionModel: UNET, CLIPTextModel: TEXT_ENCODER, CLIPTextModelWithProjection: TEXT_ENCODER_2}
     return {next((name for kind, name in kinds.items() if isinstance(target, kind)), "model"): target}
