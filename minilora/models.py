@@ -66,11 +66,11 @@ class Base:
 
     @cached_property
     def unet(self) -> UNet2DConditionModel:
-        return self._load(UNet2DConditionModel, "unet")
+        return self._load(UNet2DConditionModel, "unet", low_cpu_mem_usage=False)
 
     @cached_property
     def vae(self) -> AutoencoderKL:
-        return self._load(AutoencoderKL, "vae")
+        return self._load(AutoencoderKL, "vae", low_cpu_mem_usage=False)  # which would want accelerate
 
     @cached_property
     def text_encoder(self) -> CLIPTextModel:
@@ -115,8 +115,8 @@ class Base:
                 f"--model {self.source}: its {part} does not load ({str(error).splitlines()[0]})"
             ) from error
 
-    def _load(self, kind: type, part: str) -> nn.Module:
-        module = self._from_pretrained(kind, part, torch_dtype=self.dtype, use_safetensors=True)
+    def _load(self, kind: type, part: str, **options) -> nn.Module:
+        module = self._from_pretrained(kind, part, torch_dtype=self.dtype, use_safetensors=True, **options)
         return module.requires_grad_(False).eval().to(self.device)
 
     def encoder_fingerprints(self) -> tuple[str, str]:
