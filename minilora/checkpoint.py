@@ -45,6 +45,7 @@ class State:
     step: int  # optimizer steps done
     lora: dict[str, torch.Tensor]
     optimizer: dict[str, torch.Tensor]
+    objective: dict[str, torch.Tensor]  # what the objective keeps from step to step; mostly nothing
     scaler: dict[str, float]  # of the gradient scaler; empty without one
 
 
@@ -56,6 +57,7 @@ def save_checkpoint(output: Path, state: State, fingerprint: dict, kept: int) ->
     """
     tensors = {f"lora.{key}": value for key, value in state.lora.items()}
     tensors |= {f"optimizer.{key}": value for key, value in state.optimizer.items()}
+    tensors |= {f"objective.{key}": value for key, value in state.objective.items()}
     about = {"step": state.step, "scaler": state.scaler, "fingerprint": fingerprint}
     write_tensors(path_of(output, state.step), tensors, {"minilora": json.dumps(about, sort_keys=True)})
     for old in all_in(output)[:-kept]:
@@ -92,7 +94,8 @@ def load_newest_checkpoint(output: Path, fingerprint: dict) -> State | None:
     if different:
         raise ValueError(f"{path} belongs to another run: " + "; ".join(different))
 
-    return State(about["step"], under(tensors, "lora."), under(tensors, "optimizer."), about["scaler"])
+    parts = [under(tensors, prefix) for prefix in ("lora.", "optimizer.", "objective.")]
+    return State(about["step"], *parts, about["scaler"])
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:

@@ -90,7 +90,9 @@ class Settings:
 class TrainConfig(Settings):
     """Every setting of train.py."""
 
-    data: str = setting(None, "folder of pictures, with metadata.jsonl or a .txt beside each", group=DATA)
+    data: str = setting(
+        None, "folder of pictures, with metadata.jsonl or a .txt beside each; or one picture", group=DATA
+    )
     caption: str | None = setting(None, "caption of every picture, where the folder has none", group=DATA)
     caption_column: str = setting("text", "key of the caption in metadata.jsonl", group=DATA)
     resolution: int | None = setting(
@@ -150,7 +152,8 @@ class TrainConfig(Settings):
     @classmethod
     def following(cls, values: dict) -> dict:
         data, rank = values.get("data"), values.get("rank", cls.rank)
-        output = str(Path("out") / Path(os.path.abspath(data)).name) if data else None
+        path = Path(os.path.abspath(data or ""))
+        output = str(Path("out") / (path.stem if path.is_file() else path.name)) if data else None
         return super().following(values) | {"output": output, "alpha": float(rank)}
 
     def identity(self) -> dict:

@@ -47,6 +47,7 @@ class Item:
 class Batch:
     """What the U-Net is trained on at some positions; all on the device, first dimension the batch."""
 
+    positions: tuple[int, ...]  # for an objective that draws numbers of its own
     latents: torch.Tensor  # (batch, channels, h, w)
     text: torch.Tensor  # (batch, tokens, width)
     noise: torch.Tensor  # (batch, channels, h, w)
@@ -104,11 +105,14 @@ def read_folder(config: TrainConfig) -> list[Item]:
     """Return the pictures of `config.data` with their captions, in the order of their names.
 
     Captions come from metadata.jsonl, or else from a .txt beside each picture, or else from
-    --caption.  Raises UserError with everything that is wrong with the folder, in one message.
+    --caption.  `config.data` may also be a single picture, whose caption is --caption.  Raises
+    UserError with everything that is wrong with the folder, in one message.
     """
     folder = Path(os.path.normpath(config.data))
+    if folder.is_file():
+        return [_read_one(folder, config.caption)]
     if not folder.is_dir():
-        raise UserError(f"--data {folder}: there is no such folder")
+        raise UserError(f"--data {folder}: there is no such folder or picture")
     suffixes = Image.registered_extensions()
     inside = list(folder.rglob("*"))
     pictures = sorted(p for p in inside if p.suffix.lower() in suffixes and p.is_file())
@@ -135,6 +139,16 @@ def read_folder(config: TrainConfig) -> list[Item]:
     if problems:
         raise UserError(f"--data {folder}: " + "; ".join(problems))
     return items
+
+
+def _read_one(path: Path, caption: str | None) -> Item:
+    if caption is None:
+        raise UserError(f"--data {path}: one picture needs its --caption")
+    try:
+        short_side = min(open_picture(path).size)
+    except NO_PICTURE as error:
+        raise UserError(f"--data {path}: it cannot be opened as a picture ({error})") from error
+    return Item(path, hashlib.sha256(path.read_bytes()).hexdigest(), short_side, (caption,))
 
 
 def _captions(
@@ -238,7 +252,8 @@ class Examples:
     def batch(self, positions: Sequence[int], device: torch.device) -> Batch:
         """Return what stands at the given positions, whoever asks and in whichever order."""
         rows = [self._row(position) for position in positions]
-        return Batch(*(torch.stack(column).to(device) for column in zip(*rows, strict=True)))
+        columns = (torch.stack(column).to(device) for column in zip(*rows, strict=True))
+        return Batch(tuple(positions), *columns)
 
     def picture_at(self, position: int) -> Item:
         """Return which picture stands at a position."""

@@ -75,6 +75,21 @@ def target(latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor, 
     return alpha_bar.sqrt() * noise - (1 - alpha_bar).sqrt() * latents
 
 
+def clean_and_noise(
+    prediction: torch.Tensor, noisy: torch.Tensor, alpha_bar: torch.Tensor, prediction_type: str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the latent x̂₀ and the noise ε̂ that a prediction at x_t stands for; all (batch, channels, h, w).
+
+    `alpha_bar` is ᾱ_t, a number or shaped to multiply latents.  The inverse of `add_noise` and `target`.
+    """
+    signal, spread = alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
+    if prediction_type == "epsilon":
+        return (noisy - spread * prediction) / signal, prediction
+    if prediction_type == "sample":
+        return prediction, (noisy - signal * prediction) / spread
+    return signal * noisy - spread * prediction, signal * prediction + spread * noisy
+
+
 def offset_noise(noise: torch.Tensor, offset: torch.Tensor, strength: float) -> torch.Tensor:
     """Add to the noise one constant per picture and channel, so that overall brightness is learnt too.
 

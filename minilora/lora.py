@@ -58,7 +58,7 @@ class Adapter(nn.Module):
         super().__init__()
         self.rank = rank
         self.alpha = alpha
-        self.strength = 1.0
+        self.strength: float | torch.Tensor = 1.0  # a tensor: one for each picture of a batch, (batch,)
         self.dropout = nn.Dropout(dropout)
         # Drawn on the CPU, so that a seed means the same numbers on every device.
         gaussian = torch.randn(rank, *weight.shape[1:], generator=generator) / rank
@@ -71,7 +71,12 @@ class Adapter(nn.Module):
         return self.alpha / self.rank
 
     def delta(self) -> torch.Tensor:
-        """Return strength · ΔW in float32 and in the shape of the weight, (out, in)."""
+        """Return strength · ΔW in float32 and in the shape of the weight, (out, in).
+
+        Raises ValueError where each picture has a strength of its own: there is no one ΔW then.
+        """
+        if isinstance(self.strength, torch.Tensor):
+            raise ValueError("each picture of the batch has a strength of its own; merging needs one number")
         product = self.lora_B.detach() @ self.lora_A.detach().flatten(1)
         return (self.strength * self.scale * product).unflatten(1, self.lora_A.shape[1:])
 
@@ -122,7 +127,10 @@ class LoRALayer(nn.Module):
         if not torch.is_autocast_enabled(x.device.type):
             x = x.to(adapter.lora_A.dtype)
         down = self.down(adapter.dropout(x), adapter.lora_A)  # (…, rank)
-        return self.up(down * (adapter.strength * adapter.scale), adapter.lora_B)  # (…, out)
+        strength = adapter.strength
+        if isinstance(strength, torch.Tensor):
+            strength = strength.to(down).view(-1, *[1] * (down.ndim - 1))  # (batch, 1, …)
+        return self.up(down * (strength * adapter.scale), adapter.lora_B)  # (…, out)
 
     @torch.no_grad()
     def merged_weight(self, names: Iterable[str]) -> torch.Tensor:
@@ -279,8 +287,11 @@ def lora_parameters(module: nn.Module, name: str | None = None) -> list[nn.Param
 # --------------------------------------------------------------------------------- strength and merging
 
 
-def set_lora_scale(module: nn.Module, strength: float, name: str | None = None) -> None:
-    """Set how strongly the LoRA called `name` (all by default) acts: 0 is the base, 1 is as trained."""
+def set_lora_scale(module: nn.Module, strength: float | torch.Tensor, name: str | None = None) -> None:
+    """Set how strongly the LoRA called `name` (all by default) acts: 0 is the base, 1 is as trained.
+
+    A tensor, (batch,), gives each picture of a batch a strength of its own.
+    """
     layers = _layers_with(module, name)
     _require(layers, merged=False, what="set_lora_scale", name=name)
     for layer in layers.values():

@@ -12,7 +12,6 @@ import hashlib
 import json
 import math
 import shlex
-from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,16 +25,13 @@ from tqdm import tqdm
 
 from . import checkpoint, sampling
 from .config import SampleConfig, TrainConfig, UserError
-from .data import Batch, Examples, read_folder
-from .diffusion import Schedule, denoising_loss, offset_noise
+from .data import Examples, read_folder
 from .distributed import Ranks, Shares, StopSignals, decided_by_main, mean_over_ranks, processes, wait_for_all
 from .files import write_whole
 from .formats import FILE_NAME
 from .lora import inject_lora, load_lora_state_dict, lora_parameters, lora_state_dict
 from .models import DTYPES, Base, fingerprint, save_lora
-
-# What an objective is: (unet, batch, schedule, config) -> one loss per picture, (batch,).
-Objective = Callable[[nn.Module, Batch, Schedule, TrainConfig], torch.Tensor]
+from .objectives import Denoising, Objective
 
 
 class Stopped(SystemExit):
@@ -45,13 +41,7 @@ class Stopped(SystemExit):
         super().__init__(128 + signal_number)
 
 
-def denoising(unet: nn.Module, batch: Batch, schedule: Schedule, config: TrainConfig) -> torch.Tensor:
-    """The ordinary objective: predict what noise was added to a picture."""
-    noise = offset_noise(batch.noise, batch.noise_offset, config.noise_offset)
-    return denoising_loss(unet, batch.latents, batch.text, noise, batch.timesteps, schedule, config.snr_gamma)
-
-
-def train(config: TrainConfig, objective: Objective = denoising) -> Path:
+def train(config: TrainConfig, objective: Objective | None = None) -> Path:
     """Train a LoRA as `config` says and return the path of its file.
 
     Raises UserError for anything wrong with the settings, the base, the pictures or a checkpoint,
@@ -60,7 +50,7 @@ def train(config: TrainConfig, objective: Objective = denoising) -> Path:
     with processes() as ranks:
         if not config.resume:
             decided_by_main(lambda: checkpoint.refuse_unfinished(Path(config.output)))
-        run = prepare(config, objective, ranks)
+        run = prepare(config, objective or Denoising(), ranks)
         first_step = resume(run) if config.resume else start(run)
         if ranks.is_main:
             write_whole(run.output / "config.json", config.to_json().encode())
@@ -126,7 +116,7 @@ def prepare(config: TrainConfig, objective: Objective, ranks: Ranks) -> Run:
     # Pictures and captions are encoded in float32: a VAE in half precision can overflow.
     encoders = Base(config.model, ranks.device)
     examples = Examples(items, config, resolution, encoders, len(base.schedule), ranks)
-    identity = _identity(config, base, examples)
+    identity = _identity(config, base, examples) | {"objective": type(objective).__name__}
     base.release("vae")  # the encoders go too, unless the examples keep them
 
     unet = base.unet.train()
@@ -139,6 +129,7 @@ def prepare(config: TrainConfig, objective: Objective, ranks: Ranks) -> Run:
         unet.enable_gradient_checkpointing()
     if ranks.device.type == "cuda":
         unet.to(memory_format=torch.channels_last)
+    objective.begin(unet, config)
     parameters = lora_parameters(unet)
     assert all(parameter.dtype == torch.float32 for parameter in parameters)
     assert sum(parameter.requires_grad for parameter in unet.parameters()) == len(parameters)
@@ -188,7 +179,7 @@ def optimizer_step(run: Run, step: int, learning_rate: float) -> tuple[float, fl
         last = number == len(micro_batches)
         with nullcontext() if last or run.ranks.world == 1 else run.model.no_sync():
             with torch.autocast(device.type, DTYPES[config.precision], enabled=config.precision != "fp32"):
-                loss = run.objective(run.model, batch, run.base.schedule, config).mean() / len(micro_batches)
+                loss = run.objective.loss(run.model, batch, run.base.schedule, config).mean() / len(micro_batches)
             run.scaler.scale(loss).backward()
         loss_sum += loss.detach()
     run.scaler.unscale_(run.optimizer)
@@ -206,6 +197,7 @@ def optimizer_step(run: Run, step: int, learning_rate: float) -> tuple[float, fl
     run.scaler.step(run.optimizer)
     run.scaler.update()
     run.optimizer.zero_grad()
+    run.objective.after_step()
     return loss_mean, grad_norm
 
 
@@ -264,8 +256,8 @@ class Log:
 
 def save_state(run: Run, step: int) -> Path:
     """Write a checkpoint after `step` steps and return its path."""
-    lora = lora_state_dict(run.base.unet)
-    state = checkpoint.State(step, lora, checkpoint.optimizer_tensors(run.optimizer), run.scaler.state_dict())
+    lora, optimizer = lora_state_dict(run.base.unet), checkpoint.optimizer_tensors(run.optimizer)
+    state = checkpoint.State(step, lora, optimizer, run.objective.state(), run.scaler.state_dict())
     if run.ranks.is_main:
         checkpoint.save_checkpoint(run.output, state, run.identity, run.config.checkpoints_kept)
     return checkpoint.path_of(run.output, step)
@@ -296,6 +288,8 @@ def resume(run: Run) -> int:
         raise UserError(f"--resume: the checkpoint has {state.step} steps done, more than --steps {run.config.steps}")
     load_lora_state_dict(run.base.unet, state.lora)
     checkpoint.load_optimizer_tensors(run.optimizer, state.optimizer)
+    for key, tensor in run.objective.state().items():
+        tensor.copy_(state.objective[key])
     run.scaler.load_state_dict(state.scaler)
     run.ranks.say(f"resume     after step {state.step}")
     return state.step

@@ -212,7 +212,7 @@ def test_however_the_positions_are_shared_out_the_draws_are_the_same(pictures, t
                 part = examples.batch(positions, ONE.device)
                 for field in dataclasses.fields(part):
                     rows = getattr(whole, field.name)[positions.start - 12 : positions.stop - 12]
-                    assert torch.equal(getattr(part, field.name), rows)
+                    assert torch.equal(torch.as_tensor(getattr(part, field.name)), torch.as_tensor(rows))
                 seen += len(positions)
         assert seen == 12
 
@@ -283,3 +283,15 @@ def test_a_caption_longer_than_the_text_encoder_reads_is_said(pictures, tmp_path
     (pictures / "metadata.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
     examples_for(pictures, tmp_path, tiny_base)
     assert "sees only the beginning of 1 captions" in capsys.readouterr().err
+
+
+def test_one_picture_can_be_given_instead_of_a_folder(pictures, tmp_path):
+    path = pictures / "3.png"
+    config = TrainConfig(data=str(path), caption="a dog")
+    assert config.output == "out/3"
+    [item] = read_folder(config)
+    assert (item.path, item.captions, item.short_side) == (path, ("a dog",), 20)
+    with pytest.raises(UserError, match=r"3\.png: one picture needs its --caption"):
+        read_folder(TrainConfig(data=str(path)))
+    with pytest.raises(UserError, match=r"metadata\.jsonl: it cannot be opened as a picture"):
+        read_folder(TrainConfig(data=str(pictures / "metadata.jsonl"), caption="a dog"))

@@ -402,3 +402,21 @@ def test_live_and_merged_adapters_side_by_side():
     set_lora_scale(module, 0.0, "b")
     with pytest.raises(RuntimeError, match="set_lora_scale"):
         set_lora_scale(module, 0.0, "a")
+
+
+def test_each_picture_of_a_batch_can_have_a_strength_of_its_own(tiny_unet):
+    inject_lora(tiny_unet, rank=2, targets=("to_q", "to_out.0", "conv1", "time_emb_proj"))
+    for parameter in lora_parameters(tiny_unet):
+        torch.nn.init.normal_(parameter, std=0.1)
+    x, text, t = torch.randn(3, 4, 8, 8), torch.randn(3, 5, 16), torch.tensor(7)
+    strengths = (0.0, 0.3, 1.0)
+    with torch.no_grad():
+        set_lora_scale(tiny_unet, torch.tensor(strengths))
+        together = tiny_unet(x, t, text).sample
+        with pytest.raises(ValueError, match="strength of its own"):
+            merge_lora(tiny_unet)
+        for number, strength in enumerate(strengths):
+            set_lora_scale(tiny_unet, strength)
+            alone = tiny_unet(x[number : number + 1], t, text[number : number + 1]).sample
+            # A batch of three and one of one differ by the order of sums.
+            torch.testing.assert_close(together[number : number + 1], alone, rtol=1e-4, atol=1e-5)

@@ -22,6 +22,7 @@ from minilora.distributed import Shares
 from minilora.formats import FILE_NAME
 from minilora.lora import lora_parameters
 from minilora.models import DTYPES
+from minilora.objectives import Denoising
 from minilora.training import learning_rate_at, train
 
 ROOT = Path(__file__).parents[1]
@@ -31,7 +32,9 @@ ROOT = Path(__file__).parents[1]
 def run(pictures, tmp_path, tiny_base):
     """Train on five small pictures with the tiny base; return the output folder."""
 
-    def run(name: str, objective=training.denoising, **settings) -> Path:
+    def run(name: str, loss=None, objective=None, **settings) -> Path:
+        if loss:  # in the place of the ordinary objective's
+            objective = type("Denoising", (Denoising,), {"loss": staticmethod(loss)})()
         defaults = {"steps": 6, "batch_size": 4, "rank": 2, "learning_rate": 0.01, "model": str(tiny_base)}
         places = {"data": str(pictures), "output": str(tmp_path / name), "cache": str(tmp_path / "cache")}
         train(TrainConfig(**(places | defaults | settings)), objective)
@@ -106,7 +109,7 @@ def test_precision_and_checkpointing_are_what_is_asked_for(run, precision, check
         assert torch.is_autocast_enabled("cpu") == (precision != "fp32")
         assert precision == "fp32" or torch.get_autocast_dtype("cpu") == wanted
         assert unet.is_gradient_checkpointing == checkpointing
-        return training.denoising(unet, batch, schedule, config)
+        return Denoising().loss(unet, batch, schedule, config)
 
     run("a", objective, steps=1, precision=precision, gradient_checkpointing=checkpointing)
 
@@ -136,7 +139,7 @@ def test_a_run_that_is_told_to_stop_saves_and_goes_on_as_if_nothing_had_been(run
             self.calls += 1
             if self.calls == 3:
                 os.kill(os.getpid(), number)
-            return training.denoising(*args)
+            return Denoising().loss(*args)
 
     whole, handler = run("whole"), signal.getsignal(number)
     with pytest.raises(training.Stopped) as stopped:
@@ -315,9 +318,35 @@ def test_samples_during_training_disturb_nothing(run):
 
 def test_the_loop_takes_its_objective_as_an_argument(run):
     def nothing_to_learn(unet, batch, schedule, config):
-        return 0 * training.denoising(unet, batch, schedule, config)
+        return 0 * Denoising().loss(unet, batch, schedule, config)
 
     assert not deltas(run("a", nothing_to_learn)).any()  # B stays zero
+
+
+class Remembering(Denoising):
+    """An objective whose loss depends on how many steps were taken, which it counts itself."""
+
+    def begin(self, unet, config):
+        assert lora_parameters(unet)
+        self.count = torch.zeros(())
+
+    def loss(self, *args):
+        return super().loss(*args) * (1 + self.count)
+
+    def after_step(self):
+        self.count += 1
+
+    def state(self):
+        return {"count": self.count}
+
+
+def test_what_an_objective_keeps_from_step_to_step_outlives_a_stop(run):
+    whole = run("whole", objective=Remembering())
+    run("cut", objective=Remembering(), steps=4, checkpoint_every=4)
+    cut = run("cut", objective=Remembering(), resume=True)
+    assert (cut / FILE_NAME).read_bytes() == (whole / FILE_NAME).read_bytes()
+    with pytest.raises(UserError, match="belongs to another run: objective was 'Remembering' and is 'Denoising'"):
+        run("cut", resume=True)
 
 
 # --------------------------------------------------------------------------------------- refusals
@@ -326,7 +355,7 @@ def test_the_loop_takes_its_objective_as_an_argument(run):
 def test_a_loss_that_is_not_finite_stops_with_step_and_pictures(run, tmp_path):
     def breaks(unet, batch, schedule, config):
         breaks.calls = getattr(breaks, "calls", 0) + 1
-        return training.denoising(unet, batch, schedule, config) / (0.0 if breaks.calls == 3 else 1.0)
+        return Denoising().loss(unet, batch, schedule, config) / (0.0 if breaks.calls == 3 else 1.0)
 
     with pytest.raises(UserError, match=r"step 3: loss inf.* its pictures: .*\.png"):
         run("a", breaks)
@@ -335,7 +364,7 @@ def test_a_loss_that_is_not_finite_stops_with_step_and_pictures(run, tmp_path):
 
 def broken_gradient(unet, batch, schedule, config):
     """A loss that is finite and whose derivative is not: 0 · ∞."""
-    loss = training.denoising(unet, batch, schedule, config)
+    loss = Denoising().loss(unet, batch, schedule, config)
     return loss + (0 * loss).clamp(min=0).sqrt()
 
 

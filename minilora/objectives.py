@@ -1,0 +1,40 @@
+"""What training makes small: the loop in training.py takes it as an argument.
+
+The ordinary objective is here; apps/distill.py and apps/smooth.py have others.
+"""
+
+import torch
+from torch import nn
+
+from .config import TrainConfig
+from .data import Batch
+from .diffusion import Schedule, denoising_loss, offset_noise
+
+
+class Objective:
+    """What training makes small: a loss, and what it does around the steps.
+
+    Its class name is part of what a run is a function of.
+    """
+
+    def begin(self, unet: nn.Module, config: TrainConfig) -> None:
+        """Look at the U-Net, with the LoRA in it, before the first step."""
+
+    def loss(self, unet: nn.Module, batch: Batch, schedule: Schedule, config: TrainConfig) -> torch.Tensor:
+        """Return one loss per picture, (batch,)."""
+        raise NotImplementedError
+
+    def after_step(self) -> None:
+        """Follow the LoRA, which has just changed."""
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """Return the tensors that are kept from step to step; a checkpoint holds them, --resume copies into them."""
+        return {}
+
+
+class Denoising(Objective):
+    """The ordinary objective: predict what noise was added to a picture."""
+
+    def loss(self, unet: nn.Module, batch: Batch, schedule: Schedule, config: TrainConfig) -> torch.Tensor:
+        noise = offset_noise(batch.noise, batch.noise_offset, config.noise_offset)
+        return denoising_loss(unet, batch.latents, batch.text, noise, batch.timesteps, schedule, config.snr_gamma)
