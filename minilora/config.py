@@ -35,8 +35,8 @@ def setting(default, text: str, *, group: str, choices: tuple = (), repeat: bool
 
 DATA, MODEL, TRAINING, OUTPUT, PICTURES = "data", "base and LoRA", "training", "output", "pictures"
 OTHER = "instead of merging into a base"
-_MODEL_HELP = "diffusers folder or hub id of the base; the bundled miniature if not given"
-_PRECISION_HELP = "number format of the frozen base and of the computation"
+MODEL_HELP = "diffusers folder or hub id of the base; the bundled miniature if not given"
+PRECISION_HELP = "number format of the frozen base and of the computation"
 PRECISIONS = ("fp32", "bf16", "fp16")
 
 
@@ -110,7 +110,7 @@ class TrainConfig(Settings):
         "~/.cache/minilora", "folder of the encoded pictures and captions, shared by all runs", group=DATA
     )
 
-    model: str | None = setting(None, _MODEL_HELP, group=MODEL)
+    model: str | None = setting(None, MODEL_HELP, group=MODEL)
     rank: int = setting(8, "rank of the change of each weight", group=MODEL)
     alpha: float | None = setting(None, "the change is scaled by alpha / rank; the rank if not given", group=MODEL)
     targets: tuple[str, ...] = setting(
@@ -134,7 +134,7 @@ class TrainConfig(Settings):
     snr_gamma: float | None = setting(
         None, "cap of the signal-to-noise ratio in the loss's weight (min-SNR); 5 is common", group=TRAINING
     )
-    precision: str = setting("fp32", _PRECISION_HELP, choices=PRECISIONS, group=TRAINING)
+    precision: str = setting("fp32", PRECISION_HELP, choices=PRECISIONS, group=TRAINING)
     gradient_checkpointing: bool = setting(False, "compute activations twice to need less memory", group=TRAINING)
     seed: int = setting(0, "seed of every random draw", group=TRAINING)
 
@@ -200,7 +200,7 @@ class SampleConfig(Settings):
     size: int | None = setting(None, "side of the pictures, in pixels; the base's own if not given", group=PICTURES)
     scheduler: str = setting("ddim", "sampler", choices=("ddim", "euler", "euler_a", "dpm++", "lcm"), group=PICTURES)
 
-    model: str | None = setting(None, _MODEL_HELP, group=MODEL)
+    model: str | None = setting(None, MODEL_HELP, group=MODEL)
     lora: tuple[str, ...] = setting(
         (),
         "LoRA file or training output, optionally with a strength: out/fluent:0.8; may be repeated",
@@ -212,7 +212,7 @@ class SampleConfig(Settings):
         "factors on the strengths of --lora to compare, with commas between (--scales=-1,0,1): one column each",
         group=MODEL,
     )
-    precision: str = setting("fp32", _PRECISION_HELP, choices=PRECISIONS, group=MODEL)
+    precision: str = setting("fp32", PRECISION_HELP, choices=PRECISIONS, group=MODEL)
 
     output: str = setting("out/sample.png", "picture to write; several go on one sheet", group=OUTPUT)
 

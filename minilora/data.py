@@ -94,6 +94,12 @@ def as_tensor(picture: Image.Image) -> torch.Tensor:
     return torch.from_numpy(np.array(picture)).permute(2, 0, 1).float() / 127.5 - 1
 
 
+def as_picture(pixels: torch.Tensor) -> Image.Image:
+    """Return a (3, h, w) tensor in [-1, 1] as an RGB picture."""
+    numbers = ((pixels + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+    return Image.fromarray(numbers.permute(1, 2, 0).numpy())
+
+
 # ---------------------------------------------------------------------------------- folder -> items
 
 

@@ -164,6 +164,12 @@ class Base:
         return (posterior.mean[0] * scale).float().cpu(), (posterior.std[0] * scale).float().cpu()
 
     @torch.no_grad()
+    def decode_latents(self, latents: torch.Tensor) -> torch.Tensor:
+        """Return the pictures of latents scaled as by `encode_picture`, (n, 3, h, w) in [-1, 1], on the CPU."""
+        pixels = self.vae.decode(latents.to(self.device, self.dtype) / self.vae.config.scaling_factor).sample
+        return pixels.float().clamp(-1, 1).cpu()
+
+    @torch.no_grad()
     def encode_prompt(self, prompt: str) -> torch.Tensor:
         """Return the vectors of a prompt, (tokens, width), float32, on the CPU."""
         tokens = self.tokenizer(prompt, padding="max_length", truncation=True, return_tensors="pt").input_ids

@@ -1,0 +1,325 @@
+"""Morph between two pictures: every frame is a picture that the model could have drawn.
+
+    python -m minilora.apps.morph A B --prompt-a TEXT --prompt-b TEXT [--output morph.gif]
+
+A LoRA is trained on each picture, and each picture's noise is found under its own LoRA (restore.py).
+Frame t, from 0 to 1, is then drawn with everything in between:
+
+    noise      slerp(noise_a, noise_b, t), which keeps the length that gaussian noise has
+    text       (1 − t) · text_a + t · text_b
+    weights    W + (1 − t) · ΔW_a + t · ΔW_b
+
+The changes of weight themselves are mixed, which two LoRAs side by side do exactly; mixing their
+factors, ((1 − t) B_a + t B_b) ((1 − t) A_a + t A_b), would add products of the one's B and the other's A.
+
+Three options make the way smoother.  In the first steps, where the layout is decided, the
+self-attention of the U-Net's upper half looks at a mixture of what it looks at in the two end frames.
+The noise gets mean and spread between those of the ends, channel by channel (AdaIN).  And t is spaced
+so that neighbouring frames look equally far apart.
+
+Source: Zhang et al., "DiffMorpher: unleashing the capability of diffusion models for image
+morphing", 2023, which mixes the factors.
+"""
+
+import io
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+from ..commands import run
+from ..config import (
+    DATA,
+    MODEL,
+    MODEL_HELP,
+    OUTPUT,
+    PICTURES,
+    PRECISION_HELP,
+    PRECISIONS,
+    Settings,
+    UserError,
+    setting,
+)
+from ..data import as_picture
+from ..ddim import Levels, ddim_draw, ddim_invert
+from ..distributed import this_device
+from ..files import write_whole
+from ..lora import lora_disabled, set_lora_scale
+from ..models import DTYPES, Base, load_lora
+from ..sampling import picture_format, save_picture, sheet
+from .report import write_figures
+from .restore import learn, psnr, see
+
+EVEN_ROUNDS = 2  # times that the frames are spaced anew; the first time the way is known only roughly
+TOGETHER = 8  # frames drawn in one pass, the two ends among them
+
+
+@dataclass(frozen=True)
+class MorphConfig(Settings):
+    """Every setting of minilora.apps.morph."""
+
+    pictures: tuple[str, ...] = setting((), "the two pictures", group=DATA, bare=True)
+    prompt_a: str | None = setting(None, "what the first shows", group=DATA)
+    prompt_b: str | None = setting(None, "what the second shows", group=DATA)
+
+    frames: int = setting(17, "pictures from the first to the second, both counted", group=PICTURES)
+    steps: int = setting(50, "steps of the way to the noise, and of the way back", group=PICTURES)
+    attention: float = setting(0.6, "share of the steps in which self-attention is mixed", group=PICTURES)
+    adain: bool = setting(True, "give the noise a mean and spread between those of the ends", group=PICTURES)
+    even: bool = setting(True, "space the frames so that they look equally far apart", group=PICTURES)
+
+    model: str | None = setting(None, MODEL_HELP, group=MODEL)
+    lora_a: str | None = setting(None, "LoRA of the first picture, if there is one; trained if not given", group=MODEL)
+    lora_b: str | None = setting(None, "LoRA of the second", group=MODEL)
+    rank: int = setting(16, "rank of the LoRAs that are trained", group=MODEL)
+    train_steps: int = setting(200, "steps that they are trained for", group=MODEL)
+    precision: str = setting("fp32", PRECISION_HELP, choices=PRECISIONS, group=MODEL)
+
+    output: str | None = setting(
+        None,
+        "animation to write (.gif, .webp, .png) or a folder for the frames; morph.gif beside the LoRAs if not given",
+        group=OUTPUT,
+    )
+
+    @property
+    def folder(self) -> Path:
+        """Where the LoRAs, the sheet and the figures go."""
+        return Path("out") / "-".join(["morph", *(Path(name).stem for name in self.pictures)])
+
+    def problems(self) -> list[str]:
+        wrong = [] if len(self.pictures) == 2 else [f"morph takes two pictures, not {len(self.pictures)}"]
+        if self.prompt_a is None or self.prompt_b is None:
+            wrong.append("--prompt-a and --prompt-b are needed: what the pictures show")
+        wrong += self.out_of_range(2, "frames") + self.out_of_range(1, "steps rank train_steps")
+        return wrong + self.out_of_range(0, "attention", high=1)
+
+
+@dataclass(frozen=True)
+class End:
+    """One end of the way: its picture, (3, h, w); its noise, (channels, h', w'); its text, (tokens, width)."""
+
+    picture: torch.Tensor
+    noise: torch.Tensor
+    text: torch.Tensor
+
+
+def morph(config: MorphConfig) -> dict[str, float]:
+    """Morph between two pictures with and without LoRA, write the animation, and return the figures."""
+    output = Path(config.output) if config.output else config.folder / "morph.gif"
+    if output.suffix:
+        animation_format(output)  # before the work, not after it
+    paths, prompts = [Path(name) for name in config.pictures], [config.prompt_a, config.prompt_b]
+    pictures = [see(path, config.model) for path in paths]
+    loras = [
+        given or learn(path, prompt, config.folder / f"lora-{name}", config)
+        for path, prompt, name, given in zip(paths, prompts, "ab", (config.lora_a, config.lora_b), strict=True)
+    ]
+    base = Base(config.model, this_device(), DTYPES[config.precision])
+    for name, lora in zip("ab", loras, strict=True):
+        load_lora(base.unet, lora, name)
+    levels = Levels.of(base.scheduler, config.steps, base.device)
+
+    plain = replace(config, attention=0.0, adain=False, even=False)
+    texts = [base.encode_prompt(prompt).to(base.device) for prompt in prompts]
+    with lora_disabled(base.unet):
+        without = way(base, levels, plain, pictures, texts)
+    ways = {"base": without, "LoRA": way(base, levels, plain, pictures, texts)}
+    if config != plain:
+        ways["LoRA and options"] = way(base, levels, config, pictures, texts)
+
+    figures = {}
+    for name, frames in ways.items():
+        figures |= {f"{what}, {name}": value for what, value in figures_of(base, frames, pictures).items()}
+    ceilings = [psnr(base.decode_latents(base.encode_picture(p)[0][None])[0], p) for p in pictures]
+    figures |= {f"PSNR through the VAE alone, picture {n}, dB": c for n, c in zip("AB", ceilings, strict=True)}
+    write_figures(config.folder, figures)
+
+    *_, best = ways.values()
+    save_frames([as_picture(frame) for frame in best], output)
+    columns = np.linspace(0, config.frames - 1, min(config.frames, 9)).round().astype(int)
+    rows = [[as_picture(frames[i]) for i in columns] for frames in ways.values()]
+    save_picture(sheet(rows, [f"frame {i + 1}" for i in columns], list(ways)), config.folder / "morph.png")
+    print(f"wrote {output} and {config.folder / 'morph.png'}")
+    return figures
+
+
+def way(
+    base: Base, levels: Levels, config: MorphConfig, pictures: Sequence[torch.Tensor], texts: Sequence[torch.Tensor]
+) -> torch.Tensor:
+    """Return the frames from one picture to the other, (frames, 3, h, w) in [-1, 1]."""
+    ends = []
+    for t, picture, text in zip((0.0, 1.0), pictures, texts, strict=True):
+        latents = base.encode_picture(picture)[0][None].to(base.device)  # (1, channels, h, w)
+        noise = ddim_invert(between(base, [t], text[None], levels, 0.0), latents, levels)
+        ends.append(End(picture, noise[0], text))
+    times = np.linspace(0, 1, config.frames)
+    frames = draw_frames(base, levels, config, ends, times)
+    for _ in range(EVEN_ROUNDS if config.even else 0):
+        far = np.cumsum([0.0, *distances(base, frames)])
+        # The times at which the way so far, a function of time, is 0, 1/n, 2/n, … of the whole.
+        times = np.interp(np.linspace(0, far[-1], config.frames), far, times)
+        frames = draw_frames(base, levels, config, ends, times)
+    return frames
+
+
+def draw_frames(
+    base: Base, levels: Levels, config: MorphConfig, ends: Sequence[End], times: Sequence[float]
+) -> torch.Tensor:
+    """Draw the frames at the given times, the first 0 and the last 1; (frames, 3, h, w)."""
+    a, b = ends
+    inner, drawn = list(times[1:-1]), []
+    step = TOGETHER - 2
+    for start in range(0, max(len(inner), 1), step):
+        part = [0.0, *inner[start : start + step], 1.0]  # the ends are there for the others to look at
+        noise = torch.stack([slerp(a.noise, b.noise, t) for t in part])  # (batch, channels, h, w)
+        if config.adain:
+            noise = torch.stack([adain(x, a.noise, b.noise, t) for x, t in zip(noise, part, strict=True)])
+        text = torch.stack([torch.lerp(a.text, b.text, t) for t in part])  # (batch, tokens, width)
+        drawn.append(ddim_draw(between(base, part, text, levels, config.attention), noise, levels))
+    latents = torch.cat([drawn[0][:1], *(part[1:-1] for part in drawn), drawn[0][-1:]])
+    return torch.cat([base.decode_latents(part) for part in latents.split(TOGETHER)])
+
+
+def between(base: Base, times: Sequence[float], text: torch.Tensor, levels: Levels, attention: float):
+    """Return what predicts for a batch of frames at their times, each with its own mixture of the two LoRAs."""
+    t = torch.tensor(times, dtype=torch.float32, device=base.device)  # (batch,)
+    set_lora_scale(base.unet, 1 - t, "a")
+    set_lora_scale(base.unet, t, "b")
+    mixed = round(attention * len(levels.timesteps))  # steps
+    last_mixed = levels.timesteps[mixed - 1] if mixed else len(base.schedule)
+
+    def predict(x: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+        if timestep < last_mixed:
+            return base.unet(x, timestep, text).sample
+        with self_attention_between(base.unet, t):
+            return base.unet(x, timestep, text).sample
+
+    return predict
+
+
+class Between:
+    """Self-attention whose keys and values come from a mixture of the first and the last picture of the batch."""
+
+    def __init__(self, ordinary, times: torch.Tensor):
+        self.ordinary = ordinary
+        self.times = times.view(-1, 1, 1)  # (batch, 1, 1)
+
+    def __call__(self, attention, x: torch.Tensor, **more) -> torch.Tensor:
+        """Attend from x, (batch, pixels, channels)."""
+        mixture = torch.lerp(x[:1], x[-1:], self.times.to(x.dtype))
+        return self.ordinary(attention, x, **more | {"encoder_hidden_states": mixture})
+
+
+@contextmanager
+def self_attention_between(unet, times: torch.Tensor) -> Iterator[None]:
+    """Within the block the self-attention of the U-Net's upper half is mixed; afterwards it is what it was."""
+    found = unet.attn_processors
+    mixed = {
+        name: Between(ordinary, times) if name.startswith("up_blocks") and ".attn1." in name else ordinary
+        for name, ordinary in found.items()
+    }
+    try:
+        unet.set_attn_processor(mixed)
+        yield
+    finally:
+        unet.set_attn_processor(found)
+
+
+# ---------------------------------------------------------------------------------- what is in between
+
+
+def slerp(a: torch.Tensor, b: torch.Tensor, t: float) -> torch.Tensor:
+    """Go along the great circle from a to b.  Source: Shoemake, "Animating rotation with quaternion curves", 1985."""
+    cosine = F.cosine_similarity(a.flatten(), b.flatten(), dim=0)
+    angle = cosine.clamp(-1, 1).acos()
+    if angle < 1e-4:  # the same direction: there the formula is 0 / 0
+        return torch.lerp(a, b, t)
+    return (torch.sin((1 - t) * angle) * a + torch.sin(t * angle) * b) / torch.sin(angle)
+
+
+def adain(x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, t: float) -> torch.Tensor:
+    """Give each channel of x, (channels, h, w), the mean and spread between those of a and b.
+
+    Source: Huang & Belongie, "Arbitrary style transfer in real-time with adaptive instance normalization", 2017.
+    """
+    (mean, spread), of_a, of_b = (_mean_and_spread(z) for z in (x, a, b))
+    wanted_mean, wanted_spread = (torch.lerp(one, two, t) for one, two in zip(of_a, of_b, strict=True))
+    return (x - mean) / spread * wanted_spread + wanted_mean
+
+
+def _mean_and_spread(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    return x.mean(dim=(1, 2), keepdim=True), x.std(dim=(1, 2), keepdim=True)  # (channels, 1, 1)
+
+
+# ------------------------------------------------------------------------------------------- figures
+
+
+@torch.no_grad()
+def distances(base: Base, frames: torch.Tensor) -> list[float]:
+    """Return how far neighbouring frames look apart, by what the VAE's encoder sees in them.
+
+    As LPIPS does with VGG: the squared distance between the features of each place, of length 1, summed over
+    the layers and averaged over the places; and of that the root, since squares do not add up along
+    a way.  Source: Zhang et al., "The unreasonable effectiveness of deep features as a perceptual metric", 2018.
+    """
+    encoder = base.vae.encoder
+    x = encoder.conv_in(frames.to(base.device, base.dtype))
+    seen = [x]
+    for block in encoder.down_blocks:
+        seen.append(block(seen[-1]))
+    total = torch.zeros(len(frames) - 1)
+    for features in seen:
+        unit = F.normalize(features.float(), dim=1)  # (frames, channels, h, w)
+        total += (unit[1:] - unit[:-1]).square().sum(1).mean((1, 2)).cpu()
+    return total.sqrt().tolist()
+
+
+def figures_of(base: Base, frames: torch.Tensor, pictures: Sequence[torch.Tensor]) -> dict[str, float]:
+    """Return how near the ends are to the pictures, how long the way is, and how even."""
+    steps = distances(base, frames)
+    return {
+        "PSNR of the first frame to picture A, dB": psnr(frames[0], pictures[0]),
+        "PSNR of the last frame to picture B, dB": psnr(frames[-1], pictures[1]),
+        "perceptual path length (VAE encoder's features)": sum(steps),
+        "largest jump between frames over the mean one": max(steps) * len(steps) / sum(steps),
+    }
+
+
+# ------------------------------------------------------------------------------------------- output
+
+
+def animation_format(path: Path) -> str:
+    """Return the format of an animation by its file's name; UserError if Pillow cannot write one there."""
+    name = picture_format(path)
+    if name not in Image.SAVE_ALL or name in ("PDF", "TIFF"):
+        raise UserError(f"--output {path}: {name} holds one picture; give a .gif, .webp or .png, or a folder")
+    return name
+
+
+def save_frames(frames: list[Image.Image], path: Path) -> None:
+    """Write an animation that rests at both ends, or, in a folder, one picture for each frame."""
+    if not path.suffix:
+        for number, frame in enumerate(frames, start=1):
+            save_picture(frame, path / f"{number:03d}.png")
+        return
+    times = max(1, 256 // frames[0].width)  # small ones are enlarged
+    large = [frame.resize([n * times for n in frame.size], Image.Resampling.BICUBIC) for frame in frames]
+    content, middle = io.BytesIO(), [80] * (len(frames) - 2)  # milliseconds
+    first, *others = large
+    first.save(
+        content, animation_format(path), save_all=True, append_images=others, duration=[600, *middle, 600], loop=0
+    )
+    write_whole(path, content.getvalue())
+
+
+def main() -> None:
+    run(MorphConfig, morph, "Morph between two pictures, with a LoRA of each.")
+
+
+if __name__ == "__main__":
+    main()
