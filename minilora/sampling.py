@@ -5,13 +5,14 @@ in diffusers: `torch.Generator("cpu").manual_seed(seed)`.
 """
 
 import io
+import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 import diffusers
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 
 from .config import SampleConfig, UserError
 from .data import Item, cut_square, open_picture
@@ -176,13 +177,17 @@ def sheet(rows: list[list[Image.Image]], columns: Sequence[str], labels: Sequenc
         ink.text((margin - 6, top + cell // 2), label, "black", font, anchor="rm")
         for x, picture in enumerate(row):
             result.paste(picture.resize((cell, cell), Image.Resampling.BICUBIC), (margin + x * (cell + 4), top))
+    place = {"columns": list(columns), "rows": list(labels), "left": margin, "top": 28, "cell": cell, "gap": 4}
+    result.info["sheet"] = json.dumps(place)  # a PNG file keeps it, for programs that cut the pictures out again
     return result
 
 
 def save_picture(picture: Image.Image, path: Path) -> None:
     """Write a picture, whole or not at all, in the format that its name ends with."""
-    content = io.BytesIO()
-    picture.save(content, picture_format(path))
+    content, about = io.BytesIO(), PngImagePlugin.PngInfo()
+    if "sheet" in picture.info:
+        about.add_text("sheet", picture.info["sheet"])
+    picture.save(content, picture_format(path), pnginfo=about)
     write_whole(path, content.getvalue())
 
 

@@ -1,7 +1,8 @@
-"""Every command of the README runs, with small settings, in the order in which it stands there."""
+"""Every command of the README and of the pages in docs/ runs, with small settings, in the order it stands there."""
 
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,11 +14,12 @@ from minilora import remove_lora
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
+PAGES = {page.stem: page.read_text() for page in sorted((ROOT / "docs").glob("*.md"))}
 HUB_ID = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 
 
-def commands() -> list[str]:
-    blocks = re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
+def commands(text: str) -> list[str]:
+    blocks = re.findall(r"```bash\n(.*?)```", text, re.DOTALL)
     lines = [line.split("#")[0].strip() for block in blocks for line in block.splitlines()]
     return [part.strip() for line in lines for part in line.split("&&") if part.strip()]
 
@@ -31,6 +33,9 @@ def small(command: str, tiny_base: Path) -> str:
         command += "" if "--batch-size" in command or "--config" in command else " --batch-size 1"
     if "sample.py" in command:
         command += " --steps 2"
+    if "minilora.apps" in command:
+        command = re.sub(r" --frames \d+", "", command) + " --steps 2 --train-steps 2 --rank 2"
+        command += " --frames 3" if "morph" in command else ""
     return command
 
 
@@ -55,29 +60,53 @@ def test_the_first_screen_has_exactly_the_two_commands():
     ]
 
 
-def test_every_command_runs(tmp_path, tiny_base):
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    """A folder that has what a command needs of the project's, and nothing else."""
     for name in ("train.py", "sample.py", "dataset", "minilora"):
         (tmp_path / name).symlink_to(ROOT / name)
+    return tmp_path
+
+
+def test_every_command_of_the_readme_runs(folder, tiny_base):
     ran = 0
-    for command in commands():
+    for command in commands(README):
         if command.startswith(("pip ", "pytest", "tensorboard ")):
             continue  # .ci/run does the first two; the third does not end
         command = small(command, tiny_base)
         if "--nnodes 2" in command:  # two machines: two torchruns on this one
             command = command.replace("first.machine", "localhost")
             second = command.replace("--node-rank 0", "--node-rank 1")
-            machines = [(call(c, tmp_path), c) for c in (command, second)]
+            machines = [(call(c, folder), c) for c in (command, second)]
             for process, each in machines:
                 finish(process, each)
         else:
-            output = finish(call(command, tmp_path), command)
+            output = finish(call(command, folder), command)
             if "train.py" in command:
                 # The last line is itself a command; it runs too.
                 suggested = output.strip().splitlines()[-1].removeprefix("next").strip()
-                finish(call(small(suggested, tiny_base), tmp_path), suggested)
+                finish(call(small(suggested, tiny_base), folder), suggested)
         ran += 1
     assert ran >= 10
-    assert (tmp_path / "out" / "mountain" / "samples" / "before_after.png").exists()
+    assert (folder / "out" / "mountain" / "samples" / "before_after.png").exists()
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_command_of_a_page_runs(page, folder, tiny_base):
+    for name in "ab":
+        shutil.copy(ROOT / "dataset" / "mountain" / "mountain.jpg", folder / f"{name}.jpg")
+    for command in commands(PAGES[page]):
+        command = small(command, tiny_base)
+        finish(call(command, folder), command)
+
+
+def test_the_command_beside_the_figures_of_a_page_is_one_of_its_commands():
+    for page, text in PAGES.items():
+        found = re.findall(r"<!-- figures: \S+ -->\nPrinted by `(.*?)`", text)
+        assert len(found) == text.count("<!-- figures: "), f"{page}: run docs/make.sh"
+        there = [shlex.split(command) for command in commands(text)]
+        for command in found:
+            assert shlex.split(command) in there, f"{page}: {command}"
 
 
 def test_every_file_and_picture_it_names_exists():

@@ -137,7 +137,8 @@ def morph(config: MorphConfig) -> dict[str, float]:
         figures |= {f"{what}, {name}": value for what, value in figures_of(base, frames, pictures).items()}
     ceilings = [psnr(base.decode_latents(base.encode_picture(p)[0][None])[0], p) for p in pictures]
     figures |= {f"PSNR through the VAE alone, picture {n}, dB": c for n, c in zip("AB", ceilings, strict=True)}
-    write_figures(config.folder, figures)
+    jumps = {name: (list(range(1, config.frames)), distances(base, frames)) for name, frames in ways.items()}
+    write_figures(config.folder, figures, jumps)
 
     *_, best = ways.values()
     save_frames([as_picture(frame) for frame in best], output)

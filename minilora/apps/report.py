@@ -3,18 +3,20 @@
 import json
 import shlex
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from ..files import write_whole
 
+Curves = Mapping[str, tuple[Sequence[float], Sequence[float]]]  # xs and ys by name
 
-def write_figures(folder: Path, figures: dict[str, float]) -> None:
-    """Print figures by name, and write them with the command line to `figures.json` in a folder."""
+
+def write_figures(folder: Path, figures: Mapping[str, float], curves: Curves | None = None) -> None:
+    """Print figures by name, and write them with the command line, and curves, to `figures.json` in a folder."""
     for name, value in figures.items():
         print(f"{name}: {value:.4g}")
     program = Path(sys.argv[0])
     words = ["python", "-m", f"minilora.apps.{program.stem}"] if program.suffix == ".py" else [program.name]
     command = shlex.join([*words, *sys.argv[1:]])
-    write_whole(
-        folder / "figures.json", (json.dumps({"command": command, "figures": figures}, indent=2) + "\n").encode()
-    )
+    content = {"command": command, "figures": figures, "curves": curves or {}}
+    write_whole(folder / "figures.json", (json.dumps(content, indent=2) + "\n").encode())

@@ -1,0 +1,26 @@
+#!/usr/bin/env bash
+# Make every picture, figure and curve of README and docs anew, from real runs on the bundled base.
+# Needs the extra "docs"; on two cores about an hour and a half, most of it distillation.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+pictures=docs/pictures
+
+# README
+torchrun train.py --data dataset/mountain
+cp out/mountain/samples/before_after.png $pictures/mountain.png
+torchrun train.py --data dataset/fluent
+python sample.py --prompt "tomato" --prompt "smile" --prompt "sunflower" --lora out/fluent \
+    --scales 0,0.25,0.5,0.75,1 --output $pictures/fluent.png
+
+# docs/restore.md
+python -m minilora.apps.restore dataset/mountain/mountain.jpg --prompt "mountain" \
+    --edit "volcano" --edit "night" --edit "sunrise over mountains"
+cp out/restore-mountain/restored.png $pictures/restore.png
+
+# docs/morph.md
+python -m minilora.apps.morph dataset/mountain/mountain.jpg dataset/mountain_autumn/mountain_autumn.jpg \
+    --prompt-a "mountain" --prompt-b "mountain in autumn"
+cp out/morph-mountain-mountain_autumn/morph.{gif,png} $pictures/
+
+python docs/figures.py
+python docs/gallery.py
