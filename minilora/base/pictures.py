@@ -14,7 +14,7 @@ from minilora.data import open_picture
 SIZE = 64  # pixels
 SEED = 0
 STYLES = {"noto": "google", "twemoji": "twitter"}  # the name in a caption, and in the package
-LEARNT = 64  # pictures in dataset/fluent
+LEARNT, PRINTED = 64, 48  # pictures in dataset/fluent and in dataset/cyanotype
 DATA_HELP = """\
 The build reads four packages, unpacked side by side in --data:
   emoji-datasource-google    npm pack emoji-datasource-google@16.0.0     Noto, Apache-2.0
@@ -97,3 +97,10 @@ def fluent_pictures(data: Path) -> tuple[list[Named], list[Named]]:
     order = draws.generator(SEED, "fluent", 0).permutation(len(pictures))
     mixed = [pictures[i] for i in np.asarray(order)]
     return mixed[:LEARNT], mixed[LEARNT:]
+
+
+def noto_pictures(data: Path) -> list[Named]:
+    """Return the Noto pictures that dataset/cyanotype is made of, a sample of those the base has learnt from."""
+    known = [drawing for drawing in read_drawings(data) if drawing.style == "noto" and not drawing.held_out]
+    order = draws.generator(SEED, "cyanotype", 1).permutation(len(known))
+    return [(known[i].path, known[i].names) for i in np.asarray(order)[:PRINTED]]
