@@ -1,4 +1,4 @@
-"""apps/consistency and apps/distill: the consistency function is diffusers', and the loop learns it as any objective."""
+"""apps/consistency and apps/distill: the consistency function is diffusers', and the loop learns it like any other."""
 
 from dataclasses import replace
 
@@ -155,7 +155,9 @@ def test_the_follower_follows_by_its_formula(base):
 def test_while_the_lora_moves_the_teacher_stays_the_base(base, batch):
     t, untouched = torch.tensor(500), Base(base.source, CPU)
     with torch.no_grad(), lora_disabled(base.unet):
-        assert torch.equal(base.unet(batch.noise, t, batch.text).sample, untouched.unet(batch.noise, t, batch.text).sample)
+        assert torch.equal(
+            base.unet(batch.noise, t, batch.text).sample, untouched.unet(batch.noise, t, batch.text).sample
+        )
 
 
 # ------------------------------------------------------------------------------------------ the loop
@@ -180,7 +182,7 @@ def test_a_distillation_that_was_cut_in_two_gives_the_same_bytes(learn):
     moved = [key for key in state if key.startswith("objective.") and "lora_B" in key and state[key].any()]
     assert moved  # the follower is in the checkpoint
     assert learn("cut", resume=True).read_bytes() == whole
-    with pytest.raises(UserError, match="objective was 'LatentConsistency.*decay=0.95.* is 'LatentConsistency.*0.5"):
+    with pytest.raises(UserError, match=r"objective was 'LatentConsistency.*decay=0\.95.* is 'LatentConsistency.*0\.5"):
         learn("cut", LatentConsistency((2.0, 4.0), decay=0.5), resume=True)
 
 

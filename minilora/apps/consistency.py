@@ -107,9 +107,7 @@ def boundary_scalings(timesteps: torch.Tensor) -> tuple[torch.Tensor, torch.Tens
     return SIGMA**2 / (scaled**2 + SIGMA**2), scaled / (scaled**2 + SIGMA**2).sqrt()
 
 
-def consistency(
-    prediction: torch.Tensor, x: torch.Tensor, timesteps: torch.Tensor, schedule: Schedule
-) -> torch.Tensor:
+def consistency(prediction: torch.Tensor, x: torch.Tensor, timesteps: torch.Tensor, schedule: Schedule) -> torch.Tensor:
     """Return f(x, t) for what the U-Net predicts there; (batch, channels, h, w), float32."""
     clean, _ = clean_and_noise(prediction.float(), x, schedule.alpha_bar(timesteps), schedule.prediction_type)
     c_skip, c_out = boundary_scalings(timesteps)

@@ -15,20 +15,30 @@ Sources: Guo et al., "Smooth Diffusion: crafting smooth latent spaces in diffusi
 section 3; Karras et al., "Analyzing and improving the image quality of StyleGAN", 2020.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from diffusers.models.attention_processor import AttnProcessor
+from PIL import Image
 from torch import nn
 
 from .. import draws
-from ..config import TrainConfig
-from ..data import Batch
+from ..config import SampleConfig, TrainConfig
+from ..data import Batch, as_picture
 from ..diffusion import Schedule, add_noise, clean_and_noise, denoising_loss
 from ..distributed import mean_over_ranks
+from ..lora import set_lora_scale
+from ..models import Base
 from ..objectives import Objective
+from ..sampling import sheet
+from .drawing import draw_from
+from .morph import distances, slerp
 
 DECAY = 0.01  # share of the newest step in a
+WAYS = 6  # between two noises each, to measure
+FRAMES = 13  # of each, the two ends among them
 
 
 @dataclass
@@ -74,3 +84,32 @@ class SmoothDenoising(Objective):
 
     def state(self) -> dict[str, torch.Tensor]:
         return {"mean variation": self.mean}
+
+
+# ------------------------------------------------------------------------------------------- figures
+
+
+def smoothness(base: Base, captions: Sequence[str], learnt: Path, config) -> tuple[dict[str, float], Image.Image]:
+    """Draw what lies between two noises, without and with the LoRA; return how evenly it changes, and a sheet."""
+    steps = SampleConfig(prompt=("any",), model=config.model).steps
+    shape = (base.unet.config.in_channels, *[base.unet.config.sample_size] * 2)
+    times = torch.linspace(0, 1, FRAMES).tolist()
+    figures, rows, labels = {}, [], []
+    for name, strength in (("base", 0.0), ("LoRA", 1.0)):
+        set_lora_scale(base.unet, strength)
+        ways = []
+        for number, caption in enumerate(captions[:WAYS]):
+            a, b = (draws.gaussian(config.seed, f"end {end}", number, shape) for end in "ab")
+            noise = torch.stack([slerp(a, b, t) for t in times])
+            frames = draw_from(base, noise, [caption] * FRAMES, steps, config.middle_guidance)
+            ways.append(torch.tensor(distances(base, frames)))
+            if number < 3:
+                rows.append([as_picture(frame) for frame in frames[::2]])
+                labels.append(f"{caption}, {name}")
+        far = torch.stack(ways)  # (ways, frames - 1)
+        figures[f"distance between neighbouring frames, {name}"] = far.mean().item()
+        figures[f"its standard deviation along the way, {name}"] = far.std(1).mean().item()
+        figures[f"largest jump between frames, {name}"] = far.max(1).values.mean().item()
+    order = [row + which for row in range(len(rows) // 2) for which in (0, len(rows) // 2)]
+    columns = [f"frame {number + 1}" for number in range(0, FRAMES, 2)]
+    return figures, sheet([rows[i] for i in order], columns, [labels[i] for i in order])
