@@ -73,16 +73,20 @@ def ddim_invert(predict: Predict, latents: torch.Tensor, levels: Levels) -> torc
     return x
 
 
-def guided(unet, text: torch.Tensor, empty: torch.Tensor | None = None, guidance: float = 1.0) -> Predict:
+def guided(
+    unet, text: torch.Tensor, empty: torch.Tensor | None = None, guidance: float | torch.Tensor = 1.0
+) -> Predict:
     """Return what predicts for a text, (batch, tokens, width), or at a guidance away from the empty text.
 
+    The guidance can be one for each picture, (batch, 1, 1, 1), and so can the timestep, (batch,).
     Source: Ho & Salimans, "Classifier-free diffusion guidance", 2022.
     """
-    if guidance == 1:
+    if not isinstance(guidance, torch.Tensor) and guidance == 1:
         return lambda x, t: unet(x, t, text).sample
 
     def predict(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        both = unet(torch.cat([x, x]), t, torch.cat([empty.expand_as(text), text])).sample
+        times = torch.cat([t, t]) if t.ndim else t
+        both = unet(torch.cat([x, x]), times, torch.cat([empty.expand_as(text), text])).sample
         without, with_text = both.chunk(2)
         return without + guidance * (with_text - without)
 

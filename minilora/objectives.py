@@ -1,7 +1,9 @@
 """What training makes small: the loop in training.py takes it as an argument.
 
-The ordinary objective is here; apps/distill.py and apps/smooth.py have others.
+The ordinary objective is here; apps/consistency.py and apps/smooth.py have others.
 """
+
+from dataclasses import is_dataclass
 
 import torch
 from torch import nn
@@ -12,10 +14,11 @@ from .diffusion import Schedule, denoising_loss, offset_noise
 
 
 class Objective:
-    """What training makes small: a loss, and what it does around the steps.
+    """What training makes small: a loss, and what it does around the steps."""
 
-    Its class name is part of what a run is a function of.
-    """
+    def name(self) -> str:
+        """Return the objective with its settings, if it has any: what is learnt is a function of that, too."""
+        return repr(self) if is_dataclass(self) else type(self).__name__
 
     def begin(self, unet: nn.Module, config: TrainConfig) -> None:
         """Look at the U-Net, with the LoRA in it, before the first step."""

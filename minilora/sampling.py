@@ -32,6 +32,11 @@ SCHEDULERS = {
 }
 
 
+def use_scheduler(base: Base, name: str) -> None:
+    """Let the base draw with the sampler of that name, with its own noise levels."""
+    base.pipeline.scheduler = getattr(diffusers, SCHEDULERS[name]).from_config(base.scheduler.config)
+
+
 @torch.no_grad()
 def draw(base: Base, prompt: str, seeds: Sequence[int], size: int, config: SampleConfig) -> list[Image.Image]:
     """Draw a prompt once for each seed, `size` pixels wide and high, with the steps and guidance of `config`."""
@@ -132,8 +137,7 @@ def sample(config: SampleConfig) -> Path:
         name = f"lora{number}"
         load_lora(base.pipeline, path, name, strength)
         strengths[name] = strength
-    scheduler = getattr(diffusers, SCHEDULERS[config.scheduler])
-    base.pipeline.scheduler = scheduler.from_config(base.scheduler.config)
+    use_scheduler(base, config.scheduler)
 
     seeds = [config.seed + i for i in range(config.count)]
 

@@ -116,7 +116,7 @@ def prepare(config: TrainConfig, objective: Objective, ranks: Ranks) -> Run:
     # Pictures and captions are encoded in float32: a VAE in half precision can overflow.
     encoders = Base(config.model, ranks.device)
     examples = Examples(items, config, resolution, encoders, len(base.schedule), ranks)
-    identity = _identity(config, base, examples) | {"objective": type(objective).__name__}
+    identity = _identity(config, base, examples) | {"objective": objective.name()}
     base.release("vae")  # the encoders go too, unless the examples keep them
 
     unet = base.unet.train()

@@ -268,16 +268,24 @@ def distances(base: Base, frames: torch.Tensor) -> list[float]:
     the layers and averaged over the places; and of that the root, since squares do not add up along
     a way.  Source: Zhang et al., "The unreasonable effectiveness of deep features as a perceptual metric", 2018.
     """
+    seen = encoder_features(base, frames)
+    return apart([layer[:-1] for layer in seen], [layer[1:] for layer in seen]).tolist()
+
+
+def apart(one: Sequence[torch.Tensor], other: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Return how far pictures look apart, each of one batch from its fellow in the other, (n,); see `distances`."""
+    units = [(F.normalize(a.float(), dim=1), F.normalize(b.float(), dim=1)) for a, b in zip(one, other, strict=True)]
+    return sum((a - b).square().sum(1).mean((1, 2)).cpu() for a, b in units).sqrt()
+
+
+@torch.no_grad()
+def encoder_features(base: Base, frames: torch.Tensor) -> list[torch.Tensor]:
+    """Return what the VAE's encoder sees in pictures, (n, 3, h, w), layer by layer; (n, channels, h', w') each."""
     encoder = base.vae.encoder
-    x = encoder.conv_in(frames.to(base.device, base.dtype))
-    seen = [x]
+    seen = [encoder.conv_in(frames.to(base.device, base.dtype))]
     for block in encoder.down_blocks:
         seen.append(block(seen[-1]))
-    total = torch.zeros(len(frames) - 1)
-    for features in seen:
-        unit = F.normalize(features.float(), dim=1)  # (frames, channels, h, w)
-        total += (unit[1:] - unit[:-1]).square().sum(1).mean((1, 2)).cpu()
-    return total.sqrt().tolist()
+    return seen
 
 
 def figures_of(base: Base, frames: torch.Tensor, pictures: Sequence[torch.Tensor]) -> dict[str, float]:

@@ -1,0 +1,162 @@
+"""Change the objective: train a LoRA on the base's own pictures for something else than denoising.
+
+    python -m minilora.apps.distill                       # four steps for fifty: consistency.py
+    python -m minilora.apps.distill --objective smooth    # pictures that change evenly: smooth.py
+
+What the base can draw is all there is to learn, so it draws its training pictures itself, of captions
+from a file, one a line.  Every 32nd caption is held out, to measure with.  Then the ordinary loop
+trains a LoRA, with the objective as its argument, and what it is for is measured with and without it.
+A run that was stopped goes on when the same command is given again.
+"""
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from ..commands import run
+from ..config import (
+    DATA,
+    MODEL,
+    MODEL_HELP,
+    OUTPUT,
+    PICTURES,
+    PRECISION_HELP,
+    PRECISIONS,
+    TRAINING,
+    ByBase,
+    Settings,
+    TrainConfig,
+    setting,
+)
+from ..distributed import Ranks, processes, wait_for_all
+from ..files import write_whole
+from ..lora import ATTENTION
+from ..models import DTYPES, Base, load_lora
+from ..sampling import save_picture
+from ..training import train
+from .consistency import LatentConsistency
+from .drawing import draw_pictures, read_captions
+from .fewsteps import few_steps
+from .report import write_figures
+from .smooth import SmoothDenoising, smoothness
+
+
+# Another objective changes more than the style of pictures: it is learnt in all the layers.
+ALL_LAYERS = (
+    *ATTENTION,
+    *("proj_in", "proj_out", "ff.net.0.proj", "ff.net.2", "time_emb_proj"),
+    *("conv1", "conv2", "conv_shortcut", "downsamplers.0.conv", "upsamplers.0.conv"),
+)
+
+
+@dataclass(frozen=True)
+class DistillConfig(Settings):
+    """Every setting of minilora.apps.distill."""
+
+    data: str | None = setting(None, "folder of pictures with captions; drawn by the base if not given", group=DATA)
+    captions: str | None = setting(
+        None, "file of captions, one a line; the bundled base's words if not given", group=DATA
+    )
+    pictures: int = setting(320, "pictures that the base draws to learn from", group=DATA)
+
+    objective: str = setting("lcm", "what is learnt", choices=("lcm", "smooth"), group=TRAINING)
+    guidance: tuple[float, ...] = setting(
+        ByBase((5.0, 10.0), (2.0, 4.0)),
+        "lowest and highest guidance that lcm learns to do without; drawn pictures have the middle",
+        group=TRAINING,
+    )
+    weight: float | None = setting(
+        None, "weight of the variation in --objective smooth; 1 if not given", group=TRAINING
+    )
+    train_steps: int | None = setting(None, "optimizer steps", group=TRAINING)
+    batch_size: int = setting(8, "pictures per optimizer step", group=TRAINING)
+    learning_rate: float = setting(ByBase(1e-4, 1e-3), "highest learning rate; it falls to 0", group=TRAINING)
+    seed: int = setting(0, "seed of every random draw", group=TRAINING)
+
+    model: str | None = setting(None, MODEL_HELP, group=MODEL)
+    rank: int = setting(ByBase(64, 32), "rank of the LoRA", group=MODEL)
+    targets: tuple[str, ...] = setting(ALL_LAYERS, "layers to adapt, as for train.py", group=MODEL)
+    precision: str = setting("fp32", PRECISION_HELP, choices=PRECISIONS, group=MODEL)
+
+    steps: int = setting(4, "steps to measure the LoRA of lcm with", group=PICTURES)
+    seeds: int = setting(2, "pictures of each held-out caption to measure with", group=PICTURES)
+
+    output: str | None = setting(None, "folder of the results; out/<objective> if not given", group=OUTPUT)
+
+    @property
+    def middle_guidance(self) -> float:
+        return sum(self.guidance) / 2
+
+    @classmethod
+    def following(cls, values: dict) -> dict:
+        objective = values.get("objective", "lcm")
+        steps = {"lcm": 700, "smooth": 200}.get(objective)
+        return super().following(values) | {"output": f"out/{objective}", "train_steps": steps}
+
+    def problems(self) -> list[str]:
+        wrong = self.out_of_range(1, "pictures train_steps batch_size rank steps seeds")
+        wrong += self.out_of_range(0, "learning_rate weight", strict=True) + self.out_of_range(0, "seed")
+        if len(self.guidance) != 2 or not 1 <= self.guidance[0] <= self.guidance[-1]:
+            given = ",".join(map(str, self.guidance))
+            wrong.append(f"--guidance is {given}; it takes two numbers, the lowest, at least 1, and the highest")
+        if self.weight is not None and self.objective != "smooth":
+            wrong.append(f"--weight has no effect on --objective {self.objective}")
+        return wrong
+
+    def objective_itself(self) -> LatentConsistency | SmoothDenoising:
+        if self.objective == "lcm":
+            return LatentConsistency(self.guidance)
+        return SmoothDenoising(self.weight or 1.0)
+
+
+def distill(config: DistillConfig) -> dict[str, float] | None:
+    """Train a LoRA for the objective, measure it, and return the figures (on the main process)."""
+    output = Path(config.output)
+    learnt, held_out = read_captions(config)
+    with processes() as ranks:
+        folder = config.data or draw_pictures(config, learnt, output / "pictures", ranks)
+        same = about_the_same(config, output / "distill.json", ranks)
+    settings = TrainConfig(
+        data=str(folder),
+        model=config.model,
+        rank=config.rank,
+        targets=config.targets,
+        steps=config.train_steps,
+        batch_size=config.batch_size,
+        learning_rate=config.learning_rate,
+        lr_schedule="cosine",
+        precision=config.precision,
+        seed=config.seed,
+        output=str(output),
+        checkpoint_every=min(100, config.train_steps),
+        resume=same,
+    )
+    lora = train(settings, config.objective_itself())
+    if not ranks.is_main:
+        return None
+    base = Base(config.model, ranks.device, DTYPES[config.precision])
+    load_lora(base.unet, lora)
+    measure = few_steps if config.objective == "lcm" else smoothness
+    figures, picture = measure(base, held_out, Path(folder), config)
+    write_figures(output, figures)
+    save_picture(picture, output / f"{config.objective}.png")
+    print(f"wrote {output / f'{config.objective}.png'}")
+    return figures
+
+
+def about_the_same(config: DistillConfig, about: Path, ranks: Ranks) -> bool:
+    """Take down the settings of this run, and return whether they were those of the last one, too."""
+    settings = json.dumps(asdict(config), indent=2) + "\n"
+    same = about.exists() and about.read_text() == settings
+    wait_for_all()  # all look before it is written
+    if ranks.is_main:
+        write_whole(about, settings.encode())
+    return same
+
+
+def main() -> None:
+    run(DistillConfig, distill, "Train a LoRA to draw in few steps, or smoothly.")
+
+
+if __name__ == "__main__":
+    main()

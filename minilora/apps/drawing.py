@@ -1,0 +1,84 @@
+"""Pictures that the base draws itself: of captions to learn from, and of captions held out to measure with."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from .. import draws
+from ..config import SampleConfig, UserError
+from ..data import as_picture
+from ..ddim import Levels, ddim_draw, guided
+from ..distributed import Ranks, wait_for_all
+from ..files import write_whole
+from ..models import BUNDLED, DTYPES, Base
+from ..sampling import save_picture
+
+HELD_OUT = 32  # one caption in so many is kept to measure with
+TOGETHER = 8  # pictures drawn in one pass
+STYLES = ("", ", noto style", ", twemoji style")  # what the bundled base's captions end with
+
+
+def read_captions(config) -> tuple[list[str], list[str]]:
+    """Return the captions to learn from and those held out, with the styles that the bundled base knows."""
+    path = Path(config.captions or BUNDLED / "captions.txt")
+    try:
+        names = path.read_text().splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--captions {path}: it cannot be read as text ({error})") from error
+    names = [name.strip() for name in names if name.strip()]
+    if len(names) < 2:
+        raise UserError(f"--captions {path}: it has {len(names)} captions; one is held out, and one more is needed")
+    held_out = names[::HELD_OUT]
+    learnt = [name for number, name in enumerate(names) if number % HELD_OUT]
+    if config.model is not None:
+        return learnt, held_out
+    return (
+        [f"{name}{style}" for name in learnt for style in STYLES],
+        [f"{name}{STYLES[1 + number % 2]}" for number, name in enumerate(held_out)],
+    )
+
+
+def draw_pictures(config, captions: Sequence[str], folder: Path, ranks: Ranks) -> Path:
+    """Draw pictures of captions by the base, each process its share, and return their folder.
+
+    What was drawn before by the same settings is not drawn again.
+    """
+    chosen = [captions[draws.picture_at(config.seed, p, len(captions))] for p in range(config.pictures)]
+    files = [folder / f"{position:05d}.png" for position in range(config.pictures)]
+    steps = SampleConfig(prompt=(*captions[:1],), model=config.model).steps
+    settings = [config.model, config.precision, config.seed, config.middle_guidance, steps, chosen]
+    about, said = folder / "drawn.json", json.dumps(settings) + "\n"
+    other = not about.exists() or about.read_text() != said
+    wait_for_all()
+    if ranks.is_main and other:
+        for path in folder.glob("*.png"):
+            path.unlink()
+        write_whole(about, said.encode())
+        rows = [json.dumps({"file_name": f.name, "text": c}) for f, c in zip(files, chosen, strict=True)]
+        write_whole(folder / "metadata.jsonl", ("\n".join(rows) + "\n").encode())
+    wait_for_all()
+    base = Base(config.model, ranks.device, DTYPES[config.precision])
+    missing = [position for position in range(config.pictures) if not files[position].exists()]
+    mine = missing[ranks.rank :: ranks.world]
+    for start in tqdm(range(0, len(mine), TOGETHER), "draw", disable=not (ranks.is_main and mine)):
+        positions = mine[start : start + TOGETHER]
+        shape = (base.unet.config.in_channels, *[base.unet.config.sample_size] * 2)
+        noise = torch.stack([draws.gaussian(config.seed, "drawn picture", p, shape) for p in positions])
+        pictures = draw_from(base, noise, [chosen[p] for p in positions], steps, config.middle_guidance)
+        for position, picture in zip(positions, pictures, strict=True):
+            save_picture(as_picture(picture), files[position])
+    wait_for_all()
+    return folder
+
+
+def draw_from(base: Base, noise: torch.Tensor, captions: Sequence[str], steps: int, guidance: float) -> torch.Tensor:
+    """Return the pictures of noises, (n, channels, h, w), each with its caption; (n, 3, h', w') in [-1, 1]."""
+    texts = torch.stack([base.encode_prompt(caption) for caption in captions]).to(base.device)
+    empty = base.encode_prompt("").to(base.device)
+    levels = Levels.of(base.scheduler, steps, base.device)
+    with torch.autocast(base.device.type, base.dtype, enabled=base.dtype != torch.float32):
+        predict = guided(base.unet, texts, empty, guidance)
+        return base.decode_latents(ddim_draw(predict, noise.to(base.device), levels).float())

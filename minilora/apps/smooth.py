@@ -1,0 +1,115 @@
+"""Smooth Diffusion: a LoRA with which the picture changes as much as the noise does, everywhere alike.
+
+Between two noises there are others, and the pictures drawn from them often stay the same for a while
+and then jump.  How much the picture x̂₀ that is seen in x_t changes with the noise ε in it is its
+Jacobian J = ∂x̂₀ / ∂ε.  For a random direction Δ, as likely one way as any other,
+
+    variation = ‖√(1 − ᾱ_t) · Jᵀ Δ‖,        Jᵀ Δ = ∂⟨x̂₀, Δ⟩ / ∂ε,        Δ ~ N(0, I / n)
+    loss      = ordinary loss + λ · (variation − a)²
+
+where a, the variation that is asked of every picture, timestep and direction alike, is the mean of those
+seen so far (with a memory of about 100 steps, from 0 at the beginning).  It is the path length
+regularisation of StyleGAN2, done at one step of diffusion.
+
+Sources: Guo et al., "Smooth Diffusion: crafting smooth latent spaces in diffusion models", 2023,
+section 3; Karras et al., "Analyzing and improving the image quality of StyleGAN", 2020.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from diffusers.models.attention_processor import AttnProcessor
+from PIL import Image
+from torch import nn
+
+from .. import draws
+from ..config import SampleConfig, TrainConfig
+from ..data import Batch, as_picture
+from ..diffusion import Schedule, add_noise, clean_and_noise, denoising_loss
+from ..distributed import mean_over_ranks
+from ..lora import set_lora_scale
+from ..models import Base
+from ..objectives import Objective
+from ..sampling import sheet
+from .drawing import draw_from
+from .morph import distances, slerp
+
+DECAY = 0.01  # share of the newest step in a
+WAYS = 6  # between two noises each, to measure
+FRAMES = 13  # of each, the two ends among them
+
+
+@dataclass
+class SmoothDenoising(Objective):
+    """Predict the noise, and let x̂₀ vary alike with every change of it; `weight` is λ."""
+
+    weight: float = 1.0
+
+    def begin(self, unet: nn.Module, config: TrainConfig) -> None:
+        # A derivative of a derivative is needed, which the fused attention does not have.
+        unet.set_attn_processor(AttnProcessor())
+        self.mean = torch.zeros((), device=unet.device)  # a
+        self.seen: list[torch.Tensor] = []  # of this step, one for each micro-batch
+
+    def loss(self, unet: nn.Module, batch: Batch, schedule: Schedule, config: TrainConfig) -> torch.Tensor:
+        noise = batch.noise.clone().requires_grad_()
+        output = unet(add_noise(batch.latents, noise, batch.timesteps, schedule), batch.timesteps, batch.text)
+        loss = denoising_loss(
+            lambda *_: output, batch.latents, batch.text, batch.noise, batch.timesteps, schedule, config.snr_gamma
+        )
+        variation = self.variation(output.sample.float(), noise, batch, schedule, config.seed)
+        self.seen.append(variation.detach().mean())
+        return loss + self.weight * (variation - self.mean).square()  # (batch,)
+
+    def variation(
+        self, prediction: torch.Tensor, noise: torch.Tensor, batch: Batch, schedule: Schedule, seed: int
+    ) -> torch.Tensor:
+        """Return ‖√(1 − ᾱ_t) · Jᵀ Δ‖ for each picture, (batch,), of which the derivative can be taken again."""
+        alpha_bar = schedule.alpha_bar(batch.timesteps)
+        noisy = add_noise(batch.latents, noise, batch.timesteps, schedule)
+        clean, _ = clean_and_noise(prediction, noisy, alpha_bar, schedule.prediction_type)
+        shape = tuple(clean.shape[1:])
+        directions = torch.stack([draws.gaussian(seed, "direction", p, shape) for p in batch.positions]).to(clean)
+        directions = directions / clean[0].numel() ** 0.5  # of length about 1
+        (change,) = torch.autograd.grad((clean * directions).sum(), noise, create_graph=True)
+        return ((1 - alpha_bar).sqrt() * change).flatten(1).norm(dim=1)
+
+    @torch.no_grad()
+    def after_step(self) -> None:
+        newest = mean_over_ranks(torch.stack(self.seen).mean())
+        self.mean.lerp_(newest, DECAY)
+        self.seen.clear()
+
+    def state(self) -> dict[str, torch.Tensor]:
+        return {"mean variation": self.mean}
+
+
+# ------------------------------------------------------------------------------------------- figures
+
+
+def smoothness(base: Base, captions: Sequence[str], learnt: Path, config) -> tuple[dict[str, float], Image.Image]:
+    """Draw what lies between two noises, without and with the LoRA; return how evenly it changes, and a sheet."""
+    steps = SampleConfig(prompt=("any",), model=config.model).steps
+    shape = (base.unet.config.in_channels, *[base.unet.config.sample_size] * 2)
+    times = torch.linspace(0, 1, FRAMES).tolist()
+    figures, rows, labels = {}, [], []
+    for name, strength in (("base", 0.0), ("LoRA", 1.0)):
+        set_lora_scale(base.unet, strength)
+        ways = []
+        for number, caption in enumerate(captions[:WAYS]):
+            a, b = (draws.gaussian(config.seed, f"end {end}", number, shape) for end in "ab")
+            noise = torch.stack([slerp(a, b, t) for t in times])
+            frames = draw_from(base, noise, [caption] * FRAMES, steps, config.middle_guidance)
+            ways.append(torch.tensor(distances(base, frames)))
+            if number < 3:
+                rows.append([as_picture(frame) for frame in frames[::2]])
+                labels.append(f"{caption}, {name}")
+        far = torch.stack(ways)  # (ways, frames - 1)
+        figures[f"distance between neighbouring frames, {name}"] = far.mean().item()
+        figures[f"its standard deviation along the way, {name}"] = far.std(1).mean().item()
+        figures[f"largest jump between frames, {name}"] = far.max(1).values.mean().item()
+    order = [row + which for row in range(len(rows) // 2) for which in (0, len(rows) // 2)]
+    columns = [f"frame {number + 1}" for number in range(0, FRAMES, 2)]
+    return figures, sheet([rows[i] for i in order], columns, [labels[i] for i in order])
