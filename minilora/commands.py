@@ -119,7 +119,7 @@ def _default_words(field) -> str:
         return f" (default {default.usual}; {default.bundled} on the bundled base)"
     if default is None or default is False or default in ((), ""):
         return ""
-    return f" (default {','.join(default) if isinstance(default, tuple) else default})"
+    return f" (default {','.join(map(str, default)) if isinstance(default, tuple) else default})"
 
 
 def _comma_list(kind: type):

@@ -212,9 +212,18 @@ class SampleConfig(Settings):
         "factors on the strengths of --lora to compare, with commas between (--scales=-1,0,1): one column each",
         group=MODEL,
     )
+    grid: tuple[float, ...] = setting(
+        (),
+        "factors on the strengths of two --lora: a row each for the first, a column each for the second",
+        group=MODEL,
+    )
     precision: str = setting("fp32", PRECISION_HELP, choices=PRECISIONS, group=MODEL)
 
-    output: str = setting("out/sample.png", "picture to write; several go on one sheet", group=OUTPUT)
+    output: str = setting(
+        "out/sample.png",
+        "picture to write, several on one sheet; or a folder, for single ones with their prompts as captions",
+        group=OUTPUT,
+    )
 
     def problems(self) -> list[str]:
         wrong = [] if self.prompt else ["--prompt is needed: what to draw, for example --prompt 'red apple'"]
@@ -222,8 +231,19 @@ class SampleConfig(Settings):
         wrong += self.out_of_range(0, "seed")
         if self.scales and not self.lora:
             wrong.append("--scales needs a --lora whose strength it changes")
-        if not all(math.isfinite(scale) for scale in self.scales):
-            wrong.append(f"--scales is {','.join(map(str, self.scales))}; each must be a finite number")
+        if self.grid and len(self.lora) != 2:
+            wrong.append(f"--grid mixes two --lora, not {len(self.lora)}")
+        if self.grid and (len(self.prompt) > 1 or self.count > 1):
+            wrong.append("--grid takes one --prompt and one --count: it fills a sheet with it")
+        if self.grid and self.scales:
+            wrong.append("--grid and --scales cannot be given at once")
+        for name in ("scales", "grid"):
+            if not all(math.isfinite(factor) for factor in getattr(self, name)):
+                wrong.append(f"--{name} is {','.join(map(str, getattr(self, name)))}; each must be a finite number")
+        if (self.scales or self.grid) and not Path(self.output).suffix:
+            wrong.append(
+                f"--output {self.output}: --scales and --grid make one sheet, whose name ends as a picture's does"
+            )
         if self.negative and self.guidance == 1:
             wrong.append("--negative has no effect at --guidance 1, which is without guidance")
         return wrong

@@ -125,43 +125,57 @@ def before_after(base: Base, item: Item, size: int, config: SampleConfig) -> Ima
 
 
 def sample(config: SampleConfig) -> Path:
-    """Draw what `config` asks for and return the path of the picture."""
-    picture_format(Path(config.output))  # before the work, not after it
+    """Draw what `config` asks for and return the path of the picture, or of the folder."""
+    path = Path(config.output)
+    names = numbered_in(path, len(config.prompt) * config.count)
+    if path.suffix:
+        picture_format(path)  # both before the work, not after it
     base = Base(config.model, this_device(), DTYPES[config.precision])
     size = config.size or base.resolution
     if size % base.side_multiple:
         raise UserError(f"--size is {size}; this base needs a multiple of {base.side_multiple}")
-    strengths = {}
-    for number, text in enumerate(config.lora):
-        path, strength = split_strength(text)
-        name = f"lora{number}"
-        load_lora(base.pipeline, path, name, strength)
-        strengths[name] = strength
+    strengths = load_loras(base, config.lora)
     use_scheduler(base, config.scheduler)
-
     seeds = [config.seed + i for i in range(config.count)]
 
-    def draw_all(prompt: str) -> list[Image.Image]:
-        return draw(base, prompt, seeds, size, config)
+    def draw_all(*factors: float) -> list[list[Image.Image]]:
+        """Draw every prompt, a list of seeds each, with the strengths times these factors, merged for speed."""
+        with merged_at(base, {name: strengths[name] * f for name, f in zip(strengths, factors, strict=True)}):
+            return [draw(base, prompt, seeds, size, config) for prompt in config.prompt]
 
     if config.scales:
-        columns = []
-        for scale in config.scales:
-            with merged_at(base, {name: scale * strengths[name] for name in strengths}):
-                columns.append([picture for prompt in config.prompt for picture in draw_all(prompt)])
+        columns = [[p for row in draw_all(*[scale] * len(strengths)) for p in row] for scale in config.scales]
         rows = [list(row) for row in zip(*columns, strict=True)]
         labels = [f"{prompt}, seed {seed}" for prompt in config.prompt for seed in seeds]
         result = sheet(rows, [f"scale {scale:g}" for scale in config.scales], labels)
+    elif config.grid:
+        first, second = (split_strength(text)[0].name for text in config.lora)
+        rows = [[draw_all(one, other)[0][0] for other in config.grid] for one in config.grid]
+        result = sheet(rows, [f"{second} {f:g}" for f in config.grid], [f"{first} {f:g}" for f in config.grid])
     else:
-        with merged_at(base, strengths):  # for speed; in float32 the picture is the same
-            rows = [draw_all(prompt) for prompt in config.prompt]
-        labels = [f"seed {seed}" for seed in seeds]
+        rows = draw_all(*[1.0] * len(strengths))
         single = len(rows) == len(seeds) == 1
-        result = rows[0][0] if single else sheet(rows, labels, list(config.prompt))
-    path = Path(config.output)
-    save_picture(result, path)
+        result = rows[0][0] if single else sheet(rows, [f"seed {seed}" for seed in seeds], list(config.prompt))
+    if path.suffix:
+        save_picture(result, path)
+    else:
+        captions = [caption for caption in config.prompt for _ in seeds]
+        for picture, name in zip((p for row in rows for p in row), names, strict=True):
+            save_picture(picture, path / name)
+        lines = [json.dumps({"file_name": n, "text": c}) + "\n" for n, c in zip(names, captions, strict=True)]
+        write_whole(path / "metadata.jsonl", "".join(lines).encode())
     print(f"wrote {path}")
     return path
+
+
+def load_loras(base: Base, texts: Sequence[str]) -> dict[str, float]:
+    """Put LoRAs, each "path" or "path:strength", into a base; return their strengths by the names they got there."""
+    strengths = {}
+    for number, text in enumerate(texts):
+        path, strength = split_strength(text)
+        load_lora(base.pipeline, path, f"lora{number}", strength)
+        strengths[f"lora{number}"] = strength
+    return strengths
 
 
 # ------------------------------------------------------------------------------- sheets
@@ -193,6 +207,15 @@ def save_picture(picture: Image.Image, path: Path) -> None:
         about.add_text("sheet", picture.info["sheet"])
     picture.save(content, picture_format(path), pnginfo=about)
     write_whole(path, content.getvalue())
+
+
+def numbered_in(folder: Path, count: int) -> list[str]:
+    """Return names for so many pictures; UserError if the folder holds others, which would have no captions."""
+    names = [f"{number:04d}.png" for number in range(1, count + 1)]
+    others = {path.name for path in folder.glob("*")} - {*names, "metadata.jsonl"}
+    if others:
+        raise UserError(f"--output {folder}: {min(others)} is there already; choose another folder, or delete it")
+    return names
 
 
 def picture_format(path: Path) -> str:

@@ -13,15 +13,13 @@ import argparse
 import json
 import time
 from collections.abc import Callable, Sequence
-from itertools import pairwise
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from PIL import Image
-from torch import nn
 
 from minilora import draws
+from minilora.apps.classifier import share_right, train_classifier
 from minilora.config import SampleConfig, TrainConfig
 from minilora.data import as_tensor, cut_square, open_picture
 from minilora.diffusion import denoising_loss
@@ -80,35 +78,6 @@ def held_out_loss(base: Base, pictures: Sequence[tuple[Path, str]]) -> float:
     return torch.cat(losses).mean().item()
 
 
-def train_classifier(pixels: torch.Tensor, styles: torch.Tensor) -> nn.Module:
-    """Train a small convolutional network to tell the drawing styles apart."""
-    torch.manual_seed(SEED)
-    widths = (3, 16, 32, 64, 64)
-    layers: list[nn.Module] = []
-    for before, after in pairwise(widths):
-        layers += [nn.Conv2d(before, after, 3, stride=2, padding=1), nn.BatchNorm2d(after), nn.ReLU()]
-    model = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, len(STYLES)))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.05)
-    for step in range(600):
-        random = draws.generator(SEED, "classifier", step)
-        chosen = torch.from_numpy(random.integers(len(pixels), size=64))
-        batch = pixels[chosen]
-        batch = batch.flip(-1) if random.random() < 0.5 else batch
-        # Noise and shifts, so that it is the drawing that counts and not single pixels.
-        batch = torch.roll(batch, tuple(random.integers(-4, 5, size=2)), dims=(2, 3))
-        batch = batch + 0.05 * draws.gaussian(SEED, "classifier noise", step, tuple(batch.shape))
-        F.cross_entropy(model(batch), styles[chosen]).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    return model.eval()
-
-
-@torch.no_grad()
-def share_called_fluent(classifier: nn.Module, pictures: list[Image.Image]) -> float:
-    pixels = torch.stack([as_tensor(picture) for picture in pictures])
-    return (classifier(pixels).argmax(1) == STYLES.index("fluent")).float().mean().item()
-
-
 def measure_base(base: Base, drawings: list[Drawing], unseen: list[Named], photographs: list[Path], note: Note) -> None:
     """Measure the VAE and the U-Net, and draw the contact sheet."""
     held_out = [d for d in drawings if d.held_out]
@@ -150,16 +119,16 @@ def measure_lora(
     pixels = through_vae(base, pixels_of([path for path, _ in known]))
     styles = torch.tensor([style for _, style in known])
     test = torch.arange(len(known)) % 5 == 0
-    classifier = train_classifier(pixels[~test], styles[~test])
-    with torch.no_grad():
-        right = (classifier(pixels[test]).argmax(1) == styles[test]).float().mean().item()
+    classifier = train_classifier(pixels[~test], styles[~test], SEED)
+    right = share_right(classifier, pixels[test], styles[test])
     note(f"style classifier, right on {int(test.sum())} pictures kept from it", f"{right:.1%}")
     learnt = {name for line in (fluent / "metadata.jsonl").open() for name in json.loads(line)["text"]}
     prompts = [prompt for prompt in PROMPTS if prompt not in learnt]
     for strength in (0.0, 0.5, 1.0):
         with merged_at(base, {"default": strength}):
             drawn = [picture for prompt in prompts for picture in draw(base, prompt, range(2), SIZE, DRAWING)]
-        share = share_called_fluent(classifier, drawn)
+        pixels = torch.stack([as_tensor(picture) for picture in drawn])
+        share = share_right(classifier, pixels, torch.full((len(drawn),), STYLES.index("fluent")))
         note(
             f"called Fluent, {len(drawn)} pictures of {len(prompts)} prompts not learnt, LoRA at {strength:g}",
             f"{share:.1%}",

@@ -1,0 +1,226 @@
+"""Restyle: draw a picture again, in the style of a LoRA.
+
+    python -m minilora.apps.restyle PICTURE --prompt TEXT --lora out/fluent:0.8 --strength 0.5
+    python -m minilora.apps.restyle FOLDER --lora out/fluent --scales 0,0.25,0.5,0.75,1 --style dataset/fluent
+
+The picture gets noise, but not all the way, and is drawn from there with the LoRA: x_t at t = strength · T,
+
+    x_t = √ᾱ_t · x₀ + √(1 − ᾱ_t) · ε          W + s · ΔW
+
+so large shapes stay, and what is drawn last, the style, is new.  More strength leaves less of the picture;
+more scale s gives more of the style.  A ControlNet can hold on to the picture's edges (canny.py).
+
+With --style, a folder of pictures in the style, a classifier (classifier.py) says how much of it has come in:
+it learns to tell them from what the base draws for the same captions, both as the VAE shows them.
+
+Sources: Meng et al., "SDEdit", 2021; Zhang et al., "Adding conditional control to text-to-image diffusion
+models", 2023.  The denoising itself is diffusers' image-to-image pipelines.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from diffusers import ControlNetModel, StableDiffusionControlNetImg2ImgPipeline, StableDiffusionImg2ImgPipeline
+from PIL import Image
+
+from ..commands import run
+from ..config import (
+    DATA,
+    MODEL,
+    MODEL_HELP,
+    OUTPUT,
+    PICTURES,
+    PRECISION_HELP,
+    PRECISIONS,
+    ByBase,
+    SampleConfig,
+    Settings,
+    TrainConfig,
+    UserError,
+    setting,
+)
+from ..data import Item, as_tensor, cut_square, open_picture, read_folder
+from ..distributed import this_device
+from ..models import DTYPES, Base
+from ..sampling import TOGETHER, draw, load_loras, merged_at, save_picture, sheet
+from .canny import canny
+from .classifier import probability, share_right, train_classifier
+from .report import write_figures
+
+SHOWN = 8  # pictures on the sheet
+
+
+@dataclass(frozen=True)
+class RestyleConfig(Settings):
+    """Every setting of minilora.apps.restyle."""
+
+    data: tuple[str, ...] = setting((), "the picture, or a folder of pictures with captions", group=DATA, bare=True)
+    prompt: str | None = setting(None, "what they show, where the folder does not say", group=DATA)
+
+    strength: float = setting(0.5, "how much is drawn anew, from 0 to 1", group=PICTURES)
+    steps: int = setting(ByBase(50, 30), "denoising steps at strength 1, and in proportion", group=PICTURES)
+    guidance: float = setting(
+        ByBase(7.5, 3.0), "how strongly the prompt is followed; 1 is without guidance", group=PICTURES
+    )
+    negative: str = setting("", "what to keep away from", group=PICTURES)
+    seed: int = setting(0, "seed of the first picture; the next ones count up", group=PICTURES)
+    controlnet: str | None = setting(None, "diffusers folder of a ControlNet for Canny edges", group=PICTURES)
+    style: str | None = setting(
+        None, "folder of pictures in the style, to measure how much of it has come in", group=DATA
+    )
+
+    model: str | None = setting(None, MODEL_HELP, group=MODEL)
+    lora: tuple[str, ...] = setting(
+        (), "LoRA, optionally with a strength: out/fluent:0.8; may be repeated", repeat=True, group=MODEL
+    )
+    scales: tuple[float, ...] = setting(
+        (1.0,), "factors on the strengths of --lora to compare, with commas between: one row each", group=MODEL
+    )
+    precision: str = setting("fp32", PRECISION_HELP, choices=PRECISIONS, group=MODEL)
+
+    output: str | None = setting(None, "folder of the results; out/restyle-<name> if not given", group=OUTPUT)
+
+    @classmethod
+    def following(cls, values: dict) -> dict:
+        names = values.get("data", ())
+        return super().following(values) | {"output": f"out/restyle-{Path(names[0]).stem}" if names else None}
+
+    def problems(self) -> list[str]:
+        wrong = [] if len(self.data) == 1 else [f"restyle takes one picture or folder, not {len(self.data)}"]
+        wrong += [] if self.lora else ["--lora is needed: the style"]
+        wrong += self.out_of_range(1, "steps guidance") + self.out_of_range(0, "seed")
+        wrong += self.out_of_range(0, "strength", high=1, strict=True)
+        if not wrong and self.strength * self.steps < 1:
+            wrong.append(f"--strength {self.strength} of --steps {self.steps} is less than one step")
+        return wrong
+
+
+def restyle(config: RestyleConfig) -> dict[str, float]:
+    """Draw pictures again at each scale of the LoRAs, write them, and return the figures."""
+    output, [data] = Path(config.output), config.data
+    items = read_pictures(data, config.prompt, "")
+    base = Base(config.model, this_device(), DTYPES[config.precision])
+    strengths = load_loras(base, config.lora)
+    draw_again = pipeline_for(base, config)
+    pictures = [cut_square(open_picture(item.path), base.resolution) for item in items]
+    captions = [item.captions[0] for item in items]
+
+    figures: dict[str, float] = {}
+    style = None
+    if config.style:
+        style, figures["style told right in pictures kept from the classifier"] = learn_style(base, config)
+    rows, likely, far = [], [], []
+    for scale in config.scales:
+        with merged_at(base, {name: scale * strength for name, strength in strengths.items()}):
+            drawn = draw_again(pictures, captions)
+        for number, (item, picture) in enumerate(zip(items, drawn, strict=True), start=1):
+            save_picture(picture, output / f"scale-{scale:g}" / f"{number:04d}-{item.path.stem}.png")
+        rows.append(drawn)
+        far.append(distance(pictures, drawn))
+        figures[f"distance to the pictures, in levels of 255, scale {scale:g}"] = far[-1]
+        if style is not None:
+            likely.append(probability(style, pixels_of(drawn), kind=1).mean().item())
+            figures[f"probability of the style, scale {scale:g}"] = likely[-1]
+    curves = {"distance to the pictures": (config.scales, far)}
+    write_figures(output, figures, curves | ({"probability of the style": (config.scales, likely)} if likely else {}))
+    shown = [row[:SHOWN] for row in ([pictures, *rows])]
+    labels = ["the pictures", *(f"scale {scale:g}" for scale in config.scales)]
+    save_picture(sheet(shown, captions[:SHOWN], labels), output / "restyled.png")
+    print(f"wrote {output / 'restyled.png'}, and every picture beside it")
+    return figures
+
+
+def read_pictures(name: str, caption: str | None, option: str) -> list[Item]:
+    """Return the pictures of a folder with their captions, or one picture, as training reads them."""
+    try:
+        return read_folder(TrainConfig(data=name, caption=caption))
+    except UserError as error:  # which names train.py's options
+        raise UserError(str(error).replace("--data ", option).replace("--caption", "--prompt")) from error
+
+
+def pipeline_for(base: Base, config: RestyleConfig):
+    """Return what draws pictures again, each with its caption and a seed of its own."""
+    kind, more = StableDiffusionImg2ImgPipeline, {}
+    if config.controlnet:
+        kind, more = StableDiffusionControlNetImg2ImgPipeline, {"controlnet": load_controlnet(config.controlnet, base)}
+    pipeline = kind(**base.pipeline.components, **more, requires_safety_checker=False)
+    pipeline.set_progress_bar_config(disable=True)
+
+    @torch.no_grad()
+    def draw_again(pictures: Sequence[Image.Image], captions: Sequence[str]) -> list[Image.Image]:
+        drawn = []
+        for start in range(0, len(pictures), TOGETHER):
+            part = pictures[start : start + TOGETHER]
+            edges = {"control_image": [canny(picture) for picture in part]} if config.controlnet else {}
+            drawn += pipeline(
+                list(captions[start : start + TOGETHER]),
+                image=list(part),
+                **edges,
+                strength=config.strength,
+                num_inference_steps=config.steps,
+                guidance_scale=config.guidance,
+                negative_prompt=[config.negative] * len(part),
+                generator=[torch.Generator("cpu").manual_seed(config.seed + start + i) for i in range(len(part))],
+            ).images
+        return drawn
+
+    return draw_again
+
+
+def load_controlnet(folder: str, base: Base) -> ControlNetModel:
+    """Load a ControlNet; UserError if there is none or it was made for another base."""
+    if not Path(folder).is_dir():
+        raise UserError(f"--controlnet {folder}: there is no such folder")
+    options = {"torch_dtype": base.dtype, "use_safetensors": True, "low_cpu_mem_usage": False}
+    try:
+        controlnet = ControlNetModel.from_pretrained(folder, **options)
+    except (OSError, ValueError) as error:
+        raise UserError(f"--controlnet {folder}: it does not load ({str(error).splitlines()[0]})") from error
+    for key in ("in_channels", "block_out_channels", "cross_attention_dim"):
+        theirs, ours = getattr(controlnet.config, key), getattr(base.unet.config, key)
+        if theirs != ours:
+            raise UserError(f"--controlnet {folder}: made for another base; its {key} is {theirs}, the base's {ours}")
+    pixels = 2 ** (len(controlnet.config.conditioning_embedding_out_channels) - 1)
+    if pixels != base.pixels_per_latent:
+        wanted = f"the base has {base.pixels_per_latent} pixels to a latent"
+        raise UserError(f"--controlnet {folder}: made for another base; it has {pixels}, {wanted}")
+    return controlnet.requires_grad_(False).eval().to(base.device)
+
+
+# ------------------------------------------------------------------------------------------- figures
+
+
+def pixels_of(pictures: Sequence[Image.Image]) -> torch.Tensor:
+    return torch.stack([as_tensor(picture) for picture in pictures])  # (n, 3, h, w)
+
+
+def distance(pictures: Sequence[Image.Image], drawn: Sequence[Image.Image]) -> float:
+    """Return the root of the mean square difference, in levels of 255, mean over the pictures."""
+    difference = (pixels_of(pictures) - pixels_of(drawn)) * 127.5
+    return difference.square().mean(dim=(1, 2, 3)).sqrt().mean().item()
+
+
+def learn_style(base: Base, config: RestyleConfig) -> tuple[torch.nn.Module, float]:
+    """Return a classifier whose kind 1 is the style, and how often it is right on pictures kept from it."""
+    items = read_pictures(config.style, config.prompt, "--style ")
+    seen = pixels_of([cut_square(open_picture(item.path), base.resolution) for item in items])
+    latents = [base.encode_picture(picture)[0][None].to(base.device) for picture in seen]
+    ours = torch.cat([base.decode_latents(x) for x in latents])
+    how = SampleConfig(prompt=("any",), model=config.model)
+    with merged_at(base, {f"lora{number}": 0.0 for number in range(len(config.lora))}):
+        theirs = [draw(base, item.captions[0], [n], base.resolution, how)[0] for n, item in enumerate(items)]
+    pixels = torch.cat([pixels_of(theirs), ours.cpu()])
+    kinds = torch.arange(2).repeat_interleave(len(items))  # 0: the base's, 1: the style
+    kept = torch.arange(len(pixels)) % 5 == 0
+    model = train_classifier(pixels[~kept], kinds[~kept])
+    return model, share_right(model, pixels[kept], kinds[kept])
+
+
+def main() -> None:
+    run(RestyleConfig, restyle, "Draw pictures again in the style of a LoRA.")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,251 @@
+"""apps/restyle, its edges and its classifier; grids and folders of sample.py, which it draws with."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import make_picture
+from diffusers import ControlNetModel, StableDiffusionImg2ImgPipeline
+from PIL import Image
+from test_models import write_a_lora
+
+from minilora.apps.canny import canny, follow
+from minilora.apps.classifier import probability, share_right, train_classifier
+from minilora.apps.restyle import RestyleConfig, restyle
+from minilora.config import SampleConfig, TrainConfig, UserError
+from minilora.data import cut_square, open_picture, read_folder
+from minilora.models import Base
+from minilora.sampling import sample
+
+CPU = torch.device("cpu")
+SCALES = (0.0, 0.5, 1.0)
+
+
+@pytest.fixture
+def lora(tmp_path) -> str:
+    write_a_lora(tmp_path / "lora" / "pytorch_lora_weights.safetensors")
+    return str(tmp_path / "lora")
+
+
+@pytest.fixture
+def command(tiny_base, pictures, lora, tmp_path):
+    """Run restyle with settings for the tiny base; return the pictures that it drew, one array for each scale."""
+
+    def command(**settings) -> list[np.ndarray]:
+        output = tmp_path / "out"
+        given = {"model": str(tiny_base), "lora": (lora,), "scales": SCALES, "steps": 4, "output": str(output)}
+        restyle(RestyleConfig(**({"data": (str(pictures),)} | given | settings)))
+        folders = [output / f"scale-{scale:g}" for scale in (given | settings)["scales"]]
+        return [np.stack([np.array(Image.open(p)) for p in sorted(folder.glob("*.png"))]) for folder in folders]
+
+    return command
+
+
+def test_at_scale_0_it_is_the_base_as_diffusers_has_it(command, tiny_base, pictures, tmp_path):
+    ours = command()[0]
+    pipeline = StableDiffusionImg2ImgPipeline.from_pretrained(tiny_base)
+    for number, item in enumerate(read_folder(TrainConfig(data=str(pictures)))):
+        [theirs] = pipeline(
+            item.captions[0],
+            image=cut_square(open_picture(item.path), 16),
+            strength=0.5,
+            num_inference_steps=4,
+            guidance_scale=7.5,
+            generator=torch.Generator().manual_seed(number),
+        ).images
+        # Drawn four at once there, one by one here: float32 rounding, at most one level of 255.
+        assert np.abs(ours[number].astype(int) - np.array(theirs)).max() <= 1
+
+
+def test_the_figures_are_those_of_the_pictures_that_are_written(command, pictures, tmp_path):
+    drawn = command(style=str(pictures))
+    content = json.loads((tmp_path / "out" / "figures.json").read_text())
+    inputs = np.stack([np.array(cut_square(open_picture(p), 16)) for p in sorted(pictures.glob("*.png"))])
+    for scale, there in zip(SCALES, drawn, strict=True):
+        far = np.sqrt(((there.astype(float) - inputs) ** 2).mean((1, 2, 3))).mean()
+        assert content["figures"][f"distance to the pictures, in levels of 255, scale {scale:g}"] == pytest.approx(far)
+        assert 0 <= content["figures"][f"probability of the style, scale {scale:g}"] <= 1
+    assert content["curves"].keys() == {"distance to the pictures", "probability of the style"}
+    assert len({there.tobytes() for there in drawn}) == len(SCALES)
+
+
+def test_less_strength_leaves_more_of_the_picture(command, pictures):
+    inputs = np.stack([np.array(cut_square(open_picture(p), 16)) for p in sorted(pictures.glob("*.png"))])
+    little, much = (
+        np.abs(command(scales=(1.0,), strength=s, steps=20)[0].astype(float) - inputs).mean() for s in (0.1, 1.0)
+    )
+    assert little < much
+
+
+def test_one_picture_takes_its_prompt(command, pictures):
+    [one] = command(data=(str(pictures / "0.png"),), prompt="picture 0", scales=(1.0,))
+    assert np.abs(one[0].astype(int) - command(scales=(1.0,))[0][0]).max() <= 1  # alone and among others
+    with pytest.raises(UserError, match=r"0\.png: one picture needs its --prompt"):
+        command(data=(str(pictures / "0.png"),))
+
+
+# ---------------------------------------------------------------------------------------- ControlNet
+
+
+def make_controlnet(tiny_base: Path, folder: Path, random: bool) -> str:
+    """Write a ControlNet for the tiny base; as it is made, it ends in zeros and changes nothing."""
+    torch.manual_seed(0)
+    unet = Base(str(tiny_base), CPU).unet
+    net = ControlNetModel.from_unet(unet, conditioning_embedding_out_channels=(4, 8))
+    if random:
+        for block in [*net.controlnet_down_blocks, net.controlnet_mid_block, net.controlnet_cond_embedding.conv_out]:
+            torch.nn.init.normal_(block.weight, std=0.3)
+    net.save_pretrained(folder)
+    return str(folder)
+
+
+def test_a_controlnet_of_zeros_changes_nothing_and_another_does(command, tiny_base, tmp_path):
+    plain = command(scales=(1.0,))[0].astype(int)
+    zeros = make_controlnet(tiny_base, tmp_path / "zeros", random=False)
+    # The two pipelines add and resize in another order: one level of 255.
+    assert np.abs(command(scales=(1.0,), controlnet=zeros)[0] - plain).max() <= 1
+    net = make_controlnet(tiny_base, tmp_path / "net", random=True)
+    assert np.abs(command(scales=(1.0,), controlnet=net)[0] - plain).max() > 1
+
+
+def test_a_controlnet_that_does_not_fit_is_refused(command, tiny_base, tmp_path):
+    with pytest.raises(UserError, match="--controlnet nowhere: there is no such folder"):
+        command(controlnet="nowhere")
+    config = json.loads(Path(make_controlnet(tiny_base, tmp_path / "net", random=False), "config.json").read_text())
+    ControlNetModel.from_config(config | {"cross_attention_dim": 8}).save_pretrained(tmp_path / "other")
+    with pytest.raises(UserError, match=r"its cross_attention_dim is 8, the base's 16"):
+        command(controlnet=str(tmp_path / "other"))
+    longer = {"conditioning_embedding_out_channels": (4, 8, 8)}
+    ControlNetModel.from_config(config | longer).save_pretrained(tmp_path / "longer")
+    with pytest.raises(UserError, match="it has 4, the base has 2 pixels to a latent"):
+        command(controlnet=str(tmp_path / "longer"))
+
+
+# --------------------------------------------------------------------------------------------- edges
+
+
+def edges_of(grey: np.ndarray) -> np.ndarray:
+    return np.array(canny(Image.fromarray(grey.astype(np.uint8))))[..., 0] > 0
+
+
+def test_a_step_has_one_line_one_pixel_wide():
+    grey = np.zeros((12, 12))
+    grey[:, 6:] = 255
+    found = edges_of(grey)
+    assert (found.sum(1) == 1).all()
+    assert found[:, 5:7].any(1).all()
+
+
+def test_a_blank_picture_and_a_gentle_slope_have_none():
+    assert not edges_of(np.full((9, 9), 128)).any()
+    assert not edges_of(np.tile(np.arange(12) * 4, (12, 1))).any()
+
+
+def test_edges_of_a_disc_lie_on_its_rim_all_around():
+    y, x = np.mgrid[-20:21, -20:21]
+    found = edges_of(255.0 * (np.hypot(x, y) < 12))
+    radius = np.hypot(x, y)[found]
+    assert radius.min() > 10.5
+    assert radius.max() < 13.5
+    angles = np.sort(np.arctan2(y, x)[found])
+    assert np.diff(angles).max() < 0.3  # radians: no gap
+    assert found.sum() < 2.5 * np.pi * 12  # a line, not a band
+
+
+def test_a_weak_line_stays_where_it_is_joined_to_a_strong_one():
+    weak, strong = np.zeros((7, 20), dtype=bool), np.zeros((7, 20), dtype=bool)
+    weak[1], weak[5] = True, True
+    strong[1, 0] = weak[1, 0]
+    found = follow(strong, weak)
+    assert found[1].all()
+    assert not found[2:].any()
+
+
+# ---------------------------------------------------------------------------------------- classifier
+
+
+def test_the_classifier_tells_kinds_it_has_not_seen_apart_and_leaves_the_generator_alone():
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.randn(60, 3, 16, 16, generator=generator) * 0.3
+    kinds = torch.arange(60) % 2
+    pixels[kinds == 1, 0] += 0.5  # more red
+    before = torch.get_rng_state()
+    model = train_classifier(pixels[:40], kinds[:40])
+    assert torch.equal(torch.get_rng_state(), before)
+    assert share_right(model, pixels[40:], kinds[40:]) == 1
+    likely = probability(model, pixels[40:], kind=1)
+    assert (likely > 0.5).equal(kinds[40:] == 1)
+    assert torch.equal(likely, probability(train_classifier(pixels[:40], kinds[:40]), pixels[40:], kind=1))
+
+
+# ------------------------------------------------------------------------------- sample.py for styles
+
+
+@pytest.fixture
+def drawing(tiny_base, tmp_path):
+    def drawing(**settings) -> Path:
+        places = {"model": str(tiny_base), "output": str(tmp_path / "picture.png"), "prompt": ("red apple",)}
+        return sample(SampleConfig(**(places | {"steps": 3} | settings)))
+
+    return drawing
+
+
+def test_a_grid_mixes_two_loras(drawing, tmp_path):
+    for name in ("one", "other"):
+        write_a_lora(tmp_path / name / "pytorch_lora_weights.safetensors")
+    loras = (str(tmp_path / "one"), f"{tmp_path / 'other'}:0.5")
+    grid = drawing(lora=loras, grid=(0.0, 1.0))
+    place = json.loads(Image.open(grid).text["sheet"])
+    assert place["rows"] == ["one 0", "one 1"]
+    assert place["columns"] == ["other 0", "other 1"]
+    sheet = np.array(Image.open(grid)).astype(int)
+    for row, first in enumerate((0.0, 1.0)):
+        for column, second in enumerate((0.0, 1.0)):
+            left, top = place["left"] + column * 196, place["top"] + row * 196
+            alone = Image.open(drawing(lora=(f"{loras[0]}:{first}", f"{tmp_path / 'other'}:{second * 0.5}")))
+            large = np.array(alone.resize((192, 192), Image.Resampling.BICUBIC))
+            assert np.abs(sheet[top : top + 192, left : left + 192] - large).max() == 0
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"lora": ("a",), "grid": (0.0, 1.0)}, "--grid mixes two --lora, not 1"),
+        ({"lora": ("a", "b"), "grid": (0.0,), "count": 2}, "--grid takes one --prompt and one --count"),
+        ({"lora": ("a", "b"), "grid": (0.0,), "scales": (0.0,)}, "--grid and --scales cannot be given at once"),
+        ({"lora": ("a", "b"), "grid": (float("nan"),)}, "--grid is nan; each must be a finite number"),
+        ({"lora": ("a", "b"), "grid": (0.0,), "output": "folder"}, "--output folder: --scales and --grid make one"),
+    ],
+)
+def test_grids_that_cannot_be_are_refused(drawing, settings, message):
+    with pytest.raises(UserError, match=message):
+        drawing(**settings)
+
+
+def test_a_folder_of_drawn_pictures_can_be_trained_on(drawing, tmp_path):
+    folder = drawing(output=str(tmp_path / "things"), prompt=("red apple", "a dog"), count=2)
+    items = read_folder(TrainConfig(data=str(folder)))
+    assert [item.captions for item in items] == [("red apple",), ("red apple",), ("a dog",), ("a dog",)]
+    alone = np.array(Image.open(drawing(prompt=("a dog",), seed=1))).astype(int)
+    assert np.abs(alone - np.array(Image.open(folder / "0004.png"))).max() <= 1  # alone and among others
+    make_picture(0).save(folder / "mine.png")
+    with pytest.raises(UserError, match=r"things: mine\.png is there already; choose another folder"):
+        drawing(output=str(folder), prompt=("red apple", "a dog"), count=2)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"data": ("a.png", "b.png")}, "restyle takes one picture or folder, not 2"),
+        ({"lora": ()}, "--lora is needed"),
+        ({"strength": 0.0}, "--strength is 0.0; it must be greater than 0 and at most 1"),
+        ({"strength": 0.1, "steps": 4}, "--strength 0.1 of --steps 4 is less than one step"),
+        ({"data": ("nowhere",)}, "nowhere: there is no such folder or picture"),
+        ({"style": "nowhere"}, "--style nowhere: there is no such folder or picture"),
+    ],
+)
+def test_mistakes_are_told_in_one_line(command, settings, message):
+    with pytest.raises(UserError, match=message):
+        command(**settings)
