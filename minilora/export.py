@@ -7,7 +7,6 @@ import hashlib
 import json
 import math
 import re
-from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -125,6 +124,8 @@ def as_peft(lora: LoRA) -> dict[str, tuple[Tensors, dict]]:
     PEFT knows modules by the names of the live model only, and CLIPTextModel's are without "text_model."
     from transformers 5.6 on; so the folder is for the transformers that is installed.
     """
+    from importlib.metadata import version  # here: it takes as long to import as half of numpy
+
     flat_text_encoder = tuple(map(int, version("transformers").split(".")[:2])) >= (5, 6)
     files: dict[str, tuple[Tensors, dict]] = {}
     for component in dict.fromkeys(split(name)[0] for name in lora.changes):

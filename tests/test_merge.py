@@ -1,9 +1,13 @@
 """merge.py, lowrank.py, files.py: W + s·ΔW, exactly; nothing else changes; nothing is left half-written."""
 
 import json
+import os
 import shutil
 import struct
+import subprocess
+import sys
 import tracemalloc
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -26,6 +30,7 @@ from minilora.models import live_modules
 from minilora.undo import restore
 
 FAMILIES = ("sd1", "sd2", "sdxl")
+ENVIRONMENT = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}  # this tree's minilora, from any folder
 
 
 def parts_of(family: str, tokenizer) -> dict[str, torch.nn.Module]:
@@ -137,9 +142,10 @@ def test_a_folder_with_variants_and_shards(folder, tmp_path):
     check_merged(folder, tmp_path / "out", lora, 0.7)
     assert bytes_of(folder).keys() == bytes_of(tmp_path / "out").keys()
     assert sum(len(f.changes) for f in report.folded) == len(lora.changes)
+    checkpoint = Checkpoint(folder)
     for folded in report.folded:
         for name, relative in folded.changes.items():
-            weight = Checkpoint(folder).weight(name)
+            weight = checkpoint.weight(name)
             assert relative == pytest.approx(0.7 * lora.changes[name].norm() / np.linalg.norm(weight), rel=1e-2)
 
 
@@ -447,6 +453,28 @@ def test_the_command_does_each_of_its_things(folder, tmp_path, monkeypatch, caps
     assert "does not spell out its module's name; give --base" in capsys.readouterr().err
     assert run(monkeypatch, folder, loras, "--output", out) == 2
     assert "out: it exists; choose another name" in capsys.readouterr().err
+
+
+def test_no_command_imports_torch(folder, tmp_path):
+    """It takes longer to import than a checkpoint to copy; each command runs in a process of its own."""
+    lora_for(folder, tmp_path / "l.safetensors", dialect="diffusers")
+    code = """
+import runpy, sys
+try:
+    runpy.run_module("minilora.merge", run_name="__main__")
+finally:
+    print(*{"torch", "diffusers", "transformers"} & sys.modules.keys(), file=sys.stderr)
+"""
+    for argv in (
+        "--help",
+        "base l.safetensors --output out --undo undo",
+        "--restore out undo --output back",
+        "--loras-only l.safetensors --output k.safetensors --dialect kohya --base base --rank 2",
+        "--extract base out --output e --dialect peft --rank 2",
+    ):
+        command = [sys.executable, "-c", code, *argv.split()]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=ENVIRONMENT)
+        assert (done.returncode, done.stderr) == (0, "\n"), argv
 
 
 @pytest.mark.parametrize(
