@@ -1,19 +1,23 @@
 """LoRA for Stable Diffusion, from scratch.  Read lora.py first, then diffusion.py, then training.py."""
 
-from .lora import (
-    LoRAConv2d,
-    LoRALinear,
-    inject_lora,
-    load_lora_state_dict,
-    lora_disabled,
-    lora_layers,
-    lora_parameters,
-    lora_state_dict,
-    merge_lora,
-    remove_lora,
-    set_lora_scale,
-    unmerge_lora,
-)
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .lora import (
+        LoRAConv2d,
+        LoRALinear,
+        inject_lora,
+        load_lora_state_dict,
+        lora_disabled,
+        lora_layers,
+        lora_parameters,
+        lora_state_dict,
+        merge_lora,
+        remove_lora,
+        set_lora_scale,
+        unmerge_lora,
+    )
+    from .models import load_lora, save_lora
 
 __all__ = [
     "LoRAConv2d",
@@ -34,9 +38,11 @@ __all__ = [
 
 
 def __getattr__(name: str):
-    """Import load_lora and save_lora when first used: they need diffusers, whose import takes seconds."""
+    """Import what is asked for when it is first used: torch takes seconds, and merging files does without."""
     if name in ("load_lora", "save_lora"):
-        from . import models
-
-        return getattr(models, name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        from . import models as home
+    elif name in __all__:
+        from . import lora as home
+    else:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(home, name)

@@ -59,6 +59,7 @@ def save_checkpoint(output: Path, state: State, fingerprint: dict, kept: int) ->
     tensors |= {f"optimizer.{key}": value for key, value in state.optimizer.items()}
     tensors |= {f"objective.{key}": value for key, value in state.objective.items()}
     about = {"step": state.step, "scaler": state.scaler, "fingerprint": fingerprint}
+    tensors = {key: value.cpu() for key, value in tensors.items()}
     write_tensors(path_of(output, state.step), tensors, {"minilora": json.dumps(about, sort_keys=True)})
     for old in all_in(output)[:-kept]:
         old.unlink()

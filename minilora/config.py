@@ -11,7 +11,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from .lora import ATTENTION
+from .names import ATTENTION
 
 
 class UserError(Exception):

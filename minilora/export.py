@@ -7,11 +7,11 @@ import hashlib
 import json
 import math
 import re
-from importlib.metadata import version
 from pathlib import Path
 
-import torch
+import numpy as np
 
+from .dtypes import EPSILON, NAMES, narrow, widen
 from .files import staging, tensor_bytes, write_tensors, write_whole
 from .formats import FILE_NAME, PEFT_CONFIG, PEFT_FILE, Change, FormatError, LoRA, Tensors, read_lora
 from .names import TEXT_ENCODER, Modules, is_sdxl, kohya_names, split
@@ -52,11 +52,10 @@ def difference(one: LoRA, two: LoRA) -> float:
     largest = 0.0
     for name, a in one.changes.items():
         b = two.changes[name]
-        apart = Change(
-            torch.cat([a.A.double(), b.A.double()]), torch.cat([a.scale * a.B.double(), -b.scale * b.B.double()], 1)
-        )
-        unit = max(torch.finfo(change.B.dtype).eps for change in (a, b))
-        size = abs(a.scale) * a.B.double().norm().item() * a.A.double().norm().item()
+        up = [change.B.astype(np.float64) * sign * change.scale for change, sign in ((a, 1), (b, -1))]
+        apart = Change(np.concatenate([a.A, b.A]), np.concatenate(up, axis=1))
+        unit = max(EPSILON[change.stored[1]] for change in (a, b))
+        size = abs(a.scale) * float(np.linalg.norm(a.B) * np.linalg.norm(a.A))
         largest = max(largest, apart.norm() / (unit * size) if size else apart.norm())
     return largest
 
@@ -68,8 +67,7 @@ def as_diffusers(lora: LoRA) -> dict[str, tuple[Tensors, dict[str, str]]]:
     """
     tensors = {}
     for name, change in lora.changes.items():
-        tensors[f"{name}.lora_A.weight"] = change.A
-        tensors[f"{name}.lora_B.weight"] = _like_weight(_folded(name, change), change)
+        tensors[f"{name}.lora_A.weight"], tensors[f"{name}.lora_B.weight"] = _stored(name, change)
     return {FILE_NAME: (tensors, {"format": "pt"})}
 
 
@@ -80,10 +78,10 @@ def as_kohya(lora: LoRA, modules: Modules) -> dict[str, tuple[Tensors, dict[str,
     """
     names, tensors = kohya_names(modules), {}
     for name, change in lora.changes.items():
-        b = _like_weight(_folded(name, change), change)
-        tensors[f"{names[name]}.lora_down.weight"] = change.A
+        a, b = _stored(name, change)
+        tensors[f"{names[name]}.lora_down.weight"] = a
         tensors[f"{names[name]}.lora_up.weight"] = b
-        tensors[f"{names[name]}.alpha"] = torch.tensor(float(change.rank), dtype=b.dtype)
+        tensors[f"{names[name]}.alpha"] = narrow(np.array(float(change.rank)), NAMES[b.dtype])
     ranks = sorted({change.rank for change in lora.changes.values()})
     rank = str(ranks[0]) if len(ranks) == 1 else "Dynamic"
     about = {"ss_v2": "False"}
@@ -126,6 +124,8 @@ def as_peft(lora: LoRA) -> dict[str, tuple[Tensors, dict]]:
     PEFT knows modules by the names of the live model only, and CLIPTextModel's are without "text_model."
     from transformers 5.6 on; so the folder is for the transformers that is installed.
     """
+    from importlib.metadata import version  # here: it takes as long to import as half of numpy
+
     flat_text_encoder = tuple(map(int, version("transformers").split(".")[:2])) >= (5, 6)
     files: dict[str, tuple[Tensors, dict]] = {}
     for component in dict.fromkeys(split(name)[0] for name in lora.changes):
@@ -136,8 +136,8 @@ def as_peft(lora: LoRA) -> dict[str, tuple[Tensors, dict]]:
                 continue
             if owner == TEXT_ENCODER and flat_text_encoder:
                 path = path.removeprefix("text_model.")
-            tensors[f"base_model.model.{path}.lora_A.weight"] = change.A
-            tensors[f"base_model.model.{path}.lora_B.weight"] = _like_weight(_folded(name, change), change)
+            ours = f"base_model.model.{path}"
+            tensors[f"{ours}.lora_A.weight"], tensors[f"{ours}.lora_B.weight"] = _stored(name, change)
             ranks[path] = change.rank
         most = max(ranks.values())
         pattern = {f"^{re.escape(path)}": rank for path, rank in ranks.items() if rank != most}
@@ -147,18 +147,13 @@ def as_peft(lora: LoRA) -> dict[str, tuple[Tensors, dict]]:
     return files
 
 
-def _folded(name: str, change: Change) -> torch.Tensor:
-    """Return scale · B in B's own type, in float32 where that cannot hold it; (out, rank)."""
-    if change.scale == 1:
-        return change.B
-    exact = change.B.double() * change.scale
-    b = exact.to(change.B.dtype)
-    if ((b.double() - exact).abs() > torch.finfo(b.dtype).eps * exact.abs()).any():  # too small or large for its type
-        b = exact.float()
-    if not b.isfinite().all():
-        raise FormatError(f"{name}: its scale {change.scale:g} does not fit into {b.dtype}")
-    return b
-
-
-def _like_weight(b: torch.Tensor, change: Change) -> torch.Tensor:
-    return b[..., None, None] if change.A.ndim == 4 else b
+def _stored(name: str, change: Change) -> tuple[np.ndarray, np.ndarray]:
+    """Return A and scale · B in their own types, B in float32 where that cannot hold it; shaped as the weight is."""
+    type_a, type_b = change.stored
+    exact = change.B * np.float64(change.scale)  # (out, rank)
+    b = narrow(exact, type_b)
+    if (np.abs(widen(b) - exact) > EPSILON[type_b] * np.abs(exact)).any():  # too small or large for its type
+        b = narrow(exact, "F32")
+    if not np.isfinite(widen(b)).all():
+        raise FormatError(f"{name}: its scale {change.scale:g} does not fit into {NAMES[b.dtype]}")
+    return narrow(change.A, type_a), b.reshape(*b.shape, *(1 for _ in change.A.shape[2:]))

@@ -16,30 +16,25 @@ import os
 import shutil
 import struct
 from collections.abc import Callable, Collection, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass
 from operator import index
 from pathlib import Path
 from typing import BinaryIO
 
-import torch
-from safetensors.torch import save
+import numpy as np
 
 from .config import UserError
+from .dtypes import DTYPES, NAMES
 
 CHUNK = 1 << 21  # bytes that are worked on at a time: few enough to stay in a processor's cache
-DTYPES = {  # the types that a weight can have
-    **{"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16},
-    **{"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2},
-}
-SIZES = {name: dtype.itemsize for name, dtype in DTYPES.items()}  # bytes of one number
+COMPUTING = 2  # threads that change tensors, beside the one that copies
 PICKLES = (".pt", ".pth", ".ckpt", ".bin")
 PICKLE_HELP = (
     "a pickle, which can run code when it is opened, is not read; where you trust it, convert it with "
     "safetensors.torch.save_file(torch.load(file, weights_only=True), 'new.safetensors')"
 )
-SIZES |= {"I64": 8, "U64": 8, "I32": 4, "U32": 4, "I16": 2, "U16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 
 
 # --------------------------------------------------------------------------------- written whole
@@ -69,20 +64,30 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def write_tensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
-    """Write tensors as a safetensors file, whole or not at all; equal arguments give equal bytes."""
+def write_tensors(path: Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> None:
+    """Write arrays, or torch's tensors on the CPU, as a safetensors file; equal arguments give equal bytes."""
     write_whole(path, tensor_bytes(tensors, metadata))
 
 
-def tensor_bytes(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> bytes:
-    """Return a safetensors file; equal arguments give equal bytes, as safetensors' own order of metadata does not."""
-    content = save({key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}, dict(metadata))
-    first = 8 + int.from_bytes(content[:8], "little")
-    header = json.loads(content[8:first])
-    header["__metadata__"] = dict(sorted(metadata.items()))
+def tensor_bytes(tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> bytes:
+    """Return a safetensors file, with its tensors in the order that safetensors itself gives them."""
+    arrays = {key: np.asarray(tensor) for key, tensor in tensors.items()}
+    places, order = {}, list(NAMES)
+    pieces, position = [], 0
+    for key, array in sorted(arrays.items(), key=lambda item: (order.index(item[1].dtype), item[0])):
+        offsets = [position, position := position + array.nbytes]
+        places[key] = {"dtype": NAMES[array.dtype], "shape": array.shape, "data_offsets": offsets}
+        pieces.append(array.tobytes())
+    header = {"__metadata__": dict(sorted(metadata.items())), **places}
     text = json.dumps(dict(sorted(header.items())), separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text + content[first:]
+    return b"".join([struct.pack("<Q", len(text)), text, *pieces])
+
+
+def refuse_existing(output: Path, overwrite: bool) -> None:
+    """Raise UserError if there is something at `output` that may not be overwritten."""
+    if output.exists() and not overwrite:
+        raise UserError(f"{output}: it exists; choose another name, or --overwrite")
 
 
 @contextmanager
@@ -93,8 +98,7 @@ def staging(output: Path, size: int, overwrite: bool, content: Collection[Path] 
     the disk has no room for `size` bytes.  A folder is overwritten only if all files in it are among
     `content`, the files of the new one: others may be what nobody means to lose.
     """
-    if output.exists() and not overwrite:
-        raise UserError(f"{output}: it exists; choose another name, or --overwrite")
+    refuse_existing(output, overwrite)
     if output.is_dir():
         there = {path.relative_to(output) for path in output.rglob("*") if path.is_file()}
         if lost := sorted(there - set(content)):
@@ -157,7 +161,7 @@ class TensorFile:
             self.first = 8 + length  # of the tensors' bytes
             try:
                 header = json.loads(file.read(length))
-                self.metadata = header.pop("__metadata__", {})
+                self.metadata = dict(header.pop("__metadata__", None) or {})
                 entries = {
                     key: Entry(str(e["dtype"]), tuple(e["shape"]), *(self.first + index(n) for n in e["data_offsets"]))
                     for key, e in header.items()
@@ -167,10 +171,9 @@ class TensorFile:
         self.entries = dict(sorted(entries.items(), key=lambda item: (item[1].begin, item[1].end)))
         end = self.first
         for key, entry in self.entries.items():
-            size = SIZES.get(entry.dtype)
-            if size is None or any(not isinstance(n, int) or n < 0 for n in entry.shape):
+            if entry.dtype not in DTYPES or any(not isinstance(n, int) or n < 0 for n in entry.shape):
                 raise UserError(f"{path}: {key} has type {entry.dtype} and shape {entry.shape}, which is not known")
-            if entry.begin != end or entry.end - entry.begin != math.prod(entry.shape) * size:
+            if entry.begin != end or entry.end - entry.begin != math.prod(entry.shape) * DTYPES[entry.dtype].itemsize:
                 raise UserError(
                     f"{path}: {key}, {entry.dtype} {entry.shape}, should begin at byte {end} and be of that size, "
                     f"but lies at {entry.begin} to {entry.end}"
@@ -179,33 +182,43 @@ class TensorFile:
         if end != self.size:
             raise UserError(f"{path}: it has {self.size:,} bytes and should have {end:,}; it was cut off or added to")
 
-    def bytes_of(self, key: str, begin: int = 0, end: int | None = None) -> bytearray:
-        """Return the bytes of one tensor, or those from `begin` to `end` of them."""
+    def read(self, key: str) -> np.ndarray:
+        """Return one tensor as it is stored."""
         entry = self.entries[key]
-        end = entry.end - entry.begin if end is None else end
-        content = bytearray(end - begin)
+        content = bytearray(entry.end - entry.begin)
         with open(self.path, "rb", buffering=0) as file:
-            file.seek(entry.begin + begin)
+            file.seek(entry.begin)
             read_exactly(file, memoryview(content), self.path)
-        return content
+        return np.frombuffer(content, DTYPES[entry.dtype]).reshape(entry.shape)
 
 
 def rewrite(file: TensorFile, target: Path, changes: Mapping[str, Callable[[BinaryIO], Iterator]]) -> None:
     """Write a checkpoint file anew: for the keys in `changes` the bytes that these give, the others as they are.
 
-    Each of `changes` is called with the open file, at the tensor's first byte, and reads all of it.
+    Each of `changes` is called, in a thread of a few, with the open file at the tensor's first byte, and
+    reads all of it.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     with open(file.path, "rb", buffering=0) as source, open(target, "wb", buffering=0) as out:
-        with ThreadPoolExecutor(1) as beside:  # copying and computing do not wait for each other
-            copied = beside.submit(_copy_unchanged, file, changes.keys(), source.fileno(), out.fileno())
-            for key, change in changes.items():
-                source.seek(file.entries[key].begin)
-                out.seek(file.entries[key].begin)
-                for piece in change(source):
-                    write_all(out, piece)
-            copied.result()
+        pool = ThreadPoolExecutor(1 + COMPUTING)  # copying and computing do not wait for each other
+        try:
+            jobs = [pool.submit(_copy_unchanged, file, changes.keys(), source.fileno(), out.fileno())]
+            jobs += [pool.submit(_write_change, file, key, change, out.fileno()) for key, change in changes.items()]
+            for job in as_completed(jobs):
+                job.result()
+        finally:
+            pool.shutdown(cancel_futures=True)
         os.fsync(out.fileno())
+
+
+def _write_change(file: TensorFile, key: str, change: Callable[[BinaryIO], Iterator], out: int) -> None:
+    """Write the bytes of a tensor anew at their place."""
+    place = file.entries[key].begin
+    with open(file.path, "rb", buffering=0) as source:
+        source.seek(place)
+        for piece in change(source):
+            write_at(out, piece, place)
+            place += len(piece)
 
 
 def _copy_unchanged(file: TensorFile, changed: Collection[str], source: int, out: int) -> None:
@@ -238,7 +251,7 @@ def copy_bytes(source: int, out: int, begin: int, end: int, path: Path) -> None:
         begin += done
 
 
-def read_exactly(source: BinaryIO, piece: memoryview, path: Path) -> None:
+def read_exactly(source: BinaryIO, piece: memoryview | np.ndarray, path: Path) -> None:
     """Fill `piece` from an unbuffered file, or raise UserError if the file ends before."""
     done = 0
     while done < len(piece):
@@ -248,8 +261,8 @@ def read_exactly(source: BinaryIO, piece: memoryview, path: Path) -> None:
         done += count
 
 
-def write_all(out: BinaryIO, piece) -> None:
-    """Write all of `piece` to an unbuffered file."""
-    piece = memoryview(piece)
-    while piece:
-        piece = piece[out.write(piece) :]
+def write_at(out: int, piece, place: int) -> None:
+    """Write all of some bytes to a place in an open file."""
+    done = 0
+    while done < len(piece):
+        done += os.pwrite(out, piece[done:], place + done)

@@ -24,16 +24,17 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
-from safetensors import SafetensorError, safe_open
+import numpy as np
 
-from .files import PICKLE_HELP, PICKLES
+from .config import UserError
+from .dtypes import NAMES, WEIGHTS, widen
+from .files import PICKLE_HELP, PICKLES, TensorFile
 from .names import COMPONENTS, Modules, full_name, known_by, numbered, split
 
 FILE_NAME = "pytorch_lora_weights.safetensors"  # of diffusers
 PEFT_CONFIG, PEFT_FILE = "adapter_config.json", "adapter_model.safetensors"
 
-Tensors = dict[str, torch.Tensor]
+Tensors = dict[str, np.ndarray]  # as they are stored (dtypes.py)
 
 
 class FormatError(ValueError):
@@ -44,26 +45,28 @@ class FormatError(ValueError):
 class Change:
     """The change of one module, ΔW = scale · B A.
 
-    `A` is (rank, in), or (rank, in, height, width) for a convolution; `B` is (out, rank).
+    `A` is (rank, in), or (rank, in, height, width) for a convolution; `B` is (out, rank).  Both are
+    float32 or float64, and in a file of the types in `stored`.
     """
 
-    A: torch.Tensor
-    B: torch.Tensor
+    A: np.ndarray
+    B: np.ndarray
     scale: float = 1.0
+    stored: tuple[str, str] = ("F32", "F32")
 
     @property
     def rank(self) -> int:
         return len(self.A)
 
-    def delta(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    def delta(self, dtype: type = np.float32) -> np.ndarray:
         """Return ΔW in the shape of the weight, (out, in) or (out, in, height, width)."""
-        product = self.B.to(dtype) @ self.A.flatten(1).to(dtype)  # (out, in · height · width)
-        return (self.scale * product).unflatten(1, self.A.shape[1:])
+        product = self.B.astype(dtype) @ self.A.reshape(self.rank, -1).astype(dtype)  # (out, in · height · width)
+        return (self.scale * product).reshape(len(self.B), *self.A.shape[1:])
 
     def norm(self) -> float:
         """Return the root of the sum of ΔW's squares, without forming it: with Aᵀ = Q R, ‖B A‖ = ‖B Rᵀ‖."""
-        r = torch.linalg.qr(self.A.double().flatten(1).T, mode="r").R  # (rank, rank)
-        return abs(self.scale) * (self.B.double() @ r.T).norm().item()
+        r = np.linalg.qr(self.A.reshape(self.rank, -1).T.astype(np.float64), mode="r")  # (rank, rank)
+        return abs(self.scale) * float(np.linalg.norm(self.B.astype(np.float64) @ r.T))
 
 
 @dataclass
@@ -135,16 +138,17 @@ def _read_tensors(path: Path) -> tuple[Tensors, dict[str, str]]:
     if pickle == path or (pickle.exists() and not path.exists()):
         raise FormatError(f"{pickle}: {PICKLE_HELP}")
     try:
-        with safe_open(path, framework="pt") as file:
-            return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}
-    except (OSError, SafetensorError, ValueError) as error:
-        raise FormatError(f"{path}: not a safetensors file that can be read ({error})") from error
+        file = TensorFile(path)
+        return {key: file.read(key) for key in sorted(file.entries)}, file.metadata
+    except (OSError, UserError) as error:
+        reason = str(error).removeprefix(f"{path}: ")
+        raise FormatError(f"{path}: not a safetensors file that can be read ({reason})") from error
 
 
 def _gather(path: Path, tensors: Tensors, modules: Modules | None, scale_of: Callable[[str, int], float]) -> LoRA:
     """Put A, B and alpha of each module together; `scale_of(name, rank)` is for those without alpha."""
     known = known_by(modules) if modules is not None else None
-    parts: dict[str, dict[str, tuple[str, torch.Tensor]]] = {}  # module -> "A", "B", "alpha" -> key, tensor
+    parts: dict[str, dict[str, tuple[str, np.ndarray]]] = {}  # module -> "A", "B", "alpha" -> key, tensor
     homeless, problems = [], []
     for key, tensor in tensors.items():
         if key.startswith("bundle_emb."):  # a learned word that came along with a LoRA
@@ -197,7 +201,7 @@ def _change(found: dict, shape: tuple[int, ...] | None, problems: list[str], sca
             problems.append(f"{key} is alone: {'A, the down' if part == 'A' else 'B, the up'} matrix is missing")
             return None
     (key, a), (key_b, b) = found["A"], found["B"]
-    shapes = f"{key} and its partner are {tuple(a.shape)} and {tuple(b.shape)}"
+    shapes = f"{key} and its partner are {a.shape} and {b.shape}"
     if (
         a.ndim not in (2, 4)
         or b.ndim not in (2, 4)
@@ -207,10 +211,12 @@ def _change(found: dict, shape: tuple[int, ...] | None, problems: list[str], sca
     ):
         problems.append(f"{shapes}, which do not make a LoRA")
         return None
-    if not (a.is_floating_point() and b.is_floating_point()):
-        problems.append(f"{shapes}, of types {a.dtype} and {b.dtype}")
+    types = NAMES[a.dtype], NAMES[b.dtype]
+    if not all(name in WEIGHTS for name in types):
+        problems.append(f"{shapes}, of types {' and '.join(types)}")
         return None
-    a, b = (t.float() if t.dtype.itemsize == 1 else t for t in (a, b.flatten(1)))  # b: (out, rank)
+    a, b = widen(a), widen(b.reshape(b.shape[:2]))  # b: (out, rank)
+    types = tuple("F32" if name.startswith("F8") else name for name in types)
     if shape is not None:
         flat = a.ndim == 2 or a.shape[2:] == (1, 1)
         fitting = [(len(b), *a.shape[1:]), *([(len(b), a.shape[1]), (len(b), a.shape[1], 1, 1)] if flat else [])]
@@ -220,16 +226,16 @@ def _change(found: dict, shape: tuple[int, ...] | None, problems: list[str], sca
         a = a.reshape(len(a), *shape[1:])  # a linear layer and a 1 × 1 convolution are the same
     if "alpha" in found:
         key_alpha, alpha = found["alpha"]
-        if alpha.numel() != 1:
-            problems.append(f"{key_alpha} is {tuple(alpha.shape)} and should be one number")
+        if alpha.size != 1:
+            problems.append(f"{key_alpha} is {alpha.shape} and should be one number")
             return None
-        scale = alpha.item() / len(a)
+        scale = (widen(alpha) if NAMES[alpha.dtype] in WEIGHTS else alpha).item() / len(a)
     else:
         scale = scale_of(len(a))
-    if not (a.isfinite().all() and b.isfinite().all() and math.isfinite(scale)):
+    if not (np.isfinite(a).all() and np.isfinite(b).all() and math.isfinite(scale)):
         problems.append(f"{key}, {key_b} or their scale {scale:g} holds numbers that are not finite")
         return None
-    return Change(a, b, scale)
+    return Change(a, b, scale, types)
 
 
 def _spelt_out(name: str) -> set[str]:
@@ -340,7 +346,7 @@ def _named_from_counted(
         raise FormatError(f"{path}: its modules are only counted; give the base that it was trained for")
     named: Tensors = {}
     homeless = [key for key in tensors if metadata.get(key) == "<embed>"]  # learned words
-    counted: dict[str, dict[tuple[int, str], torch.Tensor]] = {}
+    counted: dict[str, dict[tuple[int, str], np.ndarray]] = {}
     for key, tensor in tensors.items():
         if match := _COUNTED.fullmatch(key):
             counted.setdefault(match[1], {})[int(match[2]), match[3]] = tensor
@@ -363,7 +369,7 @@ def _named_from_counted(
     return named, homeless
 
 
-def _fits(order: list[str], parts: dict[tuple[int, str], torch.Tensor], modules: Modules) -> bool:
+def _fits(order: list[str], parts: dict[tuple[int, str], np.ndarray], modules: Modules) -> bool:
     """Whether the tensors have the shapes of the modules, counted in this order."""
     if {number for number, _ in parts} != set(range(len(order))):
         return False

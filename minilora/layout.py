@@ -4,14 +4,14 @@ Two layouts: a diffusers folder, with a sub-folder for each component, and the s
 Stable Diffusion was published ("original").
 """
 
-import math
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
+import numpy as np
 
 from .config import UserError
-from .files import DTYPES, PICKLES, Entry, TensorFile, write_whole
+from .dtypes import DTYPES, WEIGHTS, widen
+from .files import PICKLES, Entry, TensorFile, write_whole
 from .names import COMPONENTS, UNET, diffusers_unet_paths, full_name, modules_of_original
 
 
@@ -63,15 +63,12 @@ class Checkpoint:
         """The shapes of the weights, by the modules' full names."""
         return {name: homes[0].shape for name, homes in self.homes.items()}
 
-    def weight(self, name: str) -> torch.Tensor:
-        """Return the weight of a module."""
+    def weight(self, name: str) -> np.ndarray:
+        """Return the weight of a module, in float32 or, if it is stored so, in float64."""
         # Of several variants the one of the widest type, and not the one from before the moving average.
         home = min(self.homes[name], key=lambda h: (-self._width(h), "non_ema" in h.file.name))
-        file = self.files[home.file]
-        dtype = DTYPES[file.entries[home.key].dtype]
-        width = dtype.itemsize * math.prod(home.shape[1:])
-        rows = file.bytes_of(home.key, home.first_row * width, (home.first_row + home.shape[0]) * width)
-        return torch.frombuffer(rows, dtype=dtype).view(home.shape)
+        rows = self.files[home.file].read(home.key)[home.first_row : home.first_row + home.shape[0]]
+        return widen(rows)
 
     def _width(self, home: Home) -> int:
         return DTYPES[self.files[home.file].entries[home.key].dtype].itemsize
@@ -110,7 +107,7 @@ class Checkpoint:
         """Note that the weights of some modules lie, one below the other, under a key."""
         if not key.endswith("weight") or len(entry.shape) not in (2, 4):
             return
-        if entry.dtype not in DTYPES or any(".embeddings." in name for name in names):
+        if entry.dtype not in WEIGHTS or any(".embeddings." in name for name in names):
             return  # tables of vectors, and whole numbers: no layer that can carry LoRA
         for number, name in enumerate(names):
             rows = entry.shape[0] // len(names)

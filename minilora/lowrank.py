@@ -12,11 +12,11 @@ Aᵀ = P S, B A = Q (R Sᵀ) Pᵀ, and only the small core R Sᵀ is decomposed.
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
-import torch
+import numpy as np
 
 from .config import UserError
+from .dtypes import narrow
 from .formats import Change, LoRA
 from .layout import Checkpoint
 
@@ -51,15 +51,16 @@ def combine(loras: Sequence[tuple[LoRA, float]]) -> LoRA:
     result = {}
     for name, several in changes.items():
         # (A linear layer and a convolution of 1 × 1 are the same.)
-        shapes = {(len(change.B), change.A[0].numel()) for change, _ in several}
+        shapes = {(len(change.B), change.A[0].size) for change, _ in several}
         if len(shapes) > 1:
             raise UserError(f"{name} is {' and '.join(map(str, sorted(shapes)))}: these LoRAs are of different bases")
         kernel = max((change.A.shape[1:] for change, _ in several), key=len)
-        a = torch.cat([change.A.float().reshape(change.rank, *kernel) for change, _ in several])  # (ranks, in)
-        b = torch.cat([(change.B.double() * (change.scale * strength)).float() for change, strength in several], dim=1)
-        if not b.isfinite().all():
+        a = [narrow(change.A.reshape(change.rank, *kernel), "F32") for change, _ in several]
+        b = [narrow(change.B * np.float64(change.scale * strength), "F32") for change, strength in several]
+        a, b = np.concatenate(a), np.concatenate(b, axis=1)  # (ranks, in), (out, ranks)
+        if not np.isfinite(b).all():
             raise UserError(f"{name}: at strength {', '.join(f'{s:g}' for _, s in several)} it is not finite")
-        result[name] = Change(a, b)  # b: (out, ranks)
+        result[name] = Change(a, b)
     return LoRA(result)
 
 
@@ -67,28 +68,29 @@ def reduce(lora: LoRA, rank: int | None, energy: float | None) -> tuple[LoRA, Re
     """Return the best LoRA of a smaller rank, or of the smallest rank that keeps a share of each change's energy."""
     result, report = {}, Reduction()
     for name, change in lora.changes.items():
-        q, r = torch.linalg.qr(change.B.double())  # (out, k), (k, rank)
-        p, s = torch.linalg.qr(change.A.double().flatten(1).T)  # (in, l), (l, rank)
-        u, values, vt = torch.linalg.svd(change.scale * (r @ s.T), full_matrices=False)
+        q, r = np.linalg.qr(change.B.astype(np.float64))  # (out, k), (k, rank)
+        p, s = np.linalg.qr(change.A.astype(np.float64).reshape(change.rank, -1).T)  # (in, l), (l, rank)
+        u, values, vt = np.linalg.svd(change.scale * (r @ s.T), full_matrices=False)
         result[name] = _split(q @ u, values, (p @ vt.T).T, change.A.shape[1:], rank, energy)
         _note(report, name, values, result[name].rank)
     return LoRA(result, lora.metadata), report
 
 
-def extract(base: Path, tuned: Path, rank: int | None, energy: float | None) -> tuple[LoRA, Reduction, list[str]]:
+def extract(
+    one: Checkpoint, two: Checkpoint, rank: int | None, energy: float | None
+) -> tuple[LoRA, Reduction, list[str]]:
     """Return the best LoRA from one checkpoint to another, what it misses, and notes on what no LoRA can hold.
 
     Raises UserError for checkpoints whose modules are not the same.
     """
-    one, two = Checkpoint(base), Checkpoint(tuned)
     if one.modules != two.modules:
         different = [n for n in one.modules | two.modules if one.modules.get(n) != two.modules.get(n)]
-        raise UserError(f"{base} and {tuned} differ in {len(different)} modules, as {different[0]}")
+        raise UserError(f"{one.path} and {two.path} differ in {len(different)} modules, as {different[0]}")
     changes, report, equal = {}, Reduction(), 0
     for name, shape in one.modules.items():
-        difference = (two.weight(name).double() - one.weight(name).double()).flatten(1)  # (out, in)
-        if not difference.isfinite().all():
-            raise UserError(f"{name} holds numbers that are not finite in {base} or {tuned}")
+        difference = (two.weight(name) - one.weight(name).astype(np.float64)).reshape(shape[0], -1)  # (out, in)
+        if not np.isfinite(difference).all():
+            raise UserError(f"{name} holds numbers that are not finite in {one.path} or {two.path}")
         if not difference.any():
             equal += 1
             continue
@@ -96,9 +98,9 @@ def extract(base: Path, tuned: Path, rank: int | None, energy: float | None) -> 
         # loses nothing that float32 weights hold.
         wide = difference.shape[0] <= difference.shape[1]
         matrix = difference if wide else difference.T
-        squares, vectors = torch.linalg.eigh(matrix @ matrix.T)  # rising
-        values, u = squares.flip(0).clamp(min=0).sqrt(), vectors.flip(1)
-        v = (u.T @ matrix) / values.clamp(min=values[0] * 1e-12)[:, None]  # (k, long side)
+        squares, vectors = np.linalg.eigh(matrix @ matrix.T)  # rising
+        values, u = np.sqrt(np.maximum(squares[::-1], 0)), vectors[:, ::-1]
+        v = (u.T @ matrix) / np.maximum(values, values[0] * 1e-12)[:, None]  # (k, long side)
         left, right = (u, v) if wide else (v.T, u.T)
         changes[name] = _split(left, values, right, shape[1:], rank, energy)
         _note(report, name, values, changes[name].rank)
@@ -108,7 +110,7 @@ def extract(base: Path, tuned: Path, rank: int | None, energy: float | None) -> 
     elif others := sum(1 for _ in _others_that_differ(one, two)):
         notes.append(f"{others} other tensors differ (norms, biases, embeddings); no LoRA can hold them")
     if not changes:
-        raise UserError(f"{base} and {tuned} have the same weights; there is no LoRA between them")
+        raise UserError(f"{one.path} and {two.path} have the same weights; there is no LoRA between them")
     return LoRA(changes), report, notes
 
 
@@ -116,18 +118,18 @@ def _split(left, values, right, kernel, rank: int | None, energy: float | None) 
     """Return the largest singular values and their vectors as A and B, in float32, of equal size."""
     kept = rank
     if energy is not None:
-        shares = values.square().cumsum(0) / values.square().sum().clamp(min=1e-300)
+        shares = np.cumsum(values**2) / max(np.sum(values**2), 1e-300)
         kept = int((shares < energy - 1e-12).sum()) + 1
     kept = min(len(values), kept or len(values))
-    root = values[:kept].sqrt()
-    a = (root[:, None] * right[:kept]).float().contiguous()  # (kept, in)
-    b = (left[:, :kept] * root).float().contiguous()  # (out, kept)
+    root = np.sqrt(values[:kept])
+    a = narrow(root[:, None] * right[:kept], "F32")  # (kept, in)
+    b = narrow(left[:, :kept] * root, "F32")  # (out, kept)
     return Change(a.reshape(kept, *kernel), b)
 
 
-def _note(report: Reduction, name: str, values: torch.Tensor, kept: int) -> None:
-    report.size[name] = values.norm().item()
-    report.lost[name] = values[kept:].norm().item()
+def _note(report: Reduction, name: str, values: np.ndarray, kept: int) -> None:
+    report.size[name] = float(np.linalg.norm(values))
+    report.lost[name] = float(np.linalg.norm(values[kept:]))
     report.ranks[name] = kept
 
 
@@ -140,5 +142,5 @@ def _others_that_differ(one: Checkpoint, two: Checkpoint) -> Iterator[str]:
         for key in file.entries.keys() & other.entries.keys():
             if (path, key) in known or key.startswith(("model_ema.", "first_stage_model.")):
                 continue
-            if file.bytes_of(key) != other.bytes_of(key):
+            if file.read(key).tobytes() != other.read(key).tobytes():
                 yield key

@@ -12,22 +12,23 @@ BASE is a diffusers folder or a single file in the original layout.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import BinaryIO
 
-import torch
+import numpy as np
 
 from .config import MergeConfig, UserError
+from .dtypes import DTYPES, narrow, widen
 from .export import write_lora
-from .files import CHUNK, DTYPES, TensorFile, read_exactly, rewrite, staging
+from .files import CHUNK, TensorFile, read_exactly, refuse_existing, rewrite, staging
 from .formats import Change, FormatError, LoRA, read_lora, some
 from .layout import Checkpoint
 from .lowrank import combine, extract, reduce
 from .names import Modules, split
-from .undo import Undo, keeping, restore
+from .undo import keeping, name_of, restore
 
 # ---------------------------------------------------------------------------------------------- report
 
@@ -72,8 +73,8 @@ class Part:
 
     module: str
     first_row: int
-    A: torch.Tensor  # (ranks, columns)
-    B: torch.Tensor  # (rows, ranks)
+    A: np.ndarray  # (ranks, columns)
+    B: np.ndarray  # (rows, ranks)
 
 
 def fold(
@@ -84,7 +85,7 @@ def fold(
     overwrite: bool = False,
     undo: Path | None = None,
     allow_unmatched: bool = False,
-    dtype: torch.dtype = torch.float32,
+    dtype: type = np.float32,
 ) -> Report:
     """Write `base` with LoRAs folded in, each at its strength, to `output`, in the layout of `base`.
 
@@ -103,8 +104,10 @@ def fold(
     staged = staging(output, room, overwrite, checkpoint.content)
     with staged as new, keeping(undo, checkpoint, plan) as kept:
         for path, file in checkpoint.files.items():
-            parts = plan.get(path, {})
-            changes = {k: partial(_added, file, k, parts[k], dtype, norms, kept) for k in file.entries if k in parts}
+            changes = {}
+            for key, parts in plan.get(path, {}).items():
+                keep = partial(kept.keep, name_of(path, key)) if kept else None
+                changes[key] = partial(_added, file, key, parts, norms, keep)
             rewrite(file, new / path, changes)
         checkpoint.copy_others(new)
     for part in folded:
@@ -136,7 +139,7 @@ def read_for(path: Path, modules: Modules | None, base: str, allow_unmatched: bo
     return lora
 
 
-def _plan(checkpoint: Checkpoint, read: list[LoRA], loras: list[tuple[Path, float]], dtype: torch.dtype):
+def _plan(checkpoint: Checkpoint, read: list[LoRA], loras: list[tuple[Path, float]], dtype: type):
     """Return what is added to which tensors, by file and key, and a report whose changes are still absolute."""
     plan: dict[Path, dict[str, list[Part]]] = {}
     folded: dict[tuple[int, str], Folded] = {}
@@ -148,8 +151,10 @@ def _plan(checkpoint: Checkpoint, read: list[LoRA], loras: list[tuple[Path, floa
             about.changes[module] = abs(strength) * change.norm()
             changes.setdefault(module, []).append((change, strength))
     for module, several in changes.items():
-        a = torch.cat([change.A.flatten(1).to(dtype) for change, _ in several])  # (ranks, columns)
-        b = torch.cat([change.B.to(dtype) * (change.scale * strength) for change, strength in several], dim=1)
+        a = [change.A.reshape(change.rank, -1) for change, _ in several]
+        a = np.concatenate(a, dtype=dtype)  # (ranks, columns)
+        b = [change.B.astype(dtype, copy=False) * (change.scale * strength) for change, strength in several]
+        b = np.concatenate(b, axis=1)  # (rows, ranks)
         for home in checkpoint.homes[module]:
             if home.shape != checkpoint.homes[module][0].shape:
                 raise UserError(f"{checkpoint.path / home.file}: {home.key} has another shape than its other variant")
@@ -159,45 +164,38 @@ def _plan(checkpoint: Checkpoint, read: list[LoRA], loras: list[tuple[Path, floa
 
 
 def _added(
-    file: TensorFile,
-    key: str,
-    parts: list[Part],
-    dtype: torch.dtype,
-    norms: dict[str, float],
-    kept: Undo | None,
-    source: BinaryIO,
-) -> Iterator[memoryview]:
+    file: TensorFile, key: str, parts: list[Part], norms: dict[str, float], keep: Callable | None, source: BinaryIO
+) -> Iterator[np.ndarray]:
     """Yield the bytes of a tensor with its parts added, some rows at a time, and note ‖W‖ by module."""
     entry = file.entries[key]
-    stored = DTYPES[entry.dtype]
+    stored, sum_type = DTYPES[entry.dtype], np.float64 if entry.dtype == "F64" else parts[0].A.dtype
     columns = math.prod(entry.shape[1:])
-    width = stored.itemsize * columns
-    rows_at_once = max(1, CHUNK // width)
-    buffer = bytearray(rows_at_once * width)
+    rows_at_once = max(1, CHUNK // (stored.itemsize * columns))
+    raw = np.empty((rows_at_once, columns), stored)
+    wide = np.empty(raw.shape, sum_type)
+    product = np.empty(raw.shape, parts[0].A.dtype)
     squares = dict.fromkeys((part.module for part in parts), 0.0)
     for first in range(0, entry.shape[0], rows_at_once):
         rows = min(rows_at_once, entry.shape[0] - first)
-        raw = memoryview(buffer)[: rows * width]
-        read_exactly(source, raw, file.path)
-        if kept:
-            kept.original(raw)
-        weight = torch.frombuffer(raw, dtype=stored).view(rows, columns).to(dtype)  # (rows, columns)
+        original = raw[:rows].reshape(-1).view(np.uint8)
+        read_exactly(source, original, file.path)
+        weight = widen(raw[:rows], wide[:rows])  # (rows, columns)
         for part in parts:
             begin, end = max(first, part.first_row), min(first + rows, part.first_row + len(part.B))
             if begin < end:
                 mine = weight[begin - first : end - first]
-                squares[part.module] += mine.norm().item() ** 2
-                mine.addmm_(part.B[begin - part.first_row : end - part.first_row], part.A)
-        result = weight.to(stored)
-        if not all(extreme.isfinite() for extreme in result.to(weight.dtype).aminmax()):
+                squares[part.module] += float(np.vdot(mine, mine))
+                b = part.B[begin - part.first_row : end - part.first_row]
+                with np.errstate(over="ignore", invalid="ignore"):  # it is looked for below
+                    mine += np.matmul(b, part.A, product[: len(mine)])
+        extremes = np.array([weight.min(), weight.max()])
+        if not np.isfinite(widen(narrow(extremes, entry.dtype))).all():
             modules = ", ".join(split(part.module)[1] for part in parts)
             raise UserError(f"{file.path}: {key} ({modules}) would not be finite numbers of type {entry.dtype}")
-        new = memoryview(result.view(torch.uint8).numpy()).cast("B")
-        if kept:
-            kept.changed(new)
+        new = narrow(weight, entry.dtype).reshape(-1).view(np.uint8)
+        if keep:
+            keep(first * columns * stored.itemsize, original, new)
         yield new
-    if kept:
-        kept.tensor_done()
     for module, square in squares.items():
         norms[module] = math.sqrt(square)
 
@@ -222,7 +220,7 @@ def merge(config: MergeConfig) -> None:
             overwrite=config.overwrite,
             undo=Path(config.undo) if config.undo else None,
             allow_unmatched=config.allow_unmatched,
-            dtype=torch.float64 if config.float64 else torch.float32,
+            dtype=np.float64 if config.float64 else np.float32,
         )
     print(report)
     print(f"wrote {output}")
@@ -230,12 +228,12 @@ def merge(config: MergeConfig) -> None:
 
 def _write_lora(config: MergeConfig, output: Path) -> Report:
     """Write the LoRA that --extract or --loras-only asks for."""
-    if output.exists() and not config.overwrite:
-        raise UserError(f"--output {output}: it exists; choose another, or --overwrite")
+    refuse_existing(output, config.overwrite)
     notes, reduction = [], None
     if config.extract:
-        lora, reduction, notes = extract(*map(Path, config.files), config.rank, config.energy)
-        modules = Checkpoint(Path(config.files[0])).modules
+        base, tuned = (Checkpoint(Path(path)) for path in config.files)
+        lora, reduction, notes = extract(base, tuned, config.rank, config.energy)
+        modules = base.modules
     else:
         modules = Checkpoint(Path(config.base)).modules if config.base else None
         loras = []

@@ -234,7 +234,8 @@ def save_lora(target, path: str | Path, name: str = "default", dialect: str = "d
         layer = modules[component].get_submodule(path_there)
         if isinstance(layer, LoRALayer) and name in layer.adapters:
             adapter = layer.adapters[name]
-            changes[full] = Change(adapter.lora_A.detach().cpu(), adapter.lora_B.detach().cpu(), adapter.scale)
+            a, b = (matrix.detach().cpu().numpy() for matrix in (adapter.lora_A, adapter.lora_B))
+            changes[full] = Change(a, b, adapter.scale)
     if not changes:
         raise ValueError(f"this {type(target).__name__} carries no LoRA named {name!r}; inject_lora or load_lora first")
     shapes = {full: shape for full, (_, _, shape) in live.items()}
@@ -264,8 +265,10 @@ def load_lora(
             for folded in report.folded:
                 remove_lora(modules[folded.component], name)
             raise UserError(f"LoRA {path}: {error}") from error
-        state = {f"{path_there}.lora_A.weight": change.A for path_there, change in mine.items()}
-        state |= {f"{path_there}.lora_B.weight": change.B.float() * change.scale for path_there, change in mine.items()}
+        state = {}
+        for path_there, change in mine.items():
+            state[f"{path_there}.lora_A.weight"] = torch.from_numpy(change.A)
+            state[f"{path_there}.lora_B.weight"] = torch.from_numpy(change.B).float() * change.scale
         load_lora_state_dict(module, state, name)
         set_lora_scale(module, scale, name)
         weights = {path_there: module.get_submodule(path_there).base.weight for path_there in mine}

@@ -17,6 +17,7 @@ looked up.
 import re
 from collections.abc import Iterable, Mapping
 
+ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")  # the attention projections of diffusers' U-Nets
 COMPONENTS = UNET, TEXT_ENCODER, TEXT_ENCODER_2 = "unet", "text_encoder", "text_encoder_2"
 
 Modules = Mapping[str, tuple[int, ...]]  # full name -> shape of the weight, (out, in) or (out, in, height, width)
@@ -198,11 +199,10 @@ def known_by(modules: Iterable[str]) -> dict[str, set[str]]:
 # ------------------------------------------------------------------------- cloneofsimo: modules by number
 
 
-_ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 # What is found below a module of each class, in the order in which a model lists its modules.
 _LEAVES = {
-    "CrossAttention": [f"{attention}.{leaf}" for attention in ("attn1", "attn2") for leaf in _ATTENTION],
-    "Attention": [f"{attention}.{leaf}" for attention in ("attn1", "attn2") for leaf in _ATTENTION],
+    "CrossAttention": [f"{attention}.{leaf}" for attention in ("attn1", "attn2") for leaf in ATTENTION],
+    "Attention": [f"{attention}.{leaf}" for attention in ("attn1", "attn2") for leaf in ATTENTION],
     "GEGLU": ["ff.net.0.proj"],
     "CLIPAttention": [f"self_attn.{leaf}_proj" for leaf in ("k", "v", "q", "out")],
 }

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from .config import UserError
-from .files import CHUNK, Entry, TensorFile, read_exactly, rewrite, staging, write_all
+from .files import CHUNK, Entry, TensorFile, read_exactly, rewrite, staging, write_at
 from .layout import Checkpoint
 
 CHECKSUMS = "checksums"
@@ -21,44 +21,39 @@ class Undo:
     """A file with the original bytes of what a merge changed, and a checksum of what each became.
 
     An ordinary safetensors file: a tensor is named by its file in the checkpoint and its key, and
-    `checksums` holds the CRC-32 of each changed tensor, in their order.
+    `checksums` holds the CRC-32 of each changed tensor, in their order.  Tensors may come in any order.
     """
 
-    def __init__(self, path: Path, changed: list[tuple[str, Entry]]):
+    def __init__(self, path: Path, changed: Mapping[str, Entry]):
         self.out = open(path, "wb", buffering=0)  # noqa: SIM115  closed by `keeping`
+        self.checksums = dict.fromkeys(changed, 0)
         header, position = {}, 0
-        for name, entry in changed:
+        for name, entry in changed.items():
             size = entry.end - entry.begin
             header[name] = {"dtype": entry.dtype, "shape": entry.shape, "data_offsets": [position, position + size]}
             position += size
-        header[CHECKSUMS] = {
-            "dtype": "U32",
-            "shape": [len(changed)],
-            "data_offsets": [position, position + 4 * len(changed)],
-        }
+        offsets = [position, position + 4 * len(changed)]
+        header[CHECKSUMS] = {"dtype": "U32", "shape": [len(changed)], "data_offsets": offsets}
         text = json.dumps(header).encode()
         text += b" " * (-len(text) % 8)
-        write_all(self.out, struct.pack("<Q", len(text)) + text)
-        self.checksums: list[int] = []
-        self.running = 0
+        write_at(self.out.fileno(), struct.pack("<Q", len(text)) + text, 0)
+        self.places = {name: 8 + len(text) + about["data_offsets"][0] for name, about in header.items()}
 
-    def original(self, raw) -> None:
-        """Keep the next bytes of a tensor as they were."""
-        write_all(self.out, raw)
-
-    def changed(self, new) -> None:
-        """Note the next bytes of the tensor as they have become."""
-        self.running = zlib.crc32(new, self.running)
-
-    def tensor_done(self) -> None:
-        """Note that all bytes of a tensor have been seen."""
-        self.checksums.append(self.running)
-        self.running = 0
+    def keep(self, name: str, begin: int, original, new) -> None:
+        """Keep the bytes of a tensor from `begin` on as they were, and note what they became; called in order."""
+        write_at(self.out.fileno(), original, self.places[name] + begin)
+        self.checksums[name] = zlib.crc32(new, self.checksums[name])
 
     def finish(self) -> None:
         """Write the checksums, which end the file."""
-        write_all(self.out, struct.pack(f"<{len(self.checksums)}I", *self.checksums))
+        checksums = struct.pack(f"<{len(self.checksums)}I", *self.checksums.values())
+        write_at(self.out.fileno(), checksums, self.places[CHECKSUMS])
         os.fsync(self.out.fileno())
+
+
+def name_of(path: Path, key: str) -> str:
+    """Return the name in an undo file of a tensor of a file of the checkpoint."""
+    return f"{path.as_posix()}:{key}"
 
 
 @contextmanager
@@ -67,13 +62,13 @@ def keeping(path: Path | None, checkpoint: Checkpoint, plan: Mapping[Path, Colle
     if path is None:
         yield None
         return
-    changed = [
-        (f"{rel.as_posix()}:{key}", entry)
+    changed = {
+        name_of(rel, key): entry
         for rel, file in checkpoint.files.items()
         for key, entry in file.entries.items()
         if key in plan.get(rel, {})
-    ]
-    with staging(path, sum(entry.end - entry.begin for _, entry in changed), overwrite=False) as new:
+    }
+    with staging(path, sum(entry.end - entry.begin for entry in changed.values()), overwrite=False) as new:
         undo = Undo(new, changed)
         try:
             yield undo
@@ -91,29 +86,25 @@ def restore(merged: Path, undo: Path, output: Path, *, overwrite: bool = False) 
     if CHECKSUMS not in kept.entries or kept.entries[CHECKSUMS].shape != (len(kept.entries) - 1,):
         raise UserError(f"{undo}: it is no undo file of a merge")
     names = [name for name in kept.entries if name != CHECKSUMS]
-    with open(undo, "rb") as originals, staging(output, checkpoint.size, overwrite, checkpoint.content) as new:
-        originals.seek(kept.entries[CHECKSUMS].begin)
-        checksums = dict(zip(names, struct.unpack(f"<{len(names)}I", originals.read(4 * len(names))), strict=True))
+    checksums = dict(zip(names, kept.read(CHECKSUMS).tolist(), strict=True))
 
-        def put_back(file: TensorFile, key: str, name: str, source: BinaryIO) -> Iterator[memoryview]:
-            entry, there, checksum = file.entries[key], kept.entries[name], 0
-            originals.seek(there.begin)
+    def put_back(file: TensorFile, key: str, name: str, source: BinaryIO) -> Iterator[memoryview]:
+        entry, checksum = file.entries[key], 0
+        with open(undo, "rb", buffering=0) as originals:
+            originals.seek(kept.entries[name].begin)
             for begin in range(0, entry.end - entry.begin, CHUNK):
-                size = min(CHUNK, entry.end - entry.begin - begin)
-                piece = memoryview(bytearray(size))
+                piece = memoryview(bytearray(min(CHUNK, entry.end - entry.begin - begin)))
                 read_exactly(source, piece, file.path)
                 checksum = zlib.crc32(piece, checksum)
                 read_exactly(originals, piece, undo)
                 yield piece
-            if checksum != checksums[name]:
-                raise UserError(f"{file.path}: {key} is not as the merge left it that {undo} undoes")
+        if checksum != checksums[name]:
+            raise UserError(f"{file.path}: {key} is not as the merge left it that {undo} undoes")
 
+    with staging(output, checkpoint.size, overwrite, checkpoint.content) as new:
         for path, file in checkpoint.files.items():
-            mine = {
-                name.removeprefix(f"{path.as_posix()}:"): name
-                for name in names
-                if name.startswith(f"{path.as_posix()}:")
-            }
+            prefix = name_of(path, "")
+            mine = {name.removeprefix(prefix): name for name in names if name.startswith(prefix)}
             for key, name in mine.items():
                 if key not in file.entries or file.entries[key].shape != kept.entries[name].shape:
                     raise UserError(f"{file.path}: it has no {key} of {kept.entries[name].shape}, which {undo} undoes")

@@ -151,6 +151,7 @@ def fit(name: str, modules: torch.nn.ModuleDict, loss_at, steps: int, learning_r
         state = {f"now.{k}": v for k, v in modules.state_dict().items()}
         state |= {f"average.{k}": v for k, v in average.state_dict().items()}
         state |= {f"adam.{k}": v for k, v in optimizer_tensors(optimizer).items()}
+        state = {key: value.cpu() for key, value in state.items()}
         write_tensors(path, state | {"step": torch.tensor(step)}, {})
 
     recent = None

@@ -1,0 +1,116 @@
+"""The number types of safetensors files, in numpy, which lacks three of them.
+
+A floating-point number is a sign, an exponent and a fraction:
+
+    F64        1 + 11 + 52 bits
+    F32        1 +  8 + 23
+    F16        1 +  5 + 10     up to 65 504
+    BF16       1 +  8 +  7     the upper half of an F32
+    F8_E5M2    1 +  5 +  2     the upper half of an F16
+    F8_E4M3    1 +  4 +  3     up to 448; it has no infinity, and one NaN
+
+`widen` makes numbers that can be computed with, and loses nothing.  `narrow` rounds them, once, to the
+nearest number of a type, of two equally near ones to the one whose last bit is 0, as IEEE 754 and torch
+do.  What is too large becomes infinite, or in F8_E4M3 the largest number.
+
+An array of a type that numpy lacks is one of records with a single field, so that it has the type about
+it.  Sources: IEEE 754-2019; Micikevicius et al., "FP8 formats for deep learning", 2022.
+"""
+
+import numpy as np
+
+BF16 = np.dtype([("BF16", "<u2")])
+F8_E4M3, F8_E5M2 = np.dtype([("F8_E4M3", "u1")]), np.dtype([("F8_E5M2", "u1")])
+# In the order in which safetensors lays tensors out in a file.
+DTYPES = {"U64": "<u8", "I64": "<i8", "F64": "<f8", "F32": "<f4", "U32": "<u4", "I32": "<i4", "BF16": BF16}
+DTYPES |= {"F16": "<f2", "U16": "<u2", "I16": "<i2", "F8_E4M3": F8_E4M3, "F8_E5M2": F8_E5M2}
+DTYPES |= {"I8": "i1", "U8": "u1", "BOOL": "?"}
+DTYPES = {name: np.dtype(dtype) for name, dtype in DTYPES.items()}
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+EPSILON = {"F64": 2.0**-52, "F32": 2.0**-23, "F16": 2.0**-10, "BF16": 2.0**-7, "F8_E4M3": 2.0**-3, "F8_E5M2": 2.0**-2}
+WEIGHTS = tuple(EPSILON)  # the types that a weight can have
+
+
+def widen(stored: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
+    """Return floating-point numbers as float32, those of F64 as float64, exactly; into `out` if it is given.
+
+    `out` may be of a wider type.
+    """
+    if out is None:
+        out = np.empty(stored.shape, np.float64 if stored.dtype == np.float64 else np.float32)
+    if stored.dtype == BF16 and out.dtype == np.float32:
+        np.left_shift(stored.view(np.uint16), np.uint32(16), out=out.view(np.uint32))
+    elif stored.dtype == BF16:
+        out[...] = widen(stored)
+    elif stored.dtype in _STEPS:
+        bits = stored.view(np.uint8)
+        out[...] = _STEPS[stored.dtype][bits & 0x7F]
+        np.copysign(out, bits.view(np.int8), out=out)
+    else:
+        out[...] = stored
+    return out
+
+
+def narrow(wide: np.ndarray, name: str) -> np.ndarray:
+    """Return float32 or float64 numbers rounded once to the type of that name."""
+    dtype = DTYPES[name]
+    if dtype == BF16:
+        return _to_bf16(wide.ravel()).reshape(wide.shape)
+    if dtype in _STEPS:
+        return _to_float8(wide.ravel(), dtype).reshape(wide.shape)
+    with np.errstate(over="ignore"):
+        return wide.astype(dtype)
+
+
+def _to_bf16(wide: np.ndarray) -> np.ndarray:
+    """Round to the upper halves of float32 numbers: half of the last place is added, and the lower half cut off."""
+    bits = (_to_odd(wide) if wide.dtype == np.float64 else wide).view(np.uint32)
+    half = bits >> 16
+    half &= 1  # just under half of the last place for an even number, half for an odd one
+    half += 0x7FFF
+    half += bits
+    half >>= 16
+    result = half.astype(np.uint16)
+    result[np.isnan(wide)] = 0x7FC0  # the sum may have run over into another number
+    return result.view(BF16)
+
+
+def _to_odd(wide: np.ndarray) -> np.ndarray:
+    """Return float64 numbers as float32, of the two neighbours the one whose last bit is 1.
+
+    So a number beside the middle of two shorter ones does not come to lie on it, and rounding the
+    result is rounding the number (Boldo and Melquiond, 2008).
+    """
+    with np.errstate(over="ignore"):
+        near = wide.astype(np.float32)
+    bits = near.view(np.uint32)
+    even = (near != wide) & (bits & 1 == 0) & ~np.isnan(wide)
+    bits += np.where(even, np.where(np.abs(near) > np.abs(wide), -1, 1), 0).astype(np.uint32)
+    return near
+
+
+def _steps(exponent: int, fraction: int, finite: int) -> np.ndarray:
+    """Return what the 128 positive patterns of so many bits mean, in float64; `finite` of them are numbers."""
+    bits = np.arange(128)
+    power, rest = bits >> fraction, bits & (2**fraction - 1)
+    implied = np.where(power > 0, 2**fraction, 0)  # the 1 before the point, which only subnormal numbers lack
+    values = np.ldexp((implied + rest).astype(np.float64), np.maximum(power, 1) - 2 ** (exponent - 1) + 1 - fraction)
+    values[finite:] = np.nan
+    return values
+
+
+_STEPS = {F8_E4M3: _steps(4, 3, 127), F8_E5M2: _steps(5, 2, 124)}
+_STEPS[F8_E5M2][124] = np.inf
+
+
+def _to_float8(wide: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    """Round by looking up between which two middles of neighbouring numbers each number lies."""
+    steps = _STEPS[dtype][np.isfinite(_STEPS[dtype])]
+    if dtype == F8_E5M2:
+        steps = np.append(steps, 2 * steps[-1] - steps[-2])  # where infinity stands among them
+    middles = (steps[1:] + steps[:-1]) / 2
+    size = np.abs(wide)
+    below, above = (np.searchsorted(middles, size, side) for side in ("left", "right"))  # apart on a middle only
+    bits = np.where(below % 2, above, below).astype(np.uint8)
+    bits[np.isnan(wide)] = 0x7F
+    return (bits | np.signbit(wide).astype(np.uint8) << 7).view(dtype)
