@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import make_tiny_unet
 from safetensors.torch import load_file
-from test_distill import CONFIG, CPU
+from test_consistency import CONFIG, CPU
 
 from minilora import checkpoint, draws, inject_lora
 from minilora.apps.smooth import SmoothDenoising

@@ -40,7 +40,6 @@ from .fewsteps import few_steps
 from .report import write_figures
 from .smooth import SmoothDenoising, smoothness
 
-
 # Another objective changes more than the style of pictures: it is learnt in all the layers.
 ALL_LAYERS = (
     *ATTENTION,

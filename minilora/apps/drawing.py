@@ -61,8 +61,8 @@ def draw_pictures(config, captions: Sequence[str], folder: Path, ranks: Ranks) -
         write_whole(folder / "metadata.jsonl", ("\n".join(rows) + "\n").encode())
     wait_for_all()
     base = Base(config.model, ranks.device, DTYPES[config.precision])
-    missing = [position for position in range(config.pictures) if not files[position].exists()]
-    mine = missing[ranks.rank :: ranks.world]
+    share = range(ranks.rank, config.pictures, ranks.world)
+    mine = [position for position in share if not files[position].exists()]
     for start in tqdm(range(0, len(mine), TOGETHER), "draw", disable=not (ranks.is_main and mine)):
         positions = mine[start : start + TOGETHER]
         shape = (base.unet.config.in_channels, *[base.unet.config.sample_size] * 2)
