@@ -22,5 +22,24 @@ python -m minilora.apps.morph dataset/mountain/mountain.jpg dataset/mountain_aut
     --prompt-a "mountain" --prompt-b "mountain in autumn"
 cp out/morph-mountain-mountain_autumn/morph.{gif,png} $pictures/
 
+# docs/restyle.md
+torchrun train.py --data dataset/cyanotype
+python sample.py --prompt "apple" --prompt "dog" --prompt "cat" --prompt "house" --prompt "car" --prompt "rocket" \
+    --prompt "mushroom" --prompt "guitar" --prompt "heart" --prompt "penguin" --prompt "tulip" --prompt "hamburger" \
+    --count 2 --output out/things
+python -m minilora.apps.restyle out/things --lora out/fluent --scales 0,0.25,0.5,0.75,1 --strength 0.6 \
+    --style dataset/fluent
+cp out/restyle-things/restyled.png $pictures/restyle.png
+python sample.py --prompt "tomato" --lora out/fluent --lora out/cyanotype --grid 0,0.25,0.5,0.75,1 \
+    --output $pictures/grid.png
+
+# docs/distill.md
+python -m minilora.apps.distill
+cp out/lcm/lcm.png $pictures/lcm.png
+python sample.py --prompt "tomato" --prompt "smile" --prompt "sunflower" --count 4 --lora out/lcm \
+    --lora out/fluent:0.8 --scheduler lcm --steps 4 --guidance 1 --output $pictures/lcm_fluent.png
+python -m minilora.apps.distill --objective smooth --data out/lcm/pictures
+cp out/smooth/smooth.png $pictures/smooth.png
+
 python docs/figures.py
 python docs/gallery.py

@@ -34,8 +34,10 @@ def small(command: str, tiny_base: Path) -> str:
     if "sample.py" in command:
         command += " --steps 2"
     if "minilora.apps" in command:
-        command = re.sub(r" --frames \d+", "", command) + " --steps 2 --train-steps 2 --rank 2"
+        command = re.sub(r" --frames \d+", "", command) + " --steps 2"
         command += " --frames 3" if "morph" in command else ""
+        command += "" if "restyle" in command else " --train-steps 2 --rank 2"
+        command += " --pictures 4 --seeds 1" if "distill" in command else ""
     return command
 
 

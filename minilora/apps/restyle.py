@@ -21,8 +21,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import diffusers
 import torch
-from diffusers import ControlNetModel, StableDiffusionControlNetImg2ImgPipeline, StableDiffusionImg2ImgPipeline
 from PIL import Image
 
 from ..commands import run
@@ -142,9 +142,10 @@ def read_pictures(name: str, caption: str | None, option: str) -> list[Item]:
 
 def pipeline_for(base: Base, config: RestyleConfig):
     """Return what draws pictures again, each with its caption and a seed of its own."""
-    kind, more = StableDiffusionImg2ImgPipeline, {}
+    kind, more = diffusers.StableDiffusionImg2ImgPipeline, {}
     if config.controlnet:
-        kind, more = StableDiffusionControlNetImg2ImgPipeline, {"controlnet": load_controlnet(config.controlnet, base)}
+        kind = diffusers.StableDiffusionControlNetImg2ImgPipeline
+        more = {"controlnet": load_controlnet(config.controlnet, base)}
     pipeline = kind(**base.pipeline.components, **more, requires_safety_checker=False)
     pipeline.set_progress_bar_config(disable=True)
 
@@ -169,13 +170,13 @@ def pipeline_for(base: Base, config: RestyleConfig):
     return draw_again
 
 
-def load_controlnet(folder: str, base: Base) -> ControlNetModel:
+def load_controlnet(folder: str, base: Base) -> diffusers.ControlNetModel:
     """Load a ControlNet; UserError if there is none or it was made for another base."""
     if not Path(folder).is_dir():
         raise UserError(f"--controlnet {folder}: there is no such folder")
     options = {"torch_dtype": base.dtype, "use_safetensors": True, "low_cpu_mem_usage": False}
     try:
-        controlnet = ControlNetModel.from_pretrained(folder, **options)
+        controlnet = diffusers.ControlNetModel.from_pretrained(folder, **options)
     except (OSError, ValueError) as error:
         raise UserError(f"--controlnet {folder}: it does not load ({str(error).splitlines()[0]})") from error
     for key in ("in_channels", "block_out_channels", "cross_attention_dim"):
