@@ -66,6 +66,34 @@ SHOWS = [
         "morph.png",
         {"--x": "place on the way"},
     ),
+    Show(
+        "Pictures drawn again in a style",
+        "More of the LoRA gives more of the style.",
+        "restyle.md",
+        "restyle.png",
+        {"--y": "how much of it"},
+    ),
+    Show(
+        "Two styles at once",
+        "The changes of weight of two LoRAs, each at its own strength.",
+        "restyle.md",
+        "grid.png",
+        {"--y": "the one", "--x": "the other"},
+    ),
+    Show(
+        "Four steps instead of fifty",
+        "Another objective in the same loop: consistency along the way from noise to picture.",
+        "distill.md",
+        "lcm.png",
+        {"--y": "drawn by"},
+    ),
+    Show(
+        "Pictures that change as evenly as their noise",
+        "A third objective: Smooth Diffusion. Go from one noise to another, without and with the LoRA.",
+        "distill.md",
+        "smooth.png",
+        {"--x": "place on the way"},
+    ),
 ]
 
 
@@ -173,10 +201,14 @@ $curves
 
 
 def main() -> None:
+    restyled = measured("restyle-things")
+    of_style, far = ({name: restyled[name]} for name in ("probability of the style", "distance to the pictures"))
     curves = [
         "<h2>Curves</h2>",
         curve("loss", losses(["mountain", "fluent"]), "step", "loss, mean of 20 steps"),
         curve("morph_jumps", measured("morph-mountain-mountain_autumn"), "frame", "distance to the next frame"),
+        curve("style", of_style, "scale of the LoRA", "probability"),
+        curve("style_distance", far, "scale of the LoRA", "levels of 255"),
     ]
     page = PAGE.substitute(shows="\n".join(figure(show) for show in SHOWS), curves="\n".join(curves))
     (DOCS / "index.html").write_text(page)

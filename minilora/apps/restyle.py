@@ -49,7 +49,7 @@ from .canny import canny
 from .classifier import probability, share_right, train_classifier
 from .report import write_figures
 
-SHOWN = 8  # pictures on the sheet
+SHOWN = 6  # pictures on the sheet
 
 
 @dataclass(frozen=True)
