@@ -9,6 +9,7 @@ import torch
 from conftest import make_picture
 from diffusers import ControlNetModel, StableDiffusionImg2ImgPipeline
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from test_models import write_a_lora
 
 from minilora.apps.canny import canny, follow
@@ -113,10 +114,16 @@ def test_a_controlnet_of_zeros_changes_nothing_and_another_does(command, tiny_ba
 def test_a_controlnet_that_does_not_fit_is_refused(command, tiny_base, tmp_path):
     with pytest.raises(UserError, match="--controlnet nowhere: there is no such folder"):
         command(controlnet="nowhere")
+    with pytest.raises(UserError, match=r"it holds a UNet2DConditionModel and should hold a ControlNetModel"):
+        command(controlnet=str(tiny_base / "unet"))
     config = json.loads(Path(make_controlnet(tiny_base, tmp_path / "net", random=False), "config.json").read_text())
     ControlNetModel.from_config(config | {"cross_attention_dim": 8}).save_pretrained(tmp_path / "other")
     with pytest.raises(UserError, match=r"its cross_attention_dim is 8, the base's 16"):
         command(controlnet=str(tmp_path / "other"))
+    weights = tmp_path / "net" / "diffusion_pytorch_model.safetensors"
+    save_file({k: v for k, v in load_file(weights).items() if k != "conv_in.bias"}, weights)
+    with pytest.raises(UserError, match=r"its weights lack conv_in\.bias"):
+        command(controlnet=str(tmp_path / "net"))
     longer = {"conditioning_embedding_out_channels": (4, 8, 8)}
     ControlNetModel.from_config(config | longer).save_pretrained(tmp_path / "longer")
     with pytest.raises(UserError, match="it has 4, the base has 2 pixels to a latent"):

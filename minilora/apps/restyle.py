@@ -43,6 +43,7 @@ from ..config import (
 )
 from ..data import Item, as_tensor, cut_square, open_picture, read_folder
 from ..distributed import this_device
+from ..formats import some
 from ..models import DTYPES, Base
 from ..sampling import TOGETHER, draw, load_loras, merged_at, save_picture, sheet
 from .canny import canny
@@ -176,9 +177,14 @@ def load_controlnet(folder: str, base: Base) -> diffusers.ControlNetModel:
         raise UserError(f"--controlnet {folder}: there is no such folder")
     options = {"torch_dtype": base.dtype, "use_safetensors": True, "low_cpu_mem_usage": False}
     try:
-        controlnet = diffusers.ControlNetModel.from_pretrained(folder, **options)
+        kind = diffusers.ControlNetModel.load_config(folder).get("_class_name")
+        if kind != "ControlNetModel":
+            raise UserError(f"--controlnet {folder}: it holds a {kind} and should hold a ControlNetModel")
+        controlnet, info = diffusers.ControlNetModel.from_pretrained(folder, output_loading_info=True, **options)
     except (OSError, ValueError) as error:
         raise UserError(f"--controlnet {folder}: it does not load ({str(error).splitlines()[0]})") from error
+    if info["missing_keys"]:
+        raise UserError(f"--controlnet {folder}: its weights lack {some(info['missing_keys'], 1)}")
     for key in ("in_channels", "block_out_channels", "cross_attention_dim"):
         theirs, ours = getattr(controlnet.config, key), getattr(base.unet.config, key)
         if theirs != ours:
