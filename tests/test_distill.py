@@ -19,7 +19,7 @@ from minilora import inject_lora, lora_parameters, save_lora
 from minilora.apps import drawing, fewsteps, smooth
 from minilora.apps.distill import DistillConfig, distill
 from minilora.apps.drawing import draw_pictures, read_captions
-from minilora.apps.fewsteps import called_right, kernel_distance
+from minilora.apps.fewsteps import called_right, crossed, wasserstein
 from minilora.commands import read
 from minilora.config import SampleConfig, UserError
 from minilora.data import as_picture
@@ -36,9 +36,10 @@ ONE = Ranks(0, 1, CPU)
 def config(tiny_base, tmp_path, monkeypatch) -> DistillConfig:
     monkeypatch.setattr(fewsteps, "MANY", 4)
     monkeypatch.setattr(smooth, "FRAMES", 5)
+    monkeypatch.setattr("minilora.training.sampling.before_after", lambda *_: Image.new("RGB", (8, 8)))
     (tmp_path / "captions.txt").write_text("".join(f"thing {number}\n" for number in range(34)))
     words = {"captions": str(tmp_path / "captions.txt"), "output": str(tmp_path / "out"), "model": str(tiny_base)}
-    return DistillConfig(**words, pictures=5, train_steps=3, batch_size=4, rank=2, steps=2, seeds=2)
+    return DistillConfig(**words, pictures=5, train_steps=2, batch_size=4, rank=2)
 
 
 # ------------------------------------------------------------------------------------- the command
@@ -172,13 +173,20 @@ def test_diffusers_own_pipeline_draws_the_same_with_the_lora(tiny_base, tmp_path
 # ------------------------------------------------------------------------------------------ figures
 
 
-def test_the_kernel_distance_is_zero_between_equal_distributions_and_grows_with_what_is_between_them():
-    generator = torch.Generator().manual_seed(0)
-    a, b, c = (torch.randn(400, 20, generator=generator) for _ in range(3))
-    assert abs(kernel_distance(a, b)) < 0.02  # of two samples, about 1 / 400 either way
-    near, far, wide = (kernel_distance(x, b) for x in (c + 0.3, c + 1, 1.5 * c))
-    assert 0.02 < near < far
-    assert wide > 0.02
+def test_the_distance_of_distributions_is_how_far_they_are_moved_and_does_not_see_the_order():
+    a = torch.randn(50, 20, generator=torch.Generator().manual_seed(0))
+    a = (a - a.mean(0)) / a.std(0)
+    assert wasserstein(a.flip(0), a, a) == 0
+    assert wasserstein(a + 0.3, a, a) == pytest.approx(0.3, rel=1e-5)
+    assert wasserstein(2 * (a + 0.3), 2 * a, 2 * a) == pytest.approx(0.3, rel=1e-5)  # in standard deviations
+
+
+def test_each_seed_is_compared_with_another_one():
+    one, two = torch.zeros(3, 1), torch.tensor([[0.0], [1.0], [2.0]])
+    both = torch.stack([one, two], dim=1).flatten(0, 1)  # caption by caption, the seeds one after the other
+    swapped = torch.stack([two, one], dim=1).flatten(0, 1)
+    assert crossed(swapped, both) == 0
+    assert crossed(both, both) > 0
 
 
 def test_the_style_classifier_tells_styles_that_are_there_and_not_those_that_are_not(tiny_base, tmp_path):

@@ -2,7 +2,7 @@
 
 Without any chance in it, denoising is a path: x_T, …, x_t, …, x_0 (ddim.py).  A consistency function
 f(x_t, t) leads from every place of a path to its end, x_0.  So on one path f has one value, and it
-can be learnt from neighbours: t and t′, the next of the N levels below, where a solver leads the path.
+can be learnt from neighbours: t, one of N levels, and t′, k levels below, where a solver leads the path.
 
     x_t  = √ᾱ_t · x₀ + √(1 − ᾱ_t) · ε                     a picture with noise, diffusion.py (1)
     x_t′ = ddim_step(x_t, teacher_g(x_t, t), ᾱ_t, ᾱ_t′)    one step of the teacher
@@ -47,11 +47,13 @@ HUBER = 1e-3  # below this a difference counts by its square
 class LatentConsistency(Objective):
     """Make f the same at neighbouring levels of a path of the teacher.
 
-    `guidance` is the lowest and the highest that is drawn; `levels` is N, which LCMScheduler calls
-    original_inference_steps; `decay` is μ.
+    `guidance` is the lowest and the highest that is drawn.  `skip` is k: the more is skipped the sooner the
+    end of the path is known everywhere, and the less exactly.  `levels` is N, which LCMScheduler calls
+    original_inference_steps, and `decay` is μ.
     """
 
     guidance: tuple[float, float]
+    skip: int = 1
     levels: int = 50
     decay: float = 0.95
 
@@ -88,11 +90,11 @@ class LatentConsistency(Objective):
     def neighbours(
         self, positions: tuple[int, ...], schedule: Schedule, seed: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return one of the N levels for each position, and the level below it, 0 below the lowest; (batch,) each."""
+        """Return one of the N levels for each position, and the place k levels below it, at least 0; (batch,) each."""
         apart = len(schedule) // self.levels
         which = [draws.integer(seed, "level", position, 1, self.levels + 1) for position in positions]
         t = apart * torch.tensor(which, device=schedule.alphas_cumprod.device) - 1
-        return t, (t - apart).clamp(min=0)
+        return t, (t - self.skip * apart).clamp(min=0)
 
     def drawn_guidance(self, positions: tuple[int, ...], seed: int) -> torch.Tensor:
         """Return the guidance at each position, (batch, 1, 1, 1)."""

@@ -19,7 +19,6 @@ from ..config import (
     MODEL,
     MODEL_HELP,
     OUTPUT,
-    PICTURES,
     PRECISION_HELP,
     PRECISIONS,
     TRAINING,
@@ -60,9 +59,12 @@ class DistillConfig(Settings):
 
     objective: str = setting("lcm", "what is learnt", choices=("lcm", "smooth"), group=TRAINING)
     guidance: tuple[float, ...] = setting(
-        ByBase((5.0, 10.0), (2.0, 4.0)),
+        ByBase((5.0, 10.0), (2.5, 3.5)),
         "lowest and highest guidance that lcm learns to do without; drawn pictures have the middle",
         group=TRAINING,
+    )
+    skip: int | None = setting(
+        None, "levels of 50 that a step of lcm's teacher goes over; 1, on the bundled base 5", group=TRAINING
     )
     weight: float | None = setting(
         None, "weight of the variation in --objective smooth; 1 if not given", group=TRAINING
@@ -77,9 +79,6 @@ class DistillConfig(Settings):
     targets: tuple[str, ...] = setting(ALL_LAYERS, "layers to adapt, as for train.py", group=MODEL)
     precision: str = setting("fp32", PRECISION_HELP, choices=PRECISIONS, group=MODEL)
 
-    steps: int = setting(4, "steps to measure the LoRA of lcm with", group=PICTURES)
-    seeds: int = setting(2, "pictures of each held-out caption to measure with", group=PICTURES)
-
     output: str | None = setting(None, "folder of the results; out/<objective> if not given", group=OUTPUT)
 
     @property
@@ -89,22 +88,23 @@ class DistillConfig(Settings):
     @classmethod
     def following(cls, values: dict) -> dict:
         objective = values.get("objective", "lcm")
-        steps = {"lcm": 700, "smooth": 200}.get(objective)
+        steps = {"lcm": 500, "smooth": 150}.get(objective)
         return super().following(values) | {"output": f"out/{objective}", "train_steps": steps}
 
     def problems(self) -> list[str]:
-        wrong = self.out_of_range(1, "pictures train_steps batch_size rank steps seeds")
+        wrong = self.out_of_range(1, "pictures train_steps batch_size rank skip")
         wrong += self.out_of_range(0, "learning_rate weight", strict=True) + self.out_of_range(0, "seed")
         if len(self.guidance) != 2 or not 1 <= self.guidance[0] <= self.guidance[-1]:
             given = ",".join(map(str, self.guidance))
             wrong.append(f"--guidance is {given}; it takes two numbers, the lowest, at least 1, and the highest")
-        if self.weight is not None and self.objective != "smooth":
-            wrong.append(f"--weight has no effect on --objective {self.objective}")
+        other = {"lcm": "weight", "smooth": "skip"}.get(self.objective)
+        if other and getattr(self, other) is not None:
+            wrong.append(f"--{other} has no effect on --objective {self.objective}")
         return wrong
 
     def objective_itself(self) -> LatentConsistency | SmoothDenoising:
         if self.objective == "lcm":
-            return LatentConsistency(self.guidance)
+            return LatentConsistency(self.guidance, self.skip or (1 if self.model else 5))
         return SmoothDenoising(self.weight or 1.0)
 
 

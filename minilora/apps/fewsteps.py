@@ -1,8 +1,10 @@
 """What a few steps are worth: pictures of held-out captions in many steps, in few, and in few with an LCM-LoRA.
 
 One by one they are compared with the picture of the same noise, though LCMScheduler adds more noise on
-the way; and all together as distributions, by features of the VAE's encoder (morph.py), each the
-mean over its places.
+the way and so draws another one.  As distributions they are compared by what the VAE's encoder sees in
+them (morph.py): the mean and the spread of each of its channels over a picture.  Of each such feature the
+Wasserstein distance between the pictures of one method and those of many steps, which have another
+seed each, is how far it has to be moved on average; that, in standard deviations, is averaged over all.
 """
 
 import json
@@ -24,7 +26,8 @@ from .drawing import STYLES, TOGETHER
 from .morph import apart, encoder_features
 from .restore import psnr
 
-MANY = 50  # steps that few ones are compared with
+MANY, FEW = 50, (4, 2)  # steps
+SEEDS = (0, 1)
 
 
 def few_steps(base: Base, captions: Sequence[str], learnt: Path, config) -> tuple[dict[str, float], Image.Image]:
@@ -32,23 +35,23 @@ def few_steps(base: Base, captions: Sequence[str], learnt: Path, config) -> tupl
 
     `learnt` is the folder that the LoRA was trained on, which shows what the styles look like.
     """
-    many, few, lcm = f"base, {MANY} steps", f"base, {config.steps} steps", f"LCM-LoRA, {config.steps} steps"
-    middle = config.middle_guidance
+    many, middle = f"base, {MANY} steps", config.middle_guidance
+    ways = {many: ("ddim", MANY, middle, 0.0)}  # scheduler, steps, guidance, strength of the LoRA
+    for steps in FEW:
+        ways[f"base, {steps} steps"] = ("ddim", steps, middle, 0.0)
+        ways[f"base, {steps} steps as with the LoRA"] = ("lcm", steps, 1.0, 0.0)
+        ways[f"LCM-LoRA, {steps} steps"] = ("lcm", steps, 1.0, 1.0)
     drawn, times = {}, {}
-    for name, scheduler, steps, guidance, strength in (
-        (many, "ddim", MANY, middle, 0.0),
-        (few, "ddim", config.steps, middle, 0.0),
-        (lcm, "lcm", config.steps, 1.0, 1.0),
-    ):
+    for name, (scheduler, steps, guidance, strength) in ways.items():
         use_scheduler(base, scheduler)
-        how, seeds = SampleConfig(prompt=tuple(captions), steps=steps, guidance=guidance), range(config.seeds)
+        how = SampleConfig(prompt=tuple(captions), steps=steps, guidance=guidance)
         with merged_at(base, {"default": strength}):
-            draw(base, captions[0], seeds, base.resolution, how)  # the first time is slower
+            draw(base, captions[0], SEEDS, base.resolution, how)  # the first time is slower
             started = time.perf_counter()
-            drawn[name] = [draw(base, caption, seeds, base.resolution, how) for caption in captions]
-            times[name] = (time.perf_counter() - started) / (len(captions) * config.seeds)
+            drawn[name] = [draw(base, caption, SEEDS, base.resolution, how) for caption in captions]
+            times[name] = (time.perf_counter() - started) / (len(captions) * len(SEEDS))
     pixels = {name: torch.stack([as_tensor(p) for row in rows for p in row]) for name, rows in drawn.items()}
-    each = [caption for caption in captions for _ in seeds]
+    each = [caption for caption in captions for _ in SEEDS]
     figures = {f"seconds per picture, {name}": value for name, value in times.items()}
     figures |= compared(base, pixels, many) | called_right(base, pixels, each, learnt)
     figures |= held_out_losses(base, config.objective_itself(), pixels[many], each, config)
@@ -71,38 +74,46 @@ def compared(base: Base, pixels: dict[str, torch.Tensor], many: str) -> dict[str
             figures[f"perceptual distance to the same seed at {MANY} steps, {name}"] = torch.cat(far).mean().item()
     wanted = pooled(base, aim)
     for name, pictures in pixels.items():
-        if name != many:
-            figures[f"kernel distance to all pictures of {MANY} steps, {name}"] = kernel_distance(
-                pooled(base, pictures), wanted
-            )
-    figures[f"kernel distance of {MANY} steps to {MANY} steps, with other seeds"] = kernel_distance(
-        wanted[::2], wanted[1::2]
-    )
+        figures[f"distance of distributions to {MANY} steps with another seed, {name}"] = crossed(
+            pooled(base, pictures), wanted
+        )
     return figures
 
 
+@torch.no_grad()
 def pooled(base: Base, pixels: torch.Tensor) -> torch.Tensor:
-    """Return the features of pictures, each the mean over its places; (n, width)."""
+    """Return mean and spread of each of the encoder's channels over each picture; (n, width)."""
     layers = [encoder_features(base, part) for part in pixels.split(TOGETHER)]
-    return torch.cat([torch.cat([f.float().mean((2, 3)) for f in part], dim=1) for part in layers]).cpu()
+    rows = [[pool(f.float()) for f in part for pool in (mean, spread)] for part in layers]
+    return torch.cat([torch.cat(row, dim=1) for row in rows]).cpu()
 
 
-def kernel_distance(one: torch.Tensor, other: torch.Tensor) -> float:
-    """Return how far two sets of features, (n, width), are apart as distributions; 0 for the same one.
+def mean(features: torch.Tensor) -> torch.Tensor:
+    return features.mean((2, 3))  # (n, channels)
 
-    The squared distance of means under the kernel (x·y / width + 1)³, without the bias of few pictures.
-    Source: Binkowski et al., "Demystifying MMD GANs", 2018.
+
+def spread(features: torch.Tensor) -> torch.Tensor:
+    return features.std((2, 3))  # (n, channels)
+
+
+def crossed(features: torch.Tensor, wanted: torch.Tensor) -> float:
+    """Return the distance of distributions, each seed's pictures to those of the next seed in `wanted`.
+
+    Both are (captions · seeds, width), the seeds of a caption one after the other.
     """
-    mean, spread = other.mean(0), other.std(0)
-    a, b = ((x.double() - mean) / spread for x in (one, other))
+    seeds = len(SEEDS)
+    return sum(
+        wasserstein(features[seed::seeds], wanted[(seed + 1) % seeds :: seeds], wanted) / seeds for seed in range(seeds)
+    )
 
-    def kernel(x, y):
-        return (x @ y.T / x.shape[1] + 1) ** 3
 
-    def without_diagonal(k):
-        return (k.sum() - k.trace()) / (len(k) * (len(k) - 1))
+def wasserstein(one: torch.Tensor, other: torch.Tensor, scale: torch.Tensor) -> float:
+    """Return the mean over all features of the Wasserstein distance of two sets, (n, width), in spreads of `scale`.
 
-    return (without_diagonal(kernel(a, a)) + without_diagonal(kernel(b, b)) - 2 * kernel(a, b).mean()).item()
+    Of two sets of n numbers it is the mean distance of the smallest to the smallest, the next to the next, ….
+    """
+    moved = (one.sort(dim=0).values - other.sort(dim=0).values).abs().mean(0)
+    return (moved / scale.std(0)).mean().item()
 
 
 def called_right(
@@ -121,10 +132,10 @@ def called_right(
         return 1.0 if caption.endswith(STYLES[1]) else -1.0
 
     x = pooled(base, torch.stack([as_tensor(open_picture(learnt / row["file_name"])) for row in styled]))
-    mean, spread = x.mean(0), x.std(0)
+    middle, scale = x.mean(0), x.std(0)
 
     def features(x: torch.Tensor) -> torch.Tensor:
-        return torch.cat([(x - mean) / spread, torch.ones(len(x), 1)], dim=1).double()
+        return torch.cat([(x - middle) / scale, torch.ones(len(x), 1)], dim=1).double()
 
     x, y = features(x), torch.tensor([style(row["text"]) for row in styled]).double()
     weights = torch.linalg.solve(x.T @ x + 0.1 * len(x) * torch.eye(x.shape[1]), x.T @ y)
