@@ -189,8 +189,8 @@ def test_each_seed_is_compared_with_another_one():
     assert crossed(both, both) > 0
 
 
-def test_the_style_classifier_tells_styles_that_are_there_and_not_those_that_are_not(tiny_base, tmp_path):
-    base, rows, captions = Base(str(tiny_base), CPU), [], []
+def test_the_style_classifier_tells_styles_that_are_there_and_not_those_that_are_not(tmp_path):
+    rows, captions = [], []
     generator = torch.Generator().manual_seed(0)
     pixels = 0.3 * torch.randn(40, 3, 16, 16, generator=generator)
     for number, picture in enumerate(pixels):
@@ -199,7 +199,7 @@ def test_the_style_classifier_tells_styles_that_are_there_and_not_those_that_are
         save_picture(as_picture(picture), tmp_path / f"{number}.png")
         rows.append(json.dumps({"file_name": f"{number}.png", "text": captions[-1]}))
     (tmp_path / "metadata.jsonl").write_text("\n".join(rows))
-    figures = called_right(base, {"there": pixels, "swapped": pixels.roll(1, 0)}, captions, tmp_path)
+    figures = called_right({"there": pixels, "swapped": pixels.roll(1, 0)}, captions, tmp_path)
     assert figures["style called as asked for, there"] > 0.95
     assert figures["style called as asked for, swapped"] < 0.05
 

@@ -22,6 +22,7 @@ from ..lora import lora_disabled
 from ..models import Base
 from ..objectives import Objective
 from ..sampling import draw, merged_at, sheet, use_scheduler
+from .classifier import share_right, train_classifier
 from .drawing import STYLES, TOGETHER
 from .morph import apart, encoder_features
 from .restore import psnr
@@ -53,7 +54,7 @@ def few_steps(base: Base, captions: Sequence[str], learnt: Path, config) -> tupl
     pixels = {name: torch.stack([as_tensor(p) for row in rows for p in row]) for name, rows in drawn.items()}
     each = [caption for caption in captions for _ in SEEDS]
     figures = {f"seconds per picture, {name}": value for name, value in times.items()}
-    figures |= compared(base, pixels, many) | called_right(base, pixels, each, learnt)
+    figures |= compared(base, pixels, many) | called_right(pixels, each, learnt)
     figures |= held_out_losses(base, config.objective_itself(), pixels[many], each, config)
     columns = range(min(8, len(captions)))
     rows = [[row[0] for row in rows[: len(columns)]] for rows in drawn.values()]
@@ -116,34 +117,23 @@ def wasserstein(one: torch.Tensor, other: torch.Tensor, scale: torch.Tensor) -> 
     return (moved / scale.std(0)).mean().item()
 
 
-def called_right(
-    base: Base, pixels: dict[str, torch.Tensor], captions: Sequence[str], learnt: Path
-) -> dict[str, float]:
+def called_right(pixels: dict[str, torch.Tensor], captions: Sequence[str], learnt: Path) -> dict[str, float]:
     """Return how often a classifier finds in pictures the style that their captions ask for.
 
-    It is a ridge regression on the pooled features, learnt from the pictures that the base drew in both styles.
+    It is trained on the pictures that the base drew in both styles.
     """
     rows = [json.loads(line) for line in (learnt / "metadata.jsonl").read_text().splitlines()]
     styled = [row for row in rows if isinstance(row["text"], str) and row["text"].endswith(STYLES[1:])]
     if not styled:
         return {}  # another base, or pictures that were given
 
-    def style(caption: str) -> float:
-        return 1.0 if caption.endswith(STYLES[1]) else -1.0
+    def kinds(captions: Sequence[str]) -> torch.Tensor:
+        return torch.tensor([int(caption.endswith(STYLES[1])) for caption in captions])  # (n,)
 
-    x = pooled(base, torch.stack([as_tensor(open_picture(learnt / row["file_name"])) for row in styled]))
-    middle, scale = x.mean(0), x.std(0)
-
-    def features(x: torch.Tensor) -> torch.Tensor:
-        return torch.cat([(x - middle) / scale, torch.ones(len(x), 1)], dim=1).double()
-
-    x, y = features(x), torch.tensor([style(row["text"]) for row in styled]).double()
-    weights = torch.linalg.solve(x.T @ x + 0.1 * len(x) * torch.eye(x.shape[1]), x.T @ y)
-    wanted = torch.tensor([style(caption) for caption in captions])
-    return {
-        f"style called as asked for, {name}": (features(pooled(base, p)) @ weights * wanted > 0).double().mean().item()
-        for name, p in pixels.items()
-    }
+    seen = torch.stack([as_tensor(open_picture(learnt / row["file_name"])) for row in styled])
+    classifier = train_classifier(seen, kinds([row["text"] for row in styled]))
+    wanted = kinds(captions)
+    return {f"style called as asked for, {name}": share_right(classifier, p, wanted) for name, p in pixels.items()}
 
 
 @torch.no_grad()
