@@ -21,6 +21,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from operator import index
 from pathlib import Path
+from threading import Event
 from typing import BinaryIO
 
 import numpy as np
@@ -200,15 +201,25 @@ def rewrite(file: TensorFile, target: Path, changes: Mapping[str, Callable[[Bina
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     with open(file.path, "rb", buffering=0) as source, open(target, "wb", buffering=0) as out:
-        pool = ThreadPoolExecutor(1 + COMPUTING)  # copying and computing do not wait for each other
+        pool = ThreadPoolExecutor(2 + COMPUTING)  # copying, flushing and computing do not wait for each other
+        done = Event()
         try:
+            flushed = pool.submit(_flush_until, done, out.fileno())
             jobs = [pool.submit(_copy_unchanged, file, changes.keys(), source.fileno(), out.fileno())]
             jobs += [pool.submit(_write_change, file, key, change, out.fileno()) for key, change in changes.items()]
             for job in as_completed(jobs):
                 job.result()
         finally:
+            done.set()
             pool.shutdown(cancel_futures=True)
+        flushed.result()
         os.fsync(out.fileno())
+
+
+def _flush_until(done: Event, out: int) -> None:
+    """Have the disk write what there is of a file while more of it comes: at the end it would all be waited for."""
+    while not done.wait(0.1):
+        os.fdatasync(out)
 
 
 def _write_change(file: TensorFile, key: str, change: Callable[[BinaryIO], Iterator], out: int) -> None:

@@ -12,11 +12,15 @@ BASE is a diffusers folder or a single file in the original layout.
 """
 
 import math
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import BinaryIO
+
+# Said before numpy is imported: the threads of its matrix products would get in the way of those of files.rewrite.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import numpy as np
 
