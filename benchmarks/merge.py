@@ -63,7 +63,7 @@ def make(work: Path, dtype: str, blocks: int) -> None:
     modules = Checkpoint(folder).modules
     for rank, ends in LORAS.items():
         changes = {
-            name: Change(torch.randn(rank, shape[1]) / rank, torch.randn(shape[0], rank) * 0.01)
+            name: Change((torch.randn(rank, shape[1]) / rank).numpy(), (torch.randn(shape[0], rank) * 0.01).numpy())
             for name, shape in modules.items()
             if len(shape) == 2 and name.endswith(ends)
         }

@@ -43,7 +43,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .names import ATTENTION
+# The attention projections of diffusers' U-Nets; names.py has them too, but this file needs nothing but torch.
+ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 
 
 class Adapter(nn.Module):

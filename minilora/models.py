@@ -131,6 +131,10 @@ class Base:
         for part in parts:
             self.__dict__.pop(part, None)
 
+    def autocast(self) -> torch.autocast:
+        """Return a context in which float32 numbers may come to parts of another type."""
+        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
+
     @property
     def pixels_per_latent(self) -> int:
         """How many pixels one latent spans, each way; known without loading the VAE."""

@@ -79,6 +79,6 @@ def draw_from(base: Base, noise: torch.Tensor, captions: Sequence[str], steps: i
     texts = torch.stack([base.encode_prompt(caption) for caption in captions]).to(base.device)
     empty = base.encode_prompt("").to(base.device)
     levels = Levels.of(base.scheduler, steps, base.device)
-    with torch.autocast(base.device.type, base.dtype, enabled=base.dtype != torch.float32):
+    with base.autocast():
         predict = guided(base.unet, texts, empty, guidance)
         return base.decode_latents(ddim_draw(predict, noise.to(base.device), levels).float())

@@ -152,7 +152,7 @@ def held_out_losses(
         noise = torch.stack([draws.gaussian(settings.seed, "held-out noise", p, latents.shape[1:]) for p in positions])
         tensors = (tensor.to(base.device) for tensor in (latents[part], texts[part], noise))
         batch = Batch(positions, *tensors, noise_offset=None, timesteps=None)
-        with torch.autocast(base.device.type, base.dtype, enabled=base.dtype != torch.float32):
+        with base.autocast():
             with_lora.append(objective.loss(base.unet, batch, base.schedule, settings))
             with lora_disabled(base.unet):
                 without.append(objective.loss(base.unet, batch, base.schedule, settings))

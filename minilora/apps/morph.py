@@ -126,11 +126,12 @@ def morph(config: MorphConfig) -> dict[str, float]:
 
     plain = replace(config, attention=0.0, adain=False, even=False)
     texts = [base.encode_prompt(prompt).to(base.device) for prompt in prompts]
-    with lora_disabled(base.unet):
-        without = way(base, levels, plain, pictures, texts)
-    ways = {"base": without, "LoRA": way(base, levels, plain, pictures, texts)}
-    if config != plain:
-        ways["LoRA and options"] = way(base, levels, config, pictures, texts)
+    with base.autocast():
+        with lora_disabled(base.unet):
+            ways = {"base": way(base, levels, plain, pictures, texts)}
+        ways["LoRA"] = way(base, levels, plain, pictures, texts)
+        if config != plain:
+            ways["LoRA and options"] = way(base, levels, config, pictures, texts)
 
     figures = {}
     for name, frames in ways.items():

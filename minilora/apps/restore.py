@@ -89,12 +89,13 @@ def restore(config: RestoreConfig) -> dict[str, float]:
     texts = [base.encode_prompt(text)[None].to(base.device) for text in (config.prompt, "", *config.edit)]
     text, empty, *edits = texts  # (1, tokens, width) each
     predict = guided(base.unet, text)
-    with lora_disabled(base.unet):
-        without = ddim_draw(predict, ddim_invert(predict, latents, levels), levels)
-    restored = ddim_draw(predict, ddim_invert(predict, latents, levels), levels)
-    set_lora_scale(base.unet, config.strength)
-    noise = ddim_invert(predict, latents, levels)
-    edited = [ddim_draw(guided(base.unet, edit, empty, config.guidance), noise, levels) for edit in edits]
+    with base.autocast():
+        with lora_disabled(base.unet):
+            without = ddim_draw(predict, ddim_invert(predict, latents, levels), levels)
+        restored = ddim_draw(predict, ddim_invert(predict, latents, levels), levels)
+        set_lora_scale(base.unet, config.strength)
+        noise = ddim_invert(predict, latents, levels)
+        edited = [ddim_draw(guided(base.unet, edit, empty, config.guidance), noise, levels) for edit in edits]
 
     pixels = [base.decode_latents(x)[0] for x in (latents, without, restored, *edited)]  # (3, h, w) each
     names = ["the picture", "only through the VAE", "restored by the base", "with the LoRA", *config.edit]
