@@ -26,6 +26,7 @@ from minilora.config import SampleConfig, UserError
 from minilora.data import as_picture
 from minilora.distributed import Ranks
 from minilora.formats import FILE_NAME
+from minilora.lora import ATTENTION
 from minilora.models import Base
 from minilora.sampling import sample, save_picture
 
@@ -85,7 +86,7 @@ def stop(*args):
 
 
 def test_two_processes_give_the_lora_of_one(config, tmp_path):
-    settings = replace(config, objective="smooth", train_steps=10, learning_rate=1e-3)
+    settings = replace(config, objective="smooth", train_steps=10, learning_rate=1e-3, targets=ATTENTION)
     path = tmp_path / "settings.json"
     path.write_text(replace(settings, output=str(tmp_path / "two")).to_json())
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
