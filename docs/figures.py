@@ -15,10 +15,19 @@ OUT = DOCS.parent / "out"
 
 
 def table(name: str) -> str:
-    """Return the command and the figures of a run as Markdown."""
+    """Return the command and the figures of a run as Markdown; those called "what; of which" side by side."""
     content = json.loads((OUT / name / "figures.json").read_text())
-    rows = [f"| {what} | {value:.4g} |" for what, value in content["figures"].items()]
-    return "\n".join([f"Printed by `{content['command']}`:", "", "| | |", "|---|---|", *rows])
+    figures = {tuple(what.partition("; ")[::2]): f"{value:.4g}" for what, value in content["figures"].items()}
+    lines = [f"Printed by `{content['command']}`:"]
+    single = [f"| {what} | {value} |" for (what, which), value in figures.items() if not which]
+    if single:
+        lines += ["", "| | |", "|---|---|", *single]
+    whats = list(dict.fromkeys(what for what, which in figures if which))
+    if whats:
+        lines += ["", f"| | {' | '.join(whats)} |", f"|---|{'---|' * len(whats)}"]
+    for which in dict.fromkeys(which for _, which in figures if which):
+        lines.append(f"| {which} | {' | '.join(figures.get((what, which), '') for what in whats)} |")
+    return "\n".join(lines)
 
 
 def main() -> None:

@@ -66,8 +66,8 @@ def test_the_figures_are_those_of_the_pictures_that_are_written(command, picture
     inputs = np.stack([np.array(cut_square(open_picture(p), 16)) for p in sorted(pictures.glob("*.png"))])
     for scale, there in zip(SCALES, drawn, strict=True):
         far = np.sqrt(((there.astype(float) - inputs) ** 2).mean((1, 2, 3))).mean()
-        assert content["figures"][f"distance to the pictures, in levels of 255, scale {scale:g}"] == pytest.approx(far)
-        assert 0 <= content["figures"][f"probability of the style, scale {scale:g}"] <= 1
+        assert content["figures"][f"distance to the pictures, in levels of 255; scale {scale:g}"] == pytest.approx(far)
+        assert 0 <= content["figures"][f"probability of the style; scale {scale:g}"] <= 1
     assert content["curves"].keys() == {"distance to the pictures", "probability of the style"}
     assert len({there.tobytes() for there in drawn}) == len(SCALES)
 

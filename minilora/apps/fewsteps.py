@@ -15,20 +15,18 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from .. import draws
-from ..config import SampleConfig, TrainConfig
-from ..data import Batch, as_tensor, open_picture
-from ..lora import lora_disabled
+from ..config import SampleConfig
+from ..data import as_tensor, open_picture
 from ..models import Base
-from ..objectives import Objective
 from ..sampling import draw, merged_at, sheet, use_scheduler
 from .classifier import share_right, train_classifier
 from .drawing import STYLES, TOGETHER
 from .morph import apart, encoder_features
 from .restore import psnr
 
-MANY, FEW = 50, (4, 2)  # steps
+MANY, FEW = 50, (4, 2, 1)  # steps
 SEEDS = (0, 1)
+SHOWN = 6  # captions on the sheet
 
 
 def few_steps(base: Base, captions: Sequence[str], learnt: Path, config) -> tuple[dict[str, float], Image.Image]:
@@ -53,12 +51,10 @@ def few_steps(base: Base, captions: Sequence[str], learnt: Path, config) -> tupl
             times[name] = (time.perf_counter() - started) / (len(captions) * len(SEEDS))
     pixels = {name: torch.stack([as_tensor(p) for row in rows for p in row]) for name, rows in drawn.items()}
     each = [caption for caption in captions for _ in SEEDS]
-    figures = {f"seconds per picture, {name}": value for name, value in times.items()}
+    figures = {f"seconds per picture; {name}": value for name, value in times.items()}
     figures |= compared(base, pixels, many) | called_right(pixels, each, learnt)
-    figures |= held_out_losses(base, config.objective_itself(), pixels[many], each, config)
-    columns = range(min(8, len(captions)))
-    rows = [[row[0] for row in rows[: len(columns)]] for rows in drawn.values()]
-    return figures, sheet(rows, captions[: len(columns)], list(drawn))
+    rows = [[row[0] for row in rows[:SHOWN]] for rows in drawn.values()]
+    return figures, sheet(rows, captions[:SHOWN], list(drawn))
 
 
 def compared(base: Base, pixels: dict[str, torch.Tensor], many: str) -> dict[str, float]:
@@ -67,15 +63,15 @@ def compared(base: Base, pixels: dict[str, torch.Tensor], many: str) -> dict[str
     for name, pictures in pixels.items():
         if name != many:
             near = torch.tensor([psnr(one, other) for one, other in zip(pictures, aim, strict=True)])
-            figures[f"PSNR to the same seed at {MANY} steps, dB, {name}"] = near.mean().item()
+            figures[f"PSNR to the same seed at {MANY} steps, dB; {name}"] = near.mean().item()
     for name, pictures in pixels.items():
         if name != many:
             parts = zip(pictures.split(TOGETHER), aim.split(TOGETHER), strict=True)
             far = [apart(encoder_features(base, one), encoder_features(base, other)) for one, other in parts]
-            figures[f"perceptual distance to the same seed at {MANY} steps, {name}"] = torch.cat(far).mean().item()
+            figures[f"perceptual distance to the same seed at {MANY} steps; {name}"] = torch.cat(far).mean().item()
     wanted = pooled(base, aim)
     for name, pictures in pixels.items():
-        figures[f"distance of distributions to {MANY} steps with another seed, {name}"] = crossed(
+        figures[f"distance of distributions to {MANY} steps with another seed; {name}"] = crossed(
             pooled(base, pictures), wanted
         )
     return figures
@@ -133,30 +129,4 @@ def called_right(pixels: dict[str, torch.Tensor], captions: Sequence[str], learn
     seen = torch.stack([as_tensor(open_picture(learnt / row["file_name"])) for row in styled])
     classifier = train_classifier(seen, kinds([row["text"] for row in styled]))
     wanted = kinds(captions)
-    return {f"style called as asked for, {name}": share_right(classifier, p, wanted) for name, p in pixels.items()}
-
-
-@torch.no_grad()
-def held_out_losses(
-    base: Base, objective: Objective, pixels: torch.Tensor, captions: Sequence[str], config
-) -> dict[str, float]:
-    """Return the objective's loss on pictures that were not learnt, by the base and with the LoRA."""
-    settings = TrainConfig(data="none", model=config.model)
-    objective.begin(base.unet, settings)
-    latents = torch.stack([base.encode_picture(picture)[0] for picture in pixels])  # (n, channels, h, w)
-    texts = torch.stack([base.encode_prompt(caption) for caption in captions])  # (n, tokens, width)
-    without, with_lora = [], []
-    for start in range(0, len(pixels), TOGETHER):
-        positions = tuple(range(start, min(start + TOGETHER, len(pixels))))
-        part = slice(start, start + TOGETHER)
-        noise = torch.stack([draws.gaussian(settings.seed, "held-out noise", p, latents.shape[1:]) for p in positions])
-        tensors = (tensor.to(base.device) for tensor in (latents[part], texts[part], noise))
-        batch = Batch(positions, *tensors, noise_offset=None, timesteps=None)
-        with base.autocast():
-            with_lora.append(objective.loss(base.unet, batch, base.schedule, settings))
-            with lora_disabled(base.unet):
-                without.append(objective.loss(base.unet, batch, base.schedule, settings))
-    return {
-        "consistency loss on held-out captions, base": torch.cat(without).mean().item(),
-        "consistency loss on held-out captions, LCM-LoRA": torch.cat(with_lora).mean().item(),
-    }
+    return {f"style called as asked for; {name}": share_right(classifier, p, wanted) for name, p in pixels.items()}

@@ -135,7 +135,7 @@ def morph(config: MorphConfig) -> dict[str, float]:
 
     figures = {}
     for name, frames in ways.items():
-        figures |= {f"{what}, {name}": value for what, value in figures_of(base, frames, pictures).items()}
+        figures |= {f"{what}; {name}": value for what, value in figures_of(base, frames, pictures).items()}
     ceilings = [psnr(base.decode_latents(base.encode_picture(p)[0][None])[0], p) for p in pictures]
     figures |= {f"PSNR through the VAE alone, picture {n}, dB": c for n, c in zip("AB", ceilings, strict=True)}
     jumps = {name: (list(range(1, config.frames)), distances(base, frames)) for name, frames in ways.items()}

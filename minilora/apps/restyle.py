@@ -120,10 +120,10 @@ def restyle(config: RestyleConfig) -> dict[str, float]:
             save_picture(picture, output / f"scale-{scale:g}" / f"{number:04d}-{item.path.stem}.png")
         rows.append(drawn)
         far.append(distance(pictures, drawn))
-        figures[f"distance to the pictures, in levels of 255, scale {scale:g}"] = far[-1]
+        figures[f"distance to the pictures, in levels of 255; scale {scale:g}"] = far[-1]
         if style is not None:
             likely.append(probability(style, pixels_of(drawn), kind=1).mean().item())
-            figures[f"probability of the style, scale {scale:g}"] = likely[-1]
+            figures[f"probability of the style; scale {scale:g}"] = likely[-1]
     curves = {"distance to the pictures": (config.scales, far)}
     write_figures(output, figures, curves | ({"probability of the style": (config.scales, likely)} if likely else {}))
     shown = [row[:SHOWN] for row in ([pictures, *rows])]

@@ -107,9 +107,9 @@ def smoothness(base: Base, captions: Sequence[str], learnt: Path, config) -> tup
                 rows.append([as_picture(frame) for frame in frames[::2]])
                 labels.append(f"{caption}, {name}")
         far = torch.stack(ways)  # (ways, frames - 1)
-        figures[f"distance between neighbouring frames, {name}"] = far.mean().item()
-        figures[f"its standard deviation along the way, {name}"] = far.std(1).mean().item()
-        figures[f"largest jump between frames, {name}"] = far.max(1).values.mean().item()
+        figures[f"distance between neighbouring frames; {name}"] = far.mean().item()
+        figures[f"its standard deviation along the way; {name}"] = far.std(1).mean().item()
+        figures[f"largest jump between frames; {name}"] = far.max(1).values.mean().item()
     order = [row + which for row in range(len(rows) // 2) for which in (0, len(rows) // 2)]
     columns = [f"frame {number + 1}" for number in range(0, FRAMES, 2)]
     return figures, sheet([rows[i] for i in order], columns, [labels[i] for i in order])
