@@ -36,7 +36,8 @@ def small(command: str, tiny_base: Path) -> str:
     if "apps.distill" in command:
         command += " --captions prompts.txt --pictures 4 --train-steps 2 --rank 2"
     elif "minilora.apps" in command:
-        command = re.sub(r" --frames \d+", "", command) + " --steps 2"
+        command = re.sub(r" --frames \d+", "", command).replace("--style dataset/fluent", "--style out/things")
+        command += " --steps 2"
         command += " --frames 3" if "morph" in command else ""
         command += "" if "restyle" in command else " --train-steps 2 --rank 2"
     return command
