@@ -118,8 +118,9 @@ def called_right(pixels: dict[str, torch.Tensor], captions: Sequence[str], learn
 
     It is trained on the pictures that the base drew in both styles.
     """
-    rows = [json.loads(line) for line in (learnt / "metadata.jsonl").read_text().splitlines()]
-    styled = [row for row in rows if isinstance(row["text"], str) and row["text"].endswith(STYLES[1:])]
+    about = learnt / "metadata.jsonl"
+    rows = [json.loads(line) for line in about.read_text().splitlines()] if about.exists() else []
+    styled = [row for row in rows if str(row.get("text")).endswith(STYLES[1:])]
     if not styled:
         return {}  # another base, or pictures that were given
 
