@@ -37,9 +37,10 @@ def few_steps(base: Base, captions: Sequence[str], learnt: Path, config) -> tupl
     many, middle = f"base, {MANY} steps", config.middle_guidance
     ways = {many: ("ddim", MANY, middle, 0.0)}  # scheduler, steps, guidance, strength of the LoRA
     for steps in FEW:
-        ways[f"base, {steps} steps"] = ("ddim", steps, middle, 0.0)
-        ways[f"base, {steps} steps as with the LoRA"] = ("lcm", steps, 1.0, 0.0)
-        ways[f"LCM-LoRA, {steps} steps"] = ("lcm", steps, 1.0, 1.0)
+        so_many = f"{steps} steps" if steps > 1 else "1 step"
+        ways[f"base, {so_many}"] = ("ddim", steps, middle, 0.0)
+        ways[f"base, {so_many} as with the LoRA"] = ("lcm", steps, 1.0, 0.0)
+        ways[f"LCM-LoRA, {so_many}"] = ("lcm", steps, 1.0, 1.0)
     drawn, times = {}, {}
     for name, (scheduler, steps, guidance, strength) in ways.items():
         use_scheduler(base, scheduler)
