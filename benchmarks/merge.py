@@ -15,6 +15,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from statistics import median
 
 LORAS = {8: (".to_q", ".to_k", ".to_v", ".to_out.0"), 32: ("",)}  # rank -> what its modules' names end with
 PEER = """
@@ -89,7 +90,7 @@ def measure(command: list[str], out: Path) -> tuple[float, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--work", type=Path, default=Path(".cache/benchmark"), help="folder for 15 GB of files")
-    parser.add_argument("--rounds", type=int, default=3, help="times that each contender runs; the median counts")
+    parser.add_argument("--rounds", type=int, default=3, help="times that each contender runs; medians count")
     parser.add_argument("--peer", action="store_true", help="run diffusers too")
     parser.add_argument("--make", nargs=2, metavar=("DTYPE", "BLOCKS"), help="only make the files of one base")
     args = parser.parse_args()
@@ -119,12 +120,13 @@ def main() -> None:
                 for name, command in contenders.items():
                     runs[name].append(measure(command, out))
             size = sum(p.stat().st_size for p in folder.rglob("*") if p.is_file()) / 1e9
-            copy = sorted(seconds for seconds, _ in runs["cp -r"])[args.rounds // 2]
             for name, results in runs.items():
-                seconds = sorted(seconds for seconds, _ in results)[args.rounds // 2]
+                seconds = median(seconds for seconds, _ in results)
+                # Round by round: what the disk does meanwhile changes from round to round.
+                ratio = median(mine / copy for (mine, _), (copy, _) in zip(results, runs["cp -r"], strict=True))
                 peak = max(memory for _, memory in results)
                 which = f"rank {rank}, {'attention' if len(ends) > 1 else 'all linear'}"
-                row = f"{dtype}, {size:.2f} GB | {which} | {name} | {seconds:.1f} | {seconds / copy:.2f} | {peak:.0f}"
+                row = f"{dtype}, {size:.2f} GB | {which} | {name} | {seconds:.1f} | {ratio:.2f} | {peak:.0f}"
                 print(f"| {row} |", flush=True)
 
 

@@ -56,18 +56,23 @@ def this_device() -> torch.device:
 
 @contextmanager
 def processes() -> Iterator[Ranks]:
-    """Join the processes that torchrun started, for as long as the block runs."""
+    """Join the processes that torchrun started, for as long as the block runs.
+
+    A block within another finds them joined: to join again after leaving can hang, since torchrun's store
+    still has the addresses of the first time.
+    """
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = this_device()
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    if world > 1:
+    joining = world > 1 and not dist.is_initialized()
+    if joining:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     local_rank, local_world = (int(os.environ.get(f"LOCAL_{name}", n)) for name, n in (("RANK", 0), ("WORLD_SIZE", 1)))
     try:
         yield Ranks(rank, world, device, local_rank, local_world)
     finally:
-        if dist.is_initialized():
+        if joining:
             dist.destroy_process_group()
 
 

@@ -114,23 +114,22 @@ def distill(config: DistillConfig) -> dict[str, float] | None:
     learnt, held_out = read_captions(config)
     with processes() as ranks:
         folder = config.data or draw_pictures(config, learnt, output / "pictures", ranks)
-        same = about_the_same(config, output / "distill.json", ranks)
-    settings = TrainConfig(
-        data=str(folder),
-        model=config.model,
-        rank=config.rank,
-        targets=config.targets,
-        steps=config.train_steps,
-        batch_size=config.batch_size,
-        learning_rate=config.learning_rate,
-        lr_schedule="cosine",
-        precision=config.precision,
-        seed=config.seed,
-        output=str(output),
-        checkpoint_every=min(100, config.train_steps),
-        resume=same,
-    )
-    lora = train(settings, config.objective_itself())
+        settings = TrainConfig(
+            data=str(folder),
+            model=config.model,
+            rank=config.rank,
+            targets=config.targets,
+            steps=config.train_steps,
+            batch_size=config.batch_size,
+            learning_rate=config.learning_rate,
+            lr_schedule="cosine",
+            precision=config.precision,
+            seed=config.seed,
+            output=str(output),
+            checkpoint_every=min(100, config.train_steps),
+            resume=about_the_same(config, output / "distill.json", ranks),
+        )
+        lora = train(settings, config.objective_itself())
     if not ranks.is_main:
         return None
     base = Base(config.model, ranks.device, DTYPES[config.precision])
