@@ -162,8 +162,7 @@ def sample(config: SampleConfig) -> Path:
         captions = [caption for caption in config.prompt for _ in seeds]
         for picture, name in zip((p for row in rows for p in row), names, strict=True):
             save_picture(picture, path / name)
-        lines = [json.dumps({"file_name": n, "text": c}) + "\n" for n, c in zip(names, captions, strict=True)]
-        write_whole(path / "metadata.jsonl", "".join(lines).encode())
+        write_captions(path, names, captions)
     print(f"wrote {path}")
     return path
 
@@ -216,6 +215,12 @@ def numbered_in(folder: Path, count: int) -> list[str]:
     if others:
         raise UserError(f"--output {folder}: {min(others)} is there already; choose another folder, or delete it")
     return names
+
+
+def write_captions(folder: Path, names: Sequence[str], captions: Sequence[str | Sequence[str]]) -> None:
+    """Write the metadata.jsonl that training reads: the pictures' file names, and a caption or several of each."""
+    lines = [json.dumps({"file_name": n, "text": c}) + "\n" for n, c in zip(names, captions, strict=True)]
+    write_whole(folder / "metadata.jsonl", "".join(lines).encode())
 
 
 def picture_format(path: Path) -> str:

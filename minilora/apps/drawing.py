@@ -14,7 +14,7 @@ from ..ddim import Levels, ddim_draw, guided
 from ..distributed import Ranks, wait_for_all
 from ..files import write_whole
 from ..models import BUNDLED, DTYPES, Base
-from ..sampling import save_picture
+from ..sampling import save_picture, write_captions
 
 HELD_OUT = 32  # one caption in so many is kept to measure with
 TOGETHER = 8  # pictures drawn in one pass
@@ -57,8 +57,7 @@ def draw_pictures(config, captions: Sequence[str], folder: Path, ranks: Ranks) -
         for path in folder.glob("*.png"):
             path.unlink()
         write_whole(about, said.encode())
-        rows = [json.dumps({"file_name": f.name, "text": c}) for f, c in zip(files, chosen, strict=True)]
-        write_whole(folder / "metadata.jsonl", ("\n".join(rows) + "\n").encode())
+        write_captions(folder, [file.name for file in files], chosen)
     wait_for_all()
     base = Base(config.model, ranks.device, DTYPES[config.precision])
     share = range(ranks.rank, config.pictures, ranks.world)

@@ -58,40 +58,35 @@ def few_steps(base: Base, captions: Sequence[str], learnt: Path, config) -> tupl
     return figures, sheet(rows, captions[:SHOWN], list(drawn))
 
 
+@torch.no_grad()
 def compared(base: Base, pixels: dict[str, torch.Tensor], many: str) -> dict[str, float]:
     """Return how far pictures are from those of many steps, one by one and as distributions."""
-    figures, aim = {}, pixels[many]
-    for name, pictures in pixels.items():
-        if name != many:
-            near = torch.tensor([psnr(one, other) for one, other in zip(pictures, aim, strict=True)])
-            figures[f"PSNR to the same seed at {MANY} steps, dB; {name}"] = near.mean().item()
-    for name, pictures in pixels.items():
-        if name != many:
-            parts = zip(pictures.split(TOGETHER), aim.split(TOGETHER), strict=True)
-            far = [apart(encoder_features(base, one), encoder_features(base, other)) for one, other in parts]
-            figures[f"perceptual distance to the same seed at {MANY} steps; {name}"] = torch.cat(far).mean().item()
-    wanted = pooled(base, aim)
-    for name, pictures in pixels.items():
-        figures[f"distance of distributions to {MANY} steps with another seed; {name}"] = crossed(
-            pooled(base, pictures), wanted
-        )
+    far, seen = ({name: [] for name in pixels} for _ in range(2))
+    for start in range(0, len(pixels[many]), TOGETHER):  # the features of all would be too much to keep
+        part = slice(start, start + TOGETHER)
+        wanted = encoder_features(base, pixels[many][part])
+        for name, pictures in pixels.items():
+            features = wanted if name == many else encoder_features(base, pictures[part])
+            far[name].append(apart(features, wanted))
+            seen[name].append(pooled(features))
+    seen = {name: torch.cat(rows) for name, rows in seen.items()}  # (n, width) each
+    figures = {}
+    for name in pixels:
+        if name == many:
+            continue
+        near = torch.tensor([psnr(one, other) for one, other in zip(pixels[name], pixels[many], strict=True)])
+        figures[f"PSNR to the same seed at {MANY} steps, dB; {name}"] = near.mean().item()
+        figures[f"perceptual distance to the same seed at {MANY} steps; {name}"] = torch.cat(far[name]).mean().item()
+    for name, features in seen.items():
+        what = f"distance of distributions to {MANY} steps with another seed; {name}"
+        figures[what] = crossed(features, seen[many])
     return figures
 
 
-@torch.no_grad()
-def pooled(base: Base, pixels: torch.Tensor) -> torch.Tensor:
-    """Return mean and spread of each of the encoder's channels over each picture; (n, width)."""
-    layers = [encoder_features(base, part) for part in pixels.split(TOGETHER)]
-    rows = [[pool(f.float()) for f in part for pool in (mean, spread)] for part in layers]
-    return torch.cat([torch.cat(row, dim=1) for row in rows]).cpu()
-
-
-def mean(features: torch.Tensor) -> torch.Tensor:
-    return features.mean((2, 3))  # (n, channels)
-
-
-def spread(features: torch.Tensor) -> torch.Tensor:
-    return features.std((2, 3))  # (n, channels)
+def pooled(features: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Return mean and spread over each picture of each channel of the encoder's layers; (n, width)."""
+    columns = [pool for layer in features for pool in (layer.float().mean((2, 3)), layer.float().std((2, 3)))]
+    return torch.cat(columns, dim=1).cpu()
 
 
 def crossed(features: torch.Tensor, wanted: torch.Tensor) -> float:

@@ -52,7 +52,7 @@ from ..files import write_whole
 from ..lora import lora_disabled, set_lora_scale
 from ..models import DTYPES, Base, load_lora
 from ..sampling import picture_format, save_picture, sheet
-from .report import write_figures
+from .report import folder_for, write_figures
 from .restore import learn, psnr, see
 
 EVEN_ROUNDS = 2  # times that the frames are spaced anew; the first time the way is known only roughly
@@ -89,7 +89,7 @@ class MorphConfig(Settings):
     @property
     def folder(self) -> Path:
         """Where the LoRAs, the sheet and the figures go."""
-        return Path("out") / "-".join(["morph", *(Path(name).stem for name in self.pictures)])
+        return folder_for("morph", self.pictures)
 
     def problems(self) -> list[str]:
         wrong = [] if len(self.pictures) == 2 else [f"morph takes two pictures, not {len(self.pictures)}"]

@@ -11,6 +11,11 @@ from ..files import write_whole
 Curves = Mapping[str, tuple[Sequence[float], Sequence[float]]]  # xs and ys by name
 
 
+def folder_for(application: str, names: Sequence[str]) -> Path:
+    """Return where an application's results on some pictures go, if nothing else is asked for."""
+    return Path("out") / "-".join([application, *(Path(name).stem for name in names)])
+
+
 def write_figures(folder: Path, figures: Mapping[str, float], curves: Curves | None = None) -> None:
     """Print figures by name, and write them with the command line, and curves, to `figures.json` in a folder."""
     for name, value in figures.items():

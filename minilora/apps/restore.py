@@ -38,7 +38,7 @@ from ..lora import lora_disabled, set_lora_scale
 from ..models import DTYPES, Base, load_lora
 from ..sampling import save_picture, sheet
 from ..training import train
-from .report import write_figures
+from .report import folder_for, write_figures
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class RestoreConfig(Settings):
     @classmethod
     def following(cls, values: dict) -> dict:
         names = values.get("picture", ())
-        return super().following(values) | {"output": f"out/restore-{Path(names[0]).stem}" if names else None}
+        return super().following(values) | {"output": str(folder_for("restore", names[:1])) if names else None}
 
     def problems(self) -> list[str]:
         wrong = [] if len(self.picture) == 1 else [f"restore takes one picture, not {len(self.picture)}"]

@@ -48,7 +48,7 @@ from ..models import DTYPES, Base
 from ..sampling import TOGETHER, draw, load_loras, merged_at, save_picture, sheet
 from .canny import canny
 from .classifier import probability, share_right, train_classifier
-from .report import write_figures
+from .report import folder_for, write_figures
 
 SHOWN = 6  # pictures on the sheet
 
@@ -86,7 +86,7 @@ class RestyleConfig(Settings):
     @classmethod
     def following(cls, values: dict) -> dict:
         names = values.get("data", ())
-        return super().following(values) | {"output": f"out/restyle-{Path(names[0]).stem}" if names else None}
+        return super().following(values) | {"output": str(folder_for("restyle", names[:1])) if names else None}
 
     def problems(self) -> list[str]:
         wrong = [] if len(self.data) == 1 else [f"restyle takes one picture or folder, not {len(self.data)}"]

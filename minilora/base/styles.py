@@ -7,12 +7,13 @@ dataset/cyanotype, 48 pictures that the base knows in colour, printed in blue: a
 """
 
 import argparse
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
+
+from minilora.sampling import write_captions
 
 from .pictures import Named, fluent_pictures, noto_pictures
 
@@ -66,15 +67,14 @@ def print_in_blue(picture: Image.Image) -> Image.Image:
 def write(folder: Path, named: Sequence[Named], change: Callable[[Image.Image], Image.Image]) -> None:
     """Write a dataset folder: the pictures, changed, with metadata.jsonl and LICENSE.md."""
     folder.mkdir(parents=True, exist_ok=True)
-    rows = []
-    for path, names in sorted(named, key=lambda pair: pair[1]):
-        file_name = names[0].replace(" ", "_") + ".png"
+    named = sorted(named, key=lambda pair: pair[1])
+    files = [names[0].replace(" ", "_") + ".png" for _, names in named]
+    for (path, _), file_name in zip(named, files, strict=True):
         with Image.open(path) as picture:
             change(picture.convert("RGBA")).save(folder / file_name, optimize=True)
-        rows.append(json.dumps({"file_name": file_name, "text": list(names)}))
-    (folder / "metadata.jsonl").write_text("\n".join(rows) + "\n")
+    write_captions(folder, files, [names for _, names in named])
     (folder / "LICENSE.md").write_text(LICENSES[folder.name])
-    print(f"wrote {len(rows)} pictures to {folder}")
+    print(f"wrote {len(files)} pictures to {folder}")
 
 
 def main() -> None:
