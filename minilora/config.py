@@ -35,7 +35,8 @@ def setting(default, text: str, *, group: str, choices: tuple = (), repeat: bool
 
 DATA, MODEL, TRAINING, OUTPUT, PICTURES = "data", "base and LoRA", "training", "output", "pictures"
 OTHER = "instead of merging into a base"
-MODEL_HELP = "diffusers folder or hub id of the base; the bundled miniature if not given"
+MODEL_HELP = "diffusers folder, hub id or single .safetensors file of the base; the bundled miniature if not given"
+MODEL_CONFIG_HELP = "diffusers folder or hub id with the settings and tokenizer that a single file of --model lacks"
 PRECISION_HELP = "number format of the frozen base and of the computation"
 PRECISIONS = ("fp32", "bf16", "fp16")
 
@@ -111,6 +112,7 @@ class TrainConfig(Settings):
     )
 
     model: str | None = setting(None, MODEL_HELP, group=MODEL)
+    model_config: str | None = setting(None, MODEL_CONFIG_HELP, group=MODEL)
     rank: int = setting(8, "rank of the change of each weight", group=MODEL)
     alpha: float | None = setting(None, "the change is scaled by alpha / rank; the rank if not given", group=MODEL)
     targets: tuple[str, ...] = setting(
@@ -162,7 +164,17 @@ class TrainConfig(Settings):
         The others say where things are or how work is shared out; of what they name, pictures and
         base, it is the content that counts.
         """
-        no_part = {"data", "caption", "caption_column", "cache", "model", "output", "resume", "micro_batch_size"}
+        no_part = {
+            "data",
+            "caption",
+            "caption_column",
+            "cache",
+            "model",
+            "model_config",
+            "output",
+            "resume",
+            "micro_batch_size",
+        }
         no_part |= {"gradient_checkpointing", "checkpoint_every", "checkpoints_kept", "sample_prompt", "sample_every"}
         if self.lr_schedule == "constant":
             no_part.add("steps")  # a longer run begins as a shorter one
@@ -197,10 +209,13 @@ class SampleConfig(Settings):
     guidance: float = setting(
         ByBase(7.5, 3.0), "how strongly the prompt is followed; 1 is without guidance", group=PICTURES
     )
+    image: str | None = setting(None, "picture to paint in, for an inpainting base", group=PICTURES)
+    mask: str | None = setting(None, "picture that is white where --image is to be painted anew", group=PICTURES)
     size: int | None = setting(None, "side of the pictures, in pixels; the base's own if not given", group=PICTURES)
     scheduler: str = setting("ddim", "sampler", choices=("ddim", "euler", "euler_a", "dpm++", "lcm"), group=PICTURES)
 
     model: str | None = setting(None, MODEL_HELP, group=MODEL)
+    model_config: str | None = setting(None, MODEL_CONFIG_HELP, group=MODEL)
     lora: tuple[str, ...] = setting(
         (),
         "LoRA file or training output, optionally with a strength: out/fluent:0.8; may be repeated",
@@ -244,6 +259,8 @@ class SampleConfig(Settings):
             wrong.append(
                 f"--output {self.output}: --scales and --grid make one sheet, whose name ends as a picture's does"
             )
+        if bool(self.image) != bool(self.mask):
+            wrong.append("--image and --mask belong together: the picture, and where it is painted anew")
         if self.negative and self.guidance == 1:
             wrong.append("--negative has no effect at --guidance 1, which is without guidance")
         return wrong

@@ -28,6 +28,7 @@ from tqdm import tqdm
 
 from . import draws
 from .config import TrainConfig, UserError
+from .diffusion import Conditioning
 from .distributed import Ranks, wait_for_all
 from .files import write_tensors
 from .models import Base
@@ -35,11 +36,11 @@ from .models import Base
 
 @dataclass(frozen=True)
 class Item:
-    """One picture of the folder: its file, a hash of the file's bytes, its short side, its captions."""
+    """One picture of the folder: its file, a hash of the file's bytes, its size, its captions."""
 
     path: Path
     digest: str
-    short_side: int  # pixels
+    size: tuple[int, int]  # width and height, in pixels
     captions: tuple[str, ...]  # one or more
 
 
@@ -49,7 +50,7 @@ class Batch:
 
     positions: tuple[int, ...]  # for an objective that draws numbers of its own
     latents: torch.Tensor  # (batch, channels, h, w)
-    text: torch.Tensor  # (batch, tokens, width)
+    conditioning: Conditioning  # of the captions
     noise: torch.Tensor  # (batch, channels, h, w)
     noise_offset: torch.Tensor  # (batch, channels, 1, 1)
     timesteps: torch.Tensor  # (batch,)
@@ -83,10 +84,15 @@ def cut_square(picture: Image.Image, side: int, place: tuple[float, float] = (0.
 
     `place` is 0 for left or top, 1 for right or bottom, 0.5 for the centre.
     """
-    scale = side / min(picture.size)
-    size = [max(side, round(n * scale)) for n in picture.size]
-    left, top = (round((n - side) * p) for n, p in zip(size, place, strict=True))
+    size, left, top = _cut(picture.size, side, place)
     return picture.resize(size, Image.Resampling.LANCZOS).crop((left, top, left + side, top + side))
+
+
+def _cut(size: tuple[int, int], side: int, place: tuple[float, float]) -> tuple[tuple[int, int], int, int]:
+    """Return the size that a picture is resized to, and left and top of the square at `place` in it."""
+    scale = side / min(size)
+    width, height = (max(side, round(n * scale)) for n in size)
+    return (width, height), round((width - side) * place[0]), round((height - side) * place[1])
 
 
 def as_tensor(picture: Image.Image) -> torch.Tensor:
@@ -136,12 +142,12 @@ def read_folder(config: TrainConfig) -> list[Item]:
         if path not in captions:
             problems.append(f"{path.name} has no caption in metadata.jsonl or a .txt beside it; give one, or --caption")
         try:
-            short_side = min(open_picture(path).size)
+            size = open_picture(path).size
         except NO_PICTURE as error:
             problems.append(f"{path.name} cannot be opened as a picture ({error})")
         else:
             digest = hashlib.sha256(path.read_bytes()).hexdigest()
-            items.append(Item(path, digest, short_side, captions.get(path, ())))
+            items.append(Item(path, digest, size, captions.get(path, ())))
     if problems:
         raise UserError(f"--data {folder}: " + "; ".join(problems))
     return items
@@ -151,10 +157,10 @@ def _read_one(path: Path, caption: str | None) -> Item:
     if caption is None:
         raise UserError(f"--data {path}: one picture needs its --caption")
     try:
-        short_side = min(open_picture(path).size)
+        size = open_picture(path).size
     except NO_PICTURE as error:
         raise UserError(f"--data {path}: it cannot be opened as a picture ({error})") from error
-    return Item(path, hashlib.sha256(path.read_bytes()).hexdigest(), short_side, (caption,))
+    return Item(path, hashlib.sha256(path.read_bytes()).hexdigest(), size, (caption,))
 
 
 def _captions(
@@ -243,8 +249,8 @@ class Examples:
         if self.encoders:
             ranks.say("note: --crop random shows no crop twice, so the VAE stays in memory and encodes each draw")
         for item in items:
-            if item.short_side < resolution and ranks.is_main:
-                small = f"{item.path} is {item.short_side} pixels on its short side"
+            if min(item.size) < resolution and ranks.is_main:
+                small = f"{item.path} is {min(item.size)} pixels on its short side"
                 print(f"warning: {small}; it is enlarged to {resolution}", file=sys.stderr)
         captions = sorted({caption for item in items for caption in (*item.captions, "")})
         if ranks.is_main and (cut := [caption for caption in captions if encoders.is_truncated(caption)]):
@@ -253,13 +259,16 @@ class Examples:
                 file=sys.stderr,
             )
         self._fill(captions, encoders, ranks)
-        encoders.release("text_encoder")
+        encoders.release("text_encoder", "text_encoder_2")
 
     def batch(self, positions: Sequence[int], device: torch.device) -> Batch:
         """Return what stands at the given positions, whoever asks and in whichever order."""
         rows = [self._row(position) for position in positions]
-        columns = (torch.stack(column).to(device) for column in zip(*rows, strict=True))
-        return Batch(tuple(positions), *columns)
+        latents, told, *drawn = ([*column] for column in zip(*rows, strict=True))
+        keys = told[0].keys()
+        conditioning = {key: torch.stack([each[key] for each in told]).to(device) for key in keys}
+        latents, *drawn = (torch.stack(column).to(device) for column in (latents, *drawn))
+        return Batch(tuple(positions), latents, Conditioning(**conditioning), *drawn)
 
     def picture_at(self, position: int) -> Item:
         """Return which picture stands at a position."""
@@ -268,6 +277,7 @@ class Examples:
     def _row(self, position: int) -> tuple[torch.Tensor, ...]:
         seed, item = self.config.seed, self.picture_at(position)
         mirrored = self.config.mirror and draws.uniform(seed, "mirror", position) < 0.5
+        place = (0.5, 0.5)
         if self.encoders is None:
             encoded = _load(self._picture_file(item, mirrored))
             mean, std = encoded["mean"], encoded["std"]  # (channels, h, w) each
@@ -278,8 +288,17 @@ class Examples:
         noise = draws.gaussian(seed, "noise", position, mean.shape)
         noise_offset = draws.gaussian(seed, "noise offset", position, (len(mean), 1, 1))
         timestep = draws.integer(seed, "timestep", position, 0, self.schedule_length)
-        text = _load(self._caption_file(self.caption_at(position)))["text"]  # (tokens, width)
-        return latents, text, noise, noise_offset, torch.tensor(timestep)
+        told = _load(self._caption_file(self.caption_at(position)))
+        if "pooled" in told:
+            told = told | {"sizes": self._sizes(item, mirrored, place)}
+        return latents, told, noise, noise_offset, torch.tensor(timestep)
+
+    def _sizes(self, item: Item, mirrored: bool, place: tuple[float, float]) -> torch.Tensor:
+        """Return what Stable Diffusion XL is told of a picture: its size, where it was cut, and to what size; (6,)."""
+        (width, height), side = item.size, self.resolution
+        resized, left, top = _cut(item.size, side, place)
+        left = resized[0] - side - left if mirrored else left
+        return torch.tensor([height, width, top, left, side, side], dtype=torch.float32)
 
     def caption_at(self, position: int) -> str:
         """Return the caption at a position: one of the picture's, or none at all for caption dropout."""
@@ -306,7 +325,8 @@ class Examples:
         """Encode what the cache lacks, each process its share of the files."""
 
         def encode_caption(caption: str) -> dict[str, torch.Tensor]:
-            return {"text": encoders.encode_prompt(caption)}
+            told = encoders.encode_prompt(caption)
+            return {"text": told.text[0]} | ({} if told.pooled is None else {"pooled": told.pooled[0]})
 
         def encode_picture(item: Item, mirrored: bool) -> dict[str, torch.Tensor]:
             mean, std = encoders.encode_picture(self._pixels(item, mirrored))

@@ -59,6 +59,24 @@ class Schedule:
         return self.alphas_cumprod[timesteps].view(-1, 1, 1, 1)  # (batch, 1, 1, 1)
 
 
+@dataclass(frozen=True)
+class Conditioning:
+    """What a U-Net is told beside x_t and t: the caption, and in Stable Diffusion XL two things more."""
+
+    text: torch.Tensor  # (batch, tokens, width)
+    pooled: torch.Tensor | None = None  # (batch, width'): the whole caption in one vector
+    sizes: torch.Tensor | None = (
+        None  # (batch, 6): height and width of the picture, top and left of its cut, of the cut
+    )
+
+    def inputs(self) -> dict:
+        """Return it as what diffusers' U-Nets take by name."""
+        if self.pooled is None:
+            return {"encoder_hidden_states": self.text}
+        more = {"text_embeds": self.pooled, "time_ids": self.sizes}
+        return {"encoder_hidden_states": self.text, "added_cond_kwargs": more}
+
+
 def add_noise(latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor, schedule: Schedule) -> torch.Tensor:
     """Return x_t of equation (1); latents and noise are (batch, channels, h, w), timesteps (batch,)."""
     alpha_bar = schedule.alpha_bar(timesteps)
@@ -117,7 +135,7 @@ def min_snr_weight(timesteps: torch.Tensor, schedule: Schedule, gamma: float) ->
 def denoising_loss(
     unet,
     latents: torch.Tensor,
-    text: torch.Tensor,
+    conditioning: Conditioning,
     noise: torch.Tensor,
     timesteps: torch.Tensor,
     schedule: Schedule,
@@ -125,11 +143,10 @@ def denoising_loss(
 ) -> torch.Tensor:
     """Return one float32 loss per picture, (batch,).
 
-    `latents` and `noise` are (batch, channels, h, w), `timesteps` (batch,), `text` the caption's
-    embedding (batch, tokens, width).  `unet(noisy, timesteps, text)` predicts as diffusers' does.
+    `latents` and `noise` are (batch, channels, h, w), `timesteps` (batch,).  `unet` predicts as diffusers' do.
     """
     noisy = add_noise(latents, noise, timesteps, schedule)
-    prediction = unet(noisy, timesteps, text).sample
+    prediction = unet(noisy, timesteps, **conditioning.inputs()).sample
     wanted = target(latents, noise, timesteps, schedule)
     loss = F.mse_loss(prediction.float(), wanted.float(), reduction="none").mean(dim=(1, 2, 3))
     if snr_gamma is not None:

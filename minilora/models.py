@@ -1,4 +1,4 @@
-"""A base: a Stable Diffusion in the diffusers layout, its parts loaded when first used.
+"""A base: a Stable Diffusion of any family, its parts loaded when first used.
 
 The parts and what they do:
 
@@ -6,6 +6,13 @@ The parts and what they do:
     vae                        a picture <-> latents, 8 times smaller each way (4 in the bundled base)
     unet                       noisy latents, timestep, vectors -> what is noise in them
     scheduler                  how much noise each timestep has
+
+The families differ in what the U-Net predicts (1.x the noise, 2.x at 768 pixels v) and in what it is told:
+
+    1.x, 2.x       the last layer of one text encoder
+    XL             the last but one of two, side by side; the second one's summary of the whole prompt; and
+                   the size of the picture, where it was cut, and to what size
+    inpainting     of any family: beside the noisy latents, 4 channels, a mask and the masked picture, 1 + 4
 
 All of them come from diffusers and transformers; this file only finds them and asks them.
 """
@@ -19,15 +26,18 @@ from pathlib import Path
 # Said before diffusers is imported, which asks transformers for parts that are of no use here.
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
+import diffusers
 import torch
 import transformers
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import AutoencoderKL, DDIMScheduler, DiffusionPipeline, UNet2DConditionModel
+from diffusers.loaders.single_file_utils import fetch_diffusers_config
 from torch import nn
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from .config import UserError
-from .diffusion import Schedule
+from .diffusion import Conditioning, Schedule
 from .export import write_lora
+from .files import PICKLE_HELP, PICKLES, TensorFile
 from .formats import Change, LoRA
 from .lora import KINDS, LoRALayer, add_lora, load_lora_state_dict, lora_layers, remove_lora, set_lora_scale
 from .merge import Folded, Report, read_for
@@ -37,32 +47,58 @@ transformers.logging.disable_progress_bar()
 
 BUNDLED = Path(__file__).parent / "base"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+PIPELINES = {  # that a base may be, and the parts of each beside U-Net, VAE and scheduler
+    "StableDiffusionPipeline": ("text_encoder", "tokenizer"),
+    "StableDiffusionInpaintPipeline": ("text_encoder", "tokenizer"),
+    "StableDiffusionXLPipeline": ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"),
+    "StableDiffusionXLInpaintPipeline": ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"),
+}
+_NO_CHECKER = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
 
 
 class Base:
-    """A base by name: None for the bundled one, else a diffusers folder or a hub id.
+    """A base by name: None for the bundled one, else a diffusers folder, a hub id or a single .safetensors file.
+
+    A single file has weights only.  What else there is to know, the parts' settings and the tokenizer, is
+    taken from `config`, a diffusers folder (which may lack weights) or hub id; if it is not given, from the
+    hub id that diffusers knows the file's shapes by.
 
     Each part is loaded on first use, frozen, onto `device` in `dtype`, and stays until `release`.
     Raises UserError if there is no Stable Diffusion under that name.
     """
 
-    def __init__(self, name: str | None, device: torch.device, dtype: torch.dtype = torch.float32):
+    def __init__(
+        self, name: str | None, device: torch.device, dtype: torch.dtype = torch.float32, config: str | None = None
+    ):
         self.source = str(BUNDLED if name is None else name)
         self.device = device
         self.dtype = dtype
+        if Path(self.source).suffix in PICKLES:
+            raise UserError(f"--model {self.source}: {PICKLE_HELP}")
+        self.is_file = Path(self.source).is_file()
+        if self.is_file and Path(self.source).suffix != ".safetensors":
+            raise UserError(f"--model {self.source}: of single files only .safetensors are read")
+        if config and not self.is_file:
+            raise UserError(
+                f"--model-config {config}: --model {self.source} is no single file, and has its own settings"
+            )
+        self.configs = (config or _config_of(self.source)) if self.is_file else self.source
         try:
-            index = StableDiffusionPipeline.load_config(self.source)
+            self.index = DiffusionPipeline.load_config(self.configs)
         except (OSError, ValueError) as error:
             reason = str(error).splitlines()[0]
+            if self.is_file:
+                raise UserError(
+                    f"--model {self.source}: the settings of its parts are not in the file, and {self.configs} cannot "
+                    f"be reached; give a folder that has them with --model-config ({reason})"
+                ) from error
             raise UserError(
                 f"--model {self.source}: neither a diffusers folder (with model_index.json) nor a hub id "
                 f"that can be reached ({reason})"
             ) from error
-        if index.get("_class_name") != "StableDiffusionPipeline":
-            raise UserError(
-                f"--model {self.source}: it holds a {index.get('_class_name')}; "
-                "only StableDiffusionPipeline is supported"
-            )
+        self.kind = self.index.get("_class_name")
+        if self.kind not in PIPELINES:
+            raise UserError(f"--model {self.source}: it holds a {self.kind}; what is known is {', '.join(PIPELINES)}")
 
     @cached_property
     def unet(self) -> UNet2DConditionModel:
@@ -77,8 +113,16 @@ class Base:
         return self._load(CLIPTextModel, "text_encoder")
 
     @cached_property
+    def text_encoder_2(self) -> CLIPTextModelWithProjection:
+        return self._load(CLIPTextModelWithProjection, "text_encoder_2")
+
+    @cached_property
     def tokenizer(self) -> CLIPTokenizer:
         return self._from_pretrained(CLIPTokenizer, "tokenizer")
+
+    @cached_property
+    def tokenizer_2(self) -> CLIPTokenizer:
+        return self._from_pretrained(CLIPTokenizer, "tokenizer_2")
 
     @cached_property
     def scheduler(self) -> DDIMScheduler:
@@ -92,24 +136,42 @@ class Base:
             raise UserError(f"--model {self.source}: {error}") from error
 
     @cached_property
-    def pipeline(self) -> StableDiffusionPipeline:
+    def pipeline(self) -> DiffusionPipeline:
         """A diffusers pipeline over these very parts."""
-        pipeline = StableDiffusionPipeline(
-            vae=self.vae,
-            text_encoder=self.text_encoder,
-            tokenizer=self.tokenizer,
-            unet=self.unet,
-            scheduler=self.scheduler,
-            safety_checker=None,
-            feature_extractor=None,
-            requires_safety_checker=False,
-        )
+        parts = {name: getattr(self, name) for name in ("unet", "vae", "scheduler", *PIPELINES[self.kind])}
+        others = {"force_zeros_for_empty_prompt": self.index.get("force_zeros_for_empty_prompt", True)}
+        pipeline = getattr(diffusers, self.kind)(**parts, **(others if self.is_xl else _NO_CHECKER))
         pipeline.set_progress_bar_config(disable=True)
         return pipeline
 
+    @property
+    def is_xl(self) -> bool:
+        return "XL" in self.kind
+
+    @property
+    def is_inpainting(self) -> bool:
+        return "Inpaint" in self.kind
+
+    @property
+    def text_encoders(self) -> list[nn.Module]:
+        return [getattr(self, name) for name in PIPELINES[self.kind] if name.startswith("text_encoder")]
+
+    @property
+    def tokenizers(self) -> list[CLIPTokenizer]:
+        return [getattr(self, name) for name in PIPELINES[self.kind] if name.startswith("tokenizer")]
+
+    @cached_property
+    def _of_the_file(self) -> DiffusionPipeline:
+        """All the parts of a single file, which diffusers converts as a whole."""
+        kind = getattr(diffusers, self.kind)
+        options = {} if self.is_xl else _NO_CHECKER
+        return kind.from_single_file(self.source, config=self.configs, torch_dtype=self.dtype, **options)
+
     def _from_pretrained(self, kind: type, part: str, **options):
         try:
-            return kind.from_pretrained(self.source, subfolder=part, **options)
+            if self.is_file and issubclass(kind, nn.Module):
+                return getattr(self._of_the_file, part)
+            return kind.from_pretrained(self.configs, subfolder=part, **options)
         except (OSError, ValueError) as error:
             raise UserError(
                 f"--model {self.source}: its {part} does not load ({str(error).splitlines()[0]})"
@@ -121,14 +183,16 @@ class Base:
 
     def encoder_fingerprints(self) -> tuple[str, str]:
         """Return what the latents of a picture and the vectors of a prompt are functions of, as two hashes."""
-        of_pictures = fingerprint(self.vae)
-        tokenizer = json.loads(self.tokenizer.backend_tokenizer.to_str())
-        words = {key: value for key, value in tokenizer.items() if key not in ("padding", "truncation")}
-        return of_pictures, fingerprint(self.text_encoder, json.dumps(words))
+        of_text = []
+        for tokenizer, encoder in zip(self.tokenizers, self.text_encoders, strict=True):
+            words = json.loads(tokenizer.backend_tokenizer.to_str())
+            words = {key: value for key, value in words.items() if key not in ("padding", "truncation")}
+            of_text.append(fingerprint(encoder, json.dumps(words)))
+        return fingerprint(self.vae), "+".join(of_text)
 
     def release(self, *parts: str) -> None:
         """Let parts leave memory; they are loaded again if they are used again."""
-        for part in parts:
+        for part in (*parts, "_of_the_file"):
             self.__dict__.pop(part, None)
 
     def autocast(self) -> torch.autocast:
@@ -143,7 +207,7 @@ class Base:
     @cached_property
     def _vae_config(self) -> dict:
         try:
-            return AutoencoderKL.load_config(self.source, subfolder="vae")
+            return AutoencoderKL.load_config(self.configs, subfolder="vae")
         except (OSError, ValueError) as error:
             raise UserError(f"--model {self.source}: its vae does not load ({str(error).splitlines()[0]})") from error
 
@@ -173,15 +237,44 @@ class Base:
         pixels = self.vae.decode(latents.to(self.device, self.dtype) / self.vae.config.scaling_factor).sample
         return pixels.float().clamp(-1, 1).cpu()
 
+    def tokens(self, prompt: str) -> torch.Tensor:
+        """Return the numbers of a prompt's tokens for each text encoder, (encoders, tokens)."""
+        options = {"padding": "max_length", "truncation": True, "return_tensors": "pt"}
+        return torch.cat([tokenizer(prompt, **options).input_ids for tokenizer in self.tokenizers])
+
     @torch.no_grad()
-    def encode_prompt(self, prompt: str) -> torch.Tensor:
-        """Return the vectors of a prompt, (tokens, width), float32, on the CPU."""
-        tokens = self.tokenizer(prompt, padding="max_length", truncation=True, return_tensors="pt").input_ids
-        return self.text_encoder(tokens.to(self.device)).last_hidden_state[0].float().cpu()
+    def encode_prompt(self, prompt: str) -> Conditioning:
+        """Return what the U-Net is told of a prompt, float32, on the CPU; a batch of one, without sizes."""
+        told = encode_tokens(self.text_encoders, self.tokens(prompt)[None].to(self.device))
+        pooled = None if told.pooled is None else told.pooled.float().cpu()
+        return Conditioning(told.text.float().cpu(), pooled)
+
+    def encode_text(self, prompt: str) -> torch.Tensor:
+        """Return the vectors of a prompt, (tokens, width), float32, on the CPU, for a U-Net that is told nothing else.
+
+        Raises UserError for Stable Diffusion XL, which is.
+        """
+        if self.is_xl:
+            raise UserError(f"--model {self.source}: this is for Stable Diffusion 1.x and 2.x, not for XL")
+        return self.encode_prompt(prompt).text[0]
 
     def is_truncated(self, prompt: str) -> bool:
         """Whether the text encoder sees only the beginning of a prompt."""
         return len(self.tokenizer(prompt).input_ids) > self.tokenizer.model_max_length
+
+
+def encode_tokens(text_encoders: list[nn.Module], tokens: torch.Tensor, sizes=None) -> Conditioning:
+    """Return what a U-Net is told of tokens, (batch, encoders, tokens)."""
+    if len(text_encoders) == 1:
+        return Conditioning(text_encoders[0](tokens[:, 0]).last_hidden_state)
+    seen = [encoder(tokens[:, i], output_hidden_states=True) for i, encoder in enumerate(text_encoders)]
+    text = torch.cat([one.hidden_states[-2] for one in seen], dim=-1)  # (batch, tokens, width + width)
+    return Conditioning(text, seen[-1].text_embeds, sizes)
+
+
+def _config_of(path: str) -> str:
+    """Return the hub id of the base that a single file has the shapes of, as diffusers knows them."""
+    return fetch_diffusers_config(TensorFile(Path(path)).entries)["pretrained_model_name_or_path"]
 
 
 _ABOUT_THE_FILE = ("transformers_version", "dtype", "torch_dtype", "architectures")

@@ -15,7 +15,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 
 from .config import SampleConfig, UserError
-from .data import Item, cut_square, open_picture
+from .data import NO_PICTURE, Item, cut_square, open_picture
 from .distributed import this_device
 from .files import write_whole
 from .lora import lora_layers, merge_lora, unmerge_lora
@@ -40,19 +40,37 @@ def use_scheduler(base: Base, name: str) -> None:
 @torch.no_grad()
 def draw(base: Base, prompt: str, seeds: Sequence[int], size: int, config: SampleConfig) -> list[Image.Image]:
     """Draw a prompt once for each seed, `size` pixels wide and high, with the steps and guidance of `config`."""
-    pictures = []
+    pictures, inpainting = [], _inpainting(base, size, config)
     for start in range(0, len(seeds), TOGETHER):
         generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds[start : start + TOGETHER]]
         pictures += base.pipeline(
             [prompt] * len(generators),
-            negative_prompt=[config.negative] * len(generators),
+            # None and not "": what is kept away from then is what the base was trained with.
+            negative_prompt=[config.negative] * len(generators) if config.negative else None,
             height=size,
             width=size,
             num_inference_steps=config.steps,
             guidance_scale=config.guidance,
             generator=generators,
+            **inpainting,
         ).images
     return pictures
+
+
+def _inpainting(base: Base, size: int, config: SampleConfig) -> dict:
+    """Return what an inpainting base draws in, and where, as the pipeline takes it; UserError if it does not fit."""
+    if bool(config.image) != base.is_inpainting:
+        what = "it paints in pictures, and needs --image and --mask" if base.is_inpainting else "it takes no --image"
+        raise UserError(f"--model {base.source}: {what}")
+    if not base.is_inpainting:
+        return {}
+    inputs = {}
+    for name, path in (("image", config.image), ("mask_image", config.mask)):
+        try:
+            inputs[name] = cut_square(open_picture(Path(path)), size)
+        except NO_PICTURE as error:
+            raise UserError(f"--{name.removesuffix('_image')} {path}: it cannot be opened ({error})") from error
+    return inputs | {"strength": 1.0}
 
 
 @contextmanager
@@ -130,7 +148,7 @@ def sample(config: SampleConfig) -> Path:
     names = numbered_in(path, len(config.prompt) * config.count)
     if path.suffix:
         picture_format(path)  # both before the work, not after it
-    base = Base(config.model, this_device(), DTYPES[config.precision])
+    base = Base(config.model, this_device(), DTYPES[config.precision], config.model_config)
     size = config.size or base.resolution
     if size % base.side_multiple:
         raise UserError(f"--size is {size}; this base needs a multiple of {base.side_multiple}")

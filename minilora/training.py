@@ -97,7 +97,8 @@ class Run:
 
     def drawing(self, prompts: tuple[str, ...]) -> SampleConfig:
         """Return the settings that sample.py has for these prompts by default, so that it draws the same."""
-        return SampleConfig(prompt=prompts, model=self.config.model, seed=self.config.seed)
+        config = self.config
+        return SampleConfig(prompt=prompts, model=config.model, model_config=config.model_config, seed=config.seed)
 
 
 # ------------------------------------------------------------------------------ before the first step
@@ -108,13 +109,17 @@ def prepare(config: TrainConfig, objective: Objective, ranks: Ranks) -> Run:
     shares = Shares(config.batch_size, config.micro_batch_size, ranks.rank, ranks.world)
     items = read_folder(config)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
-    base = Base(config.model, ranks.device, DTYPES[config.precision])
+    base = Base(config.model, ranks.device, DTYPES[config.precision], config.model_config)
+    if base.is_inpainting:
+        raise UserError(
+            f"--model {base.source}: it paints in pictures; train on the ordinary base, and use the LoRA here"
+        )
     resolution = config.resolution or base.resolution
     if resolution % base.side_multiple:
         raise UserError(f"--resolution is {resolution}; this base needs a multiple of {base.side_multiple}")
 
     # Pictures and captions are encoded in float32: a VAE in half precision can overflow.
-    encoders = Base(config.model, ranks.device)
+    encoders = Base(config.model, ranks.device, config=config.model_config)
     examples = Examples(items, config, resolution, encoders, len(base.schedule), ranks)
     identity = _identity(config, base, examples) | {"objective": objective.name()}
     base.release("vae")  # the encoders go too, unless the examples keep them
@@ -251,7 +256,7 @@ class Log:
             sheet = sampling.draw_prompts(run.base, prompts, run.examples.resolution, run.drawing(prompts))
             sampling.save_picture(sheet, run.output / "samples" / f"step-{step:08d}.png")
             self.writer.add_image("samples", np.array(sheet), step, dataformats="HWC")
-            run.base.release("pipeline", "vae", "text_encoder")  # memory is for training
+            run.base.release("pipeline", "vae", "text_encoder", "text_encoder_2")  # memory is for training
 
 
 def save_state(run: Run, step: int) -> Path:
@@ -306,6 +311,7 @@ def finish(run: Run) -> Path:
         sampling.save_picture(sheet, sheet_file)
         run.ranks.say(f"wrote      {lora_file} and {sheet_file}")
         model = ["--model", config.model] if config.model else []
+        model += ["--model-config", config.model_config] if config.model_config else []
         words = ["python", "sample.py", "--prompt", item.captions[0], "--lora", config.output, *model]
         run.ranks.say(f"next       {shlex.join(words)}")
     wait_for_all()

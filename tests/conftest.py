@@ -2,16 +2,18 @@
 
 import json
 import os
+from functools import cache
 from pathlib import Path
 
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before torch looks: the identities hold to the bit on a CPU
 
+import diffusers
 import numpy as np
 import pytest
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from PIL import Image
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from minilora.models import BUNDLED
 
@@ -30,7 +32,7 @@ def make_tiny_unet() -> UNet2DConditionModel:
     )
 
 
-def make_unet(family: str) -> UNet2DConditionModel:
+def make_unet(family: str, **more) -> UNet2DConditionModel:
     """Make a U-Net of a family's topology, in small, with random weights."""
     torch.manual_seed(1)
     shape = {
@@ -51,7 +53,7 @@ def make_unet(family: str) -> UNet2DConditionModel:
     if family == "sdxl":
         shape |= {"transformer_layers_per_block": (1, 2, 3), "addition_embed_type": "text_time"}
         shape |= {"addition_time_embed_dim": 4, "projection_class_embeddings_input_dim": 6 * 4 + 16}
-    return UNet2DConditionModel(**shape).requires_grad_(False)
+    return UNet2DConditionModel(**shape | more).requires_grad_(False)
 
 
 def make_tiny_text_encoder(tokenizer: CLIPTokenizer, kind: type = CLIPTextModel):
@@ -81,10 +83,8 @@ def tokenizer() -> CLIPTokenizer:
     return CLIPTokenizer.from_pretrained(BUNDLED, subfolder="tokenizer")
 
 
-@pytest.fixture(scope="session")
-def tiny_base(tmp_path_factory, tokenizer) -> Path:
-    """A folder with a tiny Stable Diffusion of random weights, for 16 × 16 pixels."""
-    folder = tmp_path_factory.mktemp("base")
+def save_base(folder: Path, tokenizer: CLIPTokenizer, unet: UNet2DConditionModel, kind: str, **schedule) -> Path:
+    """Write a tiny Stable Diffusion of random weights, for 16 × 16 pixels, around a U-Net."""
     torch.manual_seed(0)
     vae = AutoencoderKL(
         block_out_channels=(8, 8),
@@ -94,17 +94,45 @@ def tiny_base(tmp_path_factory, tokenizer) -> Path:
         latent_channels=4,
         sample_size=16,
     )
-    StableDiffusionPipeline(
-        vae=vae,
-        text_encoder=make_tiny_text_encoder(tokenizer),
-        tokenizer=tokenizer,
-        unet=make_tiny_unet(),
-        scheduler=DDIMScheduler(beta_schedule="scaled_linear", clip_sample=False, steps_offset=1),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    ).save_pretrained(folder)
+    scheduler = DDIMScheduler(beta_schedule="scaled_linear", clip_sample=False, steps_offset=1, **schedule)
+    parts = {"vae": vae, "unet": unet, "scheduler": scheduler, "tokenizer": tokenizer}
+    parts["text_encoder"] = make_tiny_text_encoder(tokenizer)
+    if "XL" in kind:
+        second = make_tiny_text_encoder(tokenizer, CLIPTextModelWithProjection)
+        parts |= {"tokenizer_2": tokenizer, "text_encoder_2": second}
+    else:
+        parts |= {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+    getattr(diffusers, kind)(**parts).save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_base(tmp_path_factory, tokenizer) -> Path:
+    """A folder with a tiny Stable Diffusion of random weights, for 16 × 16 pixels."""
+    return save_base(tmp_path_factory.mktemp("base"), tokenizer, make_tiny_unet(), "StableDiffusionPipeline")
+
+
+FAMILIES = {  # kind of pipeline, what its U-Net predicts, and what else is particular about the U-Net
+    "sd1": ("StableDiffusionPipeline", "epsilon", {}),
+    "sd2": ("StableDiffusionPipeline", "v_prediction", {}),
+    "sdxl": ("StableDiffusionXLPipeline", "epsilon", {}),
+    "sd1 inpainting": ("StableDiffusionInpaintPipeline", "epsilon", {"in_channels": 9}),
+    "sdxl inpainting": ("StableDiffusionXLInpaintPipeline", "epsilon", {"in_channels": 9}),
+}
+
+
+@pytest.fixture(scope="session")
+def family_base(tmp_path_factory, tokenizer):
+    """What makes, once each, the folder of a tiny base of a family."""
+
+    @cache
+    def make(family: str) -> Path:
+        kind, prediction_type, more = FAMILIES[family]
+        width = 32 if family.startswith("sdxl") else 16  # of what the text encoders give
+        unet = make_unet(family.split()[0], cross_attention_dim=width, **more)
+        return save_base(tmp_path_factory.mktemp("base"), tokenizer, unet, kind, prediction_type=prediction_type)
+
+    return make
 
 
 def make_picture(seed: int, width: int = 24, height: int = 20) -> Image.Image:

@@ -54,7 +54,7 @@ def config(tiny_base, two_pictures, tmp_path, monkeypatch) -> MorphConfig:
 def parts(base, config):
     """Return what `way` takes: levels, the pictures, their texts."""
     pictures = [see(Path(name), config.model) for name in config.pictures]
-    texts = [base.encode_prompt(prompt) for prompt in (config.prompt_a, config.prompt_b)]
+    texts = [base.encode_text(prompt) for prompt in (config.prompt_a, config.prompt_b)]
     return Levels.of(base.scheduler, config.steps, CPU), pictures, texts
 
 

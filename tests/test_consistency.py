@@ -13,7 +13,7 @@ from minilora.apps.consistency import LatentConsistency, boundary_scalings, cons
 from minilora.config import TrainConfig, UserError
 from minilora.data import Batch
 from minilora.ddim import ddim_step, guided
-from minilora.diffusion import PREDICTION_TYPES, add_noise
+from minilora.diffusion import PREDICTION_TYPES, Conditioning, add_noise
 from minilora.models import Base
 from minilora.training import train
 
@@ -36,7 +36,8 @@ def base(tiny_base) -> Base:
 def batch() -> Batch:
     generator = torch.Generator().manual_seed(1)
     latents, noise = (torch.randn(3, 4, 8, 8, generator=generator) for _ in range(2))
-    return Batch((5, 6, 7), latents, torch.randn(3, 32, 16, generator=generator), noise, noise[:, :, :1, :1], None)
+    text = Conditioning(torch.randn(3, 32, 16, generator=generator))
+    return Batch((5, 6, 7), latents, text, noise, noise[:, :, :1, :1], None)
 
 
 def started(base: Base, **settings) -> LatentConsistency:
@@ -94,11 +95,13 @@ def test_the_loss_is_between_the_trained_and_the_follower_on_the_teachers_path(b
         teacher = Base(base.source, CPU).unet  # one that never had a LoRA
         for row, guidance in enumerate(objective.drawn_guidance(batch.positions, CONFIG.seed).flatten().tolist()):
             one = slice(row, row + 1)
-            predict = guided(teacher, batch.text[one], objective.empty, guidance)
+            predict = guided(teacher, batch.conditioning.text[one], objective.empty, guidance)
             here, there = schedule.alpha_bar(t[one]), schedule.alpha_bar(t_next[one])
             x_next = ddim_step(x[one], predict(x[one], t[row]), here, there, schedule.prediction_type)
-            follower = functional_call(base.unet, objective.follower, (x_next, t_next[one], batch.text[one])).sample
-            ours = base.unet(x[one], t[one], batch.text[one]).sample
+            follower = functional_call(
+                base.unet, objective.follower, (x_next, t_next[one], batch.conditioning.text[one])
+            ).sample
+            ours = base.unet(x[one], t[one], batch.conditioning.text[one]).sample
             difference = consistency(ours, x[one], t[one], schedule) - consistency(
                 follower, x_next, t_next[one], schedule
             )
@@ -156,7 +159,8 @@ def test_while_the_lora_moves_the_teacher_stays_the_base(base, batch):
     t, untouched = torch.tensor(500), Base(base.source, CPU)
     with torch.no_grad(), lora_disabled(base.unet):
         assert torch.equal(
-            base.unet(batch.noise, t, batch.text).sample, untouched.unet(batch.noise, t, batch.text).sample
+            base.unet(batch.noise, t, batch.conditioning.text).sample,
+            untouched.unet(batch.noise, t, batch.conditioning.text).sample,
         )
 
 

@@ -1,6 +1,5 @@
 """data.py: what a folder may look like, what is said when it is wrong, and what training sees of it."""
 
-import dataclasses
 import json
 import struct
 import zlib
@@ -13,7 +12,7 @@ from PIL import Image
 
 from minilora import data, draws
 from minilora.config import TrainConfig, UserError
-from minilora.data import Examples, as_tensor, cut_square, open_picture, read_folder
+from minilora.data import Batch, Examples, as_tensor, cut_square, open_picture, read_folder
 from minilora.distributed import Ranks, Shares
 from minilora.models import Base
 
@@ -199,7 +198,13 @@ def test_a_batch_is_the_draws_put_together(pictures, tmp_path, tiny_base):
         assert torch.equal(batch.noise[row], draws.gaussian(3, "noise", position, mean.shape))
         assert batch.timesteps[row] == draws.integer(3, "timestep", position, 0, 1000)
         caption = item.captions[draws.integer(3, "caption", position, 0, len(item.captions))]
-        assert torch.equal(batch.text[row], base.encode_prompt(caption))
+        assert torch.equal(batch.conditioning.text[row], base.encode_text(caption))
+
+
+def columns(batch: Batch) -> dict:
+    """Return the columns of a batch by name, each with one row per position."""
+    told = batch.conditioning
+    return {**vars(batch), "conditioning": told.text} | ({} if told.pooled is None else vars(told))
 
 
 def test_however_the_positions_are_shared_out_the_draws_are_the_same(pictures, tmp_path, tiny_base):
@@ -210,9 +215,9 @@ def test_however_the_positions_are_shared_out_the_draws_are_the_same(pictures, t
         for rank in range(world):
             for positions in Shares(12, micro, rank, world).positions(step=1):
                 part = examples.batch(positions, ONE.device)
-                for field in dataclasses.fields(part):
-                    rows = getattr(whole, field.name)[positions.start - 12 : positions.stop - 12]
-                    assert torch.equal(torch.as_tensor(getattr(part, field.name)), torch.as_tensor(rows))
+                for name in columns(part):
+                    rows = columns(whole)[name][positions.start - 12 : positions.stop - 12]
+                    assert torch.equal(torch.as_tensor(columns(part)[name]), torch.as_tensor(rows))
                 seen += len(positions)
         assert seen == 12
 
@@ -274,7 +279,7 @@ def test_machines_need_not_share_the_cache(pictures, tmp_path, tiny_base):
     second = Ranks(1, 2, torch.device("cpu"), local_rank=0, local_world=1)
     two = examples_for(pictures, tmp_path / "other machine", tiny_base, second).batch(range(8), ONE.device)
     assert torch.equal(one.latents, two.latents)
-    assert torch.equal(one.text, two.text)
+    assert torch.equal(one.conditioning.text, two.conditioning.text)
 
 
 def test_a_caption_longer_than_the_text_encoder_reads_is_said(pictures, tmp_path, tiny_base, capsys):
@@ -290,7 +295,7 @@ def test_one_picture_can_be_given_instead_of_a_folder(pictures, tmp_path):
     config = TrainConfig(data=str(path), caption="a dog")
     assert config.output == "out/3"
     [item] = read_folder(config)
-    assert (item.path, item.captions, item.short_side) == (path, ("a dog",), 20)
+    assert (item.path, item.captions, item.size) == (path, ("a dog",), (24, 20))
     with pytest.raises(UserError, match=r"3\.png: one picture needs its --caption"):
         read_folder(TrainConfig(data=str(path)))
     with pytest.raises(UserError, match=r"metadata\.jsonl: it cannot be opened as a picture"):

@@ -71,7 +71,7 @@ def test_guidance_goes_away_from_the_empty_text(tiny_unet, start):
 def test_drawing_is_what_the_pipeline_does():
     base = Base(BUNDLED, CPU)
     noise = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(3))
-    texts = [base.encode_prompt(words)[None] for words in ("red apple", "")]
+    texts = [base.encode_text(words)[None] for words in ("red apple", "")]
     levels = Levels.of(base.scheduler, 5, CPU)
     ours = ddim_draw(guided(base.unet, *texts, 3.0), noise, levels)
     base.scheduler.set_timesteps(5)

@@ -9,6 +9,7 @@ from diffusers.training_utils import compute_snr
 
 from minilora.diffusion import (
     PREDICTION_TYPES,
+    Conditioning,
     Schedule,
     add_noise,
     denoising_loss,
@@ -64,10 +65,10 @@ def test_the_loss_is_the_weighted_mean_square_of_each_picture(kind, gamma, laten
     latents, noise = latents_and_noise
     schedule = schedule_of(kind)
 
-    def guess(noisy, timesteps, text):
-        return SimpleNamespace(sample=0.3 * noisy + text.mean())
+    def guess(noisy, timesteps, encoder_hidden_states):
+        return SimpleNamespace(sample=0.3 * noisy + encoder_hidden_states.mean())
 
-    text = torch.ones(4, 2, 3)
+    text = Conditioning(torch.ones(4, 2, 3))
     losses = denoising_loss(guess, latents, text, noise, TIMES, schedule, gamma)
     assert losses.dtype == torch.float32
     for i, t in enumerate(TIMES.tolist()):

@@ -12,7 +12,7 @@ from minilora import checkpoint, draws, inject_lora
 from minilora.apps.smooth import SmoothDenoising
 from minilora.config import TrainConfig
 from minilora.data import Batch
-from minilora.diffusion import Schedule, add_noise, clean_and_noise
+from minilora.diffusion import Conditioning, Schedule, add_noise, clean_and_noise
 from minilora.models import Base
 from minilora.objectives import Denoising
 from minilora.training import train
@@ -30,7 +30,7 @@ def batch() -> Batch:
     generator = torch.Generator().manual_seed(1)
     latents, noise = (torch.randn(3, 4, 8, 8, generator=generator) for _ in range(2))
     text, timesteps = torch.randn(3, 5, 16, generator=generator), torch.tensor([50, 400, 900])
-    return Batch((5, 6, 7), latents, text, noise, noise[:, :, :1, :1], timesteps)
+    return Batch((5, 6, 7), latents, Conditioning(text), noise, noise[:, :, :1, :1], timesteps)
 
 
 @pytest.fixture
@@ -57,14 +57,15 @@ def test_the_variation_is_that_of_the_picture_seen_in_noise_that_changes(unet, b
     """The derivative along a step of the noise, by differences in float64, is the gradient times the step."""
     schedule = replace(schedule, prediction_type=prediction_type)
     objective, unet = started(unet, 1.0), unet.double()
-    batch = replace(batch, latents=batch.latents.double(), text=batch.text.double(), noise=batch.noise.double())
+    told = Conditioning(batch.conditioning.text.double())
+    batch = replace(batch, latents=batch.latents.double(), conditioning=told, noise=batch.noise.double())
     alpha_bar = schedule.alpha_bar(batch.timesteps)
     shape = (4, 8, 8)
     directions = torch.stack([draws.gaussian(CONFIG.seed, "direction", p, shape) for p in batch.positions]) / 16
 
     def seen(noise: torch.Tensor) -> torch.Tensor:
         noisy = add_noise(batch.latents, noise, batch.timesteps, schedule)
-        prediction = unet(noisy, batch.timesteps, batch.text).sample
+        prediction = unet(noisy, batch.timesteps, batch.conditioning.text).sample
         return (clean_and_noise(prediction, noisy, alpha_bar, prediction_type)[0] * directions).sum()
 
     noise = batch.noise.clone().requires_grad_()
@@ -75,7 +76,9 @@ def test_the_variation_is_that_of_the_picture_seen_in_noise_that_changes(unet, b
     torch.testing.assert_close((gradient * step).sum(), slope, rtol=1e-4, atol=1e-6)  # what 1e-4 bends
 
     noise = batch.noise.clone().requires_grad_()
-    prediction = unet(add_noise(batch.latents, noise, batch.timesteps, schedule), batch.timesteps, batch.text).sample
+    prediction = unet(
+        add_noise(batch.latents, noise, batch.timesteps, schedule), batch.timesteps, batch.conditioning.text
+    ).sample
     found = objective.variation(prediction, noise, batch, schedule, CONFIG.seed)
     wanted = ((1 - alpha_bar).sqrt() * gradient).flatten(1).norm(dim=1)
     torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6)  # the levels are float32

@@ -59,22 +59,24 @@ class LatentConsistency(Objective):
 
     def begin(self, unet: nn.Module, config: TrainConfig) -> None:
         self.unet = unet  # `loss` may get it in a wrapper that averages gradients
-        self.empty = Base(config.model, unet.device).encode_prompt("").to(unet.device)  # (tokens, width)
+        self.empty = (
+            Base(config.model, unet.device, config=config.model_config).encode_text("").to(unet.device)
+        )  # (tokens, width)
         self.follower = {
             name: parameter.detach().clone() for name, parameter in unet.named_parameters() if parameter.requires_grad
         }  # θ⁻
 
     def loss(self, unet: nn.Module, batch: Batch, schedule: Schedule, config: TrainConfig) -> torch.Tensor:
         t, t_next = self.neighbours(batch.positions, schedule, config.seed)  # (batch,) each
-        x = add_noise(batch.latents, batch.noise, t, schedule)  # (batch, channels, h, w)
-        ours = consistency(unet(x, t, batch.text).sample, x, t, schedule)
+        x, text = add_noise(batch.latents, batch.noise, t, schedule), batch.conditioning.text
+        ours = consistency(unet(x, t, text).sample, x, t, schedule)  # (batch, channels, h, w)
         with torch.no_grad():
             with lora_disabled(self.unet):
                 guidance = self.drawn_guidance(batch.positions, config.seed).to(x.device)
-                prediction = guided(self.unet, batch.text, self.empty, guidance)(x, t).float()
+                prediction = guided(self.unet, text, self.empty, guidance)(x, t).float()
             here, there = schedule.alpha_bar(t), schedule.alpha_bar(t_next)
             x_next = ddim_step(x, prediction, here, there, schedule.prediction_type)
-            prediction = functional_call(self.unet, self.follower, (x_next, t_next, batch.text)).sample
+            prediction = functional_call(self.unet, self.follower, (x_next, t_next, text)).sample
             wanted = consistency(prediction, x_next, t_next, schedule)
         return pseudo_huber(ours - wanted).mean(dim=(1, 2, 3))  # (batch,)
 

@@ -75,8 +75,8 @@ def draw_pictures(config, captions: Sequence[str], folder: Path, ranks: Ranks) -
 
 def draw_from(base: Base, noise: torch.Tensor, captions: Sequence[str], steps: int, guidance: float) -> torch.Tensor:
     """Return the pictures of noises, (n, channels, h, w), each with its caption; (n, 3, h', w') in [-1, 1]."""
-    texts = torch.stack([base.encode_prompt(caption) for caption in captions]).to(base.device)
-    empty = base.encode_prompt("").to(base.device)
+    texts = torch.stack([base.encode_text(caption) for caption in captions]).to(base.device)
+    empty = base.encode_text("").to(base.device)
     levels = Levels.of(base.scheduler, steps, base.device)
     with base.autocast():
         predict = guided(base.unet, texts, empty, guidance)

@@ -125,7 +125,7 @@ def morph(config: MorphConfig) -> dict[str, float]:
     levels = Levels.of(base.scheduler, config.steps, base.device)
 
     plain = replace(config, attention=0.0, adain=False, even=False)
-    texts = [base.encode_prompt(prompt).to(base.device) for prompt in prompts]
+    texts = [base.encode_text(prompt).to(base.device) for prompt in prompts]
     with base.autocast():
         with lora_disabled(base.unet):
             ways = {"base": way(base, levels, plain, pictures, texts)}

@@ -86,7 +86,7 @@ def restore(config: RestoreConfig) -> dict[str, float]:
 
     levels = Levels.of(base.scheduler, config.steps, base.device)
     latents = base.encode_picture(picture)[0][None].to(base.device)  # (1, channels, h, w)
-    texts = [base.encode_prompt(text)[None].to(base.device) for text in (config.prompt, "", *config.edit)]
+    texts = [base.encode_text(text)[None].to(base.device) for text in (config.prompt, "", *config.edit)]
     text, empty, *edits = texts  # (1, tokens, width) each
     predict = guided(base.unet, text)
     with base.autocast():

@@ -67,7 +67,7 @@ def held_out_loss(base: Base, pictures: Sequence[tuple[Path, str]]) -> float:
     """Return the mean denoising loss, over four fixed timesteps and noises for each picture."""
     pixels = pixels_of([path for path, _ in pictures])
     latents = torch.stack([base.encode_picture(picture)[0] for picture in pixels])  # (n, 4, 16, 16)
-    text = torch.stack([base.encode_prompt(caption) for _, caption in pictures])  # (n, 32, 192)
+    text = torch.stack([base.encode_text(caption) for _, caption in pictures])  # (n, 32, 192)
     losses = []
     for start in range(0, 4 * len(pictures), 64):
         positions = range(start, min(start + 64, 4 * len(pictures)))

@@ -1,0 +1,196 @@
+"""Every family of Stable Diffusion, in tiny models of its shape: trained, drawn and loaded as by diffusers."""
+
+import shutil
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+from conftest import FAMILIES, make_picture
+from diffusers import DDPMScheduler
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from minilora import draws, names
+from minilora.config import SampleConfig, TrainConfig, UserError
+from minilora.data import Examples, as_tensor, cut_square, open_picture, read_folder
+from minilora.distributed import Ranks
+from minilora.models import Base
+from minilora.objectives import Denoising
+from minilora.sampling import sample
+from minilora.training import train
+
+ONE = Ranks(0, 1, torch.device("cpu"))
+ORDINARY = [family for family in FAMILIES if "inpainting" not in family]
+INPAINTING = [family for family in FAMILIES if "inpainting" in family]
+
+
+def pipeline_of(folder):
+    pipeline = diffusers.DiffusionPipeline.from_pretrained(folder)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+@pytest.mark.parametrize("family", ORDINARY)
+def test_the_loss_is_that_of_diffusers_own_scripts(family, family_base, pictures, tmp_path):
+    """As in examples/text_to_image/train_text_to_image_lora.py, and …_lora_sdxl.py for XL, step by step."""
+    config = TrainConfig(data=str(pictures), model=str(family_base(family)), cache=str(tmp_path), mirror=True)
+    base = Base(config.model, ONE.device)
+    examples = Examples(read_folder(config), config, 16, Base(config.model, ONE.device), 1000, ONE)
+    positions = range(6)
+    batch = examples.batch(positions, ONE.device)
+    with torch.no_grad():
+        ours = Denoising().loss(base.unet, batch, base.schedule, config)
+
+    pipeline = pipeline_of(config.model)
+    scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
+    mirrored = [draws.uniform(0, "mirror", p) < 0.5 for p in positions]
+    assert len(set(mirrored)) == 2
+    for row, position in enumerate(positions):
+        item = examples.picture_at(position)
+        picture = open_picture(item.path)  # 24 × 20
+        # 1. the latents
+        pixels = as_tensor(cut_square(picture, 16))[None]
+        pixels = pixels.flip(-1) if mirrored[row] else pixels
+        with torch.no_grad():
+            posterior = pipeline.vae.encode(pixels).latent_dist
+        drawn = draws.gaussian(0, "posterior", position, (4, 8, 8))
+        latents = (posterior.mean + posterior.std * drawn) * pipeline.vae.config.scaling_factor
+        noise, t = batch.noise[[row]], batch.timesteps[[row]]
+        noisy = scheduler.add_noise(latents, noise, t)
+        # 2. what the U-Net is told
+        caption, more = examples.caption_at(position), {}
+        with torch.no_grad():
+            told = pipeline.encode_prompt(
+                caption, device="cpu", num_images_per_prompt=1, do_classifier_free_guidance=False
+            )
+        if family == "sdxl":
+            # 24 × 20 becomes 19 × 16, and 1.5, rounded to even, is cut off on the left: 2, in the mirror 1.
+            sizes = torch.tensor([[20.0, 24, 0, 1 if mirrored[row] else 2, 16, 16]])
+            more = {"added_cond_kwargs": {"text_embeds": told[2], "time_ids": sizes}}
+        # 3. the loss
+        kind = pipeline.scheduler.config.prediction_type
+        wanted = noise if kind == "epsilon" else scheduler.get_velocity(latents, noise, t)
+        with torch.no_grad():
+            prediction = pipeline.unet(noisy, t, told[0], **more).sample
+        expected = torch.nn.functional.mse_loss(prediction, wanted)
+        torch.testing.assert_close(ours[row], expected, rtol=1e-6, atol=1e-6)  # a batch is summed in another order
+
+
+@pytest.mark.parametrize("family", ORDINARY)
+def test_a_lora_trained_here_draws_the_same_in_diffusers(family, family_base, pictures, tmp_path):
+    model = str(family_base(family))
+    settings = {"steps": 2, "learning_rate": 0.1, "cache": str(tmp_path / "cache"), "output": str(tmp_path / "run")}
+    path = train(TrainConfig(data=str(pictures), model=model, **settings))
+    for strength, output in ((1.0, "with.png"), (0.0, "without.png")):
+        sample(
+            SampleConfig(
+                prompt=("a dog",), model=model, lora=(f"{path}:{strength}",), steps=3, output=str(tmp_path / output)
+            )
+        )
+    ours, without = (np.array(Image.open(tmp_path / name), int) for name in ("with.png", "without.png"))
+    pipeline = pipeline_of(model)
+    pipeline.load_lora_weights(path)
+    options = {"num_inference_steps": 3, "guidance_scale": 7.5, "height": 16, "width": 16}
+    [theirs] = pipeline("a dog", generator=torch.Generator().manual_seed(0), **options).images
+    # Merged or beside the weights: a level may be rounded the other way.
+    assert abs(ours - np.array(theirs, int)).max() <= 1
+    assert abs(ours - without).max() > 1
+
+
+@pytest.mark.parametrize("family", INPAINTING)
+def test_an_inpainting_base_draws_as_in_diffusers_and_is_not_trained(family, family_base, pictures, tmp_path):
+    model = str(family_base(family))
+    make_picture(1, 24, 24).save(tmp_path / "picture.png")
+    Image.fromarray(np.repeat([0, 255], 12 * 24).astype(np.uint8).reshape(24, 24)).save(tmp_path / "mask.png")
+    where = {"image": str(tmp_path / "picture.png"), "mask": str(tmp_path / "mask.png")}
+    config = SampleConfig(prompt=("a dog",), model=model, steps=3, output=str(tmp_path / "ours.png"), **where)
+    ours = np.array(Image.open(sample(config)), int)
+    picture, mask = (cut_square(open_picture(tmp_path / f"{name}.png"), 16) for name in ("picture", "mask"))
+    options = {"num_inference_steps": 3, "guidance_scale": 7.5, "height": 16, "width": 16, "strength": 1.0}
+    generator = torch.Generator().manual_seed(0)
+    [theirs] = pipeline_of(model)("a dog", image=picture, mask_image=mask, generator=generator, **options).images
+    assert abs(ours - np.array(theirs, int)).max() <= 1  # of 255: rounding
+    with pytest.raises(UserError, match="paints in pictures; train on the ordinary base"):
+        train(TrainConfig(data=str(pictures), model=model, output=str(tmp_path / "run"), cache=str(tmp_path)))
+    with pytest.raises(UserError, match="it paints in pictures, and needs --image and --mask"):
+        sample(SampleConfig(prompt=("a dog",), model=model, output=str(tmp_path / "no.png")))
+
+
+def test_an_ordinary_base_takes_no_picture(tiny_base, tmp_path):
+    make_picture(1).save(tmp_path / "a.png")
+    path = str(tmp_path / "a.png")
+    with pytest.raises(UserError, match="it takes no --image"):
+        sample(SampleConfig(prompt=("a",), model=str(tiny_base), image=path, mask=path, output=str(tmp_path / "b.png")))
+
+
+# ------------------------------------------------------------------------------------------ single files
+
+
+def original_vae_name(key: str) -> str:
+    """Return what a VAE's tensor is called in the original layout."""
+    for ours, theirs in [
+        ("mid_block.resnets.0", "mid.block_1"),
+        ("mid_block.resnets.1", "mid.block_2"),
+        ("mid_block.attentions.0", "mid.attn_1"),
+        *((f"down_blocks.{i}", f"down.{i}") for i in range(2)),
+        *((f"up_blocks.{i}", f"up.{1 - i}") for i in range(2)),
+        *((f".{a}samplers.0", f".{a}sample") for a in ("down", "up")),
+        *((".resnets.", ".block."), ("conv_norm_out", "norm_out"), ("conv_shortcut", "nin_shortcut")),
+        *(
+            (".group_norm.", ".norm."),
+            (".to_q.", ".q."),
+            (".to_k.", ".k."),
+            (".to_v.", ".v."),
+            (".to_out.0.", ".proj_out."),
+        ),
+    ]:
+        key = key.replace(ours, theirs)
+    return f"first_stage_model.{key}"
+
+
+@pytest.fixture
+def single_file(family_base, tmp_path):
+    """A base of the first family as a single file in the original layout, and a folder with its settings only."""
+    folder = family_base("sd1")
+    tensors = {}
+    unet = load_file(folder / "unet" / "diffusion_pytorch_model.safetensors")
+    originals = names.original_unet_paths(dict.fromkeys(key.rsplit(".", 1)[0] for key in unet))
+    for key, tensor in unet.items():
+        path, leaf = key.rsplit(".", 1)
+        tensors[f"model.diffusion_model.{originals[path]}.{leaf}"] = tensor
+    for key, tensor in load_file(folder / "vae" / "diffusion_pytorch_model.safetensors").items():
+        linear = ".attentions." in key and ".to_" in key and tensor.ndim == 2
+        tensors[original_vae_name(key)] = tensor[..., None, None] if linear else tensor
+    for key, tensor in load_file(folder / "text_encoder" / "model.safetensors").items():
+        path = names.full_name("text_encoder", key).removeprefix("text_encoder.")
+        tensors[f"cond_stage_model.transformer.{path}"] = tensor
+    save_file(tensors, tmp_path / "base.safetensors")
+    shutil.copytree(folder, tmp_path / "settings", ignore=shutil.ignore_patterns("*.safetensors"))
+    return tmp_path / "base.safetensors", tmp_path / "settings"
+
+
+def test_a_single_file_is_the_same_base(single_file, family_base, pictures, tmp_path):
+    file, settings = single_file
+    common = {"data": str(pictures), "steps": 2, "learning_rate": 0.01, "cache": str(tmp_path / "cache")}
+    bases = Base(str(family_base("sd1")), ONE.device), Base(str(file), ONE.device, config=str(settings))
+    for part in ("unet", "vae", "text_encoder"):
+        one, other = (getattr(base, part).state_dict() for base in bases)
+        assert one.keys() == other.keys()
+        assert all(torch.equal(one[key], other[key]) for key in one)
+    one = train(TrainConfig(model=str(family_base("sd1")), output=str(tmp_path / "one"), **common))
+    other = train(TrainConfig(model=str(file), model_config=str(settings), output=str(tmp_path / "other"), **common))
+    for key, tensor in load_file(one).items():  # numbers that lie elsewhere in memory are summed in another order
+        torch.testing.assert_close(load_file(other)[key], tensor, rtol=0, atol=1e-5)
+
+
+def test_what_is_wrong_with_a_single_file_is_said(single_file, tmp_path, monkeypatch):
+    file, settings = single_file
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(UserError, match="give a folder that has them with --model-config"):
+        Base(str(file), ONE.device)
+    (tmp_path / "base.ckpt").write_bytes(b"x")
+    with pytest.raises(UserError, match=r"base\.ckpt: a pickle, which can run code"):
+        Base(str(tmp_path / "base.ckpt"), ONE.device)
+    with pytest.raises(UserError, match="is no single file, and has its own settings"):
+        Base(str(settings), ONE.device, config=str(settings))
