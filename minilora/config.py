@@ -11,7 +11,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from .names import ATTENTION
+from .names import ATTENTION, TEXT_ATTENTION
 
 
 class UserError(Exception):
@@ -119,12 +119,20 @@ class TrainConfig(Settings):
         ATTENTION, "ends of the names of the layers to adapt, with commas between", group=MODEL
     )
 
+    train_text_encoder: bool = setting(False, "put a LoRA into the text encoders, too", group=MODEL)
+    text_encoder_targets: tuple[str, ...] = setting(
+        TEXT_ATTENTION, "as --targets, for the text encoders; fc1 and fc2 are their other layers", group=MODEL
+    )
+
     steps: int = setting(ByBase(1000, 400), "optimizer steps in all", group=TRAINING)
     batch_size: int = setting(ByBase(1, 8), "pictures per optimizer step, over all processes", group=TRAINING)
     micro_batch_size: int | None = setting(
         None, "pictures per forward pass and process; gradients are accumulated over the rest", group=TRAINING
     )
     learning_rate: float = setting(ByBase(1e-4, 2e-3), "highest learning rate of AdamW", group=TRAINING)
+    text_encoder_learning_rate: float | None = setting(
+        None, "highest learning rate of the text encoders; the same if not given", group=TRAINING
+    )
     lr_schedule: str = setting(
         "constant", "learning rate after the warm-up", choices=("constant", "linear", "cosine"), group=TRAINING
     )
@@ -179,17 +187,20 @@ class TrainConfig(Settings):
         if self.lr_schedule == "constant":
             no_part.add("steps")  # a longer run begins as a shorter one
         settings = {name: value for name, value in dataclasses.asdict(self).items() if name not in no_part}
-        return settings | {"targets": list(self.targets)}
+        return settings | {name: list(settings[name]) for name in ("targets", "text_encoder_targets")}
 
     def problems(self) -> list[str]:
         wrong = [] if self.data else ["--data is needed: a folder of pictures, for example dataset/mountain"]
         wrong += self.out_of_range(1, "rank steps batch_size micro_batch_size resolution checkpoints_kept")
         wrong += self.out_of_range(1, "checkpoint_every sample_every")
-        wrong += self.out_of_range(0, "learning_rate alpha max_grad_norm snr_gamma", strict=True)
+        wrong += self.out_of_range(
+            0, "learning_rate text_encoder_learning_rate alpha max_grad_norm snr_gamma", strict=True
+        )
         wrong += self.out_of_range(0, "warmup_steps noise_offset seed")
         wrong += self.out_of_range(0, "caption_dropout", high=1)
-        if not self.targets:
-            wrong.append("--targets is empty")
+        wrong += [f"{option(name)} is empty" for name in ("targets", "text_encoder_targets") if not getattr(self, name)]
+        if not self.train_text_encoder and self.text_encoder_learning_rate is not None:
+            wrong.append("--text-encoder-learning-rate has no effect without --train-text-encoder")
         if self.sample_every is not None and not self.sample_prompt:
             wrong.append("--sample-every needs a --sample-prompt")
         if self.sample_prompt and self.sample_every is None:

@@ -31,7 +31,7 @@ from .config import TrainConfig, UserError
 from .diffusion import Conditioning
 from .distributed import Ranks, wait_for_all
 from .files import write_tensors
-from .models import Base
+from .models import Base, Tokens
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Batch:
 
     positions: tuple[int, ...]  # for an objective that draws numbers of its own
     latents: torch.Tensor  # (batch, channels, h, w)
-    conditioning: Conditioning  # of the captions
+    conditioning: Conditioning | Tokens  # of the captions
     noise: torch.Tensor  # (batch, channels, h, w)
     noise_offset: torch.Tensor  # (batch, channels, 1, 1)
     timesteps: torch.Tensor  # (batch,)
@@ -245,6 +245,7 @@ class Examples:
         self.schedule_length = schedule_length
         self.folder = Path(config.cache).expanduser()
         self.vae, self.text_encoder = encoders.encoder_fingerprints()
+        self.is_xl, self.tokens = encoders.is_xl, lru_cache(maxsize=4096)(encoders.tokens)
         self.encoders = encoders if config.crop == "random" else None
         if self.encoders:
             ranks.say("note: --crop random shows no crop twice, so the VAE stays in memory and encodes each draw")
@@ -267,8 +268,9 @@ class Examples:
         latents, told, *drawn = ([*column] for column in zip(*rows, strict=True))
         keys = told[0].keys()
         conditioning = {key: torch.stack([each[key] for each in told]).to(device) for key in keys}
+        kind = Tokens if "tokens" in keys else Conditioning
         latents, *drawn = (torch.stack(column).to(device) for column in (latents, *drawn))
-        return Batch(tuple(positions), latents, Conditioning(**conditioning), *drawn)
+        return Batch(tuple(positions), latents, kind(**conditioning), *drawn)
 
     def picture_at(self, position: int) -> Item:
         """Return which picture stands at a position."""
@@ -288,10 +290,16 @@ class Examples:
         noise = draws.gaussian(seed, "noise", position, mean.shape)
         noise_offset = draws.gaussian(seed, "noise offset", position, (len(mean), 1, 1))
         timestep = draws.integer(seed, "timestep", position, 0, self.schedule_length)
-        told = _load(self._caption_file(self.caption_at(position)))
-        if "pooled" in told:
+        told = self._told(self.caption_at(position))
+        if self.is_xl:
             told = told | {"sizes": self._sizes(item, mirrored, place)}
         return latents, told, noise, noise_offset, torch.tensor(timestep)
+
+    def _told(self, caption: str) -> dict[str, torch.Tensor]:
+        """Return a caption's vectors or, where the text encoders are trained, its tokens."""
+        if self.config.train_text_encoder:
+            return {"tokens": self.tokens(caption)}
+        return _load(self._caption_file(caption))
 
     def _sizes(self, item: Item, mirrored: bool, place: tuple[float, float]) -> torch.Tensor:
         """Return what Stable Diffusion XL is told of a picture: its size, where it was cut, and to what size; (6,)."""
@@ -332,7 +340,11 @@ class Examples:
             mean, std = encoders.encode_picture(self._pixels(item, mirrored))
             return {"mean": mean, "std": std}
 
-        jobs = {self._caption_file(caption): partial(encode_caption, caption) for caption in captions}
+        jobs = {}
+        if self.config.train_text_encoder:
+            ranks.say("note: --train-text-encoder changes what captions mean, so they are encoded anew at each step")
+        else:
+            jobs = {self._caption_file(caption): partial(encode_caption, caption) for caption in captions}
         if self.encoders is None:
             for item in self.items:
                 for mirrored in (False, True) if self.config.mirror else (False,):

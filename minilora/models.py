@@ -20,6 +20,7 @@ All of them come from diffusers and transformers; this file only finds them and 
 import hashlib
 import json
 import os
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
@@ -39,7 +40,16 @@ from .diffusion import Conditioning, Schedule
 from .export import write_lora
 from .files import PICKLE_HELP, PICKLES, TensorFile
 from .formats import Change, LoRA
-from .lora import KINDS, LoRALayer, add_lora, load_lora_state_dict, lora_layers, remove_lora, set_lora_scale
+from .lora import (
+    KINDS,
+    LoRALayer,
+    add_lora,
+    inject_lora,
+    load_lora_state_dict,
+    lora_layers,
+    remove_lora,
+    set_lora_scale,
+)
 from .merge import Folded, Report, read_for
 from .names import COMPONENTS, TEXT_ENCODER, TEXT_ENCODER_2, UNET, full_name
 
@@ -272,6 +282,50 @@ def encode_tokens(text_encoders: list[nn.Module], tokens: torch.Tensor, sizes=No
     return Conditioning(text, seen[-1].text_embeds, sizes)
 
 
+@dataclass(frozen=True)
+class Tokens:
+    """What a U-Net is told where its text encoders are trained, too: the captions before they are encoded."""
+
+    tokens: torch.Tensor  # (batch, encoders, tokens)
+    sizes: torch.Tensor | None = None  # (batch, 6), as in Conditioning
+
+    def inputs(self) -> dict:
+        """Return it as what UNetWithText takes by name."""
+        return {"tokens": self.tokens, "sizes": self.sizes}
+
+
+class UNetWithText(nn.Module):
+    """A U-Net and its text encoders as one network, whose gradients reach through the vectors into the encoders."""
+
+    def __init__(self, base: Base):
+        super().__init__()
+        self.unet = base.unet
+        for name, encoder in zip((TEXT_ENCODER, TEXT_ENCODER_2), base.text_encoders, strict=False):
+            self.add_module(name, encoder)
+
+    def text_encoders(self) -> list[nn.Module]:
+        return [child for name, child in self.named_children() if name != UNET]
+
+    def forward(self, x: torch.Tensor, timesteps: torch.Tensor, tokens: torch.Tensor, sizes=None):
+        told = encode_tokens(self.text_encoders(), tokens, sizes)
+        return self.unet(x, timesteps, **told.inputs())
+
+    def inject(self, *args, **kwargs) -> dict[str, LoRALayer]:
+        """Do `inject_lora` in each text encoder; return the layers by full name."""
+        layers = {}
+        for number, encoder in enumerate(self.text_encoders()):
+            found = inject_lora(encoder, *args, **kwargs)
+            if number == 0 and len(self.text_encoders()) > 1:
+                # The U-Net of XL is told the last layer but one of the first encoder: nothing is learnt behind it.
+                last = f"layers.{encoder.config.num_hidden_layers - 1}"
+                [behind] = [child for path, child in encoder.named_modules() if path.endswith(last)]
+                if lora_layers(behind):
+                    remove_lora(behind)
+                    found = lora_layers(encoder)
+            layers |= {f"{number}.{path}": layer for path, layer in found.items()}
+        return layers
+
+
 def _config_of(path: str) -> str:
     """Return the hub id of the base that a single file has the shapes of, as diffusers knows them."""
     return fetch_diffusers_config(TensorFile(Path(path)).entries)["pretrained_model_name_or_path"]
@@ -297,8 +351,8 @@ def fingerprint(module: nn.Module, *more: str) -> str:
 
 def components(target) -> dict[str, nn.Module]:
     """Return what can carry LoRA in a module, or in a diffusers pipeline, by the name it has in files."""
-    if not isinstance(target, nn.Module):
-        parts = {name: getattr(target, name, None) for name in COMPONENTS}
+    parts = {name: getattr(target, name, None) for name in COMPONENTS}
+    if not isinstance(target, nn.Module) or parts[UNET] is not None:
         return {name: part for name, part in parts.items() if part is not None}
     kinds = {UNet2DConditionModel: UNET, CLIPTextModel: TEXT_ENCODER, CLIPTextModelWithProjection: TEXT_ENCODER_2}
     return {next((name for kind, name in kinds.items() if isinstance(target, kind)), "model"): target}

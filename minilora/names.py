@@ -18,6 +18,7 @@ import re
 from collections.abc import Iterable, Mapping
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")  # the attention projections of diffusers' U-Nets
+TEXT_ATTENTION = ("q_proj", "k_proj", "v_proj", "out_proj")  # those of CLIP's text encoders
 COMPONENTS = UNET, TEXT_ENCODER, TEXT_ENCODER_2 = "unet", "text_encoder", "text_encoder_2"
 
 Modules = Mapping[str, tuple[int, ...]]  # full name -> shape of the weight, (out, in) or (out, in, height, width)

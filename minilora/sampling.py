@@ -105,11 +105,13 @@ def merged_at(base: Base, strengths: dict[str, float]) -> Iterator[None]:
 
 
 @contextmanager
-def evaluating(module: torch.nn.Module) -> Iterator[None]:
-    """Within the block the module is in evaluation mode; afterwards every part is in the mode it had."""
-    found = {child: child.training for child in module.modules()}
+def evaluating(base: Base) -> Iterator[None]:
+    """Within the block what can carry LoRA is in evaluation mode; afterwards every part is in the mode it had."""
+    modules = components(base.pipeline).values()
+    found = {child: child.training for module in modules for child in module.modules()}
     try:
-        module.eval()
+        for module in modules:
+            module.eval()
         yield
     finally:
         for child, training in found.items():
@@ -122,7 +124,7 @@ def evaluating(module: torch.nn.Module) -> Iterator[None]:
 def draw_prompts(base: Base, prompts: Sequence[str], size: int, config: SampleConfig) -> Image.Image:
     """Draw each prompt with the LoRA as it is now, three seeds to a row."""
     seeds = [config.seed, config.seed + 1, config.seed + 2]
-    with evaluating(base.unet):
+    with evaluating(base):
         rows = [draw(base, prompt, seeds, size, config) for prompt in prompts]
     return sheet(rows, [f"seed {seed}" for seed in seeds], list(prompts))
 
@@ -130,7 +132,7 @@ def draw_prompts(base: Base, prompts: Sequence[str], size: int, config: SampleCo
 def before_after(base: Base, item: Item, size: int, config: SampleConfig) -> Image.Image:
     """Draw a training picture's caption by the base, the LoRA at 0.5 and at 1.0, and the picture itself."""
     seeds, columns = [config.seed, config.seed + 1, config.seed + 2], []
-    with evaluating(base.unet):
+    with evaluating(base):
         for strength in (0.0, 0.5, 1.0):
             with merged_at(base, {"default": strength}):
                 columns.append(draw(base, item.captions[0], seeds, size, config))

@@ -30,7 +30,7 @@ from .distributed import Ranks, Shares, StopSignals, decided_by_main, mean_over_
 from .files import write_whole
 from .formats import FILE_NAME
 from .lora import inject_lora, load_lora_state_dict, lora_parameters, lora_state_dict
-from .models import DTYPES, Base, fingerprint, save_lora
+from .models import DTYPES, Base, UNetWithText, fingerprint, save_lora
 from .objectives import Denoising, Objective
 
 
@@ -86,7 +86,8 @@ class Run:
     base: Base
     examples: Examples
     identity: dict  # what the run is a function of, as JSON values
-    model: nn.Module  # the U-Net; wrapped, where there are several processes, so that gradients are averaged
+    network: nn.Module  # what carries the LoRA: the U-Net, or it and its text encoders
+    model: nn.Module  # the network; wrapped, where there are several processes, so that gradients are averaged
     parameters: list[nn.Parameter]  # all that is trained; the one list for optimizer, clipping and counting
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler  # keeps fp16 gradients from vanishing; does nothing otherwise
@@ -124,31 +125,41 @@ def prepare(config: TrainConfig, objective: Objective, ranks: Ranks) -> Run:
     identity = _identity(config, base, examples) | {"objective": objective.name()}
     base.release("vae")  # the encoders go too, unless the examples keep them
 
-    unet = base.unet.train()
+    unet = base.unet
+    network = (UNetWithText(base) if config.train_text_encoder else unet).train()
     try:
         generator = torch.Generator().manual_seed(config.seed)
         layers = inject_lora(unet, config.rank, config.alpha, config.targets, generator=generator)
+        unet_parameters, text_parameters = lora_parameters(unet), []
+        if config.train_text_encoder:
+            layers |= network.inject(config.rank, config.alpha, config.text_encoder_targets, generator=generator)
+            text_parameters = lora_parameters(network)[len(unet_parameters) :]
     except ValueError as error:
         raise UserError(str(error)) from error
     if config.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
     if ranks.device.type == "cuda":
         unet.to(memory_format=torch.channels_last)
-    objective.begin(unet, config)
-    parameters = lora_parameters(unet)
+    objective.begin(network, config)
+    parameters = [*unet_parameters, *text_parameters]
     assert all(parameter.dtype == torch.float32 for parameter in parameters)
-    assert sum(parameter.requires_grad for parameter in unet.parameters()) == len(parameters)
-    optimizer = torch.optim.AdamW(parameters, betas=(0.9, 0.999), eps=1e-8, weight_decay=1e-2, fused=True)
+    assert sum(parameter.requires_grad for parameter in network.parameters()) == len(parameters)
+    text_ratio = (config.text_encoder_learning_rate or config.learning_rate) / config.learning_rate
+    groups = [{"params": unet_parameters, "ratio": 1.0}, {"params": text_parameters, "ratio": text_ratio}]
+    groups = [group for group in groups if group["params"]]
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.999), eps=1e-8, weight_decay=1e-2, fused=True)
     scaler = torch.amp.GradScaler(ranks.device.type, enabled=config.precision == "fp16")
-    model = DistributedDataParallel(unet) if ranks.world > 1 else unet
+    model = DistributedDataParallel(network) if ranks.world > 1 else network
 
-    trained, total = sum(p.numel() for p in parameters), sum(p.numel() for p in unet.parameters())
+    numbers, total = sum(p.numel() for p in parameters), sum(p.numel() for p in network.parameters())
     ranks.say(f"base       {base.source}, {base.schedule.prediction_type}, {config.precision} on {ranks.device.type}")
     ranks.say(f"pictures   {len(items)} of {config.data}, at {resolution} × {resolution} pixels")
     ranks.say(f"LoRA       rank {config.rank}, alpha {config.alpha:g}, in {len(layers)} layers")
-    ranks.say(f"trained    {trained:,} of {total:,} parameters")
+    ranks.say(f"trained    {numbers:,} of {total:,} parameters")
     ranks.say(f"batch      {config.batch_size} = {shares}")
-    return Run(config, objective, ranks, shares, base, examples, identity, model, parameters, optimizer, scaler)
+    return Run(
+        config, objective, ranks, shares, base, examples, identity, network, model, parameters, optimizer, scaler
+    )
 
 
 def _identity(config: TrainConfig, base: Base, examples: Examples) -> dict:
@@ -174,7 +185,7 @@ def optimizer_step(run: Run, step: int, learning_rate: float) -> tuple[float, fl
     """
     config, device = run.config, run.ranks.device
     for group in run.optimizer.param_groups:
-        group["lr"] = learning_rate
+        group["lr"] = learning_rate * group["ratio"]
     loss_sum = torch.zeros((), device=device)
     micro_batches = run.shares.positions(step)
     for number, positions in enumerate(micro_batches, start=1):
@@ -256,12 +267,13 @@ class Log:
             sheet = sampling.draw_prompts(run.base, prompts, run.examples.resolution, run.drawing(prompts))
             sampling.save_picture(sheet, run.output / "samples" / f"step-{step:08d}.png")
             self.writer.add_image("samples", np.array(sheet), step, dataformats="HWC")
-            run.base.release("pipeline", "vae", "text_encoder", "text_encoder_2")  # memory is for training
+            trained = () if run.config.train_text_encoder else ("text_encoder", "text_encoder_2")
+            run.base.release("pipeline", "vae", *trained)  # memory is for training
 
 
 def save_state(run: Run, step: int) -> Path:
     """Write a checkpoint after `step` steps and return its path."""
-    lora, optimizer = lora_state_dict(run.base.unet), checkpoint.optimizer_tensors(run.optimizer)
+    lora, optimizer = lora_state_dict(run.network), checkpoint.optimizer_tensors(run.optimizer)
     state = checkpoint.State(step, lora, optimizer, run.objective.state(), run.scaler.state_dict())
     if run.ranks.is_main:
         checkpoint.save_checkpoint(run.output, state, run.identity, run.config.checkpoints_kept)
@@ -291,7 +303,7 @@ def resume(run: Run) -> int:
         return start(run)
     if state.step > run.config.steps:
         raise UserError(f"--resume: the checkpoint has {state.step} steps done, more than --steps {run.config.steps}")
-    load_lora_state_dict(run.base.unet, state.lora)
+    load_lora_state_dict(run.network, state.lora)
     checkpoint.load_optimizer_tensors(run.optimizer, state.optimizer)
     for key, tensor in run.objective.state().items():
         tensor.copy_(state.objective[key])
@@ -305,7 +317,7 @@ def finish(run: Run) -> Path:
     config, item = run.config, run.examples.items[0]
     lora_file, sheet_file = run.output / FILE_NAME, run.output / "samples" / "before_after.png"
     if run.ranks.is_main:
-        save_lora(run.base.unet, lora_file)
+        save_lora(run.network, lora_file)
         drawing = run.drawing(item.captions[:1])
         sheet = sampling.before_after(run.base, item, run.examples.resolution, drawing)
         sampling.save_picture(sheet, sheet_file)

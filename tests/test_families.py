@@ -1,6 +1,7 @@
 """Every family of Stable Diffusion, in tiny models of its shape: trained, drawn and loaded as by diffusers."""
 
 import shutil
+from dataclasses import replace
 
 import diffusers
 import numpy as np
@@ -10,12 +11,13 @@ from conftest import FAMILIES, make_picture
 from diffusers import DDPMScheduler
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from test_training import relative_difference, torchrun
 
 from minilora import draws, names
 from minilora.config import SampleConfig, TrainConfig, UserError
 from minilora.data import Examples, as_tensor, cut_square, open_picture, read_folder
 from minilora.distributed import Ranks
-from minilora.models import Base
+from minilora.models import Base, UNetWithText
 from minilora.objectives import Denoising
 from minilora.sampling import sample
 from minilora.training import train
@@ -194,3 +196,70 @@ def test_what_is_wrong_with_a_single_file_is_said(single_file, tmp_path, monkeyp
         Base(str(tmp_path / "base.ckpt"), ONE.device)
     with pytest.raises(UserError, match="is no single file, and has its own settings"):
         Base(str(settings), ONE.device, config=str(settings))
+
+
+# --------------------------------------------------------------------------------------- text encoders
+
+
+def with_text(family_base, pictures, tmp_path, family="sd1", **more) -> TrainConfig:
+    settings = {"steps": 2, "batch_size": 4, "learning_rate": 0.02, "cache": str(tmp_path / "cache")}
+    settings |= {"data": str(pictures), "model": str(family_base(family)), "output": str(tmp_path / "run")}
+    return TrainConfig(**settings | {"train_text_encoder": True} | more)
+
+
+@pytest.mark.parametrize("family", ORDINARY)
+def test_text_encoders_are_trained_too_and_load_in_diffusers(family, family_base, pictures, tmp_path):
+    config = with_text(family_base, pictures, tmp_path, family, text_encoder_targets=("q_proj", "out_proj", "fc1"))
+    path = train(config)
+    tensors = load_file(path)
+    encoders = {key.split(".")[0] for key in tensors} - {"unet"}
+    assert encoders == {"text_encoder", *(["text_encoder_2"] if family == "sdxl" else [])}
+    assert all(".text_model.encoder.layers." in key for key in tensors if not key.startswith("unet"))
+    assert all(tensor.any() for key, tensor in tensors.items() if "lora_B" in key)  # each of them has learnt
+    options = {"num_inference_steps": 3, "guidance_scale": 7.5, "height": 16, "width": 16}
+    output = str(tmp_path / "ours.png")
+    sample(SampleConfig(prompt=("a dog",), model=config.model, lora=(str(path),), steps=3, output=output))
+    pipeline = pipeline_of(config.model)
+    pipeline.load_lora_weights(path)
+    [theirs] = pipeline("a dog", generator=torch.Generator().manual_seed(0), **options).images
+    difference = np.array(Image.open(output), int) - np.array(theirs, int)
+    assert abs(difference).max() <= 1  # merged or beside the weights: a level may be rounded the other way
+
+
+def test_before_they_have_learnt_it_is_the_ordinary_loss(family_base, pictures, tmp_path):
+    config = with_text(family_base, pictures, tmp_path, "sdxl")
+    plain = replace(config, train_text_encoder=False)
+    losses = []
+    for each in (config, plain):
+        base = Base(each.model, ONE.device)
+        examples = Examples(read_folder(each), each, 16, Base(each.model, ONE.device), 1000, ONE)
+        network = UNetWithText(base) if each.train_text_encoder else base.unet
+        with torch.no_grad():
+            losses.append(Denoising().loss(network, examples.batch(range(4), ONE.device), base.schedule, each))
+    torch.testing.assert_close(*losses, rtol=1e-5, atol=1e-6)  # captions are encoded one by one, or four at once
+
+
+def test_a_learning_rate_of_their_own(family_base, pictures, tmp_path):
+    """AdamW's first step is as long as the learning rate, for each number that has a gradient."""
+    config = with_text(family_base, pictures, tmp_path, steps=1, text_encoder_learning_rate=0.005)
+    for key, tensor in load_file(train(config)).items():
+        if "lora_B" in key:
+            expected = 0.02 if key.startswith("unet") else 0.005
+            assert tensor.abs().max().item() == pytest.approx(expected, rel=0.02), key  # eps takes a little off
+
+
+def test_resumed_equals_uninterrupted(family_base, pictures, tmp_path):
+    config = with_text(family_base, pictures, tmp_path, "sdxl", steps=4, micro_batch_size=2)
+    whole = train(replace(config, output=str(tmp_path / "whole"))).read_bytes()
+    train(replace(config, steps=2))
+    assert train(replace(config, resume=True)).read_bytes() == whole
+
+
+def test_two_processes_equal_one(family_base, pictures, tmp_path):
+    config = with_text(family_base, pictures, tmp_path, "sdxl", steps=20, learning_rate=0.001)
+    train(replace(config, output=str(tmp_path / "one")))
+    (tmp_path / "config.json").write_text(config.to_json())
+    result = torchrun(2, "--config", str(tmp_path / "config.json"))
+    assert result.returncode == 0, result.stderr
+    # The order of a float32 sum, magnified by Adam where a gradient is nearly zero.
+    assert relative_difference(tmp_path / "one", tmp_path / "run") < 1e-4
