@@ -59,24 +59,29 @@ def read(cls: type, argv: list[str], description: str):
     """Return the settings given on a command line, and in the `--config` file that it may name.
 
     Raises UserError for an unknown setting, with the nearest name, and for a value that does not fit.
+    With --print-config the settings are printed, and the program ends.
     """
     parser = _parser(cls, description)
     bare = any(field.metadata["bare"] for field in dataclasses.fields(cls))
     given, unknown = (parser.parse_known_intermixed_args if bare else parser.parse_known_args)(argv)
     names = {field.name for field in dataclasses.fields(cls)}
     if unknown:
-        options = {option(name) for name in names} | {"--config"}
+        options = {option(name) for name in names} | {"--config", "--print-config"}
         wrong = [word for word in unknown if word.startswith("-")] or unknown
         raise UserError("; ".join(_unknown(word, options) for word in wrong))
     # (Values that stand without an option are an empty list when there are none.)
     given = {k: tuple(v) if isinstance(v, list) else v for k, v in vars(given).items() if v != []}
-    path = given.pop("config", None)
+    show, path = given.pop("print_config", False), given.pop("config", None)
     values = _read_file(cls, Path(path)) if path else {}
     # What follows from other settings anyway goes on following them: with another --data on the
     # command line, the file's output folder would be that of the other run.
     follows = cls.following(values)
     values = {name: value for name, value in values.items() if name not in follows or value != follows[name]}
-    return cls(**values | given)
+    settings = cls(**values | given)
+    if show:
+        print(settings.to_json(), end="")
+        sys.exit(0)
+    return settings
 
 
 def _parser(cls: type, description: str) -> argparse.ArgumentParser:
@@ -93,6 +98,7 @@ def _parser(cls: type, description: str) -> argparse.ArgumentParser:
         formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=34, width=110),
     )
     parser.add_argument("--config", metavar="FILE", help="JSON file of settings; the command line wins over it")
+    parser.add_argument("--print-config", action="store_true", help="print all settings as such a file, and do no more")
     groups: dict[str, argparse._ArgumentGroup] = {}
     for field in dataclasses.fields(cls):
         title = field.metadata["group"]

@@ -151,6 +151,9 @@ class TrainConfig(Settings):
     output: str | None = setting(
         None, "folder of the results; out/<name of the data folder> if not given", group=OUTPUT
     )
+    also: tuple[str, ...] = setting(
+        (), "other dialects to write the LoRA in, too: kohya (for A1111 and ComfyUI), peft", group=OUTPUT
+    )
     checkpoint_every: int = setting(ByBase(500, 100), "steps between checkpoints", group=OUTPUT)
     checkpoints_kept: int = setting(1, "how many of the newest checkpoints stay", group=OUTPUT)
     resume: bool = setting(False, "go on from the newest checkpoint in the output folder", group=OUTPUT)
@@ -172,18 +175,9 @@ class TrainConfig(Settings):
         The others say where things are or how work is shared out; of what they name, pictures and
         base, it is the content that counts.
         """
-        no_part = {
-            "data",
-            "caption",
-            "caption_column",
-            "cache",
-            "model",
-            "model_config",
-            "output",
-            "resume",
-            "micro_batch_size",
-        }
-        no_part |= {"gradient_checkpointing", "checkpoint_every", "checkpoints_kept", "sample_prompt", "sample_every"}
+        no_part = {"data", "caption", "caption_column", "cache", "model", "model_config", "output", "resume", "also"}
+        no_part |= {"micro_batch_size", "gradient_checkpointing", "checkpoint_every", "checkpoints_kept"}
+        no_part |= {"sample_prompt", "sample_every"}
         if self.lr_schedule == "constant":
             no_part.add("steps")  # a longer run begins as a shorter one
         settings = {name: value for name, value in dataclasses.asdict(self).items() if name not in no_part}
@@ -201,6 +195,7 @@ class TrainConfig(Settings):
         wrong += [f"{option(name)} is empty" for name in ("targets", "text_encoder_targets") if not getattr(self, name)]
         if not self.train_text_encoder and self.text_encoder_learning_rate is not None:
             wrong.append("--text-encoder-learning-rate has no effect without --train-text-encoder")
+        wrong += [f"--also is {name!r}; it can be kohya, peft" for name in self.also if name not in ("kohya", "peft")]
         if self.sample_every is not None and not self.sample_prompt:
             wrong.append("--sample-every needs a --sample-prompt")
         if self.sample_prompt and self.sample_every is None:

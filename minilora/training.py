@@ -24,6 +24,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from . import checkpoint, sampling
+from .card import model_card
 from .config import SampleConfig, TrainConfig, UserError
 from .data import Examples, read_folder
 from .distributed import Ranks, Shares, StopSignals, decided_by_main, mean_over_ranks, processes, wait_for_all
@@ -318,9 +319,15 @@ def finish(run: Run) -> Path:
     lora_file, sheet_file = run.output / FILE_NAME, run.output / "samples" / "before_after.png"
     if run.ranks.is_main:
         save_lora(run.network, lora_file)
+        for dialect in config.also:
+            also = run.output / {"kohya": f"{run.output.resolve().name}.safetensors", "peft": "peft"}[dialect]
+            save_lora(run.network, also, dialect=dialect)
+            run.ranks.say(f"wrote      {also}, for programs that read {dialect}'s dialect")
         drawing = run.drawing(item.captions[:1])
         sheet = sampling.before_after(run.base, item, run.examples.resolution, drawing)
         sampling.save_picture(sheet, sheet_file)
+        card = model_card(config, run.examples.items, run.base.is_xl, str(sheet_file.relative_to(run.output)))
+        write_whole(run.output / "README.md", card.encode())
         run.ranks.say(f"wrote      {lora_file} and {sheet_file}")
         model = ["--model", config.model] if config.model else []
         model += ["--model-config", config.model_config] if config.model_config else []

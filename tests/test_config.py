@@ -55,6 +55,14 @@ def test_a_configuration_written_is_the_configuration_read(tmp_path):
     assert parse("--config", str(file)) == config
 
 
+def test_the_settings_printed_are_the_configuration_read(tmp_path, capsys):
+    with pytest.raises(SystemExit) as ended:
+        parse("--data", "x", "--rank", "4", "--also", "kohya,peft", "--print-config")
+    assert ended.value.code == 0
+    (tmp_path / "c.json").write_text(capsys.readouterr().out)
+    assert parse("--config", str(tmp_path / "c.json")) == parse("--data", "x", "--rank", "4", "--also", "kohya,peft")
+
+
 def test_what_follows_from_other_settings_goes_on_following_them(tmp_path):
     file = tmp_path / "config.json"
     file.write_text(parse("--data", "x/y", "--steps", "7").to_json())

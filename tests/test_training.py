@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from PIL import Image
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -19,7 +20,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from minilora import training
 from minilora.config import TrainConfig, UserError
 from minilora.distributed import Shares
-from minilora.formats import FILE_NAME
+from minilora.export import difference
+from minilora.formats import FILE_NAME, read_lora
+from minilora.layout import Checkpoint
 from minilora.lora import lora_parameters
 from minilora.models import DTYPES
 from minilora.objectives import Denoising
@@ -73,7 +76,28 @@ def test_a_run_leaves_what_it_promises(run):
     assert config["rank"] == 2
     assert len(losses(folder)) == 6
     assert Image.open(folder / "samples" / "before_after.png").width > 4 * 192
-    assert {path.name for path in folder.iterdir()} == {FILE_NAME, "config.json", "samples", "tensorboard"}
+    assert {path.name for path in folder.iterdir()} == {
+        *(FILE_NAME, "README.md", "config.json", "samples", "tensorboard")
+    }
+
+
+def test_the_card_is_one_that_the_hub_reads(run, tiny_base):
+    folder = run("a", rank=3)
+    card = ModelCard.load(folder / "README.md")
+    assert {"lora", "stable-diffusion"} <= set(card.data.tags)
+    [shown] = card.data.widget
+    assert (folder / shown["output"]["url"]).exists()
+    assert "| rank | 3 |" in card.text
+    assert "LoRA for" in card.text
+    assert card.data.base_model is None  # a folder of ours is no base on the hub
+
+
+def test_other_dialects_are_written_too_and_hold_the_same_lora(run, tmp_path, tiny_base):
+    folder = run("a", also=("kohya", "peft"))
+    modules = Checkpoint(tiny_base).modules
+    ours, *others = (read_lora(folder / name, modules) for name in (FILE_NAME, "a.safetensors", "peft"))
+    for other in others:
+        assert difference(ours, other) <= 1  # in units of the last place
 
 
 def test_the_same_settings_give_the_same_bytes_and_another_seed_does_not(run):
