@@ -17,11 +17,11 @@ from PIL import Image
 
 from ..config import SampleConfig
 from ..data import as_tensor, open_picture
+from ..evaluate import apart, encoder_features, pooled
 from ..models import Base
 from ..sampling import draw, merged_at, sheet, use_scheduler
 from .classifier import share_right, train_classifier
 from .drawing import STYLES, TOGETHER
-from .morph import apart, encoder_features
 from .restore import psnr
 
 MANY, FEW = 50, (4, 2, 1)  # steps
@@ -81,12 +81,6 @@ def compared(base: Base, pixels: dict[str, torch.Tensor], many: str) -> dict[str
         what = f"distance of distributions to {MANY} steps with another seed; {name}"
         figures[what] = crossed(features, seen[many])
     return figures
-
-
-def pooled(features: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Return mean and spread over each picture of each channel of the encoder's layers; (n, width)."""
-    columns = [pool for layer in features for pool in (layer.float().mean((2, 3)), layer.float().std((2, 3)))]
-    return torch.cat(columns, dim=1).cpu()
 
 
 def crossed(features: torch.Tensor, wanted: torch.Tensor) -> float:

@@ -48,6 +48,7 @@ from ..config import (
 from ..data import as_picture
 from ..ddim import Levels, ddim_draw, ddim_invert
 from ..distributed import this_device
+from ..evaluate import apart, encoder_features
 from ..files import write_whole
 from ..lora import lora_disabled, set_lora_scale
 from ..models import DTYPES, Base, load_lora
@@ -263,30 +264,9 @@ def _mean_and_spread(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 @torch.no_grad()
 def distances(base: Base, frames: torch.Tensor) -> list[float]:
-    """Return how far neighbouring frames look apart, by what the VAE's encoder sees in them.
-
-    As LPIPS does with VGG: the squared distance between the features of each place, of length 1, summed over
-    the layers and averaged over the places; and of that the root, since squares do not add up along
-    a way.  Source: Zhang et al., "The unreasonable effectiveness of deep features as a perceptual metric", 2018.
-    """
+    """Return how far neighbouring frames look apart, by what the VAE's encoder sees in them."""
     seen = encoder_features(base, frames)
     return apart([layer[:-1] for layer in seen], [layer[1:] for layer in seen]).tolist()
-
-
-def apart(one: Sequence[torch.Tensor], other: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Return how far pictures look apart, each of one batch from its fellow in the other, (n,); see `distances`."""
-    units = [(F.normalize(a.float(), dim=1), F.normalize(b.float(), dim=1)) for a, b in zip(one, other, strict=True)]
-    return sum((a - b).square().sum(1).mean((1, 2)).cpu() for a, b in units).sqrt()
-
-
-@torch.no_grad()
-def encoder_features(base: Base, frames: torch.Tensor) -> list[torch.Tensor]:
-    """Return what the VAE's encoder sees in pictures, (n, 3, h, w), layer by layer; (n, channels, h', w') each."""
-    encoder = base.vae.encoder
-    seen = [encoder.conv_in(frames.to(base.device, base.dtype))]
-    for block in encoder.down_blocks:
-        seen.append(block(seen[-1]))
-    return seen
 
 
 def figures_of(base: Base, frames: torch.Tensor, pictures: Sequence[torch.Tensor]) -> dict[str, float]:

@@ -21,7 +21,8 @@ def write_figures(folder: Path, figures: Mapping[str, float], curves: Curves | N
     for name, value in figures.items():
         print(f"{name}: {value:.4g}")
     program = Path(sys.argv[0])
-    words = ["python", "-m", f"minilora.apps.{program.stem}"] if program.suffix == ".py" else [program.name]
+    module = f"minilora.apps.{program.stem}" if program.parent.name == "apps" else f"minilora.{program.stem}"
+    words = ["python", "-m", module] if program.suffix == ".py" else [program.name]
     command = shlex.join([*words, *sys.argv[1:]])
     content = {"command": command, "figures": figures, "curves": curves or {}}
     write_whole(folder / "figures.json", (json.dumps(content, indent=2) + "\n").encode())

@@ -22,7 +22,7 @@ from minilora import draws
 from minilora.apps.classifier import share_right, train_classifier
 from minilora.config import SampleConfig, TrainConfig
 from minilora.data import as_tensor, cut_square, open_picture
-from minilora.diffusion import denoising_loss
+from minilora.diffusion import Conditioning, denoising_loss
 from minilora.files import write_whole
 from minilora.lora import lora_disabled
 from minilora.models import BUNDLED, Base, load_lora
@@ -74,7 +74,8 @@ def held_out_loss(base: Base, pictures: Sequence[tuple[Path, str]]) -> float:
         which = [p % len(pictures) for p in positions]
         noise = torch.stack([draws.gaussian(SEED, "held-out noise", p, latents.shape[1:]) for p in positions])
         times = [draws.integer(SEED, "held-out timestep", p, 0, len(base.schedule)) for p in positions]
-        losses.append(denoising_loss(base.unet, latents[which], text[which], noise, torch.tensor(times), base.schedule))
+        told = Conditioning(text[which])
+        losses.append(denoising_loss(base.unet, latents[which], told, noise, torch.tensor(times), base.schedule))
     return torch.cat(losses).mean().item()
 
 

@@ -1,0 +1,85 @@
+"""evaluate.py: distances that are 0 where they must be, copies that are found, a loss that training lowers."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from conftest import make_picture
+from PIL import Image
+
+from minilora.commands import read
+from minilora.config import TrainConfig, UserError
+from minilora.data import read_folder
+from minilora.distributed import this_device
+from minilora.evaluate import EvaluateConfig, evaluate, held_out_loss, kernel_distance
+from minilora.models import Base
+from minilora.training import train
+
+
+def test_the_kernel_distance_is_the_sum_written_out():
+    generator = torch.Generator().manual_seed(0)
+    x, y = (torch.randn(n, 3, generator=generator, dtype=torch.float64) for n in (4, 5))
+
+    def k(a, b):
+        return ((a @ b).item() / 3 + 1) ** 3
+
+    same = sum(k(a, b) for i, a in enumerate(x) for j, b in enumerate(x) if i != j) / 12
+    other = sum(k(a, b) for i, a in enumerate(y) for j, b in enumerate(y) if i != j) / 20
+    across = sum(k(a, b) for a in x for b in y) / 20
+    assert kernel_distance(x, y) == pytest.approx(same + other - 2 * across)
+
+
+def test_the_kernel_distance_is_0_on_average_within_one_distribution_and_grows_with_the_shift():
+    generator = torch.Generator().manual_seed(0)
+    draws = [torch.randn(2, 16, 4, generator=generator) for _ in range(400)]
+    mean = sum(kernel_distance(*pair) for pair in draws) / len(draws)
+    spread = torch.tensor([kernel_distance(*pair) for pair in draws]).std().item()
+    assert abs(mean) < 4 * spread / len(draws) ** 0.5  # four standard errors
+    shifts = [kernel_distance(draws[0][0], draws[0][1] + shift) for shift in (0.0, 1.0, 2.0)]
+    assert shifts == sorted(shifts)
+
+
+@pytest.fixture
+def config(pictures, tmp_path, tiny_base):
+    """Three new pictures and one that is of the reference, given again."""
+    drawn = tmp_path / "drawn"
+    drawn.mkdir()
+    for number in range(3):
+        make_picture(100 + number).save(drawn / f"new{number}.png")
+    shutil.copy(pictures / "3.png", drawn / "copy.png")
+    return EvaluateConfig(folders=(str(drawn), str(pictures)), model=str(tiny_base), output=str(tmp_path / "out"))
+
+
+def test_a_copy_is_found(config, tmp_path, capsys):
+    figures = evaluate(config)
+    printed = capsys.readouterr().out
+    assert "copy.png is 0.000 from 3.png" in printed.splitlines()[1]  # the most alike first
+    assert figures["share of copies"] == 0.25
+    assert json.loads((tmp_path / "out" / "figures.json").read_text())["figures"] == figures
+    assert Image.open(tmp_path / "out" / "nearest.png").width > 4 * 192
+
+
+def test_what_was_learnt_lowers_the_loss_and_the_loss_is_that_of_the_same_draws(config, pictures, tmp_path, tiny_base):
+    settings = {"steps": 60, "batch_size": 10, "learning_rate": 0.02, "cache": str(tmp_path / "cache")}
+    path = train(TrainConfig(data=str(pictures), model=str(tiny_base), output=str(tmp_path / "run"), **settings))
+    figures = evaluate(EvaluateConfig(**vars(config) | {"lora": (str(path),)}))
+    without, learnt = (figures[f"denoising loss on the reference; {name}"] for name in ("base", "with LoRA"))
+    assert learnt < without
+    base = Base(str(tiny_base), this_device())
+    assert held_out_loss(base, read_folder(TrainConfig(data=str(pictures))), 16) == without
+
+
+def test_every_family_has_a_loss(family_base, pictures):
+    base = Base(str(family_base("sdxl")), this_device())
+    assert 0 < held_out_loss(base, read_folder(TrainConfig(data=str(pictures))), 16) < 10
+
+
+def test_mistakes_are_said(config, tmp_path):
+    with pytest.raises(UserError, match="takes two folders, PICTURES REFERENCE, not a"):
+        read(EvaluateConfig, ["a"], "")
+    (tmp_path / "few").mkdir()
+    make_picture(1).save(tmp_path / "few" / "a.png")
+    few = EvaluateConfig(**vars(config) | {"folders": (str(tmp_path / "few"),) * 2, "caption": "a"})
+    with pytest.raises(UserError, match="few: 1 pictures are too few to compare with"):
+        evaluate(few)
