@@ -115,7 +115,8 @@ def _parser(cls: type, description: str) -> argparse.ArgumentParser:
         else:
             metavar = "|".join(field.metadata["choices"]) or {int: "N", float: "X", str: "TEXT"}[kind]
             words |= {"type": _comma_list(kind) if is_tuple else kind, "metavar": metavar}
-        group.add_argument(option(field.name), **words)
+        names = [option(field.name), field.metadata["alias"]]
+        group.add_argument(*filter(None, names), dest=field.name, **words)
     return parser
 
 

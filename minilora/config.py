@@ -8,6 +8,7 @@ import dataclasses
 import json
 import math
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,9 +27,15 @@ class ByBase:
     bundled: object
 
 
-def setting(default, text: str, *, group: str, choices: tuple = (), repeat: bool = False, bare: bool = False):
-    """Declare one setting; `repeat`: its option may be given several times; `bare`: its values stand without option."""
-    metadata = {"help": text, "group": group, "choices": choices, "repeat": repeat, "default": default, "bare": bare}
+def setting(
+    default, text: str, *, group: str, choices: tuple = (), repeat: bool = False, bare: bool = False, alias: str = ""
+):
+    """Declare one setting; `repeat`: its option may be given several times; `bare`: its values stand without option.
+
+    `alias` is another option for it.
+    """
+    metadata = {"help": text, "group": group, "choices": choices, "default": default}
+    metadata |= {"repeat": repeat, "bare": bare, "alias": alias}
     by_base = isinstance(default, ByBase)
     return dataclasses.field(default=None if by_base else default, metadata=metadata)
 
@@ -94,7 +101,9 @@ class TrainConfig(Settings):
     data: str = setting(
         None, "folder of pictures, with metadata.jsonl or a .txt beside each; or one picture", group=DATA
     )
-    caption: str | None = setting(None, "caption of every picture, where the folder has none", group=DATA)
+    caption: str | None = setting(
+        None, "caption of every picture, where the folder has none", group=DATA, alias="--instance-prompt"
+    )
     caption_column: str = setting("text", "key of the caption in metadata.jsonl", group=DATA)
     resolution: int | None = setting(
         None, "side of the training pictures, in pixels; the base's own if not given", group=DATA
@@ -107,6 +116,14 @@ class TrainConfig(Settings):
     )
     mirror: bool = setting(False, "show each picture mirrored half of the time", group=DATA)
     caption_dropout: float = setting(0.0, "share of draws whose caption is left empty, 0 to 1", group=DATA)
+    class_prompt: str | None = setting(
+        None, "what the pictures' subject is one of: train on pictures of that, too (DreamBooth)", group=DATA
+    )
+    class_data: str | None = setting(
+        None, "folder of pictures of the class, drawn as far as missing; out/class-<prompt> if not given", group=DATA
+    )
+    class_pictures: int = setting(ByBase(200, 8), "pictures of the class for each of --data", group=DATA)
+    prior_weight: float = setting(1.0, "weight of the class's pictures in the loss", group=DATA)
     cache: str = setting(
         "~/.cache/minilora", "folder of the encoded pictures and captions, shared by all runs", group=DATA
     )
@@ -167,7 +184,10 @@ class TrainConfig(Settings):
         data, rank = values.get("data"), values.get("rank", cls.rank)
         path = Path(os.path.abspath(data or ""))
         output = str(Path("out") / (path.stem if path.is_file() else path.name)) if data else None
-        return super().following(values) | {"output": output, "alpha": float(rank)}
+        follows = super().following(values) | {"output": output, "alpha": float(rank)}
+        if words := re.findall(r"\w+", values.get("class_prompt") or ""):
+            follows["class_data"] = str(Path("out") / "-".join(["class", *words]))
+        return follows
 
     def identity(self) -> dict:
         """Return the settings that what is learnt is a function of, as JSON values.
@@ -176,6 +196,7 @@ class TrainConfig(Settings):
         base, it is the content that counts.
         """
         no_part = {"data", "caption", "caption_column", "cache", "model", "model_config", "output", "resume", "also"}
+        no_part |= {"class_data", "class_pictures"}
         no_part |= {"micro_batch_size", "gradient_checkpointing", "checkpoint_every", "checkpoints_kept"}
         no_part |= {"sample_prompt", "sample_every"}
         if self.lr_schedule == "constant":
@@ -192,6 +213,9 @@ class TrainConfig(Settings):
         )
         wrong += self.out_of_range(0, "warmup_steps noise_offset seed")
         wrong += self.out_of_range(0, "caption_dropout", high=1)
+        wrong += self.out_of_range(1, "class_pictures") + self.out_of_range(0, "prior_weight", strict=True)
+        if self.class_data is not None and not self.class_prompt:
+            wrong.append("--class-data needs a --class-prompt: what its pictures show")
         wrong += [f"{option(name)} is empty" for name in ("targets", "text_encoder_targets") if not getattr(self, name)]
         if not self.train_text_encoder and self.text_encoder_learning_rate is not None:
             wrong.append("--text-encoder-learning-rate has no effect without --train-text-encoder")

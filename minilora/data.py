@@ -54,6 +54,7 @@ class Batch:
     noise: torch.Tensor  # (batch, channels, h, w)
     noise_offset: torch.Tensor  # (batch, channels, 1, 1)
     timesteps: torch.Tensor  # (batch,)
+    weights: torch.Tensor  # (batch,), of each picture's loss
 
 
 # ------------------------------------------------------------------------------------------ pictures
@@ -238,8 +239,9 @@ class Examples:
         encoders: Base,
         schedule_length: int,
         ranks: Ranks,
+        class_items: Sequence[Item] = (),
     ):
-        self.items = items
+        self.items, self.class_items = items, class_items
         self.config = config
         self.resolution = resolution
         self.schedule_length = schedule_length
@@ -249,11 +251,11 @@ class Examples:
         self.encoders = encoders if config.crop == "random" else None
         if self.encoders:
             ranks.say("note: --crop random shows no crop twice, so the VAE stays in memory and encodes each draw")
-        for item in items:
+        for item in (*items, *class_items):
             if min(item.size) < resolution and ranks.is_main:
                 small = f"{item.path} is {min(item.size)} pixels on its short side"
                 print(f"warning: {small}; it is enlarged to {resolution}", file=sys.stderr)
-        captions = sorted({caption for item in items for caption in (*item.captions, "")})
+        captions = sorted({caption for item in (*items, *class_items) for caption in (*item.captions, "")})
         if ranks.is_main and (cut := [caption for caption in captions if encoders.is_truncated(caption)]):
             print(
                 f"warning: the text encoder sees only the beginning of {len(cut)} captions, as of {cut[0]!r}",
@@ -273,8 +275,11 @@ class Examples:
         return Batch(tuple(positions), latents, kind(**conditioning), *drawn)
 
     def picture_at(self, position: int) -> Item:
-        """Return which picture stands at a position."""
-        return self.items[draws.picture_at(self.config.seed, position, len(self.items))]
+        """Return which picture stands at a position: at every other one, with --class-prompt, one of the class."""
+        if not self.class_items:
+            return self.items[draws.picture_at(self.config.seed, position, len(self.items))]
+        items = self.class_items if position % 2 else self.items
+        return items[draws.picture_at(self.config.seed, position // 2, len(items))]
 
     def _row(self, position: int) -> tuple[torch.Tensor, ...]:
         seed, item = self.config.seed, self.picture_at(position)
@@ -293,7 +298,8 @@ class Examples:
         told = self._told(self.caption_at(position))
         if self.is_xl:
             told = told | {"sizes": self._sizes(item, mirrored, place)}
-        return latents, told, noise, noise_offset, torch.tensor(timestep)
+        weight = self.config.prior_weight if self.class_items and position % 2 else 1.0
+        return latents, told, noise, noise_offset, torch.tensor(timestep), torch.tensor(weight)
 
     def _told(self, caption: str) -> dict[str, torch.Tensor]:
         """Return a caption's vectors or, where the text encoders are trained, its tokens."""
@@ -346,7 +352,7 @@ class Examples:
         else:
             jobs = {self._caption_file(caption): partial(encode_caption, caption) for caption in captions}
         if self.encoders is None:
-            for item in self.items:
+            for item in (*self.items, *self.class_items):
                 for mirrored in (False, True) if self.config.mirror else (False,):
                     jobs[self._picture_file(item, mirrored)] = partial(encode_picture, item, mirrored)
         # Shared out over all processes; then, where machines do not share the folder, each makes the rest.

@@ -28,6 +28,7 @@ from .card import model_card
 from .config import SampleConfig, TrainConfig, UserError
 from .data import Examples, read_folder
 from .distributed import Ranks, Shares, StopSignals, decided_by_main, mean_over_ranks, processes, wait_for_all
+from .dreambooth import class_pictures
 from .files import write_whole
 from .formats import FILE_NAME
 from .lora import inject_lora, load_lora_state_dict, lora_parameters, lora_state_dict
@@ -110,6 +111,7 @@ def prepare(config: TrainConfig, objective: Objective, ranks: Ranks) -> Run:
     """Load the base, read and encode the pictures, inject the LoRA, make the optimizer, and say so."""
     shares = Shares(config.batch_size, config.micro_batch_size, ranks.rank, ranks.world)
     items = read_folder(config)
+    others = class_pictures(config, len(items), ranks) if config.class_prompt else []
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     base = Base(config.model, ranks.device, DTYPES[config.precision], config.model_config)
     if base.is_inpainting:
@@ -122,7 +124,7 @@ def prepare(config: TrainConfig, objective: Objective, ranks: Ranks) -> Run:
 
     # Pictures and captions are encoded in float32: a VAE in half precision can overflow.
     encoders = Base(config.model, ranks.device, config=config.model_config)
-    examples = Examples(items, config, resolution, encoders, len(base.schedule), ranks)
+    examples = Examples(items, config, resolution, encoders, len(base.schedule), ranks, others)
     identity = _identity(config, base, examples) | {"objective": objective.name()}
     base.release("vae")  # the encoders go too, unless the examples keep them
 
@@ -155,6 +157,8 @@ def prepare(config: TrainConfig, objective: Objective, ranks: Ranks) -> Run:
     numbers, total = sum(p.numel() for p in parameters), sum(p.numel() for p in network.parameters())
     ranks.say(f"base       {base.source}, {base.schedule.prediction_type}, {config.precision} on {ranks.device.type}")
     ranks.say(f"pictures   {len(items)} of {config.data}, at {resolution} × {resolution} pixels")
+    if others:
+        ranks.say(f"class      {len(others)} pictures of {config.class_prompt!r}, every other one that is seen")
     ranks.say(f"LoRA       rank {config.rank}, alpha {config.alpha:g}, in {len(layers)} layers")
     ranks.say(f"trained    {numbers:,} of {total:,} parameters")
     ranks.say(f"batch      {config.batch_size} = {shares}")
@@ -165,7 +169,7 @@ def prepare(config: TrainConfig, objective: Objective, ranks: Ranks) -> Run:
 
 def _identity(config: TrainConfig, base: Base, examples: Examples) -> dict:
     """Return what the run is a function of, as JSON values: settings, pictures with captions, base."""
-    pictures = json.dumps([[item.digest, item.captions] for item in examples.items])
+    pictures = json.dumps([[item.digest, item.captions] for item in (*examples.items, *examples.class_items)])
     return config.identity() | {
         "resolution": examples.resolution,
         "schedule": [base.schedule.prediction_type, *base.schedule.alphas_cumprod[[0, -1]].tolist()],
@@ -196,7 +200,8 @@ def optimizer_step(run: Run, step: int, learning_rate: float) -> tuple[float, fl
         last = number == len(micro_batches)
         with nullcontext() if last or run.ranks.world == 1 else run.model.no_sync():
             with torch.autocast(device.type, DTYPES[config.precision], enabled=config.precision != "fp32"):
-                loss = run.objective.loss(run.model, batch, run.base.schedule, config).mean() / len(micro_batches)
+                losses = run.objective.loss(run.model, batch, run.base.schedule, config)  # (batch,)
+                loss = (losses * batch.weights).mean() / len(micro_batches)
             run.scaler.scale(loss).backward()
         loss_sum += loss.detach()
     run.scaler.unscale_(run.optimizer)

@@ -19,7 +19,7 @@ def test_defaults_are_the_well_known_recipe_and_differ_on_the_bundled_base_where
     assert (usual.max_grad_norm, usual.noise_offset, usual.snr_gamma, usual.precision) == (1.0, 0, None, "fp32")
     assert usual.output == "out/y"
     differ = {f.name for f in dataclasses.fields(usual) if getattr(usual, f.name) != getattr(bundled, f.name)}
-    assert differ == {"model", "steps", "batch_size", "learning_rate", "checkpoint_every"}
+    assert differ == {"model", "steps", "batch_size", "learning_rate", "checkpoint_every", "class_pictures"}
 
 
 def test_the_command_line_wins_over_the_file(tmp_path):

@@ -1,0 +1,53 @@
+"""DreamBooth: learn one subject from a few pictures without forgetting what else its class looks like.
+
+A LoRA trained on four pictures of "a sks dog" soon draws that dog for every "a dog".  So half of what it
+is trained on are pictures of the class, "a dog", that the base itself drew before:
+
+    loss = loss of the subject + λ · loss of the class          λ: --prior-weight
+
+The subject stands at the even positions of the stream, the class at the odd ones.  The class's pictures are
+drawn into a folder of their own, each from its number as the seed; those that are there already are
+counted and not drawn again, whoever put them there.
+
+Source: Ruiz et al., "DreamBooth: fine tuning text-to-image diffusion models for subject-driven
+generation", 2022.
+"""
+
+from pathlib import Path
+
+from tqdm import tqdm
+
+from .config import SampleConfig, TrainConfig
+from .data import Item, read_folder
+from .distributed import Ranks, decided_by_main, wait_for_all
+from .models import DTYPES, Base
+from .sampling import TOGETHER, draw, save_picture
+
+
+def class_pictures(config: TrainConfig, subjects: int, ranks: Ranks) -> list[Item]:
+    """Return pictures of the class, --class-pictures for each of the subject's.
+
+    Each process draws its share of the missing ones.  Raises UserError for a folder that holds what
+    cannot be read.
+    """
+    folder, needed = Path(config.class_data), subjects * config.class_pictures
+    what = TrainConfig(data=str(folder), caption=config.class_prompt, caption_column=config.caption_column)
+    there = decided_by_main(lambda: len(read_folder(what)) if folder.is_dir() and any(folder.iterdir()) else 0)
+    names = (folder / f"class-{number:05d}.png" for number in range(needed + there))
+    missing = [path for path in names if not path.exists()][: max(0, needed - there)]
+    wait_for_all()  # before the first one is drawn, all must have counted
+    if missing:
+        ranks.say(
+            f"class      {there} of {needed} pictures of {config.class_prompt!r} are in {folder}; drawing the others"
+        )
+        base = Base(config.model, ranks.device, DTYPES[config.precision], config.model_config)
+        drawing = SampleConfig(prompt=(config.class_prompt,), model=config.model, model_config=config.model_config)
+        share = missing[ranks.rank :: ranks.world]
+        for start in tqdm(range(0, len(share), TOGETHER), "draw", disable=not ranks.is_main):
+            part = share[start : start + TOGETHER]
+            seeds = [int(path.stem.split("-")[1]) for path in part]
+            side = config.resolution or base.resolution
+            for path, picture in zip(part, draw(base, config.class_prompt, seeds, side, drawing), strict=True):
+                save_picture(picture, path)
+        wait_for_all()
+    return read_folder(what)
