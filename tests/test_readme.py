@@ -15,22 +15,26 @@ from minilora import remove_lora
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 PAGES = {page.stem: page.read_text() for page in sorted((ROOT / "docs").glob("*.md"))}
+HUB_ID_XL = "stabilityai/stable-diffusion-xl-base-1.0"
 HUB_ID = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 
 
 def commands(text: str) -> list[str]:
     blocks = re.findall(r"```bash\n(.*?)```", text, re.DOTALL)
     lines = [line.split("#")[0].strip() for block in blocks for line in block.splitlines()]
+    lines += re.findall(r"^\|.*\| `(python .*)` \|$", text, re.MULTILINE)  # a table of recipes
     return [part.strip() for line in lines for part in line.split("&&") if part.strip()]
 
 
-def small(command: str, tiny_base: Path) -> str:
-    """Make a command small: few steps, two processes, a tiny base on disk for the one on the hub."""
-    command = command.replace(HUB_ID, str(tiny_base)).replace("--nproc-per-node 8", "--nproc-per-node 2")
+def small(command: str, tiny_base: Path, tiny_xl: str = "") -> str:
+    """Make a command small: few steps, two processes, tiny bases on disk for those on the hub."""
+    command = command.replace(HUB_ID, str(tiny_base)).replace(HUB_ID_XL, str(tiny_xl))
+    command = command.replace("--nproc-per-node 8", "--nproc-per-node 2")
     command = re.sub(r"--(checkpoint|sample)-every \d+", r"--\1-every 1", command)
     if "train.py" in command:
         command += " --steps 2 --cache cache"
         command += "" if "--batch-size" in command or "--config" in command else " --batch-size 1"
+        command += " --class-pictures 2" if "--class-prompt" in command else ""
     if "sample.py" in command:
         command += " --steps 2"
     if "apps.distill" in command:
@@ -72,12 +76,12 @@ def folder(tmp_path) -> Path:
     return tmp_path
 
 
-def test_every_command_of_the_readme_runs(folder, tiny_base):
+def test_every_command_of_the_readme_runs(folder, tiny_base, family_base):
     ran = 0
     for command in commands(README):
         if command.startswith(("pip ", "pytest", "tensorboard ")):
             continue  # .ci/run does the first two; the third does not end
-        command = small(command, tiny_base)
+        command = small(command, tiny_base, family_base("sdxl"))
         if "--nnodes 2" in command:  # two machines: two torchruns on this one
             command = command.replace("first.machine", "localhost")
             second = command.replace("--node-rank 0", "--node-rank 1")
