@@ -218,19 +218,19 @@ class TrainConfig(Settings):
         if self.lr_schedule == "constant":
             no_part.add("steps")  # a longer run begins as a shorter one
         settings = {name: value for name, value in dataclasses.asdict(self).items() if name not in no_part}
-        return (
-            settings
-            | {name: list(settings[name]) for name in ("targets", "text_encoder_targets")}
-            | ({"timestep_range": list(self.timestep_range)} if self.timestep_range else {})
-        )
+        return json.loads(json.dumps(settings))  # tuples become lists, as in a checkpoint
 
     def problems(self) -> list[str]:
         wrong = [] if self.data else ["--data is needed: a folder of pictures, for example dataset/mountain"]
         wrong += self.out_of_range(1, "rank steps batch_size micro_batch_size resolution checkpoints_kept")
         wrong += self.out_of_range(1, "checkpoint_every sample_every")
-        wrong += self.out_of_range(
-            0, "learning_rate text_encoder_learning_rate alpha max_grad_norm snr_gamma", strict=True
-        )
+        wrong += self.out_of_range(0, "learning_rate text_encoder_learning_rate alpha", strict=True)
+        wrong += self.out_of_range(0, "max_grad_norm snr_gamma huber_c", strict=True)
+        wrong += self.out_of_range(0, "dream") + self.out_of_range(0, "ema", high=1)
+        low_high = self.timestep_range
+        if low_high is not None and not (len(low_high) == 2 and 0 <= low_high[0] < low_high[1]):
+            given = ",".join(map(str, low_high))
+            wrong.append(f"--timestep-range is {given}; it takes two numbers, the lowest and one above the highest")
         wrong += self.out_of_range(0, "warmup_steps noise_offset seed")
         wrong += self.out_of_range(0, "caption_dropout", high=1)
         wrong += self.out_of_range(1, "class_pictures") + self.out_of_range(0, "prior_weight", strict=True)
