@@ -45,6 +45,7 @@ class State:
     step: int  # optimizer steps done
     lora: dict[str, torch.Tensor]
     optimizer: dict[str, torch.Tensor]
+    average: dict[str, torch.Tensor]  # of the LoRA, for --ema; mostly nothing
     objective: dict[str, torch.Tensor]  # what the objective keeps from step to step; mostly nothing
     scaler: dict[str, float]  # of the gradient scaler; empty without one
 
@@ -57,6 +58,7 @@ def save_checkpoint(output: Path, state: State, fingerprint: dict, kept: int) ->
     """
     tensors = {f"lora.{key}": value for key, value in state.lora.items()}
     tensors |= {f"optimizer.{key}": value for key, value in state.optimizer.items()}
+    tensors |= {f"average.{key}": value for key, value in state.average.items()}
     tensors |= {f"objective.{key}": value for key, value in state.objective.items()}
     about = {"step": state.step, "scaler": state.scaler, "fingerprint": fingerprint}
     tensors = {key: value.cpu() for key, value in tensors.items()}
@@ -95,7 +97,7 @@ def load_newest_checkpoint(output: Path, fingerprint: dict) -> State | None:
     if different:
         raise ValueError(f"{path} belongs to another run: " + "; ".join(different))
 
-    parts = [under(tensors, prefix) for prefix in ("lora.", "optimizer.", "objective.")]
+    parts = [under(tensors, prefix) for prefix in ("lora.", "optimizer.", "average.", "objective.")]
     return State(about["step"], *parts, about["scaler"])
 
 

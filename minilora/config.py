@@ -44,6 +44,7 @@ DATA, MODEL, TRAINING, OUTPUT, PICTURES = "data", "base and LoRA", "training", "
 OTHER = "instead of merging into a base"
 MODEL_HELP = "diffusers folder, hub id or single .safetensors file of the base; the bundled miniature if not given"
 MODEL_CONFIG_HELP = "diffusers folder or hub id with the settings and tokenizer that a single file of --model lacks"
+ZERO_SNR_HELP = "change the base's noise levels so that the last is pure noise; for bases that predict v"
 PRECISION_HELP = "number format of the frozen base and of the computation"
 PRECISIONS = ("fp32", "bf16", "fp16")
 
@@ -161,6 +162,21 @@ class TrainConfig(Settings):
     snr_gamma: float | None = setting(
         None, "cap of the signal-to-noise ratio in the loss's weight (min-SNR); 5 is common", group=TRAINING
     )
+    huber_c: float | None = setting(
+        None, "errors above this count by their size, not by its square (Huber); 0.1 is common", group=TRAINING
+    )
+    dream: float | None = setting(
+        None,
+        "train on the U-Net's own errors too, keeping details by this power (DREAM); 1 is common",
+        group=TRAINING,
+    )
+    timestep_range: tuple[int, ...] | None = setting(
+        None, "lowest timestep that is trained, and the first above the highest; all if not given", group=TRAINING
+    )
+    zero_terminal_snr: bool = setting(False, ZERO_SNR_HELP, group=TRAINING)
+    ema: float | None = setting(
+        None, "keep a moving average of the LoRA with this decay, and write it, too; 0.999 is common", group=TRAINING
+    )
     precision: str = setting("fp32", PRECISION_HELP, choices=PRECISIONS, group=TRAINING)
     gradient_checkpointing: bool = setting(False, "compute activations twice to need less memory", group=TRAINING)
     seed: int = setting(0, "seed of every random draw", group=TRAINING)
@@ -202,15 +218,19 @@ class TrainConfig(Settings):
         if self.lr_schedule == "constant":
             no_part.add("steps")  # a longer run begins as a shorter one
         settings = {name: value for name, value in dataclasses.asdict(self).items() if name not in no_part}
-        return settings | {name: list(settings[name]) for name in ("targets", "text_encoder_targets")}
+        return json.loads(json.dumps(settings))  # tuples become lists, as in a checkpoint
 
     def problems(self) -> list[str]:
         wrong = [] if self.data else ["--data is needed: a folder of pictures, for example dataset/mountain"]
         wrong += self.out_of_range(1, "rank steps batch_size micro_batch_size resolution checkpoints_kept")
         wrong += self.out_of_range(1, "checkpoint_every sample_every")
-        wrong += self.out_of_range(
-            0, "learning_rate text_encoder_learning_rate alpha max_grad_norm snr_gamma", strict=True
-        )
+        wrong += self.out_of_range(0, "learning_rate text_encoder_learning_rate alpha", strict=True)
+        wrong += self.out_of_range(0, "max_grad_norm snr_gamma huber_c", strict=True)
+        wrong += self.out_of_range(0, "dream") + self.out_of_range(0, "ema", high=1)
+        low_high = self.timestep_range
+        if low_high is not None and not (len(low_high) == 2 and 0 <= low_high[0] < low_high[1]):
+            given = ",".join(map(str, low_high))
+            wrong.append(f"--timestep-range is {given}; it takes two numbers, the lowest and one above the highest")
         wrong += self.out_of_range(0, "warmup_steps noise_offset seed")
         wrong += self.out_of_range(0, "caption_dropout", high=1)
         wrong += self.out_of_range(1, "class_pictures") + self.out_of_range(0, "prior_weight", strict=True)
@@ -239,6 +259,7 @@ class SampleConfig(Settings):
     guidance: float = setting(
         ByBase(7.5, 3.0), "how strongly the prompt is followed; 1 is without guidance", group=PICTURES
     )
+    zero_terminal_snr: bool = setting(False, ZERO_SNR_HELP, group=PICTURES)
     image: str | None = setting(None, "picture to paint in, for an inpainting base", group=PICTURES)
     mask: str | None = setting(None, "picture that is white where --image is to be painted anew", group=PICTURES)
     size: int | None = setting(None, "side of the pictures, in pixels; the base's own if not given", group=PICTURES)

@@ -294,7 +294,8 @@ class Examples:
         latents = mean + std * draws.gaussian(seed, "posterior", position, mean.shape)
         noise = draws.gaussian(seed, "noise", position, mean.shape)
         noise_offset = draws.gaussian(seed, "noise offset", position, (len(mean), 1, 1))
-        timestep = draws.integer(seed, "timestep", position, 0, self.schedule_length)
+        low, high = self.config.timestep_range or (0, self.schedule_length)
+        timestep = draws.integer(seed, "timestep", position, low, high)
         told = self._told(self.caption_at(position))
         if self.is_xl:
             told = told | {"sizes": self._sizes(item, mirrored, place)}

@@ -24,7 +24,6 @@ weighting strategy", 2023.
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 
@@ -132,6 +131,44 @@ def min_snr_weight(timesteps: torch.Tensor, schedule: Schedule, gamma: float) ->
     return snr.clamp(max=gamma)
 
 
+def pseudo_huber(difference: torch.Tensor, c: float) -> torch.Tensor:
+    """Return √(z² + c²) − c for each number: about |z| where it is larger than c, and z² / 2c where it is smaller.
+
+    Source: Charbonnier et al., "Deterministic edge-preserving regularization in computed imaging", 1997.
+    """
+    return (difference.square() + c**2).sqrt() - c
+
+
+def huber(difference: torch.Tensor, c: float) -> torch.Tensor:
+    """Return 2c · (√(z² + c²) − c): the square of small differences, so that a learning rate for those still fits.
+
+    Of large ones, as of a picture that is not like the others, it is 2c · |z|.  diffusers and kohya scale it alike.
+    """
+    return 2 * c * pseudo_huber(difference, c)
+
+
+@torch.no_grad()
+def rectified(
+    unet,
+    latents: torch.Tensor,
+    conditioning: Conditioning,
+    noise: torch.Tensor,
+    timesteps: torch.Tensor,
+    schedule: Schedule,
+    preservation: float,
+) -> torch.Tensor:
+    """Return the noise ε + λ (ε − ε̂), in which the U-Net's own error ε − ε̂ is seen; (batch, channels, h, w).
+
+    Drawing goes from one of its predictions to the next, with their errors in them; training on x_t alone never
+    sees any.  With λ = (√(1 − ᾱ_t))^p it does; the larger p, the more details are kept.  Each step then costs
+    another forward pass.  Source: Zhou et al., "DREAM: diffusion rectification and estimation-adaptive models", 2023.
+    """
+    noisy, alpha_bar = add_noise(latents, noise, timesteps, schedule), schedule.alpha_bar(timesteps)
+    prediction = unet(noisy, timesteps, **conditioning.inputs()).sample.float()
+    _, seen = clean_and_noise(prediction, noisy, alpha_bar, schedule.prediction_type)
+    return noise + (1 - alpha_bar).sqrt() ** preservation * (noise - seen)
+
+
 def denoising_loss(
     unet,
     latents: torch.Tensor,
@@ -140,15 +177,21 @@ def denoising_loss(
     timesteps: torch.Tensor,
     schedule: Schedule,
     snr_gamma: float | None = None,
+    huber_c: float | None = None,
+    dream: float | None = None,
 ) -> torch.Tensor:
     """Return one float32 loss per picture, (batch,).
 
     `latents` and `noise` are (batch, channels, h, w), `timesteps` (batch,).  `unet` predicts as diffusers' do.
+    `snr_gamma`, `huber_c` and `dream` are those of `min_snr_weight`, `huber` and `rectified`.
     """
+    if dream is not None:
+        noise = rectified(unet, latents, conditioning, noise, timesteps, schedule, dream)
     noisy = add_noise(latents, noise, timesteps, schedule)
     prediction = unet(noisy, timesteps, **conditioning.inputs()).sample
     wanted = target(latents, noise, timesteps, schedule)
-    loss = F.mse_loss(prediction.float(), wanted.float(), reduction="none").mean(dim=(1, 2, 3))
+    difference = prediction.float() - wanted.float()
+    loss = (difference.square() if huber_c is None else huber(difference, huber_c)).mean(dim=(1, 2, 3))
     if snr_gamma is not None:
         loss = loss * min_snr_weight(timesteps, schedule, snr_gamma)
     return loss  # (batch,)

@@ -32,6 +32,7 @@ from .files import PICKLE_HELP, PICKLES, TensorFile
 from .names import COMPONENTS, Modules, full_name, known_by, numbered, split
 
 FILE_NAME = "pytorch_lora_weights.safetensors"  # of diffusers
+AVERAGE_NAME = "pytorch_lora_weights_ema.safetensors"  # of --ema, beside it
 PEFT_CONFIG, PEFT_FILE = "adapter_config.json", "adapter_model.safetensors"
 
 Tensors = dict[str, np.ndarray]  # as they are stored (dtypes.py)

@@ -73,16 +73,25 @@ class Base:
     taken from `config`, a diffusers folder (which may lack weights) or hub id; if it is not given, from the
     hub id that diffusers knows the file's shapes by.
 
+    `zero_terminal_snr` changes the noise levels so that the last one is pure noise, ᾱ = 0, and drawing starts there.
+    Source: Lin et al., "Common diffusion noise schedules and sample steps are flawed", 2023.
+
     Each part is loaded on first use, frozen, onto `device` in `dtype`, and stays until `release`.
     Raises UserError if there is no Stable Diffusion under that name.
     """
 
     def __init__(
-        self, name: str | None, device: torch.device, dtype: torch.dtype = torch.float32, config: str | None = None
+        self,
+        name: str | None,
+        device: torch.device,
+        dtype: torch.dtype = torch.float32,
+        config: str | None = None,
+        zero_terminal_snr: bool = False,
     ):
         self.source = str(BUNDLED if name is None else name)
         self.device = device
         self.dtype = dtype
+        self.zero_terminal_snr = zero_terminal_snr
         if Path(self.source).suffix in PICKLES:
             raise UserError(f"--model {self.source}: {PICKLE_HELP}")
         self.is_file = Path(self.source).is_file()
@@ -136,7 +145,16 @@ class Base:
 
     @cached_property
     def scheduler(self) -> DDIMScheduler:
-        return self._from_pretrained(DDIMScheduler, "scheduler")
+        if not self.zero_terminal_snr:
+            return self._from_pretrained(DDIMScheduler, "scheduler")
+        options = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+        scheduler = self._from_pretrained(DDIMScheduler, "scheduler", **options)
+        if scheduler.config.prediction_type == "epsilon":
+            raise UserError(
+                f"--zero-terminal-snr: {self.source} predicts epsilon, from which no picture follows where there is "
+                "only noise; it takes a base that predicts v"
+            )
+        return scheduler
 
     @cached_property
     def schedule(self) -> Schedule:

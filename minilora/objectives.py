@@ -40,6 +40,5 @@ class Denoising(Objective):
 
     def loss(self, unet: nn.Module, batch: Batch, schedule: Schedule, config: TrainConfig) -> torch.Tensor:
         noise = offset_noise(batch.noise, batch.noise_offset, config.noise_offset)
-        return denoising_loss(
-            unet, batch.latents, batch.conditioning, noise, batch.timesteps, schedule, config.snr_gamma
-        )
+        more = config.snr_gamma, config.huber_c, config.dream
+        return denoising_loss(unet, batch.latents, batch.conditioning, noise, batch.timesteps, schedule, *more)

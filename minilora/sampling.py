@@ -150,7 +150,8 @@ def sample(config: SampleConfig) -> Path:
     names = numbered_in(path, len(config.prompt) * config.count)
     if path.suffix:
         picture_format(path)  # both before the work, not after it
-    base = Base(config.model, this_device(), DTYPES[config.precision], config.model_config)
+    precision = DTYPES[config.precision]
+    base = Base(config.model, this_device(), precision, config.model_config, config.zero_terminal_snr)
     size = config.size or base.resolution
     if size % base.side_multiple:
         raise UserError(f"--size is {size}; this base needs a multiple of {base.side_multiple}")

@@ -30,7 +30,7 @@ from .data import Examples, read_folder
 from .distributed import Ranks, Shares, StopSignals, decided_by_main, mean_over_ranks, processes, wait_for_all
 from .dreambooth import class_pictures
 from .files import write_whole
-from .formats import FILE_NAME
+from .formats import AVERAGE_NAME, FILE_NAME
 from .lora import inject_lora, load_lora_state_dict, lora_parameters, lora_state_dict
 from .models import DTYPES, Base, UNetWithText, fingerprint, save_lora
 from .objectives import Denoising, Objective
@@ -91,6 +91,7 @@ class Run:
     network: nn.Module  # what carries the LoRA: the U-Net, or it and its text encoders
     model: nn.Module  # the network; wrapped, where there are several processes, so that gradients are averaged
     parameters: list[nn.Parameter]  # all that is trained; the one list for optimizer, clipping and counting
+    average: dict[str, torch.Tensor]  # of what is trained, over the steps; empty without --ema
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler  # keeps fp16 gradients from vanishing; does nothing otherwise
 
@@ -101,7 +102,8 @@ class Run:
     def drawing(self, prompts: tuple[str, ...]) -> SampleConfig:
         """Return the settings that sample.py has for these prompts by default, so that it draws the same."""
         config = self.config
-        return SampleConfig(prompt=prompts, model=config.model, model_config=config.model_config, seed=config.seed)
+        same = {name: getattr(config, name) for name in ("model", "model_config", "seed", "zero_terminal_snr")}
+        return SampleConfig(prompt=prompts, **same)
 
 
 # ------------------------------------------------------------------------------ before the first step
@@ -113,7 +115,11 @@ def prepare(config: TrainConfig, objective: Objective, ranks: Ranks) -> Run:
     items = read_folder(config)
     others = class_pictures(config, len(items), ranks) if config.class_prompt else []
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
-    base = Base(config.model, ranks.device, DTYPES[config.precision], config.model_config)
+    precision = DTYPES[config.precision]
+    base = Base(config.model, ranks.device, precision, config.model_config, config.zero_terminal_snr)
+    if config.timestep_range and config.timestep_range[1] > len(base.schedule):
+        given = ",".join(map(str, config.timestep_range))
+        raise UserError(f"--timestep-range is {given}; this base has the timesteps 0 to {len(base.schedule) - 1}")
     if base.is_inpainting:
         raise UserError(
             f"--model {base.source}: it paints in pictures; train on the ordinary base, and use the LoRA here"
@@ -162,9 +168,9 @@ def prepare(config: TrainConfig, objective: Objective, ranks: Ranks) -> Run:
     ranks.say(f"LoRA       rank {config.rank}, alpha {config.alpha:g}, in {len(layers)} layers")
     ranks.say(f"trained    {numbers:,} of {total:,} parameters")
     ranks.say(f"batch      {config.batch_size} = {shares}")
-    return Run(
-        config, objective, ranks, shares, base, examples, identity, network, model, parameters, optimizer, scaler
-    )
+    average = {name: tensor.clone() for name, tensor in lora_state_dict(network).items()} if config.ema else {}
+    trained = network, model, parameters, average, optimizer, scaler
+    return Run(config, objective, ranks, shares, base, examples, identity, *trained)
 
 
 def _identity(config: TrainConfig, base: Base, examples: Examples) -> dict:
@@ -220,7 +226,17 @@ def optimizer_step(run: Run, step: int, learning_rate: float) -> tuple[float, fl
     run.scaler.update()
     run.optimizer.zero_grad()
     run.objective.after_step()
+    follow(run, step)
     return loss_mean, grad_norm
+
+
+@torch.no_grad()
+def follow(run: Run, step: int) -> None:
+    """Let the average of --ema follow the LoRA: θ̄ ← d · θ̄ + (1 − d) · θ, with a d that rises to --ema at first."""
+    if run.average:
+        decay = min(run.config.ema, (1 + step) / (10 + step))
+        for name, tensor in lora_state_dict(run.network).items():
+            run.average[name].lerp_(tensor, 1 - decay)
 
 
 def learning_rate_at(step: int, config: TrainConfig) -> float:
@@ -280,7 +296,7 @@ class Log:
 def save_state(run: Run, step: int) -> Path:
     """Write a checkpoint after `step` steps and return its path."""
     lora, optimizer = lora_state_dict(run.network), checkpoint.optimizer_tensors(run.optimizer)
-    state = checkpoint.State(step, lora, optimizer, run.objective.state(), run.scaler.state_dict())
+    state = checkpoint.State(step, lora, optimizer, run.average, run.objective.state(), run.scaler.state_dict())
     if run.ranks.is_main:
         checkpoint.save_checkpoint(run.output, state, run.identity, run.config.checkpoints_kept)
     return checkpoint.path_of(run.output, step)
@@ -289,7 +305,7 @@ def save_state(run: Run, step: int) -> Path:
 def start(run: Run) -> int:
     """Clear away what a finished run left in the output folder, and return the number of steps done, 0."""
     if run.ranks.is_main:
-        for path in (*checkpoint.all_in(run.output), run.output / FILE_NAME):
+        for path in (*checkpoint.all_in(run.output), run.output / FILE_NAME, run.output / AVERAGE_NAME):
             path.unlink(missing_ok=True)
     return 0
 
@@ -311,6 +327,8 @@ def resume(run: Run) -> int:
         raise UserError(f"--resume: the checkpoint has {state.step} steps done, more than --steps {run.config.steps}")
     load_lora_state_dict(run.network, state.lora)
     checkpoint.load_optimizer_tensors(run.optimizer, state.optimizer)
+    for key, tensor in run.average.items():
+        tensor.copy_(state.average[key])
     for key, tensor in run.objective.state().items():
         tensor.copy_(state.objective[key])
     run.scaler.load_state_dict(state.scaler)
@@ -324,6 +342,12 @@ def finish(run: Run) -> Path:
     lora_file, sheet_file = run.output / FILE_NAME, run.output / "samples" / "before_after.png"
     if run.ranks.is_main:
         save_lora(run.network, lora_file)
+        if run.average:
+            now = {name: tensor.clone() for name, tensor in lora_state_dict(run.network).items()}
+            load_lora_state_dict(run.network, run.average)
+            save_lora(run.network, run.output / AVERAGE_NAME)
+            load_lora_state_dict(run.network, now)
+            run.ranks.say(f"wrote      {run.output / AVERAGE_NAME}, the moving average")
         for dialect in config.also:
             also = run.output / {"kohya": f"{run.output.resolve().name}.safetensors", "peft": "peft"}[dialect]
             save_lora(run.network, also, dialect=dialect)
@@ -336,6 +360,7 @@ def finish(run: Run) -> Path:
         run.ranks.say(f"wrote      {lora_file} and {sheet_file}")
         model = ["--model", config.model] if config.model else []
         model += ["--model-config", config.model_config] if config.model_config else []
+        model += ["--zero-terminal-snr"] if config.zero_terminal_snr else []
         words = ["python", "sample.py", "--prompt", item.captions[0], "--lora", config.output, *model]
         run.ranks.say(f"next       {shlex.join(words)}")
     wait_for_all()

@@ -5,18 +5,22 @@ from types import SimpleNamespace
 import pytest
 import torch
 from diffusers import DDIMScheduler
-from diffusers.training_utils import compute_snr
+from diffusers.training_utils import compute_dream_and_update_latents, compute_snr
 
+from minilora.config import UserError
 from minilora.diffusion import (
     PREDICTION_TYPES,
     Conditioning,
     Schedule,
     add_noise,
     denoising_loss,
+    huber,
     min_snr_weight,
     offset_noise,
+    rectified,
     target,
 )
+from minilora.models import Base
 
 TIMES = torch.tensor([0, 10, 500, 999])
 
@@ -102,3 +106,64 @@ def test_offset_noise_shifts_whole_channels():
     shift = offset_noise(noise, offset, 0.1) - noise
     torch.testing.assert_close(shift, (0.1 * offset).expand_as(noise), atol=1e-6, rtol=1e-4)
     assert torch.equal(offset_noise(noise, offset, 0.0), noise)
+
+
+def test_the_huber_loss_is_the_square_of_small_errors_and_the_size_of_large_ones():
+    small, large = torch.tensor([1e-3, -2e-3]), torch.tensor([100.0, -300.0])
+    torch.testing.assert_close(huber(small, 0.1), small.square(), rtol=1e-3, atol=0)  # up to (z / c)² / 4
+    torch.testing.assert_close(huber(large, 0.1), 2 * 0.1 * large.abs(), rtol=1e-2, atol=0)  # up to c / |z|
+
+
+def test_with_a_large_constant_the_huber_loss_is_the_ordinary_one(latents_and_noise):
+    latents, noise = latents_and_noise
+    text = Conditioning(torch.ones(4, 2, 3))
+
+    def guess(noisy, timesteps, encoder_hidden_states):
+        return SimpleNamespace(sample=0.3 * noisy)
+
+    ordinary = denoising_loss(guess, latents, text, noise, TIMES, schedule_of("epsilon"))
+    # c² + z² has 24 bits, of which z² keeps those that are left of c².
+    found = denoising_loss(guess, latents, text, noise, TIMES, schedule_of("epsilon"), huber_c=30.0)
+    torch.testing.assert_close(found, ordinary, rtol=5e-3, atol=0)
+
+
+@pytest.mark.parametrize("preservation", [0.5, 1.0])
+def test_dream_is_that_of_diffusers(preservation, latents_and_noise, tiny_unet):
+    latents, noise = latents_and_noise
+    latents, noise = latents.repeat(1, 1, 2, 2)[..., :8, :8], noise.repeat(1, 1, 2, 2)[..., :8, :8]
+    scheduler = DDIMScheduler(beta_schedule="scaled_linear")
+    schedule, text = Schedule.of(scheduler), torch.randn(4, 3, 16, generator=torch.Generator().manual_seed(0))
+    noisy = scheduler.add_noise(latents, noise, TIMES)
+    noisy, wanted = compute_dream_and_update_latents(
+        tiny_unet, scheduler, TIMES, noise, noisy, noise, text, preservation
+    )
+    with torch.no_grad():
+        expected = (tiny_unet(noisy, TIMES, text).sample - wanted).square().mean(dim=(1, 2, 3))
+        told = Conditioning(text)
+        found = denoising_loss(tiny_unet, latents, told, noise, TIMES, schedule, dream=preservation)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_dream_leaves_a_perfect_prediction_alone(latents_and_noise):
+    """For every prediction type: where there is no error, nothing is rectified."""
+    latents, noise = latents_and_noise
+    for kind in PREDICTION_TYPES:
+        schedule = schedule_of(kind)
+        times = TIMES[1:3]  # at the ends of the schedule the inverse divides by almost nothing
+        same = rectified(
+            lambda n, t, s=schedule, **_: SimpleNamespace(sample=target(latents[1:3], noise[1:3], t, s)),
+            *(latents[1:3], Conditioning(torch.ones(2, 2, 3)), noise[1:3], times, schedule, 1.0),
+        )
+        torch.testing.assert_close(same, noise[1:3], rtol=1e-4, atol=1e-4)
+
+
+def test_a_zero_terminal_snr_is_that_of_diffusers_and_every_weight_is_finite(family_base):
+    base = Base(str(family_base("sd2")), torch.device("cpu"), zero_terminal_snr=True)
+    scheduler = DDIMScheduler(beta_schedule="scaled_linear", rescale_betas_zero_snr=True)
+    torch.testing.assert_close(base.schedule.alphas_cumprod, scheduler.alphas_cumprod)
+    assert base.schedule.alphas_cumprod[-1] < 1e-6
+    for kind in PREDICTION_TYPES:
+        schedule = Schedule(torch.tensor([1 - 1e-4, 0.5, 0.0]), kind)
+        assert min_snr_weight(torch.arange(3), schedule, 5.0).isfinite().all()
+    with pytest.raises(UserError, match="predicts epsilon, from which no picture follows"):
+        _ = Base(str(family_base("sd1")), torch.device("cpu"), zero_terminal_snr=True).schedule

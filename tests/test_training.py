@@ -21,7 +21,7 @@ from minilora import training
 from minilora.config import TrainConfig, UserError
 from minilora.distributed import Shares
 from minilora.export import difference
-from minilora.formats import FILE_NAME, read_lora
+from minilora.formats import AVERAGE_NAME, FILE_NAME, read_lora
 from minilora.layout import Checkpoint
 from minilora.lora import lora_parameters
 from minilora.models import DTYPES
@@ -443,3 +443,58 @@ def test_the_learning_rate_is_a_function_of_the_step():
     for kind in ("linear", "cosine"):
         assert learning_rate_at(100, rates[kind]) == pytest.approx(0)
         assert 0 < learning_rate_at(99, rates[kind]) < 0.02
+
+
+# ------------------------------------------------------------------------------------------- recipes
+
+
+def test_timesteps_are_drawn_from_their_range(run, pictures, tmp_path, tiny_base):
+    seen = []
+
+    def watch(unet, batch, schedule, config):
+        seen.extend(batch.timesteps.tolist())
+        return Denoising().loss(unet, batch, schedule, config)
+
+    run("a", loss=watch, timestep_range=(300, 310))
+    assert len(seen) == 24
+    assert set(seen) <= set(range(300, 310))
+    assert len(set(seen)) > 5
+    with pytest.raises(UserError, match="--timestep-range is 0,1001; this base has the timesteps 0 to 999"):
+        run("b", timestep_range=(0, 1001))
+    for wrong in [(5,), (5, 5), (-1, 5), (1, 2, 3)]:
+        with pytest.raises(UserError, match="it takes two numbers, the lowest and one above the highest"):
+            run("c", timestep_range=wrong)
+
+
+@pytest.mark.parametrize("setting", [{"huber_c": 0.1}, {"dream": 1.0}, {"snr_gamma": 5.0}, {"noise_offset": 0.1}])
+def test_each_recipe_changes_what_is_learnt(run, setting):
+    assert relative_difference(run("plain"), run("other", **setting)) > 0.01
+
+
+def test_the_average_follows_the_lora(run):
+    """One step of rate 1 / 10 after another, up to the decay: written out over the LoRAs after 0, 1, … steps."""
+    folder = run("average", ema=0.5, steps=12)
+    loras = [weights(run(f"after {steps}", steps=steps)) for steps in range(1, 13)]
+    average = {key: torch.zeros_like(tensor) for key, tensor in loras[0].items() if "lora_B" in key}
+    for step, lora in enumerate(loras):
+        decay = min(0.5, (1 + step) / (10 + step))
+        average = {key: decay * tensor + (1 - decay) * lora[key] for key, tensor in average.items()}
+    found = load_file(folder / AVERAGE_NAME)
+    for key, tensor in average.items():
+        torch.testing.assert_close(found[key], tensor)
+    assert (folder / FILE_NAME).read_bytes() == (run("after 12", steps=12) / FILE_NAME).read_bytes()
+
+
+def test_the_average_goes_on_after_a_stop(run):
+    whole = run("whole", ema=0.9)
+    run("stopped", ema=0.9, steps=3)
+    resumed = run("stopped", ema=0.9, resume=True, checkpoint_every=3)
+    for name in (FILE_NAME, AVERAGE_NAME):
+        assert (resumed / name).read_bytes() == (whole / name).read_bytes()
+
+
+def test_zero_terminal_snr_trains_and_draws_with_the_changed_schedule(family_base, pictures, tmp_path):
+    places = {"data": str(pictures), "output": str(tmp_path / "run"), "cache": str(tmp_path / "cache")}
+    train(TrainConfig(model=str(family_base("sd2")), steps=2, zero_terminal_snr=True, checkpoint_every=2, **places))
+    with pytest.raises(UserError, match="predicts epsilon"):
+        train(TrainConfig(model=str(family_base("sd1")), steps=2, zero_terminal_snr=True, **places))

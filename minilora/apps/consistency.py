@@ -33,7 +33,7 @@ from .. import draws
 from ..config import TrainConfig
 from ..data import Batch
 from ..ddim import ddim_step, guided
-from ..diffusion import Schedule, add_noise, clean_and_noise
+from ..diffusion import Schedule, add_noise, clean_and_noise, pseudo_huber
 from ..lora import lora_disabled
 from ..models import Base
 from ..objectives import Objective
@@ -78,7 +78,7 @@ class LatentConsistency(Objective):
             x_next = ddim_step(x, prediction, here, there, schedule.prediction_type)
             prediction = functional_call(self.unet, self.follower, (x_next, t_next, text)).sample
             wanted = consistency(prediction, x_next, t_next, schedule)
-        return pseudo_huber(ours - wanted).mean(dim=(1, 2, 3))  # (batch,)
+        return pseudo_huber(ours - wanted, HUBER).mean(dim=(1, 2, 3))  # (batch,)
 
     @torch.no_grad()
     def after_step(self) -> None:
@@ -116,8 +116,3 @@ def consistency(prediction: torch.Tensor, x: torch.Tensor, timesteps: torch.Tens
     clean, _ = clean_and_noise(prediction.float(), x, schedule.alpha_bar(timesteps), schedule.prediction_type)
     c_skip, c_out = boundary_scalings(timesteps)
     return c_skip * x + c_out * clean
-
-
-def pseudo_huber(difference: torch.Tensor) -> torch.Tensor:
-    """Return √(z² + c²) − c for each number.  Source: Charbonnier et al., 1997."""
-    return (difference.square() + HUBER**2).sqrt() - HUBER
