@@ -44,6 +44,16 @@ def option(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
+def split_weight(text: str) -> tuple[str, float]:
+    """Split "dataset/fluent:2" into path and weight; without a weight it is 1, and what exists is a path."""
+    path, _, last = text.rpartition(":")
+    try:
+        weight = float(last) if path and not os.path.exists(text) else None
+    except ValueError:
+        weight = None  # the colon belongs to the path
+    return (text, 1.0) if weight is None or not math.isfinite(weight) else (path, weight)
+
+
 class Settings:
     """What the settings of every command share: defaults that follow other settings, and checks."""
 
@@ -90,11 +100,16 @@ class Settings:
 class TrainConfig(Settings):
     """Every setting of train.py."""
 
-    data: str = setting(
-        None, "folder of pictures, with metadata.jsonl or a .txt beside each; or one picture", group=DATA
+    data: tuple[str, ...] = setting(
+        (),
+        "folder of pictures, with metadata.jsonl, metadata.csv or a .txt beside each; or one picture; may be repeated, "
+        "and with a weight, folder:2, each picture comes so many times per epoch",
+        repeat=True,
+        group=DATA,
     )
     caption: str | None = setting(None, "caption of every picture, where the folder has none", group=DATA)
-    caption_column: str = setting("text", "key of the caption in metadata.jsonl", group=DATA)
+    caption_column: str = setting("text", "key of the caption in metadata.jsonl or metadata.csv", group=DATA)
+    trigger: str | None = setting(None, "word to put before every caption: 'sks, a dog'", group=DATA)
     resolution: int | None = setting(
         None, "side of the training pictures, in pixels; the base's own if not given", group=DATA
     )
@@ -152,7 +167,7 @@ class TrainConfig(Settings):
     @classmethod
     def following(cls, values: dict) -> dict:
         data, rank = values.get("data"), values.get("rank", cls.rank)
-        path = Path(os.path.abspath(data or ""))
+        path = Path(os.path.abspath(split_weight(data[0])[0] if data else ""))
         output = str(Path("out") / (path.stem if path.is_file() else path.name)) if data else None
         return super().following(values) | {"output": output, "alpha": float(rank)}
 
@@ -171,6 +186,11 @@ class TrainConfig(Settings):
 
     def problems(self) -> list[str]:
         wrong = [] if self.data else ["--data is needed: a folder of pictures, for example dataset/mountain"]
+        wrong += [
+            f"--data {path}: the weight {weight:g} is not a whole number of at least 1"
+            for path, weight in map(split_weight, self.data)
+            if weight < 1 or weight % 1
+        ]
         wrong += self.out_of_range(1, "rank steps batch_size micro_batch_size resolution checkpoints_kept")
         wrong += self.out_of_range(1, "checkpoint_every sample_every")
         wrong += self.out_of_range(0, "learning_rate alpha max_grad_norm snr_gamma", strict=True)

@@ -1,8 +1,7 @@
-"""A folder of pictures with captions, and what training sees of it.
+"""What training sees of the pictures that folder.py found.
 
-`read_folder` finds every picture and caption, and everything that is wrong with them, before the
-first step.  `Examples` then gives the batch of any positions: which picture, mirrored or not, which
-caption, which noise, all by draws.py.
+`Examples` gives the batch of any positions: which picture, mirrored or not, which caption, which
+noise, all by draws.py.
 
 Pictures are encoded once.  The VAE gives each one not a latent but a gaussian over latents; its
 mean and standard deviation are what is kept, and each draw takes a new sample from it.  They lie,
@@ -12,17 +11,13 @@ picture, size or base is a new file, and nothing there can be stale.
 
 import hashlib
 import json
-import os
 import sys
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
 
-import numpy as np
 import torch
-from PIL import Image, ImageOps
 from safetensors.torch import load_file
 from tqdm import tqdm
 
@@ -30,17 +25,9 @@ from . import draws
 from .config import TrainConfig, UserError
 from .distributed import Ranks, wait_for_all
 from .files import write_tensors
+from .folder import Item
 from .models import Base
-
-
-@dataclass(frozen=True)
-class Item:
-    """One picture of the folder: its file, a hash of the file's bytes, its short side, its captions."""
-
-    path: Path
-    digest: str
-    short_side: int  # pixels
-    captions: tuple[str, ...]  # one or more
+from .pictures import as_tensor, cut_square, open_picture
 
 
 @dataclass(frozen=True)
@@ -53,169 +40,6 @@ class Batch:
     noise: torch.Tensor  # (batch, channels, h, w)
     noise_offset: torch.Tensor  # (batch, channels, 1, 1)
     timesteps: torch.Tensor  # (batch,)
-
-
-# ------------------------------------------------------------------------------------------ pictures
-
-
-def open_picture(path: Path) -> Image.Image:
-    """Return a picture as RGB: turned as its EXIF says, transparency laid on white.
-
-    Raises one of `NO_PICTURE` if it is no picture, is cut off, or is a decompression bomb.
-    """
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
-        with Image.open(path) as file:
-            picture = ImageOps.exif_transpose(file)
-            if picture.mode.startswith("I;16"):  # Pillow would clip at 255
-                picture = Image.fromarray((np.array(picture) // 256).astype(np.uint8))
-            if picture.mode in ("I", "F"):
-                raise ValueError(f"its numbers are of Pillow's mode {picture.mode}, whose white is not defined")
-            if picture.has_transparency_data:
-                picture = picture.convert("RGBA")
-                white = Image.new("RGBA", picture.size, "white")
-                picture = Image.alpha_composite(white, picture)
-            return picture.convert("RGB")
-
-
-def cut_square(picture: Image.Image, side: int, place: tuple[float, float] = (0.5, 0.5)) -> Image.Image:
-    """Resize the short side to `side` pixels and cut out the square at `place`.
-
-    `place` is 0 for left or top, 1 for right or bottom, 0.5 for the centre.
-    """
-    scale = side / min(picture.size)
-    size = [max(side, round(n * scale)) for n in picture.size]
-    left, top = (round((n - side) * p) for n, p in zip(size, place, strict=True))
-    return picture.resize(size, Image.Resampling.LANCZOS).crop((left, top, left + side, top + side))
-
-
-def as_tensor(picture: Image.Image) -> torch.Tensor:
-    """Return an RGB picture as float32 in [-1, 1], (3, h, w)."""
-    return torch.from_numpy(np.array(picture)).permute(2, 0, 1).float() / 127.5 - 1
-
-
-def as_picture(pixels: torch.Tensor) -> Image.Image:
-    """Return a (3, h, w) tensor in [-1, 1] as an RGB picture."""
-    numbers = ((pixels + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
-    return Image.fromarray(numbers.permute(1, 2, 0).numpy())
-
-
-# ---------------------------------------------------------------------------------- folder -> items
-
-
-# What Pillow raises for a file that is no picture, is cut off, or is a decompression bomb.
-NO_PICTURE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError, Image.DecompressionBombWarning)
-
-
-def read_folder(config: TrainConfig) -> list[Item]:
-    """Return the pictures of `config.data` with their captions, in the order of their names.
-
-    Captions come from metadata.jsonl, or else from a .txt beside each picture, or else from
-    --caption.  `config.data` may also be a single picture, whose caption is --caption.  Raises
-    UserError with everything that is wrong with the folder, in one message.
-    """
-    folder = Path(os.path.normpath(config.data))
-    if folder.is_file():
-        return [_read_one(folder, config.caption)]
-    if not folder.is_dir():
-        raise UserError(f"--data {folder}: there is no such folder or picture")
-    suffixes = Image.registered_extensions()
-    inside = list(folder.rglob("*"))
-    pictures = sorted(p for p in inside if p.suffix.lower() in suffixes and p.is_file())
-    problems = [
-        f"{p.relative_to(folder)} is a link to a folder, which is not followed; put the pictures themselves there"
-        for p in inside
-        if p.is_symlink() and p.is_dir()
-    ]
-    captions = _captions(folder, pictures, config, problems)
-    pictures = sorted({*pictures, *captions})  # metadata may name a picture whatever its name ends with
-    if not pictures and not problems:
-        raise UserError(f"--data {folder}: there is no picture in it")
-    items = []
-    for path in pictures:
-        if path not in captions:
-            problems.append(f"{path.name} has no caption in metadata.jsonl or a .txt beside it; give one, or --caption")
-        try:
-            short_side = min(open_picture(path).size)
-        except NO_PICTURE as error:
-            problems.append(f"{path.name} cannot be opened as a picture ({error})")
-        else:
-            digest = hashlib.sha256(path.read_bytes()).hexdigest()
-            items.append(Item(path, digest, short_side, captions.get(path, ())))
-    if problems:
-        raise UserError(f"--data {folder}: " + "; ".join(problems))
-    return items
-
-
-def _read_one(path: Path, caption: str | None) -> Item:
-    if caption is None:
-        raise UserError(f"--data {path}: one picture needs its --caption")
-    try:
-        short_side = min(open_picture(path).size)
-    except NO_PICTURE as error:
-        raise UserError(f"--data {path}: it cannot be opened as a picture ({error})") from error
-    return Item(path, hashlib.sha256(path.read_bytes()).hexdigest(), short_side, (caption,))
-
-
-def _captions(
-    folder: Path, pictures: list[Path], config: TrainConfig, problems: list[str]
-) -> dict[Path, tuple[str, ...]]:
-    """Return the captions by picture, and add what is wrong with them to `problems`."""
-    metadata = folder / "metadata.jsonl"
-    captions: dict[Path, tuple[str, ...]] = {}
-    if metadata.exists():
-        captions = _read_metadata(metadata, config.caption_column, problems)
-    else:
-        for picture in pictures:
-            beside = picture.with_suffix(".txt")
-            if beside.exists():
-                captions[picture] = (_read_text(beside, problems).strip(),)
-    if config.caption is not None:
-        captions = dict.fromkeys(pictures, (config.caption,)) | captions
-    return captions
-
-
-def _read_text(path: Path, problems: list[str]) -> str:
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        problems.append(f"{path.name} cannot be read as UTF-8 text ({error})")
-        return ""
-
-
-def _read_metadata(metadata: Path, column: str, problems: list[str]) -> dict[Path, tuple[str, ...]]:
-    """Read metadata.jsonl: one object a line, with `file_name` and a text or a list of texts."""
-    folder, captions = metadata.parent, {}
-    for number, line in enumerate(_read_text(metadata, problems).splitlines(), start=1):
-        where = f"metadata.jsonl line {number}"
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            problems.append(f"{where} is not JSON ({error})")
-            continue
-        if not isinstance(row, dict) or not isinstance(row.get("file_name"), str):
-            problems.append(f"{where} has no file_name")
-            continue
-        name, texts = row["file_name"], row.get(column)
-        path = Path(os.path.normpath(folder / name))
-        texts = [texts] if isinstance(texts, str) else texts
-        if not path.is_relative_to(folder):
-            problems.append(f"{where}: {name} points outside the folder")
-        elif not path.is_file():
-            problems.append(f"{where}: there is no file {name}")
-        elif not (isinstance(texts, list) and texts and all(isinstance(text, str) for text in texts)):
-            others = ", ".join(key for key in row if key != "file_name") or "nothing else"
-            problems.append(f"{where}: {column!r} holds no text; the line has {others} (see --caption-column)")
-        elif path in captions:
-            problems.append(f"{where}: {name} stands there twice")
-        else:
-            captions[path] = tuple(texts)
-    return captions
-
-
-# ------------------------------------------------------------------------------- items -> batches
 
 
 _CUT = 1  # to be counted up when open_picture or cut_square come to give other pixels
@@ -242,9 +66,9 @@ class Examples:
         self.encoders = encoders if config.crop == "random" else None
         if self.encoders:
             ranks.say("note: --crop random shows no crop twice, so the VAE stays in memory and encodes each draw")
-        for item in items:
-            if item.short_side < resolution and ranks.is_main:
-                small = f"{item.path} is {item.short_side} pixels on its short side"
+        for item in dict.fromkeys(items):
+            if min(item.size) < resolution and ranks.is_main:
+                small = f"{item.path} is {min(item.size)} pixels on its short side"
                 print(f"warning: {small}; it is enlarged to {resolution}", file=sys.stderr)
         captions = sorted({caption for item in items for caption in (*item.captions, "")})
         if ranks.is_main and (cut := [caption for caption in captions if encoders.is_truncated(caption)]):

@@ -15,12 +15,13 @@ import torch
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 
 from .config import SampleConfig, UserError
-from .data import Item, cut_square, open_picture
 from .distributed import this_device
 from .files import write_whole
+from .folder import Item
 from .lora import lora_layers, merge_lora, unmerge_lora
 from .merge import split_strength
 from .models import DTYPES, Base, components, load_lora
+from .pictures import cut_square, open_picture
 
 TOGETHER = 4  # pictures drawn in one pass; more are faster and take more memory
 SCHEDULERS = {

@@ -25,9 +25,10 @@ from tqdm import tqdm
 
 from . import checkpoint, sampling
 from .config import SampleConfig, TrainConfig, UserError
-from .data import Examples, read_folder
+from .data import Examples
 from .distributed import Ranks, Shares, StopSignals, decided_by_main, mean_over_ranks, processes, wait_for_all
 from .files import write_whole
+from .folder import read_folders
 from .formats import FILE_NAME
 from .lora import inject_lora, load_lora_state_dict, lora_parameters, lora_state_dict
 from .models import DTYPES, Base, fingerprint, save_lora
@@ -106,7 +107,7 @@ class Run:
 def prepare(config: TrainConfig, objective: Objective, ranks: Ranks) -> Run:
     """Load the base, read and encode the pictures, inject the LoRA, make the optimizer, and say so."""
     shares = Shares(config.batch_size, config.micro_batch_size, ranks.rank, ranks.world)
-    items = read_folder(config)
+    items = read_folders(config)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     base = Base(config.model, ranks.device, DTYPES[config.precision])
     resolution = config.resolution or base.resolution
@@ -139,7 +140,7 @@ def prepare(config: TrainConfig, objective: Objective, ranks: Ranks) -> Run:
 
     trained, total = sum(p.numel() for p in parameters), sum(p.numel() for p in unet.parameters())
     ranks.say(f"base       {base.source}, {base.schedule.prediction_type}, {config.precision} on {ranks.device.type}")
-    ranks.say(f"pictures   {len(items)} of {config.data}, at {resolution} × {resolution} pixels")
+    ranks.say(f"pictures   {len(items)} of {', '.join(config.data)}, at {resolution} × {resolution} pixels")
     ranks.say(f"LoRA       rank {config.rank}, alpha {config.alpha:g}, in {len(layers)} layers")
     ranks.say(f"trained    {trained:,} of {total:,} parameters")
     ranks.say(f"batch      {config.batch_size} = {shares}")

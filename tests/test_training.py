@@ -36,7 +36,7 @@ def run(pictures, tmp_path, tiny_base):
         if loss:  # in the place of the ordinary objective's
             objective = type("Denoising", (Denoising,), {"loss": staticmethod(loss)})()
         defaults = {"steps": 6, "batch_size": 4, "rank": 2, "learning_rate": 0.01, "model": str(tiny_base)}
-        places = {"data": str(pictures), "output": str(tmp_path / name), "cache": str(tmp_path / "cache")}
+        places = {"data": (str(pictures),), "output": str(tmp_path / name), "cache": str(tmp_path / "cache")}
         train(TrainConfig(**(places | defaults | settings)), objective)
         return tmp_path / name
 
@@ -218,6 +218,10 @@ def test_resume_refuses_another_run_and_names_the_difference(run, pictures):
         run("a", resume=True, learning_rate=0.02, seed=1)
     with pytest.raises(UserError, match="steps was None"):
         run("a", resume=True, lr_schedule="cosine")
+    with pytest.raises(UserError, match=r"pictures was .*; trigger was None and is 'sks'"):
+        run("a", resume=True, trigger="sks")
+    with pytest.raises(UserError, match="pictures was"):
+        run("a", resume=True, data=(str(pictures), f"{pictures}:2"))
     (pictures / "0.png").write_bytes((pictures / "1.png").read_bytes())
     with pytest.raises(UserError, match="pictures was"):
         run("a", resume=True)
@@ -280,6 +284,7 @@ CHANGES = [
     {"resolution": 24},
     {"batch_size": 2},
     {"caption_column": "title"},
+    {"trigger": "sks"},
 ]
 
 
@@ -406,7 +411,7 @@ def test_ranks_and_micro_batches_partition_the_positions(world, micro):
 
 
 def test_the_learning_rate_is_a_function_of_the_step():
-    config = TrainConfig(data="x", steps=100, learning_rate=1.0, warmup_steps=10)
+    config = TrainConfig(data=("x",), steps=100, learning_rate=1.0, warmup_steps=10)
     rates = {kind: dataclasses.replace(config, lr_schedule=kind) for kind in ("constant", "linear", "cosine")}
     for schedule in rates.values():
         warm_up = [learning_rate_at(step, schedule) for step in range(11)]
