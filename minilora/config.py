@@ -119,6 +119,9 @@ class TrainConfig(Settings):
         choices=("center", "random"),
         group=DATA,
     )
+    buckets: bool = setting(
+        False, "cut pictures not to squares, but to the size of about that area that loses least", group=DATA
+    )
     mirror: bool = setting(False, "show each picture mirrored half of the time", group=DATA)
     caption_dropout: float = setting(0.0, "share of draws whose caption is left empty, 0 to 1", group=DATA)
     cache: str = setting(

@@ -21,13 +21,14 @@ import torch
 from safetensors.torch import load_file
 from tqdm import tqdm
 
-from . import draws
+from . import buckets, draws
+from .buckets import Size
 from .config import TrainConfig, UserError
 from .distributed import Ranks, wait_for_all
 from .files import write_tensors
 from .folder import Item
 from .models import Base
-from .pictures import as_tensor, cut_square, open_picture
+from .pictures import as_tensor, cut, open_picture
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ class Batch:
     timesteps: torch.Tensor  # (batch,)
 
 
-_CUT = 1  # to be counted up when open_picture or cut_square come to give other pixels
+_CUT = 1  # to be counted up when open_picture or cut come to give other pixels
 
 
 class Examples:
@@ -56,10 +57,15 @@ class Examples:
         encoders: Base,
         schedule_length: int,
         ranks: Ranks,
+        sizes: Sequence[Size] = (),
     ):
         self.items = items
         self.config = config
         self.resolution = resolution
+        self.sizes = sizes or [(resolution, resolution)]  # the pictures are cut to
+        self.buckets: dict[Size, list[Item]] = {}
+        for item in items:
+            self.buckets.setdefault(self.size_of(item), []).append(item)
         self.schedule_length = schedule_length
         self.folder = Path(config.cache).expanduser()
         self.vae, self.text_encoder = encoders.encoder_fingerprints()
@@ -67,9 +73,10 @@ class Examples:
         if self.encoders:
             ranks.say("note: --crop random shows no crop twice, so the VAE stays in memory and encodes each draw")
         for item in dict.fromkeys(items):
-            if min(item.size) < resolution and ranks.is_main:
-                small = f"{item.path} is {min(item.size)} pixels on its short side"
-                print(f"warning: {small}; it is enlarged to {resolution}", file=sys.stderr)
+            (width, height), (w, h) = item.size, self.size_of(item)
+            if (width < w or height < h) and ranks.is_main:
+                small = f"{item.path} has {width} × {height} pixels"
+                print(f"warning: {small}; it is enlarged to fill {w} × {h}", file=sys.stderr)
         captions = sorted({caption for item in items for caption in (*item.captions, "")})
         if ranks.is_main and (cut := [caption for caption in captions if encoders.is_truncated(caption)]):
             print(
@@ -87,7 +94,16 @@ class Examples:
 
     def picture_at(self, position: int) -> Item:
         """Return which picture stands at a position."""
+        if self.config.buckets:
+            groups = list(self.buckets.values())
+            counts = tuple(map(len, groups))
+            bucket, number = buckets.picture_at(self.config.seed, position, counts, self.config.batch_size)
+            return groups[bucket][number]
         return self.items[draws.picture_at(self.config.seed, position, len(self.items))]
+
+    def size_of(self, item: Item) -> Size:
+        """Return the width and height that training sees a picture in, in pixels."""
+        return buckets.nearest(item.size, self.sizes)
 
     def _row(self, position: int) -> tuple[torch.Tensor, ...]:
         seed, item = self.config.seed, self.picture_at(position)
@@ -113,7 +129,7 @@ class Examples:
         return captions[draws.integer(seed, "caption", position, 0, len(captions))]
 
     def _pixels(self, item: Item, mirrored: bool, place: tuple[float, float] = (0.5, 0.5)) -> torch.Tensor:
-        pixels = as_tensor(cut_square(open_picture(item.path), self.resolution, place))
+        pixels = as_tensor(cut(open_picture(item.path), self.size_of(item), place))
         return pixels.flip(-1) if mirrored else pixels
 
     def _file(self, *ingredients) -> Path:
@@ -121,7 +137,7 @@ class Examples:
         return self.folder / name[:2] / f"{name}.safetensors"
 
     def _picture_file(self, item: Item, mirrored: bool) -> Path:
-        return self._file("latents", _CUT, self.vae, item.digest, self.resolution, mirrored)
+        return self._file("latents", _CUT, self.vae, item.digest, self.size_of(item), mirrored)
 
     def _caption_file(self, caption: str) -> Path:
         return self._file("text", self.text_encoder, caption)

@@ -32,14 +32,19 @@ def open_picture(path: Path) -> Image.Image:
 
 
 def cut_square(picture: Image.Image, side: int, place: tuple[float, float] = (0.5, 0.5)) -> Image.Image:
-    """Resize the short side to `side` pixels and cut out the square at `place`.
+    """Resize the short side to `side` pixels and cut out the square at `place`, as `cut` does."""
+    return cut(picture, (side, side), place)
+
+
+def cut(picture: Image.Image, size: tuple[int, int], place: tuple[float, float] = (0.5, 0.5)) -> Image.Image:
+    """Resize a picture so that it just fills a size, width and height in pixels, and cut that out at `place`.
 
     `place` is 0 for left or top, 1 for right or bottom, 0.5 for the centre.
     """
-    scale = side / min(picture.size)
-    size = [max(side, round(n * scale)) for n in picture.size]
-    left, top = (round((n - side) * p) for n, p in zip(size, place, strict=True))
-    return picture.resize(size, Image.Resampling.LANCZOS).crop((left, top, left + side, top + side))
+    scale = max(wanted / n for wanted, n in zip(size, picture.size, strict=True))
+    resized = [max(wanted, round(n * scale)) for wanted, n in zip(size, picture.size, strict=True)]
+    left, top = (round((n - wanted) * p) for n, wanted, p in zip(resized, size, place, strict=True))
+    return picture.resize(resized, Image.Resampling.LANCZOS).crop((left, top, left + size[0], top + size[1]))
 
 
 def as_tensor(picture: Image.Image) -> torch.Tensor:

@@ -24,6 +24,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from . import checkpoint, sampling
+from .buckets import Size, bucket_sizes
 from .config import SampleConfig, TrainConfig, UserError
 from .data import Examples
 from .distributed import Ranks, Shares, StopSignals, decided_by_main, mean_over_ranks, processes, wait_for_all
@@ -116,7 +117,8 @@ def prepare(config: TrainConfig, objective: Objective, ranks: Ranks) -> Run:
 
     # Pictures and captions are encoded in float32: a VAE in half precision can overflow.
     encoders = Base(config.model, ranks.device)
-    examples = Examples(items, config, resolution, encoders, len(base.schedule), ranks)
+    sizes = _sizes_for(base, resolution) if config.buckets else ()
+    examples = Examples(items, config, resolution, encoders, len(base.schedule), ranks, sizes)
     identity = _identity(config, base, examples) | {"objective": objective.name()}
     base.release("vae")  # the encoders go too, unless the examples keep them
 
@@ -139,12 +141,24 @@ def prepare(config: TrainConfig, objective: Objective, ranks: Ranks) -> Run:
     model = DistributedDataParallel(unet) if ranks.world > 1 else unet
 
     trained, total = sum(p.numel() for p in parameters), sum(p.numel() for p in unet.parameters())
+    seen_at = f"{resolution} × {resolution}"
+    if config.buckets:
+        seen_at = " and ".join(f"{w} × {h} ({len(inside)})" for (w, h), inside in examples.buckets.items())
     ranks.say(f"base       {base.source}, {base.schedule.prediction_type}, {config.precision} on {ranks.device.type}")
-    ranks.say(f"pictures   {len(items)} of {', '.join(config.data)}, at {resolution} × {resolution} pixels")
+    ranks.say(f"pictures   {len(items)} of {', '.join(config.data)}, at {seen_at} pixels")
     ranks.say(f"LoRA       rank {config.rank}, alpha {config.alpha:g}, in {len(layers)} layers")
     ranks.say(f"trained    {trained:,} of {total:,} parameters")
     ranks.say(f"batch      {config.batch_size} = {shares}")
     return Run(config, objective, ranks, shares, base, examples, identity, model, parameters, optimizer, scaler)
+
+
+def _sizes_for(base: Base, resolution: int) -> list[Size]:
+    """Return the sizes of --buckets on a base; UserError if there is none."""
+    # Steps of 64 pixels, as is usual, would be too coarse for a miniature.
+    multiple = max(64, base.side_multiple) if base.resolution >= 256 else base.side_multiple
+    if sizes := bucket_sizes(resolution, multiple):
+        return sizes
+    raise UserError(f"--resolution is {resolution}; --buckets needs at least {multiple} on this base")
 
 
 def _identity(config: TrainConfig, base: Base, examples: Examples) -> dict:
@@ -303,7 +317,7 @@ def finish(run: Run) -> Path:
     if run.ranks.is_main:
         save_lora(run.base.unet, lora_file)
         drawing = run.drawing(item.captions[:1])
-        sheet = sampling.before_after(run.base, item, run.examples.resolution, drawing)
+        sheet = sampling.before_after(run.base, item, run.examples.size_of(item), drawing)
         sampling.save_picture(sheet, sheet_file)
         run.ranks.say(f"wrote      {lora_file} and {sheet_file}")
         model = ["--model", config.model] if config.model else []

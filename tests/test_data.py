@@ -257,7 +257,7 @@ def test_a_decompression_bomb_is_refused(tmp_path):
 def test_a_small_picture_is_a_warning(pictures, tmp_path, tiny_base, capsys):
     make_picture(0, 40, 12).save(pictures / "3.png")
     examples_for(pictures, tmp_path, tiny_base)
-    assert capsys.readouterr().err.count("3.png is 12 pixels on its short side; it is enlarged to 16") == 1
+    assert capsys.readouterr().err.count("3.png has 40 × 12 pixels; it is enlarged to fill 16 × 16") == 1
 
 
 # --------------------------------------------------------------------------------------- positions
