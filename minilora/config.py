@@ -128,6 +128,15 @@ class TrainConfig(Settings):
         "~/.cache/minilora", "folder of the encoded pictures and captions, shared by all runs", group=DATA
     )
 
+    validation: str | None = setting(
+        None,
+        "folder of pictures to measure the loss on and not to train on; the LoRA of the lowest is kept",
+        group=DATA,
+    )
+    validate_every: int | None = setting(
+        None, "steps between the measurements of --validation, besides the first and the last step", group=DATA
+    )
+
     model: str | None = setting(None, MODEL_HELP, group=MODEL)
     rank: int = setting(8, "rank of the change of each weight", group=MODEL)
     alpha: float | None = setting(None, "the change is scaled by alpha / rank; the rank if not given", group=MODEL)
@@ -182,6 +191,7 @@ class TrainConfig(Settings):
         """
         no_part = {"data", "caption", "caption_column", "cache", "model", "output", "resume", "micro_batch_size"}
         no_part |= {"gradient_checkpointing", "checkpoint_every", "checkpoints_kept", "sample_prompt", "sample_every"}
+        no_part |= {"validation", "validate_every"}
         if self.lr_schedule == "constant":
             no_part.add("steps")  # a longer run begins as a shorter one
         settings = {name: value for name, value in dataclasses.asdict(self).items() if name not in no_part}
@@ -195,7 +205,7 @@ class TrainConfig(Settings):
             if weight < 1 or weight % 1
         ]
         wrong += self.out_of_range(1, "rank steps batch_size micro_batch_size resolution checkpoints_kept")
-        wrong += self.out_of_range(1, "checkpoint_every sample_every")
+        wrong += self.out_of_range(1, "checkpoint_every sample_every validate_every")
         wrong += self.out_of_range(0, "learning_rate alpha max_grad_norm snr_gamma", strict=True)
         wrong += self.out_of_range(0, "warmup_steps noise_offset seed")
         wrong += self.out_of_range(0, "caption_dropout", high=1)
@@ -203,6 +213,8 @@ class TrainConfig(Settings):
             wrong.append("--targets is empty")
         if self.sample_every is not None and not self.sample_prompt:
             wrong.append("--sample-every needs a --sample-prompt")
+        if self.validate_every is not None and not self.validation:
+            wrong.append("--validate-every needs a --validation, the folder of the pictures to look at")
         if self.sample_prompt and self.sample_every is None:
             wrong.append("--sample-prompt needs --sample-every")
         return wrong

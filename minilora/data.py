@@ -92,6 +92,21 @@ class Examples:
         columns = (torch.stack(column).to(device) for column in zip(*rows, strict=True))
         return Batch(tuple(positions), *columns)
 
+    def fixed_batch(self, number: int, timesteps: dict[int, int], device: torch.device) -> Batch:
+        """Return picture `number` at timesteps, each with the noise of its own key, the same in every run."""
+        item = self.items[number]
+        latents = _load(self._picture_file(item, mirrored=False))["mean"]  # (channels, h, w)
+        text = _load(self._caption_file(item.captions[0]))["text"]  # (tokens, width)
+        offset, draw = torch.zeros(len(latents), 1, 1), partial(draws.gaussian, 0, f"validation {number}")
+        rows = [(latents, text, draw(n, latents.shape), offset, torch.tensor(t)) for n, t in timesteps.items()]
+        columns = (torch.stack(column).to(device) for column in zip(*rows, strict=True))
+        return Batch(tuple(timesteps), *columns)
+
+    def content(self) -> str:
+        """Return a hash of the pictures and their captions."""
+        pictures = json.dumps([[item.digest, item.captions] for item in self.items])
+        return hashlib.sha256(pictures.encode()).hexdigest()
+
     def picture_at(self, position: int) -> Item:
         """Return which picture stands at a position."""
         if self.config.buckets:

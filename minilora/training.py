@@ -8,12 +8,11 @@ position is computed from it (draws.py).  Processes and micro-batches only share
 and a run that was stopped goes on as if it had not been.
 """
 
-import hashlib
-import json
 import math
 import shlex
+import sys
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -29,11 +28,12 @@ from .config import SampleConfig, TrainConfig, UserError
 from .data import Examples
 from .distributed import Ranks, Shares, StopSignals, decided_by_main, mean_over_ranks, processes, wait_for_all
 from .files import write_whole
-from .folder import read_folders
+from .folder import read_folder, read_folders
 from .formats import FILE_NAME
 from .lora import inject_lora, load_lora_state_dict, lora_parameters, lora_state_dict
 from .models import DTYPES, Base, fingerprint, save_lora
 from .objectives import Denoising, Objective
+from .validation import BEST, FIGURES, Validation
 
 
 class Stopped(SystemExit):
@@ -57,13 +57,18 @@ def train(config: TrainConfig, objective: Objective | None = None) -> Path:
         if ranks.is_main:
             write_whole(run.output / "config.json", config.to_json().encode())
         bar = tqdm(total=config.steps, initial=first_step, desc="train", unit="step", disable=not ranks.is_main)
+        validation = Validation(run) if config.validation else None
         with StopSignals() as signals, Log(run, first_step) as log, bar:
+            if validation and not validation.losses:
+                log.numbers(first_step, validation=validation.measure(first_step))
             for step in range(first_step, config.steps):
                 learning_rate = learning_rate_at(step, config)
                 loss, grad_norm = optimizer_step(run, step, learning_rate)
                 bar.set_postfix(loss=f"{loss:.4f}", lr=f"{learning_rate:.1e}", refresh=False)
                 bar.update()
                 log.numbers(step + 1, loss=loss, learning_rate=learning_rate, grad_norm=grad_norm)
+                if validation and (is_due(config.validate_every, step) or step + 1 == config.steps):
+                    log.numbers(step + 1, validation=validation.measure(step + 1))
                 stop = signals.seen_by_any(ranks)
                 if stop or is_due(config.checkpoint_every, step):
                     saved = save_state(run, step + 1)
@@ -74,6 +79,8 @@ def train(config: TrainConfig, objective: Objective | None = None) -> Path:
                     bar.close()
                     ranks.say(f"stopped after step {step + 1}, saved {saved}; go on with --resume")
                     raise Stopped(signals.number)
+        if validation:
+            ranks.say(f"validation {validation}")
         return finish(run)
 
 
@@ -87,6 +94,7 @@ class Run:
     shares: Shares
     base: Base
     examples: Examples
+    held_out: Examples | None  # the pictures of --validation
     identity: dict  # what the run is a function of, as JSON values
     model: nn.Module  # the U-Net; wrapped, where there are several processes, so that gradients are averaged
     parameters: list[nn.Parameter]  # all that is trained; the one list for optimizer, clipping and counting
@@ -119,6 +127,13 @@ def prepare(config: TrainConfig, objective: Objective, ranks: Ranks) -> Run:
     encoders = Base(config.model, ranks.device)
     sizes = _sizes_for(base, resolution) if config.buckets else ()
     examples = Examples(items, config, resolution, encoders, len(base.schedule), ranks, sizes)
+    held_out = None
+    if config.validation:
+        plain = replace(config, mirror=False, crop="center")
+        unseen = read_folder(config.validation, config, "--validation")
+        if ranks.is_main and (both := {item.digest for item in items} & {item.digest for item in unseen}):
+            print(f"warning: {len(both)} pictures of --validation {config.validation} are trained on", file=sys.stderr)
+        held_out = Examples(unseen, plain, resolution, encoders, len(base.schedule), ranks, sizes)
     identity = _identity(config, base, examples) | {"objective": objective.name()}
     base.release("vae")  # the encoders go too, unless the examples keep them
 
@@ -149,7 +164,9 @@ def prepare(config: TrainConfig, objective: Objective, ranks: Ranks) -> Run:
     ranks.say(f"LoRA       rank {config.rank}, alpha {config.alpha:g}, in {len(layers)} layers")
     ranks.say(f"trained    {trained:,} of {total:,} parameters")
     ranks.say(f"batch      {config.batch_size} = {shares}")
-    return Run(config, objective, ranks, shares, base, examples, identity, model, parameters, optimizer, scaler)
+    return Run(
+        config, objective, ranks, shares, base, examples, held_out, identity, model, parameters, optimizer, scaler
+    )
 
 
 def _sizes_for(base: Base, resolution: int) -> list[Size]:
@@ -163,11 +180,10 @@ def _sizes_for(base: Base, resolution: int) -> list[Size]:
 
 def _identity(config: TrainConfig, base: Base, examples: Examples) -> dict:
     """Return what the run is a function of, as JSON values: settings, pictures with captions, base."""
-    pictures = json.dumps([[item.digest, item.captions] for item in examples.items])
     return config.identity() | {
         "resolution": examples.resolution,
         "schedule": [base.schedule.prediction_type, *base.schedule.alphas_cumprod[[0, -1]].tolist()],
-        "pictures": hashlib.sha256(pictures.encode()).hexdigest(),
+        "pictures": examples.content(),
         "unet": fingerprint(base.unet),
         "vae": examples.vae,
         "text_encoder": examples.text_encoder,
@@ -281,7 +297,7 @@ def save_state(run: Run, step: int) -> Path:
 def start(run: Run) -> int:
     """Clear away what a finished run left in the output folder, and return the number of steps done, 0."""
     if run.ranks.is_main:
-        for path in (*checkpoint.all_in(run.output), run.output / FILE_NAME):
+        for path in (*checkpoint.all_in(run.output), *(run.output / name for name in (FILE_NAME, FIGURES, BEST))):
             path.unlink(missing_ok=True)
     return 0
 
