@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 from conftest import make_picture
+from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_training import torchrun
 
@@ -33,7 +34,9 @@ def settings(pictures, unseen, tmp_path, tiny_base) -> dict:
 
 
 @pytest.fixture
-def run(settings, tmp_path):
+def run(settings, tmp_path, monkeypatch):
+    monkeypatch.setattr("minilora.training.sampling.before_after", lambda *_: Image.new("RGB", (8, 8)))  # slow
+
     def run(name: str, **changes) -> Path:
         train(TrainConfig(**(settings | {"output": str(tmp_path / name)} | changes)))
         return tmp_path / name
@@ -61,16 +64,13 @@ def test_figures_are_logged_printed_and_kept_and_disturb_nothing(run, capsys):
     assert not (plain / FIGURES).exists()
 
 
-def test_the_lora_of_the_lowest_is_kept_and_has_that_loss(run, settings, tmp_path):
-    # Learnt by heart: at this rate the loss on other pictures falls and rises.
-    folder = run("a", learning_rate=0.1, steps=12)
+def test_the_lora_of_the_lowest_is_kept(run):
+    folder = run("a", learning_rate=0.1, steps=10)  # so fast that the loss falls and rises
     about = figures(folder)
-    best = about["best"]
-    assert about["losses"][str(best)] == min(about["losses"].values())
-    if best:  # of a run of just so many steps it is the LoRA itself
-        shorter = run("b", learning_rate=0.1, steps=best)
-        assert (folder / BEST).read_bytes() == (shorter / FILE_NAME).read_bytes()
-    assert about["losses"]["12"] != about["losses"]["0"]
+    assert about["losses"][str(about["best"])] == min(about["losses"].values())
+    assert 0 < about["best"] < 10
+    shorter = run("b", learning_rate=0.1, steps=about["best"])  # whose LoRA is that of this step
+    assert (folder / BEST).read_bytes() == (shorter / FILE_NAME).read_bytes()
 
 
 def test_a_run_cut_in_two_has_the_figures_of_the_whole(run):
