@@ -11,8 +11,8 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
-from .config import TrainConfig
-from .data import Item
+from .config import TrainConfig, split_weight
+from .folder import Item
 from .formats import FILE_NAME
 from .names import ATTENTION
 
@@ -38,12 +38,13 @@ def model_card(config: TrainConfig, items: Sequence[Item], is_xl: bool, picture:
     # JSON is YAML, and needs no rules of its own for what is to be quoted.
     yaml = [f"{key}: {json.dumps(value, ensure_ascii=False)}" for key, value in head.items() if value is not None]
     base = config.model or "the miniature Stable Diffusion that is bundled with minilora"
+    folders = ", ".join(f"`{Path(split_weight(text)[0]).name}`" for text in config.data)
     rows = "\n".join(f"| {key} | {_told(value)} |" for key, value in settings.items())
     paragraphs = [
         "\n".join(["---", *yaml, "---"]),
         f"# {name}",
         f"A LoRA for {base}, trained on {len(items)} picture{'s' if len(items) > 1 else ''} of "
-        f"`{Path(config.data).name}`. The licences of the base and of the pictures apply to it.",
+        f"{folders}. The licences of the base and of the pictures apply to it.",
         f"![samples]({picture})",
         "Words that it was trained with: " + "; ".join(f"“{caption}”" for caption in captions) + ".",
         f"```bash\n{shlex.join(command)}\n```",

@@ -165,7 +165,8 @@ def _read_file(cls: type, path: Path) -> dict:
         kind, is_tuple, optional = _kind(cls, name)
         parts = value if is_tuple and isinstance(value, list) else [value]
         right = all(type(part) is kind or (kind is float and type(part) is int) for part in parts)
-        if right and is_tuple == isinstance(value, list):
+        once = fields[name].metadata["repeat"]  # what may be repeated may also stand there once, without a list
+        if right and (once or is_tuple == isinstance(value, list)):
             result[name] = tuple(kind(part) for part in parts) if is_tuple else kind(value)
         elif not (value is None and optional):  # null is what a setting that is not given is written as
             wanted = f"a list of {kind.__name__}" if is_tuple else kind.__name__

@@ -53,6 +53,16 @@ def option(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
+def split_weight(text: str) -> tuple[str, float]:
+    """Split "dataset/fluent:2" into path and weight; without a weight it is 1, and what exists is a path."""
+    path, _, last = text.rpartition(":")
+    try:
+        weight = float(last) if path and not os.path.exists(text) else None
+    except ValueError:
+        weight = None  # the colon belongs to the path
+    return (text, 1.0) if weight is None or not math.isfinite(weight) else (path, weight)
+
+
 class Settings:
     """What the settings of every command share: defaults that follow other settings, and checks."""
 
@@ -99,13 +109,18 @@ class Settings:
 class TrainConfig(Settings):
     """Every setting of train.py."""
 
-    data: str = setting(
-        None, "folder of pictures, with metadata.jsonl or a .txt beside each; or one picture", group=DATA
+    data: tuple[str, ...] = setting(
+        (),
+        "folder of pictures, with metadata.jsonl, metadata.csv or a .txt beside each; or one picture; may be repeated, "
+        "and with a weight, folder:2, each picture comes so many times per epoch",
+        repeat=True,
+        group=DATA,
     )
     caption: str | None = setting(
         None, "caption of every picture, where the folder has none", group=DATA, alias="--instance-prompt"
     )
-    caption_column: str = setting("text", "key of the caption in metadata.jsonl", group=DATA)
+    caption_column: str = setting("text", "key of the caption in metadata.jsonl or metadata.csv", group=DATA)
+    trigger: str | None = setting(None, "word to put before every caption: 'sks, a dog'", group=DATA)
     resolution: int | None = setting(
         None, "side of the training pictures, in pixels; the base's own if not given", group=DATA
     )
@@ -114,6 +129,9 @@ class TrainConfig(Settings):
         "which square of a picture is seen; random turns the latent cache off",
         choices=("center", "random"),
         group=DATA,
+    )
+    buckets: bool = setting(
+        False, "cut pictures not to squares, but to the size of about that area that loses least", group=DATA
     )
     mirror: bool = setting(False, "show each picture mirrored half of the time", group=DATA)
     caption_dropout: float = setting(0.0, "share of draws whose caption is left empty, 0 to 1", group=DATA)
@@ -127,6 +145,15 @@ class TrainConfig(Settings):
     prior_weight: float = setting(1.0, "weight of the class's pictures in the loss", group=DATA)
     cache: str = setting(
         "~/.cache/minilora", "folder of the encoded pictures and captions, shared by all runs", group=DATA
+    )
+
+    validation: str | None = setting(
+        None,
+        "folder of pictures to measure the loss on and not to train on; the LoRA of the lowest is kept",
+        group=DATA,
+    )
+    validate_every: int | None = setting(
+        None, "steps between the measurements of --validation, besides the first and the last step", group=DATA
     )
 
     model: str | None = setting(None, MODEL_HELP, group=MODEL)
@@ -198,7 +225,7 @@ class TrainConfig(Settings):
     @classmethod
     def following(cls, values: dict) -> dict:
         data, rank = values.get("data"), values.get("rank", cls.rank)
-        path = Path(os.path.abspath(data or ""))
+        path = Path(os.path.abspath(split_weight(data[0])[0] if data else ""))
         output = str(Path("out") / (path.stem if path.is_file() else path.name)) if data else None
         follows = super().following(values) | {"output": output, "alpha": float(rank)}
         if words := re.findall(r"\w+", values.get("class_prompt") or ""):
@@ -212,7 +239,7 @@ class TrainConfig(Settings):
         base, it is the content that counts.
         """
         no_part = {"data", "caption", "caption_column", "cache", "model", "model_config", "output", "resume", "also"}
-        no_part |= {"class_data", "class_pictures"}
+        no_part |= {"class_data", "class_pictures", "validation", "validate_every"}
         no_part |= {"micro_batch_size", "gradient_checkpointing", "checkpoint_every", "checkpoints_kept"}
         no_part |= {"sample_prompt", "sample_every"}
         if self.lr_schedule == "constant":
@@ -222,8 +249,13 @@ class TrainConfig(Settings):
 
     def problems(self) -> list[str]:
         wrong = [] if self.data else ["--data is needed: a folder of pictures, for example dataset/mountain"]
+        wrong += [
+            f"--data {path}: the weight {weight:g} is not a whole number of at least 1"
+            for path, weight in map(split_weight, self.data)
+            if weight < 1 or weight % 1
+        ]
         wrong += self.out_of_range(1, "rank steps batch_size micro_batch_size resolution checkpoints_kept")
-        wrong += self.out_of_range(1, "checkpoint_every sample_every")
+        wrong += self.out_of_range(1, "checkpoint_every sample_every validate_every")
         wrong += self.out_of_range(0, "learning_rate text_encoder_learning_rate alpha", strict=True)
         wrong += self.out_of_range(0, "max_grad_norm snr_gamma huber_c", strict=True)
         wrong += self.out_of_range(0, "dream") + self.out_of_range(0, "ema", high=1)
@@ -234,6 +266,8 @@ class TrainConfig(Settings):
         wrong += self.out_of_range(0, "warmup_steps noise_offset seed")
         wrong += self.out_of_range(0, "caption_dropout", high=1)
         wrong += self.out_of_range(1, "class_pictures") + self.out_of_range(0, "prior_weight", strict=True)
+        if self.class_prompt and self.buckets:
+            wrong.append("--class-prompt and --buckets cannot be given at once: a batch holds both kinds, of one size")
         if self.class_data is not None and not self.class_prompt:
             wrong.append("--class-data needs a --class-prompt: what its pictures show")
         wrong += [f"{option(name)} is empty" for name in ("targets", "text_encoder_targets") if not getattr(self, name)]
@@ -242,6 +276,8 @@ class TrainConfig(Settings):
         wrong += [f"--also is {name!r}; it can be kohya, peft" for name in self.also if name not in ("kohya", "peft")]
         if self.sample_every is not None and not self.sample_prompt:
             wrong.append("--sample-every needs a --sample-prompt")
+        if self.validate_every is not None and not self.validation:
+            wrong.append("--validate-every needs a --validation, the folder of the pictures to look at")
         if self.sample_prompt and self.sample_every is None:
             wrong.append("--sample-prompt needs --sample-every")
         return wrong

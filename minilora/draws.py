@@ -28,15 +28,15 @@ def generator(seed: int, purpose: str, position: int) -> np.random.Generator:
     return np.random.Generator(np.random.Philox(key=[seed & _64_BITS, purpose_key], counter=[0, 0, 0, position]))
 
 
-def picture_at(seed: int, position: int, count: int) -> int:
+def picture_at(seed: int, position: int, count: int, purpose: str = "order") -> int:
     """Return which of `count` pictures stands at `position`: each epoch is a fresh permutation."""
     epoch, place = divmod(position, count)
-    return int(_order(seed, epoch, count)[place])
+    return int(_order(seed, epoch, count, purpose)[place])
 
 
-@lru_cache(maxsize=4)
-def _order(seed: int, epoch: int, count: int) -> np.ndarray:
-    return generator(seed, "order", epoch).permutation(count)
+@lru_cache(maxsize=64)
+def _order(seed: int, epoch: int, count: int, purpose: str) -> np.ndarray:
+    return generator(seed, purpose, epoch).permutation(count)
 
 
 def uniform(seed: int, purpose: str, position: int) -> float:

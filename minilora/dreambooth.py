@@ -18,8 +18,8 @@ from pathlib import Path
 from tqdm import tqdm
 
 from .config import SampleConfig, TrainConfig
-from .data import Item, read_folder
 from .distributed import Ranks, decided_by_main, wait_for_all
+from .folder import Item, read_folder
 from .models import DTYPES, Base
 from .sampling import TOGETHER, draw, save_picture
 
@@ -31,8 +31,12 @@ def class_pictures(config: TrainConfig, subjects: int, ranks: Ranks) -> list[Ite
     cannot be read.
     """
     folder, needed = Path(config.class_data), subjects * config.class_pictures
-    what = TrainConfig(data=str(folder), caption=config.class_prompt, caption_column=config.caption_column)
-    there = decided_by_main(lambda: len(read_folder(what)) if folder.is_dir() and any(folder.iterdir()) else 0)
+    what = TrainConfig(data=(str(folder),), caption=config.class_prompt, caption_column=config.caption_column)
+
+    def look() -> list[Item]:
+        return read_folder(str(folder), what, "--class-data")
+
+    there = decided_by_main(lambda: len(look()) if folder.is_dir() and any(folder.iterdir()) else 0)
     names = (folder / f"class-{number:05d}.png" for number in range(needed + there))
     missing = [path for path in names if not path.exists()][: max(0, needed - there)]
     wait_for_all()  # before the first one is drawn, all must have counted
@@ -50,4 +54,4 @@ def class_pictures(config: TrainConfig, subjects: int, ranks: Ranks) -> list[Ite
             for path, picture in zip(part, draw(base, config.class_prompt, seeds, side, drawing), strict=True):
                 save_picture(picture, path)
         wait_for_all()
-    return read_folder(what)
+    return look()

@@ -47,10 +47,11 @@ from .config import (
     UserError,
     setting,
 )
-from .data import Item, as_tensor, cut_square, open_picture, read_folder
 from .diffusion import Conditioning, denoising_loss
 from .distributed import this_device
+from .folder import Item, read_folder
 from .models import DTYPES, Base
+from .pictures import as_tensor, cut_square, open_picture
 from .sampling import load_loras, merged_at, save_picture, sheet
 
 TOGETHER = 8  # pictures looked at in one pass
@@ -85,7 +86,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, float]:
     """Compare the pictures of two folders, write a sheet of nearest ones, and return the figures."""
     base = Base(config.model, this_device(), DTYPES[config.precision])
     items, reference = (
-        read_folder(TrainConfig(data=folder, caption=caption))
+        read_folder(folder, TrainConfig(data=(folder,), caption=caption), "evaluate")
         for folder, caption in zip(config.folders, ("", config.caption), strict=True)
     )
     if len(reference) < 4:

@@ -12,15 +12,17 @@ from pathlib import Path
 
 import diffusers
 import torch
-from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
+from PIL import Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin
 
+from .buckets import Size
 from .config import SampleConfig, UserError
-from .data import NO_PICTURE, Item, cut_square, open_picture
 from .distributed import this_device
 from .files import write_whole
+from .folder import Item
 from .lora import lora_layers, merge_lora, unmerge_lora
 from .merge import split_strength
 from .models import DTYPES, Base, components, load_lora
+from .pictures import NO_PICTURE, cut, open_picture
 
 TOGETHER = 4  # pictures drawn in one pass; more are faster and take more memory
 SCHEDULERS = {
@@ -38,17 +40,21 @@ def use_scheduler(base: Base, name: str) -> None:
 
 
 @torch.no_grad()
-def draw(base: Base, prompt: str, seeds: Sequence[int], size: int, config: SampleConfig) -> list[Image.Image]:
-    """Draw a prompt once for each seed, `size` pixels wide and high, with the steps and guidance of `config`."""
-    pictures, inpainting = [], _inpainting(base, size, config)
+def draw(base: Base, prompt: str, seeds: Sequence[int], size: int | Size, config: SampleConfig) -> list[Image.Image]:
+    """Draw a prompt once for each seed with the steps and guidance of `config`.
+
+    `size` is the side of a square, or width and height, in pixels.
+    """
+    pictures, (width, height) = [], (size, size) if isinstance(size, int) else size
+    inpainting = _inpainting(base, (width, height), config)
     for start in range(0, len(seeds), TOGETHER):
         generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds[start : start + TOGETHER]]
         pictures += base.pipeline(
             [prompt] * len(generators),
             # None and not "": what is kept away from then is what the base was trained with.
             negative_prompt=[config.negative] * len(generators) if config.negative else None,
-            height=size,
-            width=size,
+            height=height,
+            width=width,
             num_inference_steps=config.steps,
             guidance_scale=config.guidance,
             generator=generators,
@@ -57,7 +63,7 @@ def draw(base: Base, prompt: str, seeds: Sequence[int], size: int, config: Sampl
     return pictures
 
 
-def _inpainting(base: Base, size: int, config: SampleConfig) -> dict:
+def _inpainting(base: Base, size: Size, config: SampleConfig) -> dict:
     """Return what an inpainting base draws in, and where, as the pipeline takes it; UserError if it does not fit."""
     if bool(config.image) != base.is_inpainting:
         what = "it paints in pictures, and needs --image and --mask" if base.is_inpainting else "it takes no --image"
@@ -67,7 +73,7 @@ def _inpainting(base: Base, size: int, config: SampleConfig) -> dict:
     inputs = {}
     for name, path in (("image", config.image), ("mask_image", config.mask)):
         try:
-            inputs[name] = cut_square(open_picture(Path(path)), size)
+            inputs[name] = cut(open_picture(Path(path)), size)
         except NO_PICTURE as error:
             raise UserError(f"--{name.removesuffix('_image')} {path}: it cannot be opened ({error})") from error
     return inputs | {"strength": 1.0}
@@ -105,9 +111,8 @@ def merged_at(base: Base, strengths: dict[str, float]) -> Iterator[None]:
 
 
 @contextmanager
-def evaluating(base: Base) -> Iterator[None]:
-    """Within the block what can carry LoRA is in evaluation mode; afterwards every part is in the mode it had."""
-    modules = components(base.pipeline).values()
+def evaluating(*modules: torch.nn.Module) -> Iterator[None]:
+    """Within the block the modules are in evaluation mode; afterwards every part is in the mode it had."""
     found = {child: child.training for module in modules for child in module.modules()}
     try:
         for module in modules:
@@ -124,19 +129,19 @@ def evaluating(base: Base) -> Iterator[None]:
 def draw_prompts(base: Base, prompts: Sequence[str], size: int, config: SampleConfig) -> Image.Image:
     """Draw each prompt with the LoRA as it is now, three seeds to a row."""
     seeds = [config.seed, config.seed + 1, config.seed + 2]
-    with evaluating(base):
+    with evaluating(*components(base.pipeline).values()):
         rows = [draw(base, prompt, seeds, size, config) for prompt in prompts]
     return sheet(rows, [f"seed {seed}" for seed in seeds], list(prompts))
 
 
-def before_after(base: Base, item: Item, size: int, config: SampleConfig) -> Image.Image:
+def before_after(base: Base, item: Item, size: Size, config: SampleConfig) -> Image.Image:
     """Draw a training picture's caption by the base, the LoRA at 0.5 and at 1.0, and the picture itself."""
     seeds, columns = [config.seed, config.seed + 1, config.seed + 2], []
-    with evaluating(base):
+    with evaluating(*components(base.pipeline).values()):
         for strength in (0.0, 0.5, 1.0):
             with merged_at(base, {"default": strength}):
                 columns.append(draw(base, item.captions[0], seeds, size, config))
-    columns.append([cut_square(open_picture(item.path), size)] * len(seeds))
+    columns.append([cut(open_picture(item.path), size)] * len(seeds))
     rows = [list(row) for row in zip(*columns, strict=True)]
     return sheet(rows, ["base", "LoRA at 0.5", "LoRA at 1.0", "training picture"], [f"seed {seed}" for seed in seeds])
 
@@ -203,7 +208,7 @@ def load_loras(base: Base, texts: Sequence[str]) -> dict[str, float]:
 
 def sheet(rows: list[list[Image.Image]], columns: Sequence[str], labels: Sequence[str]) -> Image.Image:
     """Put pictures on one labelled sheet: `columns` above, `labels` to the left; small ones enlarged."""
-    cell = max(192, rows[0][0].width)
+    cell = max(192, *rows[0][0].size)
     font = ImageFont.load_default(16)
     margin = 12 + max(round(font.getlength(label)) for label in labels)
     result = Image.new("RGB", (margin + len(columns) * (cell + 4), 28 + len(rows) * (cell + 4)), "white")
@@ -214,7 +219,8 @@ def sheet(rows: list[list[Image.Image]], columns: Sequence[str], labels: Sequenc
         top = 28 + y * (cell + 4)
         ink.text((margin - 6, top + cell // 2), label, "black", font, anchor="rm")
         for x, picture in enumerate(row):
-            result.paste(picture.resize((cell, cell), Image.Resampling.BICUBIC), (margin + x * (cell + 4), top))
+            fitted = ImageOps.pad(picture, (cell, cell), Image.Resampling.BICUBIC, color="white")
+            result.paste(fitted, (margin + x * (cell + 4), top))
     place = {"columns": list(columns), "rows": list(labels), "left": margin, "top": 28, "cell": cell, "gap": 4}
     result.info["sheet"] = json.dumps(place)  # a PNG file keeps it, for programs that cut the pictures out again
     return result

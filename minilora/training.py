@@ -8,12 +8,11 @@ position is computed from it (draws.py).  Processes and micro-batches only share
 and a run that was stopped goes on as if it had not been.
 """
 
-import hashlib
-import json
 import math
 import shlex
+import sys
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -24,16 +23,19 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from . import checkpoint, sampling
+from .buckets import Size, bucket_sizes
 from .card import model_card
 from .config import SampleConfig, TrainConfig, UserError
-from .data import Examples, read_folder
+from .data import Examples
 from .distributed import Ranks, Shares, StopSignals, decided_by_main, mean_over_ranks, processes, wait_for_all
 from .dreambooth import class_pictures
 from .files import write_whole
+from .folder import read_folder, read_folders
 from .formats import AVERAGE_NAME, FILE_NAME
 from .lora import inject_lora, load_lora_state_dict, lora_parameters, lora_state_dict
 from .models import DTYPES, Base, UNetWithText, fingerprint, save_lora
 from .objectives import Denoising, Objective
+from .validation import BEST, FIGURES, Validation
 
 
 class Stopped(SystemExit):
@@ -57,13 +59,18 @@ def train(config: TrainConfig, objective: Objective | None = None) -> Path:
         if ranks.is_main:
             write_whole(run.output / "config.json", config.to_json().encode())
         bar = tqdm(total=config.steps, initial=first_step, desc="train", unit="step", disable=not ranks.is_main)
+        validation = Validation(run) if config.validation else None
         with StopSignals() as signals, Log(run, first_step) as log, bar:
+            if validation and not validation.losses:
+                log.numbers(first_step, validation=validation.measure(first_step))
             for step in range(first_step, config.steps):
                 learning_rate = learning_rate_at(step, config)
                 loss, grad_norm = optimizer_step(run, step, learning_rate)
                 bar.set_postfix(loss=f"{loss:.4f}", lr=f"{learning_rate:.1e}", refresh=False)
                 bar.update()
                 log.numbers(step + 1, loss=loss, learning_rate=learning_rate, grad_norm=grad_norm)
+                if validation and (is_due(config.validate_every, step) or step + 1 == config.steps):
+                    log.numbers(step + 1, validation=validation.measure(step + 1))
                 stop = signals.seen_by_any(ranks)
                 if stop or is_due(config.checkpoint_every, step):
                     saved = save_state(run, step + 1)
@@ -74,6 +81,8 @@ def train(config: TrainConfig, objective: Objective | None = None) -> Path:
                     bar.close()
                     ranks.say(f"stopped after step {step + 1}, saved {saved}; go on with --resume")
                     raise Stopped(signals.number)
+        if validation:
+            ranks.say(f"validation {validation}")
         return finish(run)
 
 
@@ -87,6 +96,7 @@ class Run:
     shares: Shares
     base: Base
     examples: Examples
+    held_out: Examples | None  # the pictures of --validation
     identity: dict  # what the run is a function of, as JSON values
     network: nn.Module  # what carries the LoRA: the U-Net, or it and its text encoders
     model: nn.Module  # the network; wrapped, where there are several processes, so that gradients are averaged
@@ -112,7 +122,7 @@ class Run:
 def prepare(config: TrainConfig, objective: Objective, ranks: Ranks) -> Run:
     """Load the base, read and encode the pictures, inject the LoRA, make the optimizer, and say so."""
     shares = Shares(config.batch_size, config.micro_batch_size, ranks.rank, ranks.world)
-    items = read_folder(config)
+    items = read_folders(config)
     others = class_pictures(config, len(items), ranks) if config.class_prompt else []
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     precision = DTYPES[config.precision]
@@ -130,7 +140,15 @@ def prepare(config: TrainConfig, objective: Objective, ranks: Ranks) -> Run:
 
     # Pictures and captions are encoded in float32: a VAE in half precision can overflow.
     encoders = Base(config.model, ranks.device, config=config.model_config)
-    examples = Examples(items, config, resolution, encoders, len(base.schedule), ranks, others)
+    sizes = _sizes_for(base, resolution) if config.buckets else ()
+    examples = Examples(items, config, resolution, encoders, len(base.schedule), ranks, sizes, others)
+    held_out = None
+    if config.validation:
+        plain = replace(config, mirror=False, crop="center")
+        unseen = read_folder(config.validation, config, "--validation")
+        if ranks.is_main and (both := {item.digest for item in items} & {item.digest for item in unseen}):
+            print(f"warning: {len(both)} pictures of --validation {config.validation} are trained on", file=sys.stderr)
+        held_out = Examples(unseen, plain, resolution, encoders, len(base.schedule), ranks, sizes)
     identity = _identity(config, base, examples) | {"objective": objective.name()}
     base.release("vae")  # the encoders go too, unless the examples keep them
 
@@ -161,8 +179,11 @@ def prepare(config: TrainConfig, objective: Objective, ranks: Ranks) -> Run:
     model = DistributedDataParallel(network) if ranks.world > 1 else network
 
     numbers, total = sum(p.numel() for p in parameters), sum(p.numel() for p in network.parameters())
+    seen_at = f"{resolution} × {resolution}"
+    if config.buckets:
+        seen_at = " and ".join(f"{w} × {h} ({len(inside)})" for (w, h), inside in examples.buckets.items())
     ranks.say(f"base       {base.source}, {base.schedule.prediction_type}, {config.precision} on {ranks.device.type}")
-    ranks.say(f"pictures   {len(items)} of {config.data}, at {resolution} × {resolution} pixels")
+    ranks.say(f"pictures   {len(items)} of {', '.join(config.data)}, at {seen_at} pixels")
     if others:
         ranks.say(f"class      {len(others)} pictures of {config.class_prompt!r}, every other one that is seen")
     ranks.say(f"LoRA       rank {config.rank}, alpha {config.alpha:g}, in {len(layers)} layers")
@@ -170,16 +191,24 @@ def prepare(config: TrainConfig, objective: Objective, ranks: Ranks) -> Run:
     ranks.say(f"batch      {config.batch_size} = {shares}")
     average = {name: tensor.clone() for name, tensor in lora_state_dict(network).items()} if config.ema else {}
     trained = network, model, parameters, average, optimizer, scaler
-    return Run(config, objective, ranks, shares, base, examples, identity, *trained)
+    return Run(config, objective, ranks, shares, base, examples, held_out, identity, *trained)
+
+
+def _sizes_for(base: Base, resolution: int) -> list[Size]:
+    """Return the sizes of --buckets on a base; UserError if there is none."""
+    # Steps of 64 pixels, as is usual, would be too coarse for a miniature.
+    multiple = max(64, base.side_multiple) if base.resolution >= 256 else base.side_multiple
+    if sizes := bucket_sizes(resolution, multiple):
+        return sizes
+    raise UserError(f"--resolution is {resolution}; --buckets needs at least {multiple} on this base")
 
 
 def _identity(config: TrainConfig, base: Base, examples: Examples) -> dict:
     """Return what the run is a function of, as JSON values: settings, pictures with captions, base."""
-    pictures = json.dumps([[item.digest, item.captions] for item in (*examples.items, *examples.class_items)])
     return config.identity() | {
         "resolution": examples.resolution,
         "schedule": [base.schedule.prediction_type, *base.schedule.alphas_cumprod[[0, -1]].tolist()],
-        "pictures": hashlib.sha256(pictures.encode()).hexdigest(),
+        "pictures": examples.content(),
         "unet": fingerprint(base.unet),
         "vae": examples.vae,
         "text_encoder": examples.text_encoder,
@@ -305,7 +334,10 @@ def save_state(run: Run, step: int) -> Path:
 def start(run: Run) -> int:
     """Clear away what a finished run left in the output folder, and return the number of steps done, 0."""
     if run.ranks.is_main:
-        for path in (*checkpoint.all_in(run.output), run.output / FILE_NAME, run.output / AVERAGE_NAME):
+        for path in (
+            *checkpoint.all_in(run.output),
+            *(run.output / name for name in (FILE_NAME, AVERAGE_NAME, FIGURES, BEST)),
+        ):
             path.unlink(missing_ok=True)
     return 0
 
@@ -353,7 +385,7 @@ def finish(run: Run) -> Path:
             save_lora(run.network, also, dialect=dialect)
             run.ranks.say(f"wrote      {also}, for programs that read {dialect}'s dialect")
         drawing = run.drawing(item.captions[:1])
-        sheet = sampling.before_after(run.base, item, run.examples.resolution, drawing)
+        sheet = sampling.before_after(run.base, item, run.examples.size_of(item), drawing)
         sampling.save_picture(sheet, sheet_file)
         card = model_card(config, run.examples.items, run.base.is_xl, str(sheet_file.relative_to(run.output)))
         write_whole(run.output / "README.md", card.encode())

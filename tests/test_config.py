@@ -27,7 +27,7 @@ def test_the_command_line_wins_over_the_file(tmp_path):
     file.write_text(json.dumps({"data": "a", "rank": 4, "learning_rate": 1, "targets": ["to_q"], "mirror": True}))
     config = parse("--config", str(file), "--rank", "2", "--no-mirror")
     assert (config.data, config.rank, config.learning_rate, config.targets, config.mirror) == (
-        "a",
+        ("a",),
         2,
         1.0,
         ("to_q",),
@@ -92,6 +92,8 @@ def test_settings_are_frozen():
         (["--data", "a", "--sample-every", "5"], "--sample-every needs a --sample-prompt"),
         (["--data", "a", "--rank", "0", "--batch-size", "0"], "--rank is 0; it must be at least 1; --batch-size is 0"),
         (["--data", "a", "--config", "/nowhere.json"], "--config /nowhere.json"),
+        (["--data", "a", "--data", "b:0"], "--data b: the weight 0 is not a whole number of at least 1"),
+        (["--data", "a:1.5"], "--data a: the weight 1.5 is not a whole number of at least 1"),
         (["dataset/mountain"], "unknown setting dataset/mountain"),
     ],
 )
@@ -154,3 +156,8 @@ def test_what_ends_a_command_early_is_one_line_and_an_exit_code(error, code, lin
         run(SampleConfig, work, "")
     assert end.value.code == code
     assert capsys.readouterr().err == line
+
+
+def test_a_setting_that_may_be_repeated_may_stand_once_in_the_file(tmp_path):
+    (tmp_path / "old.json").write_text('{"data": "x/y"}')
+    assert parse("--config", str(tmp_path / "old.json")).data == ("x/y",)

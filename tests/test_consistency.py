@@ -18,7 +18,7 @@ from minilora.models import Base
 from minilora.training import train
 
 CPU = torch.device("cpu")
-CONFIG = TrainConfig(data="not read", model="not read")
+CONFIG = TrainConfig(data=("not read",), model="not read")
 
 
 @pytest.fixture
@@ -172,7 +172,7 @@ def learn(pictures, tmp_path, tiny_base):
     """Distil the tiny base on five small pictures; return the LoRA file."""
 
     def learn(name: str, objective=None, **settings):
-        places = {"data": str(pictures), "output": str(tmp_path / name), "cache": str(tmp_path / "cache")}
+        places = {"data": (str(pictures),), "output": str(tmp_path / name), "cache": str(tmp_path / "cache")}
         defaults = {"steps": 6, "batch_size": 4, "rank": 2, "learning_rate": 0.01, "model": str(tiny_base)}
         return train(TrainConfig(**(places | defaults | settings)), objective or LatentConsistency((2.0, 4.0)))
 

@@ -1,5 +1,6 @@
 """data.py: what a folder may look like, what is said when it is wrong, and what training sees of it."""
 
+import dataclasses
 import json
 import struct
 import zlib
@@ -12,20 +13,22 @@ from PIL import Image
 
 from minilora import data, draws
 from minilora.config import TrainConfig, UserError
-from minilora.data import Batch, Examples, as_tensor, cut_square, open_picture, read_folder
+from minilora.data import Batch, Examples
 from minilora.distributed import Ranks, Shares
+from minilora.folder import read_folders
 from minilora.models import Base
+from minilora.pictures import as_tensor, cut_square, open_picture
 
 ONE = Ranks(0, 1, torch.device("cpu"))
 
 
 def config_for(folder, tmp_path, **settings):
-    return TrainConfig(data=str(folder), output=str(tmp_path / "out"), cache=str(tmp_path / "cache"), **settings)
+    return TrainConfig(data=(str(folder),), output=str(tmp_path / "out"), cache=str(tmp_path / "cache"), **settings)
 
 
 def examples_for(folder, tmp_path, tiny_base, ranks=ONE, **settings):
     config = config_for(folder, tmp_path, **settings)
-    return Examples(read_folder(config), config, 16, Base(str(tiny_base), ranks.device), 1000, ranks)
+    return Examples(read_folders(config), config, 16, Base(str(tiny_base), ranks.device), 1000, ranks)
 
 
 # ----------------------------------------------------------------------------------------- pictures
@@ -74,14 +77,14 @@ def test_a_square_is_cut_out_at_its_place():
 
 
 def test_captions_come_from_metadata(pictures, tmp_path):
-    items = read_folder(config_for(pictures, tmp_path))
+    items = read_folders(config_for(pictures, tmp_path))
     assert [item.captions for item in items][:3] == [("picture 0",), ("picture 1",), ("a dog", "a red apple")]
 
 
 def test_captions_come_from_another_column(tmp_path):
     make_picture(0).save(tmp_path / "a.png")
     (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.png", "text": "no", "title": "yes"}\n\n')
-    assert read_folder(config_for(tmp_path, tmp_path, caption_column="title"))[0].captions == ("yes",)
+    assert read_folders(config_for(tmp_path, tmp_path, caption_column="title"))[0].captions == ("yes",)
 
 
 def test_captions_come_from_text_files_and_the_option_fills_the_gaps(tmp_path):
@@ -89,9 +92,82 @@ def test_captions_come_from_text_files_and_the_option_fills_the_gaps(tmp_path):
         make_picture(0).save(tmp_path / f"{name}.png")
     (tmp_path / "a.txt").write_text(" a red apple\n", encoding="utf-8")
     with pytest.raises(UserError, match=r"b\.png has no caption"):
-        read_folder(config_for(tmp_path, tmp_path))
-    items = read_folder(config_for(tmp_path, tmp_path, caption="a thing"))
+        read_folders(config_for(tmp_path, tmp_path))
+    items = read_folders(config_for(tmp_path, tmp_path, caption="a thing"))
     assert [item.captions for item in items] == [("a red apple",), ("a thing",)]
+
+
+def as_csv(folder, text: str) -> None:
+    (folder / "metadata.jsonl").unlink(missing_ok=True)
+    (folder / "metadata.csv").write_text(text, encoding="utf-8-sig")  # as a spreadsheet writes it
+
+
+def test_a_csv_says_what_a_jsonl_says(pictures, tmp_path):
+    config = config_for(pictures, tmp_path, caption_column="title")
+    lines = [f'{{"file_name": "{n}.png", "title": "a {n}, \\"so\\"\\ncalled"}}\n' for n in range(5)]
+    (pictures / "metadata.jsonl").write_text("".join(lines))
+    items = read_folders(config)
+    as_csv(pictures, "file_name,title\n\n" + "".join(f'{n}.png,"a {n}, ""so""\ncalled"\n' for n in range(5)))
+    assert read_folders(config) == items
+
+
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [
+        ("file,text\n0.png,a\n", ["metadata.csv line 1: the header has no file_name, only file, text"]),
+        (
+            'file_name,text\n0.png,"a\nb"\n1.png,a dog, running\ngone.png,x\n2.png,x\n2.png,x\n../o.png,x\n',
+            [
+                "metadata.csv line 4 has 3 cells and the header 2; a text with a comma stands in quotation marks",
+                "line 5: there is no file gone.png",
+                "line 7: 2.png stands there twice",
+                "line 8: ../o.png points outside the folder",
+                "3.png has no caption",
+            ],
+        ),
+        ("file_name,title\n0.png,a\n", ["line 2: 'text' holds no text; the line has title (see --caption-column)"]),
+        ('file_name,text\n0.png,a\n1.png,"open\n', ["metadata.csv line 3 is not CSV"]),
+    ],
+)
+def test_what_is_wrong_with_a_csv_is_said_with_its_line(text, parts, pictures, tmp_path):
+    as_csv(pictures, text)
+    with pytest.raises(UserError) as error:
+        read_folders(config_for(pictures, tmp_path))
+    assert not [part for part in parts if part not in str(error.value)]
+
+
+def test_two_tables_of_captions_are_one_too_many(pictures, tmp_path):
+    (pictures / "metadata.csv").write_text("file_name,text\n")
+    with pytest.raises(UserError, match=r"holds metadata\.jsonl and metadata\.csv; keep one"):
+        read_folders(config_for(pictures, tmp_path))
+
+
+def test_the_trigger_stands_before_every_caption_but_the_empty_one_of_dropout(pictures, tmp_path, tiny_base):
+    rows = [json.loads(line) for line in (pictures / "metadata.jsonl").read_text().splitlines()]
+    rows[1]["text"] = ""
+    (pictures / "metadata.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    examples = examples_for(pictures, tmp_path, tiny_base, trigger="sks", caption_dropout=0.5)
+    captions = [item.captions for item in examples.items]
+    assert captions[:3] == [("sks, picture 0",), ("sks",), ("sks, a dog", "sks, a red apple")]
+    assert {examples.caption_at(p) for p in range(100)} == {"", *(text for texts in captions for text in texts)}
+
+
+def test_each_folder_comes_as_often_as_its_weight_says(pictures, tmp_path, tiny_base):
+    other = tmp_path / "with:colon"
+    other.mkdir()
+    for n in range(3):
+        make_picture(10 + n).save(other / f"b{n}.png")
+    config = TrainConfig(data=(str(pictures), f"{other}:2"), caption="x", cache=str(tmp_path / "cache"))
+    assert config.output == "out/pictures"
+    assert TrainConfig(data=(f"{other}:2",)).output == "out/with:colon"
+    items = read_folders(config)
+    examples = Examples(items, config, 16, Base(str(tiny_base), ONE.device), 1000, ONE)
+    for epoch in range(3):
+        names = [examples.picture_at(p).path.name for p in range(epoch * 11, epoch * 11 + 11)]
+        assert sorted(names) == sorted([f"{n}.png" for n in range(5)] + [f"b{n}.png" for n in range(3)] * 2)
+    (other / "b0.png").write_text("broken")
+    with pytest.raises(UserError, match=r"b0\.png cannot be opened.*gone: there is no such folder"):
+        read_folders(dataclasses.replace(config, data=(*config.data, "gone")))
 
 
 def test_everything_wrong_is_said_at_once(pictures, tmp_path):
@@ -110,7 +186,7 @@ def test_everything_wrong_is_said_at_once(pictures, tmp_path):
     ]
     (pictures / "metadata.jsonl").write_text("\n".join(lines))
     with pytest.raises(UserError) as error:
-        read_folder(config_for(pictures, tmp_path))
+        read_folders(config_for(pictures, tmp_path))
     message = str(error.value)
     for part in [
         "0.png cannot be opened",
@@ -137,7 +213,7 @@ def test_metadata_names_a_picture_however_it_is_written(tmp_path):
     (folder / "c.png").symlink_to(tmp_path / "c.png")
     names = ("sub/../a.png", "b", "./c.png")
     (folder / "metadata.jsonl").write_text("".join(json.dumps({"file_name": n, "text": n}) + "\n" for n in names))
-    items = read_folder(config_for(folder, tmp_path))
+    items = read_folders(config_for(folder, tmp_path))
     assert [(item.path.name, item.captions[0]) for item in items] == [
         ("a.png", "sub/../a.png"),
         ("b", "b"),
@@ -149,22 +225,22 @@ def test_a_link_to_a_folder_is_not_left_out_silently(pictures, tmp_path):
     (tmp_path / "elsewhere").mkdir()
     (pictures / "more").symlink_to(tmp_path / "elsewhere")
     with pytest.raises(UserError, match="more is a link to a folder, which is not followed"):
-        read_folder(config_for(pictures, tmp_path))
+        read_folders(config_for(pictures, tmp_path))
 
 
 def test_text_that_is_not_utf8_is_named(tmp_path):
     make_picture(0).save(tmp_path / "a.png")
     (tmp_path / "a.txt").write_bytes("rosé".encode("latin-1"))
     with pytest.raises(UserError, match=r"a\.txt cannot be read as UTF-8"):
-        read_folder(config_for(tmp_path, tmp_path))
+        read_folders(config_for(tmp_path, tmp_path))
 
 
 def test_a_missing_and_an_empty_folder_are_named(tmp_path):
     with pytest.raises(UserError, match="there is no such folder"):
-        read_folder(config_for(tmp_path / "gone", tmp_path))
+        read_folders(config_for(tmp_path / "gone", tmp_path))
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="there is no picture in it"):
-        read_folder(config_for(tmp_path / "empty", tmp_path))
+        read_folders(config_for(tmp_path / "empty", tmp_path))
 
 
 def test_a_decompression_bomb_is_refused(tmp_path):
@@ -175,13 +251,13 @@ def test_a_decompression_bomb_is_refused(tmp_path):
     bomb = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
     (tmp_path / "bomb.png").write_bytes(bomb)
     with pytest.raises(UserError, match=r"bomb\.png cannot be opened .*exceeds limit"):
-        read_folder(config_for(tmp_path, tmp_path, caption="x"))
+        read_folders(config_for(tmp_path, tmp_path, caption="x"))
 
 
 def test_a_small_picture_is_a_warning(pictures, tmp_path, tiny_base, capsys):
     make_picture(0, 40, 12).save(pictures / "3.png")
     examples_for(pictures, tmp_path, tiny_base)
-    assert capsys.readouterr().err.count("3.png is 12 pixels on its short side; it is enlarged to 16") == 1
+    assert capsys.readouterr().err.count("3.png has 40 × 12 pixels; it is enlarged to fill 16 × 16") == 1
 
 
 # --------------------------------------------------------------------------------------- positions
@@ -292,11 +368,11 @@ def test_a_caption_longer_than_the_text_encoder_reads_is_said(pictures, tmp_path
 
 def test_one_picture_can_be_given_instead_of_a_folder(pictures, tmp_path):
     path = pictures / "3.png"
-    config = TrainConfig(data=str(path), caption="a dog")
+    config = TrainConfig(data=(str(path),), caption="a dog")
     assert config.output == "out/3"
-    [item] = read_folder(config)
+    [item] = read_folders(config)
     assert (item.path, item.captions, item.size) == (path, ("a dog",), (24, 20))
     with pytest.raises(UserError, match=r"3\.png: one picture needs its --caption"):
-        read_folder(TrainConfig(data=str(path)))
+        read_folders(TrainConfig(data=(str(path),)))
     with pytest.raises(UserError, match=r"metadata\.jsonl: it cannot be opened as a picture"):
-        read_folder(TrainConfig(data=str(pictures / "metadata.jsonl"), caption="a dog"))
+        read_folders(TrainConfig(data=(str(pictures / "metadata.jsonl"),), caption="a dog"))

@@ -23,11 +23,11 @@ from minilora.apps.drawing import draw_pictures, read_captions
 from minilora.apps.fewsteps import called_right, crossed, wasserstein
 from minilora.commands import read
 from minilora.config import SampleConfig, UserError
-from minilora.data import as_picture
 from minilora.distributed import Ranks
 from minilora.formats import FILE_NAME
 from minilora.lora import ATTENTION
 from minilora.models import Base
+from minilora.pictures import as_picture
 from minilora.sampling import sample, save_picture
 
 ROOT = Path(__file__).parents[1]

@@ -15,9 +15,10 @@ from test_training import relative_difference
 
 from minilora import training
 from minilora.config import SampleConfig, TrainConfig, UserError
-from minilora.data import Examples, read_folder
+from minilora.data import Examples
 from minilora.distributed import Ranks, this_device
 from minilora.dreambooth import class_pictures
+from minilora.folder import read_folders
 from minilora.models import Base
 from minilora.sampling import sample
 
@@ -29,7 +30,7 @@ ROOT = Path(__file__).parents[1]
 def config(pictures, tmp_path, tiny_base) -> TrainConfig:
     settings = {"steps": 4, "batch_size": 4, "learning_rate": 0.01, "class_pictures": 2}
     places = {"cache": str(tmp_path / "cache"), "output": str(tmp_path / "run"), "class_data": str(tmp_path / "dogs")}
-    return TrainConfig(data=str(pictures), model=str(tiny_base), class_prompt="a dog", **settings, **places)
+    return TrainConfig(data=(str(pictures),), model=str(tiny_base), class_prompt="a dog", **settings, **places)
 
 
 def test_missing_pictures_are_drawn_and_those_that_are_there_are_counted(config, tmp_path, monkeypatch):
@@ -55,8 +56,8 @@ def test_missing_pictures_are_drawn_and_those_that_are_there_are_counted(config,
 
 def test_the_class_stands_at_every_other_position_with_its_weight(config):
     config = replace(config, prior_weight=0.25)
-    subject, dogs = read_folder(config), class_pictures(config, 5, ONE)
-    examples = Examples(subject, config, 16, Base(config.model, this_device()), 1000, ONE, dogs)
+    subject, dogs = read_folders(config), class_pictures(config, 5, ONE)
+    examples = Examples(subject, config, 16, Base(config.model, this_device()), 1000, ONE, (), dogs)
     batch = examples.batch(range(2, 8), ONE.device)
     assert batch.weights.tolist() == [1, 0.25] * 3
     seen = [examples.picture_at(position) for position in range(2 * len(subject) * len(dogs))]

@@ -10,9 +10,9 @@ from PIL import Image
 
 from minilora.commands import read
 from minilora.config import TrainConfig, UserError
-from minilora.data import read_folder
 from minilora.distributed import this_device
 from minilora.evaluate import EvaluateConfig, evaluate, held_out_loss, kernel_distance
+from minilora.folder import read_folders
 from minilora.models import Base
 from minilora.training import train
 
@@ -62,17 +62,17 @@ def test_a_copy_is_found(config, tmp_path, capsys):
 
 def test_what_was_learnt_lowers_the_loss_and_the_loss_is_that_of_the_same_draws(config, pictures, tmp_path, tiny_base):
     settings = {"steps": 60, "batch_size": 10, "learning_rate": 0.02, "cache": str(tmp_path / "cache")}
-    path = train(TrainConfig(data=str(pictures), model=str(tiny_base), output=str(tmp_path / "run"), **settings))
+    path = train(TrainConfig(data=(str(pictures),), model=str(tiny_base), output=str(tmp_path / "run"), **settings))
     figures = evaluate(EvaluateConfig(**vars(config) | {"lora": (str(path),)}))
     without, learnt = (figures[f"denoising loss on the reference; {name}"] for name in ("base", "with LoRA"))
     assert learnt < without
     base = Base(str(tiny_base), this_device())
-    assert held_out_loss(base, read_folder(TrainConfig(data=str(pictures))), 16) == without
+    assert held_out_loss(base, read_folders(TrainConfig(data=(str(pictures),))), 16) == without
 
 
 def test_every_family_has_a_loss(family_base, pictures):
     base = Base(str(family_base("sdxl")), this_device())
-    assert 0 < held_out_loss(base, read_folder(TrainConfig(data=str(pictures))), 16) < 10
+    assert 0 < held_out_loss(base, read_folders(TrainConfig(data=(str(pictures),))), 16) < 10
 
 
 def test_mistakes_are_said(config, tmp_path):

@@ -15,10 +15,12 @@ from test_training import relative_difference, torchrun
 
 from minilora import draws, names
 from minilora.config import SampleConfig, TrainConfig, UserError
-from minilora.data import Examples, as_tensor, cut_square, open_picture, read_folder
+from minilora.data import Examples
 from minilora.distributed import Ranks
+from minilora.folder import read_folders
 from minilora.models import Base, UNetWithText
 from minilora.objectives import Denoising
+from minilora.pictures import as_tensor, cut_square, open_picture
 from minilora.sampling import sample
 from minilora.training import train
 
@@ -36,9 +38,9 @@ def pipeline_of(folder):
 @pytest.mark.parametrize("family", ORDINARY)
 def test_the_loss_is_that_of_diffusers_own_scripts(family, family_base, pictures, tmp_path):
     """As in examples/text_to_image/train_text_to_image_lora.py, and …_lora_sdxl.py for XL, step by step."""
-    config = TrainConfig(data=str(pictures), model=str(family_base(family)), cache=str(tmp_path), mirror=True)
+    config = TrainConfig(data=(str(pictures),), model=str(family_base(family)), cache=str(tmp_path), mirror=True)
     base = Base(config.model, ONE.device)
-    examples = Examples(read_folder(config), config, 16, Base(config.model, ONE.device), 1000, ONE)
+    examples = Examples(read_folders(config), config, 16, Base(config.model, ONE.device), 1000, ONE)
     positions = range(6)
     batch = examples.batch(positions, ONE.device)
     with torch.no_grad():
@@ -83,7 +85,7 @@ def test_the_loss_is_that_of_diffusers_own_scripts(family, family_base, pictures
 def test_a_lora_trained_here_draws_the_same_in_diffusers(family, family_base, pictures, tmp_path):
     model = str(family_base(family))
     settings = {"steps": 2, "learning_rate": 0.1, "cache": str(tmp_path / "cache"), "output": str(tmp_path / "run")}
-    path = train(TrainConfig(data=str(pictures), model=model, **settings))
+    path = train(TrainConfig(data=(str(pictures),), model=model, **settings))
     for strength, output in ((1.0, "with.png"), (0.0, "without.png")):
         sample(
             SampleConfig(
@@ -114,7 +116,7 @@ def test_an_inpainting_base_draws_as_in_diffusers_and_is_not_trained(family, fam
     [theirs] = pipeline_of(model)("a dog", image=picture, mask_image=mask, generator=generator, **options).images
     assert abs(ours - np.array(theirs, int)).max() <= 1  # of 255: rounding
     with pytest.raises(UserError, match="paints in pictures; train on the ordinary base"):
-        train(TrainConfig(data=str(pictures), model=model, output=str(tmp_path / "run"), cache=str(tmp_path)))
+        train(TrainConfig(data=(str(pictures),), model=model, output=str(tmp_path / "run"), cache=str(tmp_path)))
     with pytest.raises(UserError, match="it paints in pictures, and needs --image and --mask"):
         sample(SampleConfig(prompt=("a dog",), model=model, output=str(tmp_path / "no.png")))
 
@@ -174,7 +176,7 @@ def single_file(family_base, tmp_path):
 
 def test_a_single_file_is_the_same_base(single_file, family_base, pictures, tmp_path):
     file, settings = single_file
-    common = {"data": str(pictures), "steps": 2, "learning_rate": 0.01, "cache": str(tmp_path / "cache")}
+    common = {"data": (str(pictures),), "steps": 2, "learning_rate": 0.01, "cache": str(tmp_path / "cache")}
     bases = Base(str(family_base("sd1")), ONE.device), Base(str(file), ONE.device, config=str(settings))
     for part in ("unet", "vae", "text_encoder"):
         one, other = (getattr(base, part).state_dict() for base in bases)
@@ -203,7 +205,7 @@ def test_what_is_wrong_with_a_single_file_is_said(single_file, tmp_path, monkeyp
 
 def with_text(family_base, pictures, tmp_path, family="sd1", **more) -> TrainConfig:
     settings = {"steps": 2, "batch_size": 4, "learning_rate": 0.02, "cache": str(tmp_path / "cache")}
-    settings |= {"data": str(pictures), "model": str(family_base(family)), "output": str(tmp_path / "run")}
+    settings |= {"data": (str(pictures),), "model": str(family_base(family)), "output": str(tmp_path / "run")}
     return TrainConfig(**settings | {"train_text_encoder": True} | more)
 
 
@@ -232,7 +234,7 @@ def test_before_they_have_learnt_it_is_the_ordinary_loss(family_base, pictures, 
     losses = []
     for each in (config, plain):
         base = Base(each.model, ONE.device)
-        examples = Examples(read_folder(each), each, 16, Base(each.model, ONE.device), 1000, ONE)
+        examples = Examples(read_folders(each), each, 16, Base(each.model, ONE.device), 1000, ONE)
         network = UNetWithText(base) if each.train_text_encoder else base.unet
         with torch.no_grad():
             losses.append(Denoising().loss(network, examples.batch(range(4), ONE.device), base.schedule, each))

@@ -16,8 +16,9 @@ from minilora.apps.canny import canny, follow
 from minilora.apps.classifier import probability, share_right, train_classifier
 from minilora.apps.restyle import RestyleConfig, restyle
 from minilora.config import SampleConfig, TrainConfig, UserError
-from minilora.data import cut_square, open_picture, read_folder
+from minilora.folder import read_folders
 from minilora.models import Base
+from minilora.pictures import cut_square, open_picture
 from minilora.sampling import sample
 
 CPU = torch.device("cpu")
@@ -47,7 +48,7 @@ def command(tiny_base, pictures, lora, tmp_path):
 def test_at_scale_0_it_is_the_base_as_diffusers_has_it(command, tiny_base, pictures, tmp_path):
     ours = command()[0]
     pipeline = StableDiffusionImg2ImgPipeline.from_pretrained(tiny_base)
-    for number, item in enumerate(read_folder(TrainConfig(data=str(pictures)))):
+    for number, item in enumerate(read_folders(TrainConfig(data=(str(pictures),)))):
         [theirs] = pipeline(
             item.captions[0],
             image=cut_square(open_picture(item.path), 16),
@@ -233,7 +234,7 @@ def test_grids_that_cannot_be_are_refused(drawing, settings, message):
 
 def test_a_folder_of_drawn_pictures_can_be_trained_on(drawing, tmp_path):
     folder = drawing(output=str(tmp_path / "things"), prompt=("red apple", "a dog"), count=2)
-    items = read_folder(TrainConfig(data=str(folder)))
+    items = read_folders(TrainConfig(data=(str(folder),)))
     assert [item.captions for item in items] == [("red apple",), ("red apple",), ("a dog",), ("a dog",)]
     alone = np.array(Image.open(drawing(prompt=("a dog",), seed=1))).astype(int)
     assert np.abs(alone - np.array(Image.open(folder / "0004.png"))).max() <= 1  # alone and among others

@@ -160,3 +160,12 @@ def test_a_sheet_holds_its_pictures():
     pixels = np.array(sheet([[red, blue], [blue, red]], ["one", "two"], ["a", "b"]))
     assert tuple(pixels[28 + 90, -100]) == (0, 0, 255)
     assert tuple(pixels[28 + 196 + 90, -100]) == (255, 0, 0)
+
+
+def test_pictures_that_are_no_squares_are_drawn_in_their_size_and_keep_their_shape_on_a_sheet(tiny_base):
+    base = Base(str(tiny_base), torch.device("cpu"))
+    [wide] = draw(base, "a dog", [1], (32, 8), SampleConfig(prompt=("a dog",), steps=2))
+    assert wide.size == (32, 8)
+    result = sheet([[Image.new("RGB", (32, 8), "red")]], ["column"], ["row"])
+    red = (np.array(result) == (255, 0, 0)).all(axis=2)
+    assert (red.any(axis=0).sum(), red.any(axis=1).sum()) == (192, 48)

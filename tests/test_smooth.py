@@ -101,7 +101,7 @@ def test_what_is_asked_for_is_the_mean_of_what_was_seen(unet, batch, schedule):
 
 def test_a_smooth_run_that_was_cut_in_two_gives_the_same_bytes(pictures, tmp_path, tiny_base):
     def learn(name: str, **settings):
-        places = {"data": str(pictures), "output": str(tmp_path / name), "cache": str(tmp_path / "cache")}
+        places = {"data": (str(pictures),), "output": str(tmp_path / name), "cache": str(tmp_path / "cache")}
         defaults = {"steps": 6, "batch_size": 4, "rank": 2, "learning_rate": 0.01, "model": str(tiny_base)}
         return train(TrainConfig(**(places | defaults | settings)), SmoothDenoising())
 

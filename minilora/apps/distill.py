@@ -115,7 +115,7 @@ def distill(config: DistillConfig) -> dict[str, float] | None:
     with processes() as ranks:
         folder = config.data or draw_pictures(config, learnt, output / "pictures", ranks)
         settings = TrainConfig(
-            data=str(folder),
+            data=(str(folder),),
             model=config.model,
             rank=config.rank,
             targets=config.targets,

@@ -9,11 +9,11 @@ from tqdm import tqdm
 
 from .. import draws
 from ..config import SampleConfig, UserError
-from ..data import as_picture
 from ..ddim import Levels, ddim_draw, guided
 from ..distributed import Ranks, wait_for_all
 from ..files import write_whole
 from ..models import BUNDLED, DTYPES, Base
+from ..pictures import as_picture
 from ..sampling import save_picture, write_captions
 
 HELD_OUT = 32  # one caption in so many is kept to measure with

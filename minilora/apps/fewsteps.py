@@ -16,9 +16,9 @@ import torch
 from PIL import Image
 
 from ..config import SampleConfig
-from ..data import as_tensor, open_picture
 from ..evaluate import apart, encoder_features, pooled
 from ..models import Base
+from ..pictures import as_tensor, open_picture
 from ..sampling import draw, merged_at, sheet, use_scheduler
 from .classifier import share_right, train_classifier
 from .drawing import STYLES, TOGETHER

@@ -45,13 +45,13 @@ from ..config import (
     UserError,
     setting,
 )
-from ..data import as_picture
 from ..ddim import Levels, ddim_draw, ddim_invert
 from ..distributed import this_device
 from ..evaluate import apart, encoder_features
 from ..files import write_whole
 from ..lora import lora_disabled, set_lora_scale
 from ..models import DTYPES, Base, load_lora
+from ..pictures import as_picture
 from ..sampling import picture_format, save_picture, sheet
 from .report import folder_for, write_figures
 from .restore import learn, psnr, see

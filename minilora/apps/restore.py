@@ -31,11 +31,11 @@ from ..config import (
     UserError,
     setting,
 )
-from ..data import NO_PICTURE, as_picture, as_tensor, cut_square, open_picture
 from ..ddim import Levels, ddim_draw, ddim_invert, guided
 from ..distributed import this_device
 from ..lora import lora_disabled, set_lora_scale
 from ..models import DTYPES, Base, load_lora
+from ..pictures import NO_PICTURE, as_picture, as_tensor, cut_square, open_picture
 from ..sampling import save_picture, sheet
 from ..training import train
 from .report import folder_for, write_figures
@@ -128,7 +128,7 @@ def learn(path: Path, prompt: str, output: Path, config) -> Path:
     What was trained by the same settings before is not trained again.
     """
     settings = TrainConfig(
-        data=str(path),
+        data=(str(path),),
         caption=prompt,
         model=config.model,
         rank=config.rank,

@@ -41,10 +41,11 @@ from ..config import (
     UserError,
     setting,
 )
-from ..data import Item, as_tensor, cut_square, open_picture, read_folder
 from ..distributed import this_device
+from ..folder import Item, read_folder
 from ..formats import some
 from ..models import DTYPES, Base
+from ..pictures import as_tensor, cut_square, open_picture
 from ..sampling import TOGETHER, draw, load_loras, merged_at, save_picture, sheet
 from .canny import canny
 from .classifier import probability, share_right, train_classifier
@@ -136,7 +137,7 @@ def restyle(config: RestyleConfig) -> dict[str, float]:
 def read_pictures(name: str, caption: str | None, option: str) -> list[Item]:
     """Return the pictures of a folder with their captions, or one picture, as training reads them."""
     try:
-        return read_folder(TrainConfig(data=name, caption=caption))
+        return read_folder(name, TrainConfig(data=(name,), caption=caption))
     except UserError as error:  # which names train.py's options
         raise UserError(str(error).replace("--data ", option).replace("--caption", "--prompt")) from error
 

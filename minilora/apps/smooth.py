@@ -26,12 +26,13 @@ from torch import nn
 
 from .. import draws
 from ..config import SampleConfig, TrainConfig
-from ..data import Batch, as_picture
+from ..data import Batch
 from ..diffusion import Schedule, add_noise, clean_and_noise, denoising_loss
 from ..distributed import mean_over_ranks
 from ..lora import set_lora_scale
 from ..models import Base
 from ..objectives import Objective
+from ..pictures import as_picture
 from ..sampling import sheet
 from .drawing import draw_from
 from .morph import distances, slerp

@@ -31,9 +31,9 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from minilora import draws
 from minilora.checkpoint import load_optimizer_tensors, optimizer_tensors, under
-from minilora.data import as_tensor, open_picture
 from minilora.diffusion import Schedule, denoising_loss
 from minilora.files import write_tensors
+from minilora.pictures import as_tensor, open_picture
 
 from .pictures import DATA_HELP, SEED, SIZE, STYLES, Drawing, caption_at, read_drawings, read_photographs
 

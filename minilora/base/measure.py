@@ -21,11 +21,11 @@ from PIL import Image
 from minilora import draws
 from minilora.apps.classifier import share_right, train_classifier
 from minilora.config import SampleConfig, TrainConfig
-from minilora.data import as_tensor, cut_square, open_picture
 from minilora.diffusion import Conditioning, denoising_loss
 from minilora.files import write_whole
 from minilora.lora import lora_disabled
 from minilora.models import BUNDLED, Base, load_lora
+from minilora.pictures import as_tensor, cut_square, open_picture
 from minilora.sampling import draw, merged_at, sheet
 from minilora.training import train
 
@@ -107,7 +107,7 @@ def measure_lora(
 ) -> None:
     """Train a LoRA on dataset/fluent and measure it on pictures and prompts that are not in there."""
     started = time.time()
-    lora_file = train(TrainConfig(data=str(fluent), output=str(work)))
+    lora_file = train(TrainConfig(data=(str(fluent),), output=str(work)))
     note("time to train a LoRA on dataset/fluent by train.py's defaults", f"{time.time() - started:.0f} s")
     load_lora(base.unet, lora_file)
     pictures = [(path, names[0]) for path, names in unseen[:256]]

@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image
 
 from minilora import draws
-from minilora.data import open_picture
+from minilora.pictures import open_picture
 
 SIZE = 64  # pixels
 SEED = 0

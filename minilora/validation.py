@@ -1,0 +1,79 @@
+"""The loss on pictures that are not trained on: where it rises again, the LoRA learns its pictures by heart.
+
+Each picture of --validation is looked at with the same noise at the same timesteps every time, so what
+changes between two figures is the LoRA and nothing else:
+
+    (1 / n·T) Σ_pictures Σ_t loss(x₀, ε, t)        T timesteps, evenly spaced; ε fixed per picture and t
+
+The loss is the plain squared error, whatever training makes small, so that runs can be compared.
+"""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from . import sampling
+from .distributed import decided_by_main, mean_over_ranks
+from .files import write_whole
+from .models import save_lora
+from .objectives import Denoising
+
+TIMESTEPS = 8  # at which each picture is looked at
+FIGURES, BEST = "validation.json", "pytorch_lora_weights_best.safetensors"
+
+
+class Validation:
+    """The figures of a run by step, kept in the output folder, and the LoRA of the lowest."""
+
+    def __init__(self, run):
+        self.run, self.file = run, Path(run.config.output) / FIGURES
+        self.pictures = run.held_out.content()
+        kept = decided_by_main(self._read)
+        # A run is a function of its identity, so its figures hold wherever it goes on from; those of
+        # other pictures do not.
+        self.losses = {int(step): loss for step, loss in kept.get("losses", {}).items()}
+
+    def _read(self) -> dict:
+        try:
+            kept = json.loads(self.file.read_text())
+        except (OSError, ValueError):
+            return {}
+        return kept if kept.get("pictures") == self.pictures else {}
+
+    @property
+    def best(self) -> int:
+        """The step of the lowest figure, the first of equals."""
+        return min(sorted(self.losses), key=self.losses.__getitem__)
+
+    def measure(self, step: int) -> float:
+        """Return the loss after `step` steps; keep the LoRA if there was no lower one."""
+        self.losses[step] = self._loss()
+        if self.run.ranks.is_main:
+            if self.best == step:  # the LoRA first: of a stop in between, --resume measures this step again
+                save_lora(self.run.network, self.file.with_name(BEST))
+            figures = {str(s): self.losses[s] for s in sorted(self.losses)}
+            about = {"best": self.best, "losses": figures, "pictures": self.pictures}
+            write_whole(self.file, (json.dumps(about, indent=2) + "\n").encode())
+        return self.losses[step]
+
+    @torch.no_grad()
+    def _loss(self) -> float:
+        """Return the mean over the pictures and timesteps; the processes share the pictures."""
+        run, network, schedule = self.run, self.run.network, self.run.base.schedule
+        device, plain = run.ranks.device, replace(run.config, snr_gamma=None, huber_c=None, dream=None)
+        timesteps = [len(schedule) * (2 * n + 1) // (2 * TIMESTEPS) for n in range(TIMESTEPS)]
+        count, loss_sum = len(run.held_out.items), torch.zeros((), dtype=torch.float64, device=device)
+        with sampling.evaluating(network), run.base.autocast():
+            for number in range(run.ranks.rank, count, run.ranks.world):
+                for start in range(0, TIMESTEPS, run.shares.micro):
+                    some = range(start, min(start + run.shares.micro, TIMESTEPS))
+                    batch = run.held_out.fixed_batch(number, {n: timesteps[n] for n in some}, device)
+                    loss_sum += Denoising().loss(network, batch, schedule, plain).double().sum()
+        return mean_over_ranks(loss_sum).item() * run.ranks.world / (count * TIMESTEPS)
+
+    def __str__(self) -> str:
+        first, last = min(self.losses), max(self.losses)
+        words = [f"{self.losses[s]:.4f} {what} step {s}" for what, s in (("at", first), ("lowest at", self.best))]
+        return f"{' → '.join(words)} → {self.losses[last]:.4f} at step {last}"

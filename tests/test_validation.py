@@ -1,0 +1,118 @@
+"""validation.py: the same figures however a run is cut up, and the LoRA of the lowest."""
+
+import json
+from pathlib import Path
+
+import pytest
+from conftest import make_picture
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from test_training import torchrun
+
+from minilora.config import TrainConfig, UserError
+from minilora.formats import FILE_NAME
+from minilora.training import train
+from minilora.validation import BEST, FIGURES
+
+
+@pytest.fixture
+def unseen(tmp_path) -> Path:
+    """Three pictures, one of them wide."""
+    folder = tmp_path / "unseen"
+    folder.mkdir()
+    for number, size in enumerate([(24, 20), (20, 20), (44, 11)]):
+        make_picture(50 + number, *size).save(folder / f"v{number}.png")
+        (folder / f"v{number}.txt").write_text("a dog")
+    return folder
+
+
+@pytest.fixture
+def settings(pictures, unseen, tmp_path, tiny_base) -> dict:
+    recipe = {"steps": 8, "batch_size": 4, "rank": 2, "learning_rate": 0.03, "model": str(tiny_base), "buckets": True}
+    places = {"data": (str(pictures),), "validation": str(unseen), "cache": str(tmp_path / "cache")}
+    return recipe | places | {"validate_every": 2, "checkpoint_every": 4}
+
+
+@pytest.fixture
+def run(settings, tmp_path, monkeypatch):
+    monkeypatch.setattr("minilora.training.sampling.before_after", lambda *_: Image.new("RGB", (8, 8)))  # slow
+
+    def run(name: str, **changes) -> Path:
+        train(TrainConfig(**(settings | {"output": str(tmp_path / name)} | changes)))
+        return tmp_path / name
+
+    return run
+
+
+def figures(folder: Path) -> dict:
+    return json.loads((folder / FIGURES).read_text())
+
+
+def test_figures_are_logged_printed_and_kept_and_disturb_nothing(run, capsys):
+    folder = run("a", validate_every=3)
+    losses = figures(folder)["losses"]
+    assert list(losses) == ["0", "3", "6", "8"]
+    events = EventAccumulator(str(folder / "tensorboard"))
+    events.Reload()
+    logged = {str(event.step): event.value for event in events.Scalars("validation")}
+    assert logged == pytest.approx(losses)
+    best = min(losses, key=losses.get)
+    line = f"{losses['0']:.4f} at step 0 → {losses[best]:.4f} lowest at step {best} → {losses['8']:.4f} at step 8"
+    assert f"validation {line}" in capsys.readouterr().out
+    plain = run("plain", validation=None, validate_every=None)
+    assert (plain / FILE_NAME).read_bytes() == (folder / FILE_NAME).read_bytes()
+    assert not (plain / FIGURES).exists()
+
+
+def test_the_lora_of_the_lowest_is_kept(run):
+    folder = run("a", learning_rate=0.1, steps=10)  # so fast that the loss falls and rises
+    about = figures(folder)
+    assert about["losses"][str(about["best"])] == min(about["losses"].values())
+    assert 0 < about["best"] < 10
+    shorter = run("b", learning_rate=0.1, steps=about["best"])  # whose LoRA is that of this step
+    assert (folder / BEST).read_bytes() == (shorter / FILE_NAME).read_bytes()
+
+
+def test_a_run_cut_in_two_has_the_figures_of_the_whole(run):
+    whole = run("whole")
+    run("cut", steps=4)
+    cut = run("cut", resume=True)
+    for name in (FIGURES, BEST, FILE_NAME):
+        assert (cut / name).read_bytes() == (whole / name).read_bytes()
+
+
+def test_going_on_with_other_pictures_measures_anew_and_a_new_run_clears_the_old_away(run, unseen):
+    folder = run("a", steps=4)
+    (unseen / "v0.png").unlink()
+    run("a", resume=True)
+    assert list(figures(folder)["losses"]) == ["4", "6", "8"]
+    run("a", validation=None, validate_every=None)
+    assert not (folder / FIGURES).exists()
+    assert not (folder / BEST).exists()
+
+
+def test_micro_batches_and_processes_measure_the_same(run, settings, tmp_path):
+    whole = figures(run("whole", learning_rate=0.001))["losses"]
+    micro = figures(run("micro", learning_rate=0.001, micro_batch_size=1))["losses"]
+    assert micro == pytest.approx(whole, rel=1e-5)  # the order of float32 sums
+    words = f"--data {settings['data'][0]} --model {settings['model']} --validation {settings['validation']} --buckets"
+    words += f" --output {tmp_path / 'two'} --cache {tmp_path / 'cache2'} --validate-every 2 --steps 8 --batch-size 4"
+    result = torchrun(2, *words.split(), "--rank=2", "--learning-rate=0.001")
+    assert result.returncode == 0, result.stderr
+    assert figures(tmp_path / "two")["losses"] == pytest.approx(whole, rel=1e-5)
+
+
+def test_the_noise_is_the_same_whatever_the_seed(run):
+    one, two = (figures(run(f"seed{seed}", seed=seed))["losses"] for seed in (0, 1))
+    assert one["0"] == two["0"]  # the LoRA changes nothing yet
+    assert one["8"] != two["8"]
+
+
+def test_what_is_wrong_with_the_folder_is_said_by_its_option(run, unseen, pictures, capsys):
+    with pytest.raises(UserError, match="--validation nowhere: there is no such folder"):
+        run("a", validation="nowhere")
+    with pytest.raises(UserError, match="--validate-every needs a --validation"):
+        run("a", validation=None)
+    (unseen / "v0.png").write_bytes((pictures / "0.png").read_bytes())
+    run("a", steps=1)
+    assert "warning: 1 pictures of --validation" in capsys.readouterr().err
