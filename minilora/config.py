@@ -160,8 +160,16 @@ class TrainConfig(Settings):
     model_config: str | None = setting(None, MODEL_CONFIG_HELP, group=MODEL)
     rank: int = setting(8, "rank of the change of each weight", group=MODEL)
     alpha: float | None = setting(None, "the change is scaled by alpha / rank; the rank if not given", group=MODEL)
+    rank_for: tuple[str, ...] = setting(
+        (), "other ranks for layers with a part of their name, at the same scale: attn2=16,ff=4", group=MODEL
+    )
     targets: tuple[str, ...] = setting(
-        ATTENTION, "ends of the names of the layers to adapt, with commas between", group=MODEL
+        ATTENTION,
+        "layers of the U-Net to adapt: attention, attention+ff, linear, linear+conv, or ends of names with commas",
+        group=MODEL,
+    )
+    init_from: str | None = setting(
+        None, "LoRA to start from, in its own layers and ranks, instead of a new one", group=MODEL
     )
 
     train_text_encoder: bool = setting(False, "put a LoRA into the text encoders, too", group=MODEL)
@@ -232,6 +240,10 @@ class TrainConfig(Settings):
             follows["class_data"] = str(Path("out") / "-".join(["class", *words]))
         return follows
 
+    def ranks_by_part(self) -> dict[str, int]:
+        """Return --rank-for as a mapping."""
+        return {part: int(rank) for part, rank in (text.split("=") for text in self.rank_for)}
+
     def identity(self) -> dict:
         """Return the settings that what is learnt is a function of, as JSON values.
 
@@ -239,7 +251,7 @@ class TrainConfig(Settings):
         base, it is the content that counts.
         """
         no_part = {"data", "caption", "caption_column", "cache", "model", "model_config", "output", "resume", "also"}
-        no_part |= {"class_data", "class_pictures", "validation", "validate_every"}
+        no_part |= {"init_from", "class_data", "class_pictures", "validation", "validate_every"}
         no_part |= {"micro_batch_size", "gradient_checkpointing", "checkpoint_every", "checkpoints_kept"}
         no_part |= {"sample_prompt", "sample_every"}
         if self.lr_schedule == "constant":
@@ -271,6 +283,18 @@ class TrainConfig(Settings):
         if self.class_data is not None and not self.class_prompt:
             wrong.append("--class-data needs a --class-prompt: what its pictures show")
         wrong += [f"{option(name)} is empty" for name in ("targets", "text_encoder_targets") if not getattr(self, name)]
+        wrong += [
+            f"--rank-for {text}: it takes a part of names and a rank, as attn2=16"
+            for text in self.rank_for
+            if not re.fullmatch(r"[\w.]+=[1-9]\d*", text)
+        ]
+        if self.init_from:
+            given = {"rank": 8, "alpha": float(self.rank), "targets": ATTENTION, "rank_for": ()}
+            wrong += [
+                f"{option(name)} has no effect with --init-from, whose layers and ranks are the file's"
+                for name, default in given.items()
+                if getattr(self, name) != default
+            ]
         if not self.train_text_encoder and self.text_encoder_learning_rate is not None:
             wrong.append("--text-encoder-learning-rate has no effect without --train-text-encoder")
         wrong += [f"--also is {name!r}; it can be kohya, peft" for name in self.also if name not in ("kohya", "peft")]

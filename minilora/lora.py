@@ -45,6 +45,9 @@ from torch import nn
 
 # The attention projections of diffusers' U-Nets; names.py has them too, but this file needs nothing but torch.
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
+SETS = {"attention": ATTENTION, "attention+ff": (*ATTENTION, "ff.net.0.proj", "ff.net.2")}
+KIND_SETS = {"linear": (nn.Linear,), "linear+conv": (nn.Linear, nn.Conv2d)}  # all of a kind inside a U-Net's blocks
+BLOCKS = ("down_blocks.", "mid_block.", "up_blocks.")
 
 
 class Adapter(nn.Module):
@@ -198,42 +201,75 @@ def inject_lora(
     dropout: float = 0.0,
     name: str = "default",
     generator: torch.Generator | None = None,
+    rank_for: Mapping[str, int] | None = None,
 ) -> dict[str, LoRALayer]:
     """Put a new LoRA into `module`, in place, and freeze everything else; return its layers by full name.
 
     A linear layer or convolution is a target if its full name is one of `targets` or ends with "." and
-    one of them: "to_q" means …attn1.to_q, not …foo_to_q.  `alpha` defaults to the rank, a scale of 1.
-    Another `name` puts a second LoRA beside the first.
+    one of them: "to_q" means …attn1.to_q, not …foo_to_q.  Some names stand for many: see `named_targets`.
+    `alpha` defaults to the rank, a scale of 1.  `rank_for` gives layers with a part of their name, as
+    "attn2" or "ff.net.2", another rank, at the same scale; of several that fit the last counts.  Another
+    `name` puts a second LoRA beside the first.
 
     Raises ValueError, naming every module concerned, for a target that matches nothing or matches
     something else, a convolution in groups, a rank that does not fit, a name that is in use.
     """
+    targets = named_targets(module, targets)
     layers = lora_layers(module)
     inside = {f"{path}.{inner}" for path, layer in layers.items() for inner, _ in layer.named_modules() if inner}
     paths = [path for path, _ in module.named_modules() if path not in inside]
     matches = {target: [path for path in paths if f".{path}".endswith(f".{target}")] for target in targets}
     problems = [f"target {target!r} matches no module" for target, found in matches.items() if not found]
-    found = dict.fromkeys(path for found in matches.values() for path in found)
-    for path in found:
+    found = dict.fromkeys((path for found in matches.values() for path in found), rank)
+    for part, other in (rank_for or {}).items():
+        mine = [path for path in found if f".{part}." in f".{path}."]
+        problems += [] if mine else [f"rank for {part!r} fits none of the layers"]
+        found |= dict.fromkeys(mine, other)
+    for path, rank_there in found.items():
         layer = layers[path].base if path in layers else module.get_submodule(path)
         if isinstance(layer, tuple(KINDS)):
             inputs, outputs = layer.weight[0].numel(), len(layer.weight)
-            if not 1 <= rank <= min(inputs, outputs):
-                shape = f"{inputs} to {outputs}"
-                problems.append(f"{path} maps {shape} features; rank {rank} is not between 1 and the smaller of them")
-    return add_lora(module, dict.fromkeys(found, rank), alpha, dropout, name, generator, problems)
+            if not 1 <= rank_there <= min(inputs, outputs):
+                wrong = f"rank {rank_there} is not between 1 and the smaller of them"
+                problems.append(f"{path} maps {inputs} to {outputs} features; {wrong}")
+    alphas = None if alpha is None else {path: alpha * there / rank for path, there in found.items()}
+    return add_lora(module, found, alphas, dropout, name, generator, problems)
+
+
+def named_targets(module: nn.Module, targets: Sequence[str]) -> list[str]:
+    """Return targets with those that stand for many replaced by what they stand for.
+
+    attention      the projections of the attention layers: to_q, to_k, to_v, to_out.0
+    attention+ff   and the two layers behind each: ff.net.0.proj, ff.net.2
+    linear         every linear layer inside the blocks of a U-Net
+    linear+conv    and every convolution there, but those in groups
+
+    The layers before and behind the blocks, which all bases of a family nearly share, are in none.
+    """
+    layers, result = lora_layers(module), []
+    inside = tuple(f"{path}." for path in layers)
+    there = {p: layers[p].base if p in layers else c for p, c in module.named_modules() if not p.startswith(inside)}
+    for target in targets:
+        kinds = KIND_SETS.get(target, ())
+        found = [
+            path
+            for path, child in there.items()
+            if path.startswith(BLOCKS) and isinstance(child, kinds) and getattr(child, "groups", 1) == 1
+        ]
+        result += found or SETS.get(target, (target,))
+    return list(dict.fromkeys(result))
 
 
 def add_lora(
     module: nn.Module,
     ranks: Mapping[str, int],
-    alpha: float | None = None,
+    alphas: Mapping[str, float] | None = None,
     dropout: float = 0.0,
     name: str = "default",
     generator: torch.Generator | None = None,
     problems: Sequence[str] = (),
 ) -> dict[str, LoRALayer]:
-    """Do what `inject_lora` does at exactly the layers in `ranks`, by full name, each with a rank of its own.
+    """Do what `inject_lora` does at exactly the layers in `ranks`, by full name, each with its own rank and alpha.
 
     Raises ValueError, with nothing changed, for `problems` found before and all that are found here.
     """
@@ -255,10 +291,10 @@ def add_lora(
     module.requires_grad_(False)
     for path, child in found.items():
         if isinstance(child, LoRALayer):
-            child.add(ranks[path], alpha, dropout, name, generator)
+            child.add(ranks[path], (alphas or {}).get(path), dropout, name, generator)
         else:
             kind = next(kind for layer, kind in KINDS.items() if isinstance(child, layer))
-            layer = kind(child, ranks[path], alpha, dropout, name, generator)
+            layer = kind(child, ranks[path], (alphas or {}).get(path), dropout, name, generator)
             module.set_submodule(path, layer.train(child.training))
     return {path: module.get_submodule(path) for path in found}
 

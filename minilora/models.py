@@ -328,20 +328,17 @@ class UNetWithText(nn.Module):
         told = encode_tokens(self.text_encoders(), tokens, sizes)
         return self.unet(x, timesteps, **told.inputs())
 
-    def inject(self, *args, **kwargs) -> dict[str, LoRALayer]:
-        """Do `inject_lora` in each text encoder; return the layers by full name."""
-        layers = {}
-        for number, encoder in enumerate(self.text_encoders()):
-            found = inject_lora(encoder, *args, **kwargs)
-            if number == 0 and len(self.text_encoders()) > 1:
-                # The U-Net of XL is told the last layer but one of the first encoder: nothing is learnt behind it.
-                last = f"layers.{encoder.config.num_hidden_layers - 1}"
-                [behind] = [child for path, child in encoder.named_modules() if path.endswith(last)]
-                if lora_layers(behind):
-                    remove_lora(behind)
-                    found = lora_layers(encoder)
-            layers |= {f"{number}.{path}": layer for path, layer in found.items()}
-        return layers
+    def inject(self, *args, **kwargs) -> None:
+        """Do `inject_lora` in each text encoder."""
+        encoders = self.text_encoders()
+        for encoder in encoders:
+            inject_lora(encoder, *args, **kwargs)
+        if len(encoders) > 1:
+            # The U-Net of XL is told the last layer but one of the first encoder: nothing is learnt behind it.
+            last = f"layers.{encoders[0].config.num_hidden_layers - 1}"
+            [behind] = [child for path, child in encoders[0].named_modules() if path.endswith(last)]
+            if lora_layers(behind):
+                remove_lora(behind)
 
 
 def _config_of(path: str) -> str:

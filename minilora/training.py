@@ -8,6 +8,7 @@ position is computed from it (draws.py).  Processes and micro-batches only share
 and a run that was stopped goes on as if it had not been.
 """
 
+import hashlib
 import math
 import shlex
 import sys
@@ -32,8 +33,8 @@ from .dreambooth import class_pictures
 from .files import write_whole
 from .folder import read_folder, read_folders
 from .formats import AVERAGE_NAME, FILE_NAME
-from .lora import inject_lora, load_lora_state_dict, lora_parameters, lora_state_dict
-from .models import DTYPES, Base, UNetWithText, fingerprint, save_lora
+from .lora import inject_lora, load_lora_state_dict, lora_layers, lora_parameters, lora_state_dict
+from .models import DTYPES, Base, UNetWithText, fingerprint, load_lora, save_lora
 from .objectives import Denoising, Objective
 from .validation import BEST, FIGURES, Validation
 
@@ -154,15 +155,9 @@ def prepare(config: TrainConfig, objective: Objective, ranks: Ranks) -> Run:
 
     unet = base.unet
     network = (UNetWithText(base) if config.train_text_encoder else unet).train()
-    try:
-        generator = torch.Generator().manual_seed(config.seed)
-        layers = inject_lora(unet, config.rank, config.alpha, config.targets, generator=generator)
-        unet_parameters, text_parameters = lora_parameters(unet), []
-        if config.train_text_encoder:
-            layers |= network.inject(config.rank, config.alpha, config.text_encoder_targets, generator=generator)
-            text_parameters = lora_parameters(network)[len(unet_parameters) :]
-    except ValueError as error:
-        raise UserError(str(error)) from error
+    identity |= put_lora(network, unet, config)
+    layers, unet_parameters = lora_layers(network), lora_parameters(unet)
+    text_parameters = lora_parameters(network)[len(unet_parameters) :]
     if config.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
     if ranks.device.type == "cuda":
@@ -186,12 +181,33 @@ def prepare(config: TrainConfig, objective: Objective, ranks: Ranks) -> Run:
     ranks.say(f"pictures   {len(items)} of {', '.join(config.data)}, at {seen_at} pixels")
     if others:
         ranks.say(f"class      {len(others)} pictures of {config.class_prompt!r}, every other one that is seen")
-    ranks.say(f"LoRA       rank {config.rank}, alpha {config.alpha:g}, in {len(layers)} layers")
+    each = sorted({(a.rank, a.alpha) for layer in layers.values() for a in layer.adapters.values()})
+    rank, alpha = (
+        f"{low:g}" if low == high else f"{low:g} to {high:g}" for low, high in zip(each[0], each[-1], strict=True)
+    )
+    ranks.say(f"LoRA       rank {rank}, alpha {alpha}, in {len(layers)} layers")
     ranks.say(f"trained    {numbers:,} of {total:,} parameters")
     ranks.say(f"batch      {config.batch_size} = {shares}")
     average = {name: tensor.clone() for name, tensor in lora_state_dict(network).items()} if config.ema else {}
     trained = network, model, parameters, average, optimizer, scaler
     return Run(config, objective, ranks, shares, base, examples, held_out, identity, *trained)
+
+
+def put_lora(network: nn.Module, unet: nn.Module, config: TrainConfig) -> dict:
+    """Put the LoRA that is trained into the network; return what the run is a function of by it, as JSON values."""
+    if config.init_from:
+        load_lora(network, config.init_from)
+        numbers = b"".join(parameter.detach().cpu().numpy().tobytes() for parameter in lora_parameters(network))
+        return {"init_from": hashlib.sha256(numbers).hexdigest()}
+    generator = torch.Generator().manual_seed(config.seed)
+    try:
+        settings = config.rank, config.alpha, config.targets
+        inject_lora(unet, *settings, generator=generator, rank_for=config.ranks_by_part())
+        if config.train_text_encoder:
+            network.inject(config.rank, config.alpha, config.text_encoder_targets, generator=generator)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    return {}
 
 
 def _sizes_for(base: Base, resolution: int) -> list[Size]:

@@ -253,7 +253,7 @@ def test_a_learning_rate_of_their_own(family_base, pictures, tmp_path):
 def test_resumed_equals_uninterrupted(family_base, pictures, tmp_path):
     config = with_text(family_base, pictures, tmp_path, "sdxl", steps=4, micro_batch_size=2)
     whole = train(replace(config, output=str(tmp_path / "whole"))).read_bytes()
-    train(replace(config, steps=2))
+    train(replace(config, steps=2, checkpoint_every=2))
     assert train(replace(config, resume=True)).read_bytes() == whole
 
 

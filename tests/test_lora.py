@@ -22,6 +22,7 @@ from minilora import (
     set_lora_scale,
     unmerge_lora,
 )
+from minilora.lora import ATTENTION, named_targets
 
 
 class MLP(nn.Module):
@@ -420,3 +421,35 @@ def test_each_picture_of_a_batch_can_have_a_strength_of_its_own(tiny_unet):
             alone = tiny_unet(x[number : number + 1], t, text[number : number + 1]).sample
             # A batch of three and one of one differ by the order of sums.
             torch.testing.assert_close(together[number : number + 1], alone, rtol=1e-4, atol=1e-5)
+
+
+# ------------------------------------------------------------------------------------ sets and ranks
+
+
+def test_sets_stand_for_what_is_said(tiny_unet):
+    sets = {name: set(named_targets(tiny_unet, [name])) for name in ("linear", "linear+conv")}
+    inside = {path: child for path, child in tiny_unet.named_modules() if path.startswith(("down", "mid", "up"))}
+    linear = {path for path, child in inside.items() if isinstance(child, nn.Linear)}
+    assert sets["linear"] == linear
+    assert sets["linear+conv"] == linear | {path for path, child in inside.items() if isinstance(child, nn.Conv2d)}
+    assert named_targets(tiny_unet, ["attention"]) == list(ATTENTION)
+    assert named_targets(tiny_unet, ["attention+ff", "to_q", "conv1"]) == [
+        *ATTENTION,
+        *("ff.net.0.proj", "ff.net.2", "conv1"),
+    ]
+    for name in ("attention", "attention+ff", "linear", "linear+conv"):
+        count = len(inject_lora(tiny_unet, 2, targets=[name], name=name))
+        assert count == len(inject_lora(tiny_unet, 2, targets=[name], name=f"{name} again"))  # beside the first
+    with pytest.raises(ValueError, match="target 'linear' matches no module"):
+        inject_lora(nn.Sequential(nn.Linear(2, 2)), 1, targets=["linear"])
+
+
+def test_ranks_by_parts_of_names(tiny_unet):
+    layers = inject_lora(tiny_unet, 4, 2.0, ["attention+ff"], rank_for={"attn2": 2, "ff": 6, "mid_block": 3})
+    for path, layer in layers.items():
+        adapter = layer.adapters["default"]
+        expected = 3 if path.startswith("mid_block") else 2 if ".attn2." in path else 6 if ".ff." in path else 4
+        assert adapter.rank == expected, path
+        assert adapter.scale == pytest.approx(0.5), path  # the same everywhere
+    with pytest.raises(ValueError, match="rank for 'attn' fits none of the layers"):
+        inject_lora(tiny_unet, 4, name="other", rank_for={"attn": 2})  # a part of a part is none

@@ -521,7 +521,7 @@ def test_the_average_follows_the_lora(run):
 
 def test_the_average_goes_on_after_a_stop(run):
     whole = run("whole", ema=0.9)
-    run("stopped", ema=0.9, steps=3)
+    run("stopped", ema=0.9, steps=3, checkpoint_every=3)
     resumed = run("stopped", ema=0.9, resume=True, checkpoint_every=3)
     for name in (FILE_NAME, AVERAGE_NAME):
         assert (resumed / name).read_bytes() == (whole / name).read_bytes()
@@ -532,3 +532,34 @@ def test_zero_terminal_snr_trains_and_draws_with_the_changed_schedule(family_bas
     train(TrainConfig(model=str(family_base("sd2")), steps=2, zero_terminal_snr=True, checkpoint_every=2, **places))
     with pytest.raises(UserError, match="predicts epsilon"):
         train(TrainConfig(model=str(family_base("sd1")), steps=2, zero_terminal_snr=True, **places))
+
+
+def test_ranks_and_sets_from_the_settings(run):
+    folder = run("a", targets=("attention+ff",), rank_for=("attn2=1", "ff.net.2=3"), checkpoint_every=6)
+    ranks = {key: len(tensor) for key, tensor in weights(folder).items() if "lora_A" in key}
+    assert {rank for key, rank in ranks.items() if ".attn2." in key} == {1}
+    assert {rank for key, rank in ranks.items() if ".ff.net.2." in key} == {3}
+    assert {rank for key, rank in ranks.items() if ".attn1." in key or ".ff.net.0." in key} == {2}
+    again = run("a", targets=("attention+ff",), rank_for=("attn2=1", "ff.net.2=3"), steps=8, resume=True)
+    assert weights(again).keys() == weights(folder).keys()
+    with pytest.raises(UserError, match="--rank-for attn2: it takes a part of names and a rank, as attn2=16"):
+        run("b", rank_for=("attn2",))
+
+
+def test_a_lora_is_trained_on(run):
+    first = run("first", steps=6, targets=("to_q", "ff.net.2"), rank_for=("ff=3",), alpha=1.0)
+    untouched = run("untouched", steps=1, rank=8, learning_rate=1e-12, init_from=str(first))
+    assert relative_difference(first, untouched) < 1e-5  # of its own layers and ranks, with the scale in B
+    on = run("on", steps=6, rank=8, init_from=str(first))
+    assert weights(on).keys() == weights(first).keys()
+    assert relative_difference(first, on) > 0.01
+    run("stopped", steps=3, rank=8, init_from=str(first), checkpoint_every=3)
+    resumed = run("stopped", steps=6, rank=8, init_from=str(first / FILE_NAME), resume=True)
+    assert (resumed / FILE_NAME).read_bytes() == (on / FILE_NAME).read_bytes()
+    run("other", steps=3, rank=8, init_from=str(first), checkpoint_every=3)
+    with pytest.raises(UserError, match="belongs to another run: init_from was"):
+        run("other", rank=8, init_from=str(on), resume=True)
+    with pytest.raises(UserError, match="--rank has no effect with --init-from"):
+        run("b", init_from=str(first))
+    with pytest.raises(UserError, match=r"LoRA .*gone"):
+        run("c", rank=8, init_from="gone")
