@@ -19,6 +19,11 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 from minilora.models import BUNDLED
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Let the README's commands run first: one long test that came last would be waited for alone."""
+    items.sort(key=lambda item: item.path.name != "test_readme.py")
+
+
 def make_tiny_unet() -> UNet2DConditionModel:
     torch.manual_seed(0)
     return UNet2DConditionModel(
