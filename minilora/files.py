@@ -15,13 +15,13 @@ import math
 import os
 import shutil
 import struct
+import sys
 from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass
 from operator import index
 from pathlib import Path
-from threading import Event
 from typing import BinaryIO
 
 import numpy as np
@@ -29,8 +29,9 @@ import numpy as np
 from .config import UserError
 from .dtypes import DTYPES, NAMES
 
-CHUNK = 1 << 21  # bytes that are worked on at a time: few enough to stay in a processor's cache
+CHUNK = 1 << 20  # bytes that are worked on at a time: few enough to stay in a processor's cache
 COMPUTING = 2  # threads that change tensors, beside the one that copies
+UNCACHED = 0x80 if sys.platform == "linux" else 0  # RWF_DONTCACHE of Linux 6.14, which Python has no name for yet
 PICKLES = (".pt", ".pth", ".ckpt", ".bin")
 PICKLE_HELP = (
     "a pickle, which can run code when it is opened, is not read; where you trust it, convert it with "
@@ -201,25 +202,15 @@ def rewrite(file: TensorFile, target: Path, changes: Mapping[str, Callable[[Bina
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     with open(file.path, "rb", buffering=0) as source, open(target, "wb", buffering=0) as out:
-        pool = ThreadPoolExecutor(2 + COMPUTING)  # copying, flushing and computing do not wait for each other
-        done = Event()
+        pool = ThreadPoolExecutor(1 + COMPUTING)  # copying and computing do not wait for each other
         try:
-            flushed = pool.submit(_flush_until, done, out.fileno())
             jobs = [pool.submit(_copy_unchanged, file, changes.keys(), source.fileno(), out.fileno())]
             jobs += [pool.submit(_write_change, file, key, change, out.fileno()) for key, change in changes.items()]
             for job in as_completed(jobs):
                 job.result()
         finally:
-            done.set()
             pool.shutdown(cancel_futures=True)
-        flushed.result()
         os.fsync(out.fileno())
-
-
-def _flush_until(done: Event, out: int) -> None:
-    """Have the disk write what there is of a file while more of it comes: at the end it would all be waited for."""
-    while not done.wait(0.1):
-        os.fdatasync(out)
 
 
 def _write_change(file: TensorFile, key: str, change: Callable[[BinaryIO], Iterator], out: int) -> None:
@@ -243,23 +234,14 @@ def _copy_unchanged(file: TensorFile, changed: Collection[str], source: int, out
 
 
 def copy_bytes(source: int, out: int, begin: int, end: int, path: Path) -> None:
-    """Copy the bytes from `begin` to `end` of one open file to the same place of another, in the kernel if it can."""
-    in_kernel = hasattr(os, "copy_file_range")
+    """Copy the bytes from `begin` to `end` of one open file to the same place of another."""
+    buffer = memoryview(bytearray(min(CHUNK, end - begin)))
     while begin < end:
-        done = 0
-        if in_kernel:
-            try:
-                done = os.copy_file_range(source, out, end - begin, begin, begin)
-            except OSError as error:
-                if error.errno not in (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP):
-                    raise
-                in_kernel = False  # not between these two files
-        if not done:
-            piece = os.pread(source, min(CHUNK, end - begin), begin)
-            if not piece:
-                raise UserError(f"{path}: it became shorter while it was read")
-            done = os.pwrite(out, piece, begin)
-        begin += done
+        count = os.preadv(source, [buffer[: end - begin]], begin)
+        if not count:
+            raise UserError(f"{path}: it became shorter while it was read")
+        write_at(out, buffer[:count], begin)
+        begin += count
 
 
 def read_exactly(source: BinaryIO, piece: memoryview | np.ndarray, path: Path) -> None:
@@ -273,7 +255,16 @@ def read_exactly(source: BinaryIO, piece: memoryview | np.ndarray, path: Path) -
 
 
 def write_at(out: int, piece, place: int) -> None:
-    """Write all of some bytes to a place in an open file."""
+    """Write all of some bytes to a place in an open file, not to stay in the page cache if the system can do that.
+
+    Nobody reads them again soon, and finding fresh pages for them takes longer than all else that is done to them.
+    """
     done = 0
     while done < len(piece):
-        done += os.pwrite(out, piece[done:], place + done)
+        rest = [piece[done:]]
+        try:
+            done += os.pwritev(out, rest, place + done, UNCACHED)
+        except OSError as error:
+            if not UNCACHED or error.errno != errno.EOPNOTSUPP:  # an older system, or another file system
+                raise
+            done += os.pwritev(out, rest, place + done)

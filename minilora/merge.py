@@ -13,6 +13,7 @@ BASE is a diffusers folder or a single file in the original layout.
 
 import math
 import os
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
@@ -167,6 +168,17 @@ def _plan(checkpoint: Checkpoint, read: list[LoRA], loras: list[tuple[Path, floa
     return plan, list(folded.values())
 
 
+_kept = threading.local()
+
+
+def _buffer(name: str, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """Return an array over memory that this thread keeps: pages that are new cost as much as the sums on them."""
+    size = math.prod(shape) * dtype.itemsize
+    if len(getattr(_kept, name, b"")) < size:
+        setattr(_kept, name, np.empty(size, np.uint8))
+    return getattr(_kept, name)[:size].view(dtype).reshape(shape)
+
+
 def _added(
     file: TensorFile, key: str, parts: list[Part], norms: dict[str, float], keep: Callable | None, source: BinaryIO
 ) -> Iterator[np.ndarray]:
@@ -175,9 +187,9 @@ def _added(
     stored, sum_type = DTYPES[entry.dtype], np.float64 if entry.dtype == "F64" else parts[0].A.dtype
     columns = math.prod(entry.shape[1:])
     rows_at_once = max(1, CHUNK // (stored.itemsize * columns))
-    raw = np.empty((rows_at_once, columns), stored)
-    wide = np.empty(raw.shape, sum_type)
-    product = np.empty(raw.shape, parts[0].A.dtype)
+    shape = rows_at_once, columns
+    raw, wide = _buffer("raw", shape, stored), _buffer("wide", shape, np.dtype(sum_type))
+    product = _buffer("product", shape, parts[0].A.dtype)
     squares = dict.fromkeys((part.module for part in parts), 0.0)
     for first in range(0, entry.shape[0], rows_at_once):
         rows = min(rows_at_once, entry.shape[0] - first)
