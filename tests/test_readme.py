@@ -1,10 +1,14 @@
 """Every command of the README and of the pages in docs/ runs, with small settings, in the order it stands there."""
 
+import multiprocessing
+import os
 import re
+import runpy
 import shlex
 import shutil
 import subprocess
 import sys
+import uuid
 from pathlib import Path
 
 import pytest
@@ -46,16 +50,53 @@ def small(command: str, tiny_base: Path, tiny_xl: str = "") -> str:
     return command
 
 
-def call(command: str, folder: Path) -> subprocess.Popen:
-    words = shlex.split(command)
-    programs = {"python": [], "torchrun": ["-m", "torch.distributed.run"]}
-    words = [sys.executable, *programs[words[0]], *words[1:]]
-    return subprocess.Popen(words, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+# Processes that python starts are forked from one that has imported already what takes seconds to import.
+FORKED = multiprocessing.get_context("forkserver")
+FORKED.set_forkserver_preload(
+    ["minilora.training", "minilora.evaluate", "minilora.apps.distill", "minilora.apps.morph"]
+)
 
 
-def finish(process: subprocess.Popen, command: str) -> str:
-    output, _ = process.communicate()
-    assert process.returncode == 0, f"{command}\n{output}"
+def become(words: list[str], folder: Path, log: Path) -> None:
+    """Do in this new process what `python words` does in a folder, writing down what it prints."""
+    os.chdir(folder)
+    with open(log, "wb") as out:
+        os.dup2(out.fileno(), 1)
+        os.dup2(out.fileno(), 2)
+    sys.path.insert(0, str(folder))
+    if words[0] == "-m":
+        sys.argv = words[1:]
+        runpy.run_module(words[1], run_name="__main__", alter_sys=True)
+    else:
+        sys.argv = words
+        runpy.run_path(words[0], run_name="__main__")
+
+
+def call(command: str, folder: Path) -> tuple[str, Path, object]:
+    """Start a command in a folder; `finish` waits for it."""
+    program, *words = shlex.split(command)
+    log = folder / f"{uuid.uuid4().hex}.log"
+    if program == "python":
+        process = FORKED.Process(target=become, args=(words, folder, log))
+        process.start()
+    else:
+        words = [sys.executable, "-m", {"torchrun": "torch.distributed.run"}[program], *words]
+        with open(log, "wb") as out:
+            process = subprocess.Popen(words, cwd=folder, stdout=out, stderr=subprocess.STDOUT)
+    return command, log, process
+
+
+def finish(started: tuple[str, Path, object]) -> str:
+    """Wait for a command, which must succeed, and return what it printed."""
+    command, log, process = started
+    if isinstance(process, subprocess.Popen):
+        code = process.wait()
+    else:
+        process.join()
+        code = process.exitcode
+    output = log.read_text()
+    log.unlink()
+    assert code == 0, f"{command}\n{output}"
     return output
 
 
@@ -84,15 +125,14 @@ def test_every_command_of_the_readme_runs(folder, tiny_base, family_base):
         if "--nnodes 2" in command:  # two machines: two torchruns on this one
             command = command.replace("first.machine", "localhost")
             second = command.replace("--node-rank 0", "--node-rank 1")
-            machines = [(call(c, folder), c) for c in (command, second)]
-            for process, each in machines:
-                finish(process, each)
+            for machine in [call(each, folder) for each in (command, second)]:
+                finish(machine)
         else:
-            output = finish(call(command, folder), command)
+            output = finish(call(command, folder))
             if "train.py" in command:
                 # The last line is itself a command; it runs too.
                 suggested = output.strip().splitlines()[-1].removeprefix("next").strip()
-                finish(call(small(suggested, tiny_base), folder), suggested)
+                finish(call(small(suggested, tiny_base), folder))
         ran += 1
     assert ran >= 10
     assert (folder / "out" / "mountain" / "samples" / "before_after.png").exists()
@@ -103,12 +143,12 @@ def test_every_recipe_runs(command, folder, family_base):
     model = f" --model {family_base('sd2')}"  # which predicts v, as the bundled base does
     if "--init-from" in command:
         first = small("python train.py --data dataset/fluent", "") + model
-        finish(call(first, folder), first)
+        finish(call(first, folder))
     command = small(command, "").replace("=16", "=2").replace("=4", "=3") + model  # it is only 8 wide
-    output = finish(call(command, folder), command)
+    output = finish(call(command, folder))
     # The line that it ends with draws with what was learnt.
     suggested = small(output.strip().splitlines()[-1].removeprefix("next").strip(), "")
-    finish(call(suggested, folder), suggested)
+    finish(call(suggested, folder))
 
 
 @pytest.mark.parametrize("page", PAGES)
@@ -119,7 +159,7 @@ def test_every_command_of_a_page_runs(page, folder, tiny_base):
     for command in commands(PAGES[page]):
         command = small(command, tiny_base)
         command += "" if "--model" in command else f" --model {tiny_base}"
-        finish(call(command, folder), command)
+        finish(call(command, folder))
 
 
 def test_the_command_beside_the_figures_of_a_page_is_one_of_its_commands():
@@ -153,6 +193,6 @@ def test_its_python_runs(tmp_path, monkeypatch, tiny_unet):
 
 @pytest.mark.parametrize("command", ["train.py", "sample.py"])
 def test_help_works_from_anywhere(command, tmp_path):
-    output = finish(call(f"python {ROOT / command} --help", tmp_path), command)
+    output = finish(call(f"python {ROOT / command} --help", tmp_path))
     assert "--seed" in output
     assert "bundled" in output

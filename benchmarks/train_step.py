@@ -1,0 +1,282 @@
+"""Time and memory of a training step: minilora, the script that everybody starts from, and the bare U-Net.
+
+    python benchmarks/train_step.py --peer diffusers/examples/text_to_image/train_text_to_image_lora.py
+
+Makes a base of Stable Diffusion 1.5's shapes with random weights, in bfloat16, and pictures.  The contenders
+run in turn, as whole processes that end after a few steps, with the same settings: bfloat16, batch 1, rank 8
+on the attention projections.  A step is what lies between two calls of AdamW's `step`, which is watched from
+outside in the same way for both.  The unit is a forward pass of the same U-Net without anything about it: a
+frozen base takes one forward and one backward pass, so that nothing can be below about two.
+
+Peak memory is the most that the process itself had resident, on a GPU the most that it had allocated there.
+The peer runs if --peer is given and accelerate, datasets and peft are installed.
+"""
+
+import argparse
+import json
+import os
+import runpy
+import shutil
+import subprocess
+import sys
+import time
+import types
+from itertools import pairwise
+from pathlib import Path
+from statistics import median
+
+ROOT = Path(__file__).parents[1]
+WARM_UP = 2  # steps that are not counted
+FORWARDS = 7
+SWEEPS = {
+    "batch": (1, 2, 4, 8),
+    "resolution": (256, 512, 768),
+    "rank": (4, 8, 16, 32, 64, 128),
+    "pictures": (8, 100, 1000),
+    "processes": (1, 2),
+}
+
+
+# --------------------------------------------------------------------------------- what a child does
+
+
+def make_base(folder: Path) -> None:
+    """Write a Stable Diffusion of 1.5's shapes with random weights, in bfloat16."""
+    import torch
+    from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+    torch.manual_seed(0)
+    tokenizer = CLIPTokenizer.from_pretrained(ROOT / "minilora" / "base", subfolder="tokenizer", model_max_length=77)
+    vae = AutoencoderKL(
+        block_out_channels=(128, 256, 512, 512),
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        layers_per_block=2,
+        sample_size=512,
+    )
+    text = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
+    parts = {
+        "unet": UNet2DConditionModel(sample_size=64, cross_attention_dim=768),
+        "vae": vae,
+        "text_encoder": CLIPTextModel(CLIPTextConfig(eos_token_id=tokenizer.eos_token_id, **text)),
+        "scheduler": DDIMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012),
+        "tokenizer": tokenizer,
+    }
+    for name in ("unet", "vae", "text_encoder"):
+        parts[name].to(torch.bfloat16)
+    none = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+    StableDiffusionPipeline(**parts, **none).save_pretrained(folder)
+
+
+def make_pictures(folder: Path, count: int) -> None:
+    """Write so many pictures of 768 pixels, with captions."""
+    import numpy as np
+    from PIL import Image
+
+    folder.mkdir(parents=True)
+    lines = []
+    for number in range(count):
+        coarse = np.random.default_rng(number).integers(0, 256, (24, 24, 3), dtype=np.uint8)
+        Image.fromarray(coarse).resize((768, 768), Image.Resampling.BICUBIC).save(folder / f"{number:04d}.jpg")
+        lines.append(json.dumps({"file_name": f"{number:04d}.jpg", "text": f"picture number {number}"}) + "\n")
+    (folder / "metadata.jsonl").write_text("".join(lines))
+
+
+def forward(base: Path) -> list[float]:
+    """Return the seconds of forward passes of the U-Net, without gradients."""
+    import torch
+    from diffusers import UNet2DConditionModel
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    unet = UNet2DConditionModel.from_pretrained(
+        base, subfolder="unet", torch_dtype=torch.bfloat16, low_cpu_mem_usage=False
+    )
+    unet.to(device)
+    x, text = (torch.randn(shape, device=device, dtype=torch.bfloat16) for shape in ((1, 4, 64, 64), (1, 77, 768)))
+    seconds = []
+    with torch.no_grad():
+        for _ in range(FORWARDS):
+            started = time.perf_counter()
+            unet(x, torch.tensor([500], device=device), text)
+            if device == "cuda":
+                torch.cuda.synchronize()
+            seconds.append(time.perf_counter() - started)
+    return seconds
+
+
+def watch(script: str, arguments: list[str], steps: int, report: Path) -> None:
+    """Run a script as `python script arguments` does, until AdamW made so many steps; write down when it made them."""
+    import torch
+
+    times, step = [], torch.optim.AdamW.step
+
+    def watched(self, *args, **kwargs):
+        result = step(self, *args, **kwargs)
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        times.append(time.time())
+        if len(times) == steps:
+            gpu = torch.cuda.max_memory_allocated() / 2**20 if torch.cuda.is_available() else None
+            if os.environ.get("RANK", "0") == "0":
+                report.write_text(json.dumps({"times": times, "gpu": gpu}))
+            os._exit(0)  # what comes after the last step is not what is measured
+        return result
+
+    torch.optim.AdamW.step = watched
+    if Path(script).parent != ROOT:
+        stand_in_for_torchvision()
+    sys.argv = [script, *arguments]
+    runpy.run_path(script, run_name="__main__")
+
+
+def stand_in_for_torchvision() -> None:
+    """Give the peer its few transforms where torchvision is not installed or does not fit the installed torch."""
+    import accelerate  # noqa: F401  these four look for torchvision, and are to find what is there
+    import datasets  # noqa: F401
+    import diffusers  # noqa: F401
+    import numpy as np
+    import torch
+    import transformers  # noqa: F401
+    from PIL import Image
+
+    try:
+        from torchvision import transforms  # noqa: F401
+    except (ImportError, RuntimeError):
+        module, child = types.ModuleType("torchvision"), types.ModuleType("torchvision.transforms")
+        child.InterpolationMode = types.SimpleNamespace(LANCZOS=Image.Resampling.LANCZOS)
+        child.Compose = lambda steps: lambda x: [x := step(x) for step in steps][-1]
+        child.Resize = lambda size, interpolation: lambda p: p.resize((size, size), interpolation)
+        child.CenterCrop = child.RandomCrop = lambda size: lambda p: p.crop((0, 0, size, size))
+        child.RandomHorizontalFlip = lambda: lambda p: p
+        child.Lambda = lambda function: function
+        child.ToTensor = lambda: lambda p: torch.from_numpy(np.array(p)).permute(2, 0, 1) / 255
+        child.Normalize = lambda mean, std: lambda x: (x - mean[0]) / std[0]
+        module.transforms = child
+        sys.modules |= {"torchvision": module, "torchvision.transforms": child}
+
+
+# ------------------------------------------------------------------------------------- what the parent does
+
+
+def child(*arguments: str, processes: int = 1, **environment: str) -> float:
+    """Run this file in a process of its own, or in several, and return its peak resident memory in MB."""
+    start = [sys.executable]
+    if processes > 1:
+        start += ["-m", "torch.distributed.run", "--nproc-per-node", str(processes)]
+    command = [*start, __file__, "--child", *arguments]
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env={**os.environ, **environment}
+    )
+    output = process.stdout.read().decode()
+    _, status, usage = os.wait4(process.pid, 0)
+    if status:
+        sys.exit(f"{' '.join(command)}\n{output}")
+    return usage.ru_maxrss / 1024
+
+
+def run(work: Path, script: Path, arguments: list[str], steps: int, processes: int = 1) -> dict[str, float]:
+    """Run a contender; return seconds per step, until the first step, and its peak memory in MB."""
+    report = work / "report.json"
+    report.unlink(missing_ok=True)
+    offline = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(work / "hf"), "TOKENIZERS_PARALLELISM": "false"}
+    started = time.time()
+    peak = child("watch", str(script), str(steps), str(report), *arguments, processes=processes, **offline)
+    seen = json.loads(report.read_text())
+    ends = seen["times"]
+    each = [later - earlier for earlier, later in pairwise(ends)]
+    return {"step": median(each[WARM_UP - 1 :]), "first": ends[0] - started, "memory": seen["gpu"] or peak}
+
+
+def minilora(work: Path, data: Path, **settings) -> list[str]:
+    """Return the arguments of train.py for the settings that all contenders have, and others."""
+    shared = {"data": data, "model": work / "base", "precision": "bf16", "resolution": 512, "batch-size": 1, "rank": 8}
+    shared |= {"steps": 1000, "checkpoint-every": 1000, "cache": work / "cache", "output": work / "out"}
+    return [word for name, value in (shared | settings).items() for word in (f"--{name}", str(value))]
+
+
+def peer(work: Path, data: Path) -> list[str]:
+    """Return the arguments of the official script for the same settings."""
+    shared = {"train_data_dir": data, "pretrained_model_name_or_path": work / "base", "mixed_precision": "bf16"}
+    shared |= {"resolution": 512, "train_batch_size": 1, "rank": 8, "max_train_steps": 1000, "caption_column": "text"}
+    shared |= {"output_dir": work / "out", "cache_dir": work / "hf", "checkpointing_steps": 1000, "learning_rate": 1e-4}
+    return ["--center_crop", *(word for name, value in shared.items() for word in (f"--{name}", str(value)))]
+
+
+def pictures(work: Path, count: int) -> Path:
+    folder = work / f"pictures-{count}"
+    if not folder.exists():
+        make_pictures(folder, count)
+    return folder
+
+
+def compare(work: Path, script: Path | None, rounds: int, steps: int) -> None:
+    """Print the table of minilora, its peer and the bare forward pass."""
+    data, unit = pictures(work, 8), work / "forward.json"
+    run(work, ROOT / "train.py", minilora(work, data), WARM_UP + 1)  # fills the cache
+    runs, forwards = {"minilora": []} | ({"official script": []} if script else {}), []
+    for _ in range(rounds):
+        child("forward", str(work / "base"), str(unit))
+        forwards.append(median(json.loads(unit.read_text())[WARM_UP:]))
+        if script:
+            runs["official script"].append(run(work, script, peer(work, data), steps))
+        runs["minilora"].append(run(work, ROOT / "train.py", minilora(work, data), steps))
+        shutil.rmtree(work / "out", ignore_errors=True)
+    print("| contender | seconds per step | in forward passes | until the first step | peak MB | ratios to the peer |")
+    print("|---|---|---|---|---|---|")
+    for name, results in runs.items():
+        step, first, memory = (median(one[key] for one in results) for key in ("step", "first", "memory"))
+        passes = median(one["step"] / unit for one, unit in zip(results, forwards, strict=True))
+        ratios = "1.00"
+        if script and name == "minilora":
+            pairs = list(zip(results, runs["official script"], strict=True))
+            each = [f"{median(a[key] / b[key] for a, b in pairs):.2f}" for key in ("step", "first", "memory")]
+            ratios = "step {}, first step {}, memory {}".format(*each)
+        print(f"| {name} | {step:.2f} | {passes:.2f} | {first:.1f} | {memory:.0f} | {ratios} |", flush=True)
+    print(f"| bare U-Net, forward | {median(forwards):.2f} | 1.00 | | | |")
+
+
+def sweep(work: Path, what: str, steps: int) -> None:
+    """Print a table of minilora's step for the values of one setting."""
+    print(f"| {what} | seconds per step | until the first step | peak MB | of the cache, MB |\n|---|---|---|---|---|")
+    for value in SWEEPS[what]:
+        data, cache = pictures(work, value if what == "pictures" else 8), work / f"cache-{what}"
+        shutil.rmtree(cache, ignore_errors=True)
+        changed = {"batch": {"batch-size": value}, "processes": {"batch-size": 2}}
+        settings = changed.get(what, {what: value} if what != "pictures" else {}) | {"cache": cache}
+        processes = value if what == "processes" else 1
+        one = run(work, ROOT / "train.py", minilora(work, data, **settings), steps, processes)
+        size = sum(path.stat().st_size for path in cache.rglob("*") if path.is_file()) / 2**20
+        row = f"{value} | {one['step']:.2f} | {one['first']:.1f} | {one['memory']:.0f} | {size:.1f}"
+        print(f"| {row} |", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--work", type=Path, default=Path(".cache/benchmark"), help="folder for 3 GB of files")
+    parser.add_argument("--peer", type=Path, metavar="SCRIPT", help="train_text_to_image_lora.py of diffusers")
+    parser.add_argument("--rounds", type=int, default=3, help="times that each contender runs; medians count")
+    parser.add_argument("--steps", type=int, default=8, help=f"steps of a run; {WARM_UP} of them are not counted")
+    parser.add_argument("--sweep", choices=SWEEPS, help="minilora alone, for several values of a setting")
+    args = parser.parse_args()
+    work = args.work.resolve()
+    work.mkdir(parents=True, exist_ok=True)
+    if not (work / "base").exists():
+        child("make", str(work / "base"))
+    if args.sweep:
+        sweep(work, args.sweep, args.steps)
+    else:
+        compare(work, args.peer and args.peer.resolve(), args.rounds, args.steps)
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] != ["--child"]:
+        main()
+    else:  # a process of its own, so that its memory and its imports are its own
+        job, *rest = sys.argv[2:]
+        if job == "make":
+            make_base(Path(rest[0]))
+        elif job == "forward":
+            Path(rest[1]).write_text(json.dumps(forward(Path(rest[0]))))
+        else:
+            watch(rest[0], rest[3:], int(rest[1]), Path(rest[2]))
