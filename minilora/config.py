@@ -205,6 +205,9 @@ class TrainConfig(Settings):
         "train on the U-Net's own errors too, keeping details by this power (DREAM); 1 is common",
         group=TRAINING,
     )
+    dropout: float = setting(
+        0.0, "share of each adapted layer's input that a picture's change does without, below 1", group=TRAINING
+    )
     timestep_range: tuple[int, ...] | None = setting(
         None, "lowest timestep that is trained, and the first above the highest; all if not given", group=TRAINING
     )
@@ -276,7 +279,7 @@ class TrainConfig(Settings):
             given = ",".join(map(str, low_high))
             wrong.append(f"--timestep-range is {given}; it takes two numbers, the lowest and one above the highest")
         wrong += self.out_of_range(0, "warmup_steps noise_offset seed")
-        wrong += self.out_of_range(0, "caption_dropout", high=1)
+        wrong += self.out_of_range(0, "caption_dropout", high=1) + self.out_of_range(0, "dropout", high=0.99)
         wrong += self.out_of_range(1, "class_pictures") + self.out_of_range(0, "prior_weight", strict=True)
         if self.class_prompt and self.buckets:
             wrong.append("--class-prompt and --buckets cannot be given at once: a batch holds both kinds, of one size")

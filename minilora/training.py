@@ -12,6 +12,7 @@ import hashlib
 import math
 import shlex
 import sys
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,7 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from . import checkpoint, sampling
+from . import checkpoint, draws, sampling
 from .buckets import Size, bucket_sizes
 from .card import model_card
 from .config import SampleConfig, TrainConfig, UserError
@@ -246,6 +247,7 @@ def optimizer_step(run: Run, step: int, learning_rate: float) -> tuple[float, fl
     micro_batches = run.shares.positions(step)
     for number, positions in enumerate(micro_batches, start=1):
         batch = run.examples.batch(positions, device)
+        drop_features(run, positions)
         # The gradients of the micro-batches add up, and only the last backward pass averages them over
         # the processes.  no_sync must be around the forward pass too, or it has no effect.
         last = number == len(micro_batches)
@@ -273,6 +275,16 @@ def optimizer_step(run: Run, step: int, learning_rate: float) -> tuple[float, fl
     run.objective.after_step()
     follow(run, step)
     return loss_mean, grad_norm
+
+
+def drop_features(run: Run, positions: Sequence[int]) -> None:
+    """Let each picture's change do without some of the input of each layer, others at each position: --dropout."""
+    if dropout := run.config.dropout:
+        for path, layer in lora_layers(run.network).items():
+            adapter, what = layer.adapters["default"], f"dropout of {path}"
+            count = adapter.lora_A.shape[1]
+            keep = [draws.kept(run.config.seed, what, position, count, dropout) for position in positions]
+            adapter.keep = torch.stack(keep).to(run.ranks.device)  # (batch, in)
 
 
 @torch.no_grad()

@@ -87,6 +87,7 @@ def test_settings_are_frozen():
         (["--data", "a", "--rank", "0"], "--rank is 0; it must be at least 1"),
         (["--data", "a", "--precision", "fp8"], "--precision is 'fp8'; it can be fp32, bf16, fp16"),
         (["--data", "a", "--caption-dropout", "1.5"], "--caption-dropout is 1.5; it must be at least 0 and at most 1"),
+        (["--data", "a", "--dropout", "1"], "--dropout is 1.0; it must be at least 0 and at most 0.99"),
         (["--data", "a", "--learning-rate", "0"], "--learning-rate is 0.0; it must be greater than 0"),
         (["--data", "a", "--learning-rate", "nan"], "--learning-rate is nan"),
         (["--data", "a", "--sample-every", "5"], "--sample-every needs a --sample-prompt"),

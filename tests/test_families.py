@@ -251,14 +251,14 @@ def test_a_learning_rate_of_their_own(family_base, pictures, tmp_path):
 
 
 def test_resumed_equals_uninterrupted(family_base, pictures, tmp_path):
-    config = with_text(family_base, pictures, tmp_path, "sdxl", steps=4, micro_batch_size=2)
+    config = with_text(family_base, pictures, tmp_path, "sdxl", steps=4, micro_batch_size=2, dropout=0.2)
     whole = train(replace(config, output=str(tmp_path / "whole"))).read_bytes()
     train(replace(config, steps=2, checkpoint_every=2))
     assert train(replace(config, resume=True)).read_bytes() == whole
 
 
 def test_two_processes_equal_one(family_base, pictures, tmp_path):
-    config = with_text(family_base, pictures, tmp_path, "sdxl", steps=20, learning_rate=0.001)
+    config = with_text(family_base, pictures, tmp_path, "sdxl", steps=20, learning_rate=0.001, dropout=0.2)
     train(replace(config, output=str(tmp_path / "one")))
     (tmp_path / "config.json").write_text(config.to_json())
     result = torchrun(2, "--config", str(tmp_path / "config.json"))
