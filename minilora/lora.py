@@ -209,14 +209,15 @@ def inject_lora(
     name: str = "default",
     generator: torch.Generator | None = None,
     rank_for: Mapping[str, int] | None = None,
+    alpha_for: Mapping[str, float] | None = None,
 ) -> dict[str, LoRALayer]:
     """Put a new LoRA into `module`, in place, and freeze everything else; return its layers by full name.
 
     A linear layer or convolution is a target if its full name is one of `targets` or ends with "." and
     one of them: "to_q" means …attn1.to_q, not …foo_to_q.  Some names stand for many: see `named_targets`.
     `alpha` defaults to the rank, a scale of 1.  `rank_for` gives layers with a part of their name, as
-    "attn2" or "ff.net.2", another rank, at the same scale; of several that fit the last counts.  Another
-    `name` puts a second LoRA beside the first.
+    "attn2" or "ff.net.2", another rank, at the same scale; of several that fit the last counts.  `alpha_for`
+    gives such layers another alpha.  Another `name` puts a second LoRA beside the first.
 
     Raises ValueError, naming every module concerned, for a target that matches nothing or matches
     something else, a convolution in groups, a rank that does not fit, a name that is in use.
@@ -227,20 +228,27 @@ def inject_lora(
     paths = [path for path, _ in module.named_modules() if path not in inside]
     matches = {target: [path for path in paths if f".{path}".endswith(f".{target}")] for target in targets}
     problems = [f"target {target!r} matches no module" for target, found in matches.items() if not found]
-    found = dict.fromkeys((path for found in matches.values() for path in found), rank)
-    for part, other in (rank_for or {}).items():
-        mine = [path for path in found if f".{part}." in f".{path}."]
-        problems += [] if mine else [f"rank for {part!r} fits none of the layers"]
-        found |= dict.fromkeys(mine, other)
-    for path, rank_there in found.items():
+    found = list(dict.fromkeys(path for found in matches.values() for path in found))
+
+    def for_parts(what: str, given: Mapping[str, float] | None) -> dict[str, float]:
+        result = {}
+        for part, value in (given or {}).items():
+            mine = [path for path in found if f".{part}." in f".{path}."]
+            problems.extend([] if mine else [f"{what} for {part!r} fits none of the layers"])
+            result |= dict.fromkeys(mine, value)
+        return result
+
+    ranks = dict.fromkeys(found, rank) | for_parts("rank", rank_for)
+    alphas = {} if alpha is None else {path: alpha * there / rank for path, there in ranks.items()}
+    alphas |= for_parts("alpha", alpha_for)
+    for path, rank_there in ranks.items():
         layer = layers[path].base if path in layers else module.get_submodule(path)
         if isinstance(layer, tuple(KINDS)):
             inputs, outputs = layer.weight[0].numel(), len(layer.weight)
             if not 1 <= rank_there <= min(inputs, outputs):
                 wrong = f"rank {rank_there} is not between 1 and the smaller of them"
                 problems.append(f"{path} maps {inputs} to {outputs} features; {wrong}")
-    alphas = None if alpha is None else {path: alpha * there / rank for path, there in found.items()}
-    return add_lora(module, found, alphas, name, generator, problems)
+    return add_lora(module, ranks, alphas, name, generator, problems)
 
 
 def named_targets(module: nn.Module, targets: Sequence[str]) -> list[str]:

@@ -13,7 +13,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from test_training import relative_difference, torchrun
 
-from minilora import draws, names
+from minilora import draws, inject_lora, lora_parameters, names, save_lora
 from minilora.config import SampleConfig, TrainConfig, UserError
 from minilora.data import Examples
 from minilora.distributed import Ranks
@@ -186,6 +186,21 @@ def test_a_single_file_is_the_same_base(single_file, family_base, pictures, tmp_
     other = train(TrainConfig(model=str(file), model_config=str(settings), output=str(tmp_path / "other"), **common))
     for key, tensor in load_file(one).items():  # numbers that lie elsewhere in memory are summed in another order
         torch.testing.assert_close(load_file(other)[key], tensor, rtol=0, atol=1e-5)
+
+
+def test_loras_are_folded_into_a_single_file_as_into_a_folder(single_file, family_base, tmp_path):
+    file, settings = single_file
+    unet = Base(str(file), ONE.device, config=str(settings)).unet
+    before = {key: tensor.clone() for key, tensor in unet.state_dict().items()}
+    inject_lora(unet, rank=2)
+    for parameter in lora_parameters(unet):
+        torch.nn.init.normal_(parameter)
+    save_lora(unet, tmp_path / "lora.safetensors")
+    bases = {str(family_base("sd1")): None, str(file): str(settings)}
+    loras = (f"{tmp_path / 'lora.safetensors'}:0.5",)
+    one, other = (Base(n, ONE.device, config=c, loras=loras).unet.state_dict() for n, c in bases.items())
+    assert all(torch.equal(tensor, other[key]) for key, tensor in one.items())
+    assert any(not torch.equal(tensor, before[key]) for key, tensor in one.items())
 
 
 def test_what_is_wrong_with_a_single_file_is_said(single_file, tmp_path, monkeypatch):

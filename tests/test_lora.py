@@ -489,3 +489,15 @@ def test_ranks_by_parts_of_names(tiny_unet):
         assert adapter.scale == pytest.approx(0.5), path  # the same everywhere
     with pytest.raises(ValueError, match="rank for 'attn' fits none of the layers"):
         inject_lora(tiny_unet, 4, name="other", rank_for={"attn": 2})  # a part of a part is none
+
+
+def test_alphas_by_parts_of_names(tiny_unet):
+    parts = {"rank_for": {"attn2": 2}, "alpha_for": {"attn2": 6, "mid_block": 1.5}}
+    layers = inject_lora(tiny_unet, 4, 2.0, **parts)
+    inject_lora(tiny_unet, 4, name="other", **parts)
+    for path, layer in layers.items():
+        expected = 1.5 if path.startswith("mid_block") else 6 if ".attn2." in path else 2.0
+        assert layer.adapters["default"].alpha == expected, path
+        assert layer.adapters["other"].alpha == (4 if expected == 2.0 else expected), path  # the rank, as ever
+    with pytest.raises(ValueError, match="rank for 'ff' fits none of the layers; alpha for 'conv1' fits none"):
+        inject_lora(tiny_unet, 4, name="third", rank_for={"ff": 2}, alpha_for={"conv1": 1})
