@@ -201,6 +201,12 @@ def test_loras_are_folded_into_a_single_file_as_into_a_folder(single_file, famil
     one, other = (Base(n, ONE.device, config=c, loras=loras).unet.state_dict() for n, c in bases.items())
     assert all(torch.equal(tensor, other[key]) for key, tensor in one.items())
     assert any(not torch.equal(tensor, before[key]) for key, tensor in one.items())
+    drawing = {"prompt": ("a dog",), "lora": loras, "steps": 2}
+    ours, theirs = (
+        sample(SampleConfig(model=n, model_config=c, output=str(tmp_path / f"{bool(c)}.png"), **drawing))
+        for n, c in bases.items()
+    )
+    assert abs(np.array(Image.open(ours), int) - np.array(Image.open(theirs), int)).max() <= 1  # a level is rounded
 
 
 def test_what_is_wrong_with_a_single_file_is_said(single_file, tmp_path, monkeypatch):
@@ -230,6 +236,7 @@ def test_text_encoders_are_trained_too_and_load_in_diffusers(family, family_base
     path = train(config)
     tensors = load_file(path)
     encoders = {key.split(".")[0] for key in tensors} - {"unet"}
+    assert {key.split(".")[-3] for key in tensors if not key.startswith("unet")} == {"q_proj", "out_proj", "fc1"}
     assert encoders == {"text_encoder", *(["text_encoder_2"] if family == "sdxl" else [])}
     assert all(".text_model.encoder.layers." in key for key in tensors if not key.startswith("unet"))
     assert all(tensor.any() for key, tensor in tensors.items() if "lora_B" in key)  # each of them has learnt

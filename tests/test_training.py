@@ -205,9 +205,15 @@ def test_a_killed_run_gives_the_same_bytes(run, pictures, tmp_path, tiny_base):
 def test_micro_batches_give_the_lora_of_the_whole_batch(run, dropout):
     # Only the order of float32 sums differs; Adam magnifies that where a gradient is nearly zero.
     settings = {"batch_size": 6, "dropout": dropout}
-    whole = run("whole", **settings)
+    whole, seen = run("whole", **settings), []
+
+    def watch(unet, batch, *more):
+        seen.append(len(batch.positions))
+        return Denoising().loss(unet, batch, *more)
+
     for micro in (1, 2, 3):
-        assert relative_difference(whole, run(f"micro{micro}", micro_batch_size=micro, **settings)) < 1e-4
+        assert relative_difference(whole, run(f"micro{micro}", watch, micro_batch_size=micro, **settings)) < 1e-4
+    assert seen == [*[1] * 36, *[2] * 18, *[3] * 12]
 
 
 def torchrun(processes: int, *words: str) -> subprocess.CompletedProcess:
@@ -326,7 +332,10 @@ def test_only_the_newest_checkpoints_stay(run):
 # ------------------------------------------------------------------------- every setting has its effect
 
 
-CHANGES = [
+CHANGES = [  # test_config.py names the tests of the other settings
+    {"steps": 7},
+    {"learning_rate": 0.02},
+    {"seed": 1},
     {"alpha": 8.0},
     {"rank": 4},
     {"targets": ("to_q",)},
@@ -586,7 +595,12 @@ def test_without_the_package_the_eight_bit_optimizer_says_what_to_install(run, m
 
 def test_zero_terminal_snr_trains_and_draws_with_the_changed_schedule(family_base, pictures, tmp_path):
     places = {"data": (str(pictures),), "output": str(tmp_path / "run"), "cache": str(tmp_path / "cache")}
-    train(TrainConfig(model=str(family_base("sd2")), steps=2, zero_terminal_snr=True, checkpoint_every=2, **places))
+    settings = {"model": str(family_base("sd2")), "steps": 2, "checkpoint_every": 2}
+    changed = train(TrainConfig(zero_terminal_snr=True, **settings, **places)).parent
+    plain = train(TrainConfig(**settings, **places | {"output": str(tmp_path / "plain")})).parent
+    assert relative_difference(plain, changed) > 1e-3
+    drawn = [np.array(Image.open(folder / "samples" / "before_after.png")) for folder in (plain, changed)]
+    assert not np.array_equal(*drawn)
     with pytest.raises(UserError, match="predicts epsilon"):
         train(TrainConfig(model=str(family_base("sd1")), steps=2, zero_terminal_snr=True, **places))
 
