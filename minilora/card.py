@@ -32,12 +32,11 @@ def model_card(config: TrainConfig, items: Sequence[Item], is_xl: bool, picture:
     }
     defaults = {field.name: field.metadata["default"] for field in dataclasses.fields(config)}
     settings = {name: value for name, value in config.identity().items() if name in defaults}
-    command = ["python", "sample.py", "--prompt", captions[0], "--lora", config.output]
-    command += ["--model", config.model] if config.model else []
     name = Path(config.output).resolve().name
     # JSON is YAML, and needs no rules of its own for what is to be quoted.
     yaml = [f"{key}: {json.dumps(value, ensure_ascii=False)}" for key, value in head.items() if value is not None]
     base = config.model or "the miniature Stable Diffusion that is bundled with minilora"
+    base += f", with {' and '.join(f'`{text}`' for text in config.base_lora)} in it" if config.base_lora else ""
     folders = ", ".join(f"`{Path(split_weight(text)[0]).name}`" for text in config.data)
     rows = "\n".join(f"| {key} | {_told(value)} |" for key, value in settings.items())
     paragraphs = [
@@ -47,11 +46,21 @@ def model_card(config: TrainConfig, items: Sequence[Item], is_xl: bool, picture:
         f"{folders}. The licences of the base and of the pictures apply to it.",
         f"![samples]({picture})",
         "Words that it was trained with: " + "; ".join(f"“{caption}”" for caption in captions) + ".",
-        f"```bash\n{shlex.join(command)}\n```",
+        f"```bash\n{sample_command(config, captions[0])}\n```",
         f"```python\npipeline.load_lora_weights({name!r}, weight_name={FILE_NAME!r})  # diffusers\n```",
         f"| setting | value |\n|---|---|\n{rows}",
     ]
     return "\n\n".join(paragraphs) + "\n"
+
+
+def sample_command(config: TrainConfig, prompt: str) -> str:
+    """Return what to type to draw with the LoRA of a finished run."""
+    words = ["python", "sample.py", "--prompt", prompt]
+    words += [word for lora in (config.output, *config.base_lora) for word in ("--lora", lora)]
+    words += ["--model", config.model] if config.model else []
+    words += ["--model-config", config.model_config] if config.model_config else []
+    words += ["--zero-terminal-snr"] if config.zero_terminal_snr else []
+    return shlex.join(words)
 
 
 def _told(value) -> str:

@@ -10,6 +10,7 @@ import math
 import os
 import re
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 from .names import ATTENTION, TEXT_ATTENTION
@@ -149,7 +150,8 @@ class TrainConfig(Settings):
 
     validation: str | None = setting(
         None,
-        "folder of pictures to measure the loss on and not to train on; the LoRA of the lowest is kept",
+        "folder of pictures to measure the loss on and not to train on, or a share of --data, as 0.1, to keep from "
+        "training for it; the LoRA of the lowest is kept",
         group=DATA,
     )
     validate_every: int | None = setting(
@@ -158,11 +160,18 @@ class TrainConfig(Settings):
 
     model: str | None = setting(None, MODEL_HELP, group=MODEL)
     model_config: str | None = setting(None, MODEL_CONFIG_HELP, group=MODEL)
+    base_lora: tuple[str, ...] = setting(
+        (),
+        "LoRA to merge into the base and train on top of, optionally with a strength: out/fluent:0.8; may be repeated",
+        repeat=True,
+        group=MODEL,
+    )
     rank: int = setting(8, "rank of the change of each weight", group=MODEL)
     alpha: float | None = setting(None, "the change is scaled by alpha / rank; the rank if not given", group=MODEL)
     rank_for: tuple[str, ...] = setting(
         (), "other ranks for layers with a part of their name, at the same scale: attn2=16,ff=4", group=MODEL
     )
+    alpha_for: tuple[str, ...] = setting((), "other alphas for such layers: attn2=8,ff=4", group=MODEL)
     targets: tuple[str, ...] = setting(
         ATTENTION,
         "layers of the U-Net to adapt: attention, attention+ff, linear, linear+conv, or ends of names with commas",
@@ -181,6 +190,12 @@ class TrainConfig(Settings):
     batch_size: int = setting(ByBase(1, 8), "pictures per optimizer step, over all processes", group=TRAINING)
     micro_batch_size: int | None = setting(
         None, "pictures per forward pass and process; gradients are accumulated over the rest", group=TRAINING
+    )
+    optimizer: str = setting(
+        "adamw",
+        "adamw8bit keeps its state in 8 bits, and needs the package bitsandbytes",
+        choices=("adamw", "adamw8bit"),
+        group=TRAINING,
     )
     learning_rate: float = setting(ByBase(1e-4, 2e-3), "highest learning rate of AdamW", group=TRAINING)
     text_encoder_learning_rate: float | None = setting(
@@ -204,6 +219,9 @@ class TrainConfig(Settings):
         None,
         "train on the U-Net's own errors too, keeping details by this power (DREAM); 1 is common",
         group=TRAINING,
+    )
+    dropout: float = setting(
+        0.0, "share of each adapted layer's input that a picture's change does without, below 1", group=TRAINING
     )
     timestep_range: tuple[int, ...] | None = setting(
         None, "lowest timestep that is trained, and the first above the highest; all if not given", group=TRAINING
@@ -229,6 +247,7 @@ class TrainConfig(Settings):
         (), "prompt to draw during training; may be repeated", repeat=True, group=OUTPUT
     )
     sample_every: int | None = setting(None, "steps between the drawings of --sample-prompt", group=OUTPUT)
+    sample_average: bool = setting(False, "draw with the average of --ema, instead of the LoRA as it is", group=OUTPUT)
 
     @classmethod
     def following(cls, values: dict) -> dict:
@@ -240,9 +259,21 @@ class TrainConfig(Settings):
             follows["class_data"] = str(Path("out") / "-".join(["class", *words]))
         return follows
 
-    def ranks_by_part(self) -> dict[str, int]:
-        """Return --rank-for as a mapping."""
-        return {part: int(rank) for part, rank in (text.split("=") for text in self.rank_for)}
+    def by_part(self) -> dict[str, dict[str, float]]:
+        """Return --rank-for and --alpha-for as mappings, as `inject_lora` takes them."""
+        pairs = {"rank_for": int, "alpha_for": float}
+        return {
+            name: {part: kind(value) for part, value in (text.split("=") for text in getattr(self, name))}
+            for name, kind in pairs.items()
+        }
+
+    @property
+    def validation_share(self) -> float | None:
+        """The share of --data that --validation keeps from training; None where it names a folder or is not given."""
+        try:
+            return float(self.validation) if self.validation and not os.path.exists(self.validation) else None
+        except ValueError:
+            return None
 
     def identity(self) -> dict:
         """Return the settings that what is learnt is a function of, as JSON values.
@@ -251,9 +282,9 @@ class TrainConfig(Settings):
         base, it is the content that counts.
         """
         no_part = {"data", "caption", "caption_column", "cache", "model", "model_config", "output", "resume", "also"}
-        no_part |= {"init_from", "class_data", "class_pictures", "validation", "validate_every"}
+        no_part |= {"init_from", "base_lora", "class_data", "class_pictures", "validation", "validate_every"}
         no_part |= {"micro_batch_size", "gradient_checkpointing", "checkpoint_every", "checkpoints_kept"}
-        no_part |= {"sample_prompt", "sample_every"}
+        no_part |= {"sample_prompt", "sample_every", "sample_average"}
         if self.lr_schedule == "constant":
             no_part.add("steps")  # a longer run begins as a shorter one
         settings = {name: value for name, value in dataclasses.asdict(self).items() if name not in no_part}
@@ -276,20 +307,24 @@ class TrainConfig(Settings):
             given = ",".join(map(str, low_high))
             wrong.append(f"--timestep-range is {given}; it takes two numbers, the lowest and one above the highest")
         wrong += self.out_of_range(0, "warmup_steps noise_offset seed")
-        wrong += self.out_of_range(0, "caption_dropout", high=1)
+        wrong += self.out_of_range(0, "caption_dropout", high=1) + self.out_of_range(0, "dropout", high=0.99)
         wrong += self.out_of_range(1, "class_pictures") + self.out_of_range(0, "prior_weight", strict=True)
         if self.class_prompt and self.buckets:
             wrong.append("--class-prompt and --buckets cannot be given at once: a batch holds both kinds, of one size")
         if self.class_data is not None and not self.class_prompt:
             wrong.append("--class-data needs a --class-prompt: what its pictures show")
         wrong += [f"{option(name)} is empty" for name in ("targets", "text_encoder_targets") if not getattr(self, name)]
-        wrong += [
-            f"--rank-for {text}: it takes a part of names and a rank, as attn2=16"
-            for text in self.rank_for
-            if not re.fullmatch(r"[\w.]+=[1-9]\d*", text)
-        ]
+        for name, number, example in (
+            ("rank_for", r"[1-9]\d*", "a rank, as attn2=16"),
+            ("alpha_for", r"(?=.*[1-9])\d*\.?\d+", "an alpha above 0, as attn2=8"),
+        ):
+            wrong += [
+                f"{option(name)} {text}: it takes a part of names and {example}"
+                for text in getattr(self, name)
+                if not re.fullmatch(rf"[\w.]+={number}", text)
+            ]
         if self.init_from:
-            given = {"rank": 8, "alpha": float(self.rank), "targets": ATTENTION, "rank_for": ()}
+            given = {"rank": 8, "alpha": float(self.rank), "targets": ATTENTION, "rank_for": (), "alpha_for": ()}
             wrong += [
                 f"{option(name)} has no effect with --init-from, whose layers and ranks are the file's"
                 for name, default in given.items()
@@ -298,10 +333,17 @@ class TrainConfig(Settings):
         if not self.train_text_encoder and self.text_encoder_learning_rate is not None:
             wrong.append("--text-encoder-learning-rate has no effect without --train-text-encoder")
         wrong += [f"--also is {name!r}; it can be kohya, peft" for name in self.also if name not in ("kohya", "peft")]
+        share = self.validation_share
+        if share is not None and not 0 < share < 1:
+            wrong.append(f"--validation {self.validation}: there is no such folder, and a share is between 0 and 1")
+        if self.sample_average and self.ema is None:
+            wrong.append("--sample-average needs an --ema, which keeps the average")
+        if self.optimizer == "adamw8bit" and find_spec("bitsandbytes") is None:
+            wrong.append('--optimizer adamw8bit needs bitsandbytes: pip install "bitsandbytes>=0.50"')
         if self.sample_every is not None and not self.sample_prompt:
             wrong.append("--sample-every needs a --sample-prompt")
         if self.validate_every is not None and not self.validation:
-            wrong.append("--validate-every needs a --validation, the folder of the pictures to look at")
+            wrong.append("--validate-every needs a --validation, the pictures to look at")
         if self.sample_prompt and self.sample_every is None:
             wrong.append("--sample-prompt needs --sample-every")
         return wrong

@@ -44,7 +44,8 @@ def class_pictures(config: TrainConfig, subjects: int, ranks: Ranks) -> list[Ite
         ranks.say(
             f"class      {there} of {needed} pictures of {config.class_prompt!r} are in {folder}; drawing the others"
         )
-        base = Base(config.model, ranks.device, DTYPES[config.precision], config.model_config)
+        precision = DTYPES[config.precision]
+        base = Base(config.model, ranks.device, precision, config.model_config, loras=config.base_lora)
         drawing = SampleConfig(prompt=(config.class_prompt,), model=config.model, model_config=config.model_config)
         share = missing[ranks.rank :: ranks.world]
         for start in tqdm(range(0, len(share), TOGETHER), "draw", disable=not ranks.is_main):

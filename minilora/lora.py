@@ -58,12 +58,14 @@ class Adapter(nn.Module):
     round the small steps of training away.
     """
 
-    def __init__(self, weight: torch.Tensor, rank: int, alpha: float, dropout: float = 0.0, generator=None):
+    def __init__(self, weight: torch.Tensor, rank: int, alpha: float, generator=None):
         super().__init__()
         self.rank = rank
         self.alpha = alpha
         self.strength: float | torch.Tensor = 1.0  # a tensor: one for each picture of a batch, (batch,)
-        self.dropout = nn.Dropout(dropout)
+        # In training, what each picture's input features are multiplied with, (batch, in); None: all stay.  Dropout
+        # is 0 for some of them and 1 / (1 − p) for the others.
+        self.keep: torch.Tensor | None = None
         # Drawn on the CPU, so that a seed means the same numbers on every device.
         gaussian = torch.randn(rank, *weight.shape[1:], generator=generator) / rank
         zeros = torch.zeros(len(weight), rank)
@@ -101,7 +103,6 @@ class LoRALayer(nn.Module):
         base: nn.Module,
         rank: int,
         alpha: float | None = None,
-        dropout: float = 0.0,
         name: str = "default",
         generator: torch.Generator | None = None,
     ):
@@ -111,12 +112,12 @@ class LoRALayer(nn.Module):
         self.enabled = True
         self.merged: set[str] = set()
         self.register_buffer("original_weight", None, persistent=False)  # kept while anything is merged
-        self.add(rank, alpha, dropout, name, generator)
+        self.add(rank, alpha, name, generator)
 
-    def add(self, rank: int, alpha: float | None, dropout: float, name: str, generator=None) -> None:
+    def add(self, rank: int, alpha: float | None, name: str, generator=None) -> None:
         """Add one more change, under a new name; alpha defaults to the rank."""
         alpha = rank if alpha is None else alpha
-        self.adapters[name] = Adapter(self.base.weight, rank, alpha, dropout, generator).train(self.training)
+        self.adapters[name] = Adapter(self.base.weight, rank, alpha, generator).train(self.training)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y = self.base(x)  # (…, out)
@@ -130,7 +131,11 @@ class LoRALayer(nn.Module):
         """Return strength · ΔW x without ever forming ΔW; (…, in) -> (…, out)."""
         if not torch.is_autocast_enabled(x.device.type):
             x = x.to(adapter.lora_A.dtype)
-        down = self.down(adapter.dropout(x), adapter.lora_A)  # (…, rank)
+        if self.training and adapter.keep is not None:
+            shape = [len(x), *[1] * (x.ndim - 1)]
+            shape[self.features] = -1
+            x = x * adapter.keep.view(shape)  # (batch, …, in)
+        down = self.down(x, adapter.lora_A)  # (…, rank)
         strength = adapter.strength
         if isinstance(strength, torch.Tensor):
             strength = strength.to(down).view(-1, *[1] * (down.ndim - 1))  # (batch, 1, …)
@@ -163,6 +168,7 @@ class LoRALayer(nn.Module):
 class LoRALinear(LoRALayer):
     """A linear layer with low-rank changes beside it; A is (rank, in), B is (out, rank)."""
 
+    features = -1  # the dimension of x that W and A map from
     down = staticmethod(F.linear)
     up = staticmethod(F.linear)
 
@@ -173,6 +179,8 @@ class LoRAConv2d(LoRALayer):
     A, (rank, in, height, width), has the stride, padding and dilation of the base, so B A is a change
     of the base's weight: ΔW[o, i, h, w] = (alpha / rank) · Σᵣ B[o, r] A[r, i, h, w].
     """
+
+    features = 1
 
     def down(self, x: torch.Tensor, a: torch.Tensor) -> torch.Tensor:
         return self.base._conv_forward(x, a, None)  # (batch, rank, h, w); with the base's own padding and stride
@@ -198,18 +206,18 @@ def inject_lora(
     rank: int = 8,
     alpha: float | None = None,
     targets: Sequence[str] = ATTENTION,
-    dropout: float = 0.0,
     name: str = "default",
     generator: torch.Generator | None = None,
     rank_for: Mapping[str, int] | None = None,
+    alpha_for: Mapping[str, float] | None = None,
 ) -> dict[str, LoRALayer]:
     """Put a new LoRA into `module`, in place, and freeze everything else; return its layers by full name.
 
     A linear layer or convolution is a target if its full name is one of `targets` or ends with "." and
     one of them: "to_q" means …attn1.to_q, not …foo_to_q.  Some names stand for many: see `named_targets`.
     `alpha` defaults to the rank, a scale of 1.  `rank_for` gives layers with a part of their name, as
-    "attn2" or "ff.net.2", another rank, at the same scale; of several that fit the last counts.  Another
-    `name` puts a second LoRA beside the first.
+    "attn2" or "ff.net.2", another rank, at the same scale; of several that fit the last counts.  `alpha_for`
+    gives such layers another alpha.  Another `name` puts a second LoRA beside the first.
 
     Raises ValueError, naming every module concerned, for a target that matches nothing or matches
     something else, a convolution in groups, a rank that does not fit, a name that is in use.
@@ -220,20 +228,27 @@ def inject_lora(
     paths = [path for path, _ in module.named_modules() if path not in inside]
     matches = {target: [path for path in paths if f".{path}".endswith(f".{target}")] for target in targets}
     problems = [f"target {target!r} matches no module" for target, found in matches.items() if not found]
-    found = dict.fromkeys((path for found in matches.values() for path in found), rank)
-    for part, other in (rank_for or {}).items():
-        mine = [path for path in found if f".{part}." in f".{path}."]
-        problems += [] if mine else [f"rank for {part!r} fits none of the layers"]
-        found |= dict.fromkeys(mine, other)
-    for path, rank_there in found.items():
+    found = list(dict.fromkeys(path for found in matches.values() for path in found))
+
+    def for_parts(what: str, given: Mapping[str, float] | None) -> dict[str, float]:
+        result = {}
+        for part, value in (given or {}).items():
+            mine = [path for path in found if f".{part}." in f".{path}."]
+            problems.extend([] if mine else [f"{what} for {part!r} fits none of the layers"])
+            result |= dict.fromkeys(mine, value)
+        return result
+
+    ranks = dict.fromkeys(found, rank) | for_parts("rank", rank_for)
+    alphas = {} if alpha is None else {path: alpha * there / rank for path, there in ranks.items()}
+    alphas |= for_parts("alpha", alpha_for)
+    for path, rank_there in ranks.items():
         layer = layers[path].base if path in layers else module.get_submodule(path)
         if isinstance(layer, tuple(KINDS)):
             inputs, outputs = layer.weight[0].numel(), len(layer.weight)
             if not 1 <= rank_there <= min(inputs, outputs):
                 wrong = f"rank {rank_there} is not between 1 and the smaller of them"
                 problems.append(f"{path} maps {inputs} to {outputs} features; {wrong}")
-    alphas = None if alpha is None else {path: alpha * there / rank for path, there in found.items()}
-    return add_lora(module, found, alphas, dropout, name, generator, problems)
+    return add_lora(module, ranks, alphas, name, generator, problems)
 
 
 def named_targets(module: nn.Module, targets: Sequence[str]) -> list[str]:
@@ -264,7 +279,6 @@ def add_lora(
     module: nn.Module,
     ranks: Mapping[str, int],
     alphas: Mapping[str, float] | None = None,
-    dropout: float = 0.0,
     name: str = "default",
     generator: torch.Generator | None = None,
     problems: Sequence[str] = (),
@@ -291,10 +305,10 @@ def add_lora(
     module.requires_grad_(False)
     for path, child in found.items():
         if isinstance(child, LoRALayer):
-            child.add(ranks[path], (alphas or {}).get(path), dropout, name, generator)
+            child.add(ranks[path], (alphas or {}).get(path), name, generator)
         else:
             kind = next(kind for layer, kind in KINDS.items() if isinstance(child, layer))
-            layer = kind(child, ranks[path], (alphas or {}).get(path), dropout, name, generator)
+            layer = kind(child, ranks[path], (alphas or {}).get(path), name, generator)
             module.set_submodule(path, layer.train(child.training))
     return {path: module.get_submodule(path) for path in found}
 

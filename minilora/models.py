@@ -20,9 +20,12 @@ All of them come from diffusers and transformers; this file only finds them and 
 import hashlib
 import json
 import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from types import SimpleNamespace
 
 # Said before diffusers is imported, which asks transformers for parts that are of no use here.
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -50,7 +53,8 @@ from .lora import (
     remove_lora,
     set_lora_scale,
 )
-from .merge import Folded, Report, read_for
+from .lowrank import combine
+from .merge import Folded, Report, read_for, split_strength
 from .names import COMPONENTS, TEXT_ENCODER, TEXT_ENCODER_2, UNET, full_name
 
 transformers.logging.disable_progress_bar()
@@ -76,8 +80,10 @@ class Base:
     `zero_terminal_snr` changes the noise levels so that the last one is pure noise, ᾱ = 0, and drawing starts there.
     Source: Lin et al., "Common diffusion noise schedules and sample steps are flawed", 2023.
 
+    `loras`, each "path" or "path:strength", are folded into the weights of each part as it is loaded.
+
     Each part is loaded on first use, frozen, onto `device` in `dtype`, and stays until `release`.
-    Raises UserError if there is no Stable Diffusion under that name.
+    Raises UserError if there is no Stable Diffusion under that name, or a LoRA does not fit it.
     """
 
     def __init__(
@@ -87,11 +93,13 @@ class Base:
         dtype: torch.dtype = torch.float32,
         config: str | None = None,
         zero_terminal_snr: bool = False,
+        loras: Sequence[str] = (),
     ):
         self.source = str(BUNDLED if name is None else name)
         self.device = device
         self.dtype = dtype
         self.zero_terminal_snr = zero_terminal_snr
+        self.loras = loras
         if Path(self.source).suffix in PICKLES:
             raise UserError(f"--model {self.source}: {PICKLE_HELP}")
         self.is_file = Path(self.source).is_file()
@@ -195,19 +203,51 @@ class Base:
         options = {} if self.is_xl else _NO_CHECKER
         return kind.from_single_file(self.source, config=self.configs, torch_dtype=self.dtype, **options)
 
-    def _from_pretrained(self, kind: type, part: str, **options):
+    @contextmanager
+    def _loading(self, part: str) -> Iterator[None]:
+        """Within the block a part that does not load is a UserError that names it."""
         try:
+            yield
+        except (OSError, ValueError) as error:
+            reason = str(error).splitlines()[0]
+            raise UserError(f"--model {self.source}: its {part} does not load ({reason})") from error
+
+    def _from_pretrained(self, kind: type, part: str, **options):
+        with self._loading(part):
             if self.is_file and issubclass(kind, nn.Module):
                 return getattr(self._of_the_file, part)
             return kind.from_pretrained(self.configs, subfolder=part, **options)
-        except (OSError, ValueError) as error:
-            raise UserError(
-                f"--model {self.source}: its {part} does not load ({str(error).splitlines()[0]})"
-            ) from error
 
     def _load(self, kind: type, part: str, **options) -> nn.Module:
         module = self._from_pretrained(kind, part, torch_dtype=self.dtype, use_safetensors=True, **options)
-        return module.requires_grad_(False).eval().to(self.device)
+        self._fold_into(module.requires_grad_(False))
+        return module.eval().to(self.device)
+
+    def _fold_into(self, module: nn.Module) -> None:
+        """Add what the LoRAs change to the weights of a part, in place: in float32, rounded once to their own type."""
+        for full, (_, path, _) in live_modules(module).items() if self.loras else ():
+            if full in self._changes:
+                weight = module.get_submodule(path).weight
+                weight.copy_(weight.float() + torch.from_numpy(self._changes[full].delta()))
+                if not weight.isfinite().all():
+                    raise UserError(f"--model {self.source}: {full} is not finite with {', '.join(self.loras)} in it")
+
+    @cached_property
+    def _changes(self) -> dict[str, Change]:
+        """What the LoRAs change together, by full name; UserError for keys that have no home in any part."""
+        parts = {}
+        with torch.device("meta"):  # the shapes only: the weights are not needed at once
+            with self._loading(UNET):
+                settings = UNet2DConditionModel.load_config(self.configs, subfolder=UNET)
+                parts[UNET] = UNet2DConditionModel.from_config(settings)
+            for part, kind in ((TEXT_ENCODER, CLIPTextModel), (TEXT_ENCODER_2, CLIPTextModelWithProjection)):
+                if part in PIPELINES[self.kind]:
+                    with self._loading(part):
+                        parts[part] = kind(kind.config_class.from_pretrained(self.configs, subfolder=part))
+        shapes = {full: shape for full, (_, _, shape) in live_modules(SimpleNamespace(**parts)).items()}
+        given = [split_strength(text) for text in self.loras]
+        loras = [(read_for(path, shapes, self.source, allow_unmatched=False), strength) for path, strength in given]
+        return combine(loras).changes
 
     def encoder_fingerprints(self) -> tuple[str, str]:
         """Return what the latents of a picture and the vectors of a prompt are functions of, as two hashes."""
@@ -234,10 +274,8 @@ class Base:
 
     @cached_property
     def _vae_config(self) -> dict:
-        try:
+        with self._loading("vae"):
             return AutoencoderKL.load_config(self.configs, subfolder="vae")
-        except (OSError, ValueError) as error:
-            raise UserError(f"--model {self.source}: its vae does not load ({str(error).splitlines()[0]})") from error
 
     @property
     def resolution(self) -> int:

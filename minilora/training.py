@@ -10,9 +10,8 @@ and a run that was stopped goes on as if it had not been.
 
 import hashlib
 import math
-import shlex
-import sys
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -23,20 +22,20 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from . import checkpoint, sampling
+from . import checkpoint, draws, sampling
 from .buckets import Size, bucket_sizes
-from .card import model_card
+from .card import model_card, sample_command
 from .config import SampleConfig, TrainConfig, UserError
 from .data import Examples
 from .distributed import Ranks, Shares, StopSignals, decided_by_main, mean_over_ranks, processes, wait_for_all
 from .dreambooth import class_pictures
 from .files import write_whole
-from .folder import read_folder, read_folders
+from .folder import Item
 from .formats import AVERAGE_NAME, FILE_NAME
 from .lora import inject_lora, load_lora_state_dict, lora_layers, lora_parameters, lora_state_dict
 from .models import DTYPES, Base, UNetWithText, fingerprint, load_lora, save_lora
 from .objectives import Denoising, Objective
-from .validation import BEST, FIGURES, Validation
+from .validation import BEST, FIGURES, Validation, read_pictures
 
 
 class Stopped(SystemExit):
@@ -121,13 +120,41 @@ class Run:
 
 
 def prepare(config: TrainConfig, objective: Objective, ranks: Ranks) -> Run:
-    """Load the base, read and encode the pictures, inject the LoRA, make the optimizer, and say so."""
+    """Read the pictures, encode them by the base, put the LoRA in, make the optimizer, and say so."""
     shares = Shares(config.batch_size, config.micro_batch_size, ranks.rank, ranks.world)
-    items = read_folders(config)
+    items, unseen = read_pictures(config, ranks)
     others = class_pictures(config, len(items), ranks) if config.class_prompt else []
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
-    precision = DTYPES[config.precision]
-    base = Base(config.model, ranks.device, precision, config.model_config, config.zero_terminal_snr)
+    base = load_base(config, ranks.device)
+    examples, held_out = encode(config, base, ranks, items, others, unseen)
+    identity = _identity(config, base, examples) | {"objective": objective.name()}
+    base.release("vae")  # the encoders go too, unless the examples keep them
+
+    unet = base.unet
+    network = (UNetWithText(base) if config.train_text_encoder else unet).train()
+    identity |= put_lora(network, unet, config)
+    if config.gradient_checkpointing:
+        unet.enable_gradient_checkpointing()
+    if ranks.device.type == "cuda":
+        unet.to(memory_format=torch.channels_last)
+    objective.begin(network, config)
+    parameters = lora_parameters(network)
+    assert all(parameter.dtype == torch.float32 for parameter in parameters)
+    assert sum(parameter.requires_grad for parameter in network.parameters()) == len(parameters)
+    optimizer = make_optimizer(config, parameters, len(lora_parameters(unet)))
+    scaler = torch.amp.GradScaler(ranks.device.type, enabled=config.precision == "fp16")
+    model = DistributedDataParallel(network) if ranks.world > 1 else network
+    average = {name: tensor.clone() for name, tensor in lora_state_dict(network).items()} if config.ema else {}
+    trained = network, model, parameters, average, optimizer, scaler
+    run = Run(config, objective, ranks, shares, base, examples, held_out, identity, *trained)
+    introduce(run)
+    return run
+
+
+def load_base(config: TrainConfig, device: torch.device) -> Base:
+    """Return the base; UserError if the settings do not fit it."""
+    names = config.model_config, config.zero_terminal_snr, config.base_lora
+    base = Base(config.model, device, DTYPES[config.precision], *names)
     if config.timestep_range and config.timestep_range[1] > len(base.schedule):
         given = ",".join(map(str, config.timestep_range))
         raise UserError(f"--timestep-range is {given}; this base has the timesteps 0 to {len(base.schedule) - 1}")
@@ -135,62 +162,63 @@ def prepare(config: TrainConfig, objective: Objective, ranks: Ranks) -> Run:
         raise UserError(
             f"--model {base.source}: it paints in pictures; train on the ordinary base, and use the LoRA here"
         )
+    if config.resolution and config.resolution % base.side_multiple:
+        raise UserError(f"--resolution is {config.resolution}; this base needs a multiple of {base.side_multiple}")
+    return base
+
+
+def encode(
+    config: TrainConfig, base: Base, ranks: Ranks, items: list[Item], others: list[Item], unseen: list[Item]
+) -> tuple[Examples, Examples | None]:
+    """Return what training sees of its pictures and of those of the class, and of those kept from it, if any."""
     resolution = config.resolution or base.resolution
-    if resolution % base.side_multiple:
-        raise UserError(f"--resolution is {resolution}; this base needs a multiple of {base.side_multiple}")
-
-    # Pictures and captions are encoded in float32: a VAE in half precision can overflow.
-    encoders = Base(config.model, ranks.device, config=config.model_config)
     sizes = _sizes_for(base, resolution) if config.buckets else ()
-    examples = Examples(items, config, resolution, encoders, len(base.schedule), ranks, sizes, others)
-    held_out = None
-    if config.validation:
-        plain = replace(config, mirror=False, crop="center")
-        unseen = read_folder(config.validation, config, "--validation")
-        if ranks.is_main and (both := {item.digest for item in items} & {item.digest for item in unseen}):
-            print(f"warning: {len(both)} pictures of --validation {config.validation} are trained on", file=sys.stderr)
-        held_out = Examples(unseen, plain, resolution, encoders, len(base.schedule), ranks, sizes)
-    identity = _identity(config, base, examples) | {"objective": objective.name()}
-    base.release("vae")  # the encoders go too, unless the examples keep them
+    # Pictures and captions are encoded in float32: a VAE in half precision can overflow.
+    encoders = Base(config.model, ranks.device, config=config.model_config, loras=config.base_lora)
+    how = resolution, encoders, len(base.schedule), ranks, sizes
+    examples = Examples(items, config, *how, others)
+    plain = replace(config, mirror=False, crop="center")
+    return examples, Examples(unseen, plain, *how) if unseen else None
 
-    unet = base.unet
-    network = (UNetWithText(base) if config.train_text_encoder else unet).train()
-    identity |= put_lora(network, unet, config)
-    layers, unet_parameters = lora_layers(network), lora_parameters(unet)
-    text_parameters = lora_parameters(network)[len(unet_parameters) :]
-    if config.gradient_checkpointing:
-        unet.enable_gradient_checkpointing()
-    if ranks.device.type == "cuda":
-        unet.to(memory_format=torch.channels_last)
-    objective.begin(network, config)
-    parameters = [*unet_parameters, *text_parameters]
-    assert all(parameter.dtype == torch.float32 for parameter in parameters)
-    assert sum(parameter.requires_grad for parameter in network.parameters()) == len(parameters)
+
+def make_optimizer(config: TrainConfig, parameters: list[nn.Parameter], of_unet: int) -> torch.optim.Optimizer:
+    """Return AdamW over all that is trained; those behind the U-Net's have the text encoders' learning rate."""
     text_ratio = (config.text_encoder_learning_rate or config.learning_rate) / config.learning_rate
-    groups = [{"params": unet_parameters, "ratio": 1.0}, {"params": text_parameters, "ratio": text_ratio}]
+    groups = [{"params": parameters[:of_unet], "ratio": 1.0}, {"params": parameters[of_unet:], "ratio": text_ratio}]
     groups = [group for group in groups if group["params"]]
-    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.999), eps=1e-8, weight_decay=1e-2, fused=True)
-    scaler = torch.amp.GradScaler(ranks.device.type, enabled=config.precision == "fp16")
-    model = DistributedDataParallel(network) if ranks.world > 1 else network
+    options = {"betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 1e-2}
+    if config.optimizer == "adamw":
+        return torch.optim.AdamW(groups, **options, fused=True)
+    from bitsandbytes.optim import AdamW8bit  # which need not be there
 
-    numbers, total = sum(p.numel() for p in parameters), sum(p.numel() for p in network.parameters())
-    seen_at = f"{resolution} × {resolution}"
+    return AdamW8bit(groups, **options)
+
+
+def introduce(run: Run) -> None:
+    """Say what is trained, on what, and how."""
+    config, examples, say = run.config, run.examples, run.ranks.say
+    seen_at = f"{examples.resolution} × {examples.resolution}"
     if config.buckets:
         seen_at = " and ".join(f"{w} × {h} ({len(inside)})" for (w, h), inside in examples.buckets.items())
-    ranks.say(f"base       {base.source}, {base.schedule.prediction_type}, {config.precision} on {ranks.device.type}")
-    ranks.say(f"pictures   {len(items)} of {', '.join(config.data)}, at {seen_at} pixels")
-    if others:
-        ranks.say(f"class      {len(others)} pictures of {config.class_prompt!r}, every other one that is seen")
-    each = sorted({(a.rank, a.alpha) for layer in layers.values() for a in layer.adapters.values()})
+    layers = lora_layers(run.network)
+    each = {(a.rank, a.alpha) for layer in layers.values() for a in layer.adapters.values()}
     rank, alpha = (
-        f"{low:g}" if low == high else f"{low:g} to {high:g}" for low, high in zip(each[0], each[-1], strict=True)
+        f"{min(some):g}" if len({*some}) == 1 else f"{min(some):g} to {max(some):g}" for some in zip(*each, strict=True)
     )
-    ranks.say(f"LoRA       rank {rank}, alpha {alpha}, in {len(layers)} layers")
-    ranks.say(f"trained    {numbers:,} of {total:,} parameters")
-    ranks.say(f"batch      {config.batch_size} = {shares}")
-    average = {name: tensor.clone() for name, tensor in lora_state_dict(network).items()} if config.ema else {}
-    trained = network, model, parameters, average, optimizer, scaler
-    return Run(config, objective, ranks, shares, base, examples, held_out, identity, *trained)
+    numbers, total = (sum(p.numel() for p in some) for some in (run.parameters, run.network.parameters()))
+    on_top = "".join(f" + {lora}" for lora in config.base_lora)
+    say(
+        f"base       {run.base.source}{on_top}, {run.base.schedule.prediction_type}, {config.precision} on "
+        f"{run.ranks.device.type}"
+    )
+    say(f"pictures   {len(examples.items)} of {', '.join(config.data)}, at {seen_at} pixels")
+    if config.validation_share is not None:
+        say(f"validation {len(run.held_out.items)} other pictures of them, kept from training")
+    if examples.class_items:
+        say(f"class      {len(examples.class_items)} pictures of {config.class_prompt!r}, every other one that is seen")
+    say(f"LoRA       rank {rank}, alpha {alpha}, in {len(layers)} layers")
+    say(f"trained    {numbers:,} of {total:,} parameters")
+    say(f"batch      {config.batch_size} = {run.shares}")
 
 
 def put_lora(network: nn.Module, unet: nn.Module, config: TrainConfig) -> dict:
@@ -202,7 +230,7 @@ def put_lora(network: nn.Module, unet: nn.Module, config: TrainConfig) -> dict:
     generator = torch.Generator().manual_seed(config.seed)
     try:
         settings = config.rank, config.alpha, config.targets
-        inject_lora(unet, *settings, generator=generator, rank_for=config.ranks_by_part())
+        inject_lora(unet, *settings, generator=generator, **config.by_part())
         if config.train_text_encoder:
             network.inject(config.rank, config.alpha, config.text_encoder_targets, generator=generator)
     except ValueError as error:
@@ -246,6 +274,7 @@ def optimizer_step(run: Run, step: int, learning_rate: float) -> tuple[float, fl
     micro_batches = run.shares.positions(step)
     for number, positions in enumerate(micro_batches, start=1):
         batch = run.examples.batch(positions, device)
+        drop_features(run, positions)
         # The gradients of the micro-batches add up, and only the last backward pass averages them over
         # the processes.  no_sync must be around the forward pass too, or it has no effect.
         last = number == len(micro_batches)
@@ -275,6 +304,16 @@ def optimizer_step(run: Run, step: int, learning_rate: float) -> tuple[float, fl
     return loss_mean, grad_norm
 
 
+def drop_features(run: Run, positions: Sequence[int]) -> None:
+    """Let each picture's change do without some of the input of each layer, others at each position: --dropout."""
+    if dropout := run.config.dropout:
+        for path, layer in lora_layers(run.network).items():
+            adapter, what = layer.adapters["default"], f"dropout of {path}"
+            count = adapter.lora_A.shape[1]
+            keep = [draws.kept(run.config.seed, what, position, count, dropout) for position in positions]
+            adapter.keep = torch.stack(keep).to(run.ranks.device)  # (batch, in)
+
+
 @torch.no_grad()
 def follow(run: Run, step: int) -> None:
     """Let the average of --ema follow the LoRA: θ̄ ← d · θ̄ + (1 − d) · θ, with a d that rises to --ema at first."""
@@ -282,6 +321,17 @@ def follow(run: Run, step: int) -> None:
         decay = min(run.config.ema, (1 + step) / (10 + step))
         for name, tensor in lora_state_dict(run.network).items():
             run.average[name].lerp_(tensor, 1 - decay)
+
+
+@contextmanager
+def averaged(run: Run) -> Iterator[None]:
+    """Within the block the LoRA is the average of --ema; afterwards it is as it was found."""
+    now = {name: tensor.clone() for name, tensor in lora_state_dict(run.network).items()}
+    try:
+        load_lora_state_dict(run.network, run.average)
+        yield
+    finally:
+        load_lora_state_dict(run.network, now)
 
 
 def learning_rate_at(step: int, config: TrainConfig) -> float:
@@ -331,7 +381,8 @@ class Log:
         if self.writer:
             run = self.run
             prompts = run.config.sample_prompt
-            sheet = sampling.draw_prompts(run.base, prompts, run.examples.resolution, run.drawing(prompts))
+            with averaged(run) if run.config.sample_average else nullcontext():
+                sheet = sampling.draw_prompts(run.base, prompts, run.examples.resolution, run.drawing(prompts))
             sampling.save_picture(sheet, run.output / "samples" / f"step-{step:08d}.png")
             self.writer.add_image("samples", np.array(sheet), step, dataformats="HWC")
             trained = () if run.config.train_text_encoder else ("text_encoder", "text_encoder_2")
@@ -391,25 +442,20 @@ def finish(run: Run) -> Path:
     if run.ranks.is_main:
         save_lora(run.network, lora_file)
         if run.average:
-            now = {name: tensor.clone() for name, tensor in lora_state_dict(run.network).items()}
-            load_lora_state_dict(run.network, run.average)
-            save_lora(run.network, run.output / AVERAGE_NAME)
-            load_lora_state_dict(run.network, now)
+            with averaged(run):
+                save_lora(run.network, run.output / AVERAGE_NAME)
             run.ranks.say(f"wrote      {run.output / AVERAGE_NAME}, the moving average")
         for dialect in config.also:
             also = run.output / {"kohya": f"{run.output.resolve().name}.safetensors", "peft": "peft"}[dialect]
             save_lora(run.network, also, dialect=dialect)
             run.ranks.say(f"wrote      {also}, for programs that read {dialect}'s dialect")
-        drawing = run.drawing(item.captions[:1])
-        sheet = sampling.before_after(run.base, item, run.examples.size_of(item), drawing)
+        size, drawing = run.examples.size_of(item), run.drawing(item.captions[:1])
+        with averaged(run) if config.sample_average else nullcontext():
+            sheet = sampling.before_after(run.base, item, size, drawing)
         sampling.save_picture(sheet, sheet_file)
         card = model_card(config, run.examples.items, run.base.is_xl, str(sheet_file.relative_to(run.output)))
         write_whole(run.output / "README.md", card.encode())
         run.ranks.say(f"wrote      {lora_file} and {sheet_file}")
-        model = ["--model", config.model] if config.model else []
-        model += ["--model-config", config.model_config] if config.model_config else []
-        model += ["--zero-terminal-snr"] if config.zero_terminal_snr else []
-        words = ["python", "sample.py", "--prompt", item.captions[0], "--lora", config.output, *model]
-        run.ranks.say(f"next       {shlex.join(words)}")
+        run.ranks.say(f"next       {sample_command(config, item.captions[0])}")
     wait_for_all()
     return lora_file

@@ -9,19 +9,49 @@ The loss is the plain squared error, whatever training makes small, so that runs
 """
 
 import json
+import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-from . import sampling
-from .distributed import decided_by_main, mean_over_ranks
+from . import draws, sampling
+from .config import TrainConfig, UserError
+from .distributed import Ranks, decided_by_main, mean_over_ranks
 from .files import write_whole
+from .folder import Item, read_folder, read_folders
 from .models import save_lora
 from .objectives import Denoising
 
 TIMESTEPS = 8  # at which each picture is looked at
 FIGURES, BEST = "validation.json", "pytorch_lora_weights_best.safetensors"
+
+
+def read_pictures(config: TrainConfig, ranks: Ranks) -> tuple[list[Item], list[Item]]:
+    """Return the pictures that are trained on, and those of --validation."""
+    items, unseen = read_folders(config), []
+    if config.validation_share is not None:
+        return keep_apart(items, config.validation_share, config.seed)
+    if config.validation:
+        unseen = read_folder(config.validation, config, "--validation")
+    if ranks.is_main and (both := {item.digest for item in items} & {item.digest for item in unseen}):
+        print(f"warning: {len(both)} pictures of --validation {config.validation} are trained on", file=sys.stderr)
+    return items, unseen
+
+
+def keep_apart(items: Sequence[Item], share: float, seed: int) -> tuple[list[Item], list[Item]]:
+    """Return the pictures to train on, and a share of them, at least one, to keep from training.
+
+    Each picture draws a number by the seed and its own content, and the lowest are kept: so it does not matter
+    where they lie, and a picture that comes twice stays on one side.  Raises UserError if that leaves none.
+    """
+    drawn = {item.digest: draws.uniform(seed, f"kept from training {item.digest}", 0) for item in items}
+    kept = sorted(drawn, key=drawn.get)[: max(1, round(share * len(drawn)))]
+    if len(kept) == len(drawn):
+        raise UserError(f"--validation {share:g}: of {len(drawn)} different pictures that leaves none to train on")
+    first = {item.digest: item for item in reversed(items)}
+    return [item for item in items if item.digest not in kept], [first[digest] for digest in kept]
 
 
 class Validation:

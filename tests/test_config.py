@@ -2,8 +2,10 @@
 
 import dataclasses
 import json
+from pathlib import Path
 
 import pytest
+from test_training import CHANGES
 
 from minilora.commands import read, run
 from minilora.config import SampleConfig, TrainConfig, UserError
@@ -73,6 +75,79 @@ def test_what_follows_from_other_settings_goes_on_following_them(tmp_path):
     assert (again.output, again.alpha) == ("o", 1)
 
 
+SHOWN = {  # which test shows what a setting does, but for the CHANGES of test_training.py
+    TrainConfig: {
+        "data": "test_data.py::test_each_folder_comes_as_often_as_its_weight_says",
+        "caption": "test_data.py::test_captions_come_from_text_files_and_the_option_fills_the_gaps",
+        "class_prompt": "test_dreambooth.py::test_what_is_learnt_depends_on_the_class",
+        "class_data": "test_dreambooth.py::test_missing_pictures_are_drawn_and_those_that_are_there_are_counted",
+        "class_pictures": "test_dreambooth.py::test_missing_pictures_are_drawn_and_those_that_are_there_are_counted",
+        "prior_weight": "test_dreambooth.py::test_the_class_stands_at_every_other_position_with_its_weight",
+        "cache": "test_data.py::test_the_cache_is_filled_once_and_follows_the_content",
+        "validation": "test_validation.py::test_a_share_of_the_pictures_is_kept_from_training",
+        "validate_every": "test_validation.py::test_figures_are_logged_printed_and_kept_and_disturb_nothing",
+        "model": "test_families.py::test_a_lora_trained_here_draws_the_same_in_diffusers",
+        "model_config": "test_families.py::test_a_single_file_is_the_same_base",
+        "base_lora": "test_training.py::test_training_on_top_of_loras_is_training_on_the_base_they_are_merged_into",
+        "rank_for": "test_training.py::test_ranks_and_sets_from_the_settings",
+        "alpha_for": "test_training.py::test_alphas_from_the_settings",
+        "init_from": "test_training.py::test_a_lora_is_trained_on",
+        "train_text_encoder": "test_families.py::test_text_encoders_are_trained_too_and_load_in_diffusers",
+        "text_encoder_targets": "test_families.py::test_text_encoders_are_trained_too_and_load_in_diffusers",
+        "micro_batch_size": "test_training.py::test_micro_batches_give_the_lora_of_the_whole_batch",
+        "optimizer": "test_training.py::test_eight_bits_of_state_learn_nearly_the_same",
+        "text_encoder_learning_rate": "test_families.py::test_a_learning_rate_of_their_own",
+        "huber_c": "test_training.py::test_each_recipe_changes_what_is_learnt",
+        "dream": "test_training.py::test_each_recipe_changes_what_is_learnt",
+        "dropout": "test_training.py::test_each_layer_and_position_does_without_other_features",
+        "timestep_range": "test_training.py::test_timesteps_are_drawn_from_their_range",
+        "zero_terminal_snr": "test_training.py::test_zero_terminal_snr_trains_and_draws_with_the_changed_schedule",
+        "ema": "test_training.py::test_the_average_follows_the_lora",
+        "precision": "test_training.py::test_precision_and_checkpointing_are_what_is_asked_for",
+        "gradient_checkpointing": "test_training.py::test_precision_and_checkpointing_are_what_is_asked_for",
+        "output": "test_training.py::test_a_run_leaves_what_it_promises",
+        "also": "test_training.py::test_other_dialects_are_written_too_and_hold_the_same_lora",
+        "checkpoint_every": "test_training.py::test_only_the_newest_checkpoints_stay",
+        "checkpoints_kept": "test_training.py::test_only_the_newest_checkpoints_stay",
+        "resume": "test_training.py::test_a_run_that_was_cut_in_two_gives_the_same_bytes",
+        "sample_prompt": "test_training.py::test_samples_during_training_disturb_nothing",
+        "sample_every": "test_training.py::test_samples_during_training_disturb_nothing",
+        "sample_average": "test_training.py::test_pictures_are_drawn_with_the_average",
+    },
+    SampleConfig: {
+        "prompt": "test_sampling.py::test_a_picture_depends_on_its_seed_and_nothing_else",
+        "negative": "test_sampling.py::test_a_picture_depends_on_its_seed_and_nothing_else",
+        "seed": "test_sampling.py::test_a_picture_depends_on_its_seed_and_nothing_else",
+        "count": "test_sampling.py::test_count_and_prompts_make_a_sheet",
+        "steps": "test_sampling.py::test_a_picture_depends_on_its_seed_and_nothing_else",
+        "guidance": "test_sampling.py::test_a_picture_depends_on_its_seed_and_nothing_else",
+        "zero_terminal_snr": "test_sampling.py::test_zero_terminal_snr_draws_from_pure_noise",
+        "image": "test_families.py::test_an_inpainting_base_draws_as_in_diffusers_and_is_not_trained",
+        "mask": "test_families.py::test_an_inpainting_base_draws_as_in_diffusers_and_is_not_trained",
+        "size": "test_sampling.py::test_a_picture_depends_on_its_seed_and_nothing_else",
+        "scheduler": "test_sampling.py::test_every_scheduler_draws_in_its_own_way",
+        "model": "test_families.py::test_a_lora_trained_here_draws_the_same_in_diffusers",
+        "model_config": "test_families.py::test_loras_are_folded_into_a_single_file_as_into_a_folder",
+        "lora": "test_sampling.py::test_several_loras_add_up",
+        "scales": "test_sampling.py::test_scales_make_one_row_per_seed_and_one_column_per_scale",
+        "grid": "test_restyle.py::test_a_grid_mixes_two_loras",
+        "precision": "test_sampling.py::test_half_precision_draws_nearly_the_same",
+        "output": "test_restyle.py::test_a_folder_of_drawn_pictures_can_be_trained_on",
+    },
+}
+
+
+@pytest.mark.parametrize("settings", SHOWN)
+def test_every_setting_has_a_test_that_shows_what_it_does(settings):
+    changes = {name for change in CHANGES for name in change} if settings is TrainConfig else set()
+    assert {field.name for field in dataclasses.fields(settings)} == changes | SHOWN[settings].keys()
+    for name, where in SHOWN[settings].items():
+        file, test = where.split("::")
+        text = (Path(__file__).parent / file).read_text()
+        assert f"def {test}(" in text, where
+        assert name in text, where
+
+
 def test_settings_are_frozen():
     with pytest.raises(dataclasses.FrozenInstanceError):
         parse("--data", "a").rank = 3
@@ -87,6 +162,7 @@ def test_settings_are_frozen():
         (["--data", "a", "--rank", "0"], "--rank is 0; it must be at least 1"),
         (["--data", "a", "--precision", "fp8"], "--precision is 'fp8'; it can be fp32, bf16, fp16"),
         (["--data", "a", "--caption-dropout", "1.5"], "--caption-dropout is 1.5; it must be at least 0 and at most 1"),
+        (["--data", "a", "--dropout", "1"], "--dropout is 1.0; it must be at least 0 and at most 0.99"),
         (["--data", "a", "--learning-rate", "0"], "--learning-rate is 0.0; it must be greater than 0"),
         (["--data", "a", "--learning-rate", "nan"], "--learning-rate is nan"),
         (["--data", "a", "--sample-every", "5"], "--sample-every needs a --sample-prompt"),

@@ -13,7 +13,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from test_training import relative_difference, torchrun
 
-from minilora import draws, names
+from minilora import draws, inject_lora, lora_parameters, names, save_lora
 from minilora.config import SampleConfig, TrainConfig, UserError
 from minilora.data import Examples
 from minilora.distributed import Ranks
@@ -188,6 +188,27 @@ def test_a_single_file_is_the_same_base(single_file, family_base, pictures, tmp_
         torch.testing.assert_close(load_file(other)[key], tensor, rtol=0, atol=1e-5)
 
 
+def test_loras_are_folded_into_a_single_file_as_into_a_folder(single_file, family_base, tmp_path):
+    file, settings = single_file
+    unet = Base(str(file), ONE.device, config=str(settings)).unet
+    before = {key: tensor.clone() for key, tensor in unet.state_dict().items()}
+    inject_lora(unet, rank=2)
+    for parameter in lora_parameters(unet):
+        torch.nn.init.normal_(parameter)
+    save_lora(unet, tmp_path / "lora.safetensors")
+    bases = {str(family_base("sd1")): None, str(file): str(settings)}
+    loras = (f"{tmp_path / 'lora.safetensors'}:0.5",)
+    one, other = (Base(n, ONE.device, config=c, loras=loras).unet.state_dict() for n, c in bases.items())
+    assert all(torch.equal(tensor, other[key]) for key, tensor in one.items())
+    assert any(not torch.equal(tensor, before[key]) for key, tensor in one.items())
+    drawing = {"prompt": ("a dog",), "lora": loras, "steps": 2}
+    ours, theirs = (
+        sample(SampleConfig(model=n, model_config=c, output=str(tmp_path / f"{bool(c)}.png"), **drawing))
+        for n, c in bases.items()
+    )
+    assert abs(np.array(Image.open(ours), int) - np.array(Image.open(theirs), int)).max() <= 1  # a level is rounded
+
+
 def test_what_is_wrong_with_a_single_file_is_said(single_file, tmp_path, monkeypatch):
     file, settings = single_file
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
@@ -215,6 +236,7 @@ def test_text_encoders_are_trained_too_and_load_in_diffusers(family, family_base
     path = train(config)
     tensors = load_file(path)
     encoders = {key.split(".")[0] for key in tensors} - {"unet"}
+    assert {key.split(".")[-3] for key in tensors if not key.startswith("unet")} == {"q_proj", "out_proj", "fc1"}
     assert encoders == {"text_encoder", *(["text_encoder_2"] if family == "sdxl" else [])}
     assert all(".text_model.encoder.layers." in key for key in tensors if not key.startswith("unet"))
     assert all(tensor.any() for key, tensor in tensors.items() if "lora_B" in key)  # each of them has learnt
@@ -251,14 +273,14 @@ def test_a_learning_rate_of_their_own(family_base, pictures, tmp_path):
 
 
 def test_resumed_equals_uninterrupted(family_base, pictures, tmp_path):
-    config = with_text(family_base, pictures, tmp_path, "sdxl", steps=4, micro_batch_size=2)
+    config = with_text(family_base, pictures, tmp_path, "sdxl", steps=4, micro_batch_size=2, dropout=0.2)
     whole = train(replace(config, output=str(tmp_path / "whole"))).read_bytes()
     train(replace(config, steps=2, checkpoint_every=2))
     assert train(replace(config, resume=True)).read_bytes() == whole
 
 
 def test_two_processes_equal_one(family_base, pictures, tmp_path):
-    config = with_text(family_base, pictures, tmp_path, "sdxl", steps=20, learning_rate=0.001)
+    config = with_text(family_base, pictures, tmp_path, "sdxl", steps=20, learning_rate=0.001, dropout=0.2)
     train(replace(config, output=str(tmp_path / "one")))
     (tmp_path / "config.json").write_text(config.to_json())
     result = torchrun(2, "--config", str(tmp_path / "config.json"))

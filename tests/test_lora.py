@@ -11,6 +11,7 @@ from torch import nn
 from minilora import (
     LoRAConv2d,
     LoRALinear,
+    draws,
     inject_lora,
     load_lora_state_dict,
     lora_disabled,
@@ -195,14 +196,49 @@ def test_disabled_restores_what_it_found():
     assert [layer.enabled for layer in lora_layers(module).values()] == [False, True, True]
 
 
-def test_dropout_acts_on_the_branch_in_training_only():
-    module = nn.Sequential(nn.Linear(64, 64))
-    inject_lora(module, rank=4, targets=["0"], dropout=0.5)
+LAYERS = {  # with the shape of an input, and that of what each picture's features are multiplied with
+    "pictures": (nn.Linear(6, 5), (3, 6), (3, 6)),
+    "tokens": (nn.Linear(6, 5), (3, 7, 6), (3, 1, 6)),
+    "pixels": (nn.Conv2d(6, 5, 3, padding=1), (3, 6, 4, 4), (3, 6, 1, 1)),
+}
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+def test_dropout_leaves_out_features_of_a_picture_in_training_only(kind):
+    base, shape, fitting = LAYERS[kind]
+    module = nn.Sequential(base)
+    [layer] = inject_lora(module, rank=2, alpha=3, targets=["0"]).values()
     randomize(module)
-    x = torch.randn(3, 64)
-    assert not torch.equal(module(x), module(x))
+    x = torch.randn(shape)
+    whole, adapter = module(x), layer.adapters["default"]
+
+    adapter.keep = torch.stack([draws.kept(0, "a", position, 6, 0.0) for position in range(3)])
+    assert torch.equal(module(x), whole)
+    adapter.keep = torch.stack([draws.kept(0, "a", position, 6, 0.5) for position in range(3)])  # (batch, in)
+    assert set(adapter.keep.unique().tolist()) == {0.0, 2.0}
+    dropped = module(x)
+    seen = x * adapter.keep.view(fitting)
+    with torch.no_grad():
+        adapter.keep = None
+        expected = base(x) + module(seen) - base(seen)
+    torch.testing.assert_close(dropped, expected, rtol=1e-5, atol=1e-5)  # the order of float32 sums
+    assert not torch.allclose(dropped, whole)
+
+    adapter.keep = torch.zeros(3, 6)
+    assert torch.equal(module(x), base(x))
     module.eval()
-    assert torch.equal(module(x), module(x))
+    assert torch.equal(module(x), whole)
+
+
+def test_dropout_changes_nothing_on_average():
+    module, n = nn.Sequential(nn.Linear(6, 5)), 10_000
+    [layer] = inject_lora(module, rank=2, targets=["0"]).values()
+    randomize(module)
+    x = torch.randn(6)
+    layer.adapters["default"].keep = torch.stack([draws.kept(0, "a", position, 6, 0.3) for position in range(n)])
+    outputs = module(x.expand(n, 6))  # (n, out)
+    # The mean of n draws is within 5 deviations of itself.
+    assert ((outputs.mean(0) - module.eval()(x)).abs() < 5 * outputs.std(0) / n**0.5).all()
 
 
 def test_state_dict_round_trip_is_strict_both_ways():
@@ -453,3 +489,15 @@ def test_ranks_by_parts_of_names(tiny_unet):
         assert adapter.scale == pytest.approx(0.5), path  # the same everywhere
     with pytest.raises(ValueError, match="rank for 'attn' fits none of the layers"):
         inject_lora(tiny_unet, 4, name="other", rank_for={"attn": 2})  # a part of a part is none
+
+
+def test_alphas_by_parts_of_names(tiny_unet):
+    parts = {"rank_for": {"attn2": 2}, "alpha_for": {"attn2": 6, "mid_block": 1.5}}
+    layers = inject_lora(tiny_unet, 4, 2.0, **parts)
+    inject_lora(tiny_unet, 4, name="other", **parts)
+    for path, layer in layers.items():
+        expected = 1.5 if path.startswith("mid_block") else 6 if ".attn2." in path else 2.0
+        assert layer.adapters["default"].alpha == expected, path
+        assert layer.adapters["other"].alpha == (4 if expected == 2.0 else expected), path  # the rank, as ever
+    with pytest.raises(ValueError, match="rank for 'ff' fits none of the layers; alpha for 'conv1' fits none"):
+        inject_lora(tiny_unet, 4, name="third", rank_for={"ff": 2}, alpha_for={"conv1": 1})

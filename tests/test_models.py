@@ -10,6 +10,7 @@ from test_lora import MLP, TARGETS, randomize
 from minilora import inject_lora, load_lora, lora_state_dict, merge_lora, save_lora
 from minilora.config import UserError
 from minilora.lora import lora_layers
+from minilora.merge import fold
 from minilora.models import BUNDLED, Base, fingerprint
 
 CPU = torch.device("cpu")
@@ -157,6 +158,42 @@ def test_a_pipeline_is_saved_and_loaded_in_any_dialect(dialect, tiny_base, tmp_p
         for name in ours:
             if "lora" not in name:  # the scale 1.5 is folded into B: a rounding
                 torch.testing.assert_close(ours[name], theirs[name], rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("family", ["sd1", "sdxl"])
+def test_a_base_with_loras_is_the_one_that_they_were_merged_into(family, family_base, tmp_path):
+    folder, loras = family_base(family), [(tmp_path / "a.safetensors", 0.5), (tmp_path / "b.safetensors", -2.0)]
+    encoders = [name for name in ("text_encoder", "text_encoder_2") if (folder / name).exists()]
+    for (path, _), parts, dialect in zip(loras, (("unet",), ("unet", *encoders)), ("kohya", "diffusers"), strict=True):
+        pipeline = Base(str(folder), CPU).pipeline
+        for part in parts:
+            module = getattr(pipeline, part)
+            inject_lora(module, rank=2, alpha=3, targets=("to_q", "conv1") if part == "unet" else ("q_proj", "fc1"))
+            randomize(module, seed=len(parts))
+        save_lora(pipeline, path, dialect=dialect)
+    fold(folder, loras, tmp_path / "merged")
+    texts = [f"{path}:{strength:g}" for path, strength in loras]
+    ours, merged, plain = (
+        Base(str(folder), CPU, loras=texts),
+        Base(str(tmp_path / "merged"), CPU),
+        Base(str(folder), CPU),
+    )
+    for part in ("unet", "vae", *encoders):
+        expected, original = (getattr(base, part).state_dict() for base in (merged, plain))
+        for _ in range(2):
+            for name, tensor in getattr(ours, part).state_dict().items():
+                # The order of a float32 sum of 4 products, of numbers of about 1.
+                torch.testing.assert_close(tensor, expected[name], rtol=1e-6, atol=1e-6)
+            ours.release(part)  # the second time it is loaded anew, and the LoRAs are in it once
+        assert part == "vae" or any(not torch.equal(tensor, original[name]) for name, tensor in expected.items())
+
+    half, rounded = Base(str(folder), CPU, torch.bfloat16, loras=texts[:1]), Base(str(folder), CPU, torch.bfloat16)
+    load_lora(rounded.unet, loras[0][0], scale=0.5)
+    merge_lora(rounded.unet)  # which rounds once, too
+    for path, layer in lora_layers(rounded.unet).items():
+        torch.testing.assert_close(half.unet.get_submodule(path).weight, layer.base.weight, rtol=2**-7, atol=0)
+    with pytest.raises(UserError, match=r"unet\..* is not finite with .*a\.safetensors:1e6 in it"):
+        _ = Base(str(folder), CPU, torch.float16, loras=(f"{loras[0][0]}:1e6",)).unet
 
 
 def test_files_that_cannot_be_read_are_named(tmp_path):

@@ -141,7 +141,9 @@ def test_every_command_of_the_readme_runs(folder, tiny_base, family_base):
 @pytest.mark.parametrize("command", re.findall(r"^\|.*\| `(python .*)` \|$", README, re.MULTILINE))
 def test_every_recipe_runs(command, folder, family_base):
     model = f" --model {family_base('sd2')}"  # which predicts v, as the bundled base does
-    if "--init-from" in command:
+    if "adamw8bit" in command:
+        pytest.importorskip("bitsandbytes")
+    if "out/fluent" in command:  # a LoRA that there must be
         first = small("python train.py --data dataset/fluent", "") + model
         finish(call(first, folder))
     command = small(command, "").replace("=16", "=2").replace("=4", "=3") + model  # it is only 8 wide

@@ -94,6 +94,7 @@ def test_a_picture_depends_on_its_seed_and_nothing_else(command):
     assert not np.array_equal(alone, command(seed=7, guidance=9.0))
     assert not np.array_equal(alone, command(seed=7, negative="a dog"))
     assert not np.array_equal(alone, command(seed=7, steps=4))
+    assert not np.array_equal(alone, command(seed=7, prompt=("a dog",)))
     assert command(size=24).shape == (24, 24, 3)
 
 
@@ -118,16 +119,22 @@ def test_count_and_prompts_make_a_sheet(command):
     assert picture.shape[1] > 3 * 196
 
 
-@pytest.mark.parametrize("name", SCHEDULERS)
-def test_every_scheduler_draws(command, name):
-    assert command(scheduler=name).shape == (16, 16, 3)
+def test_every_scheduler_draws_in_its_own_way(command):
+    pictures = [command(scheduler=name) for name in SCHEDULERS]
+    assert {picture.shape for picture in pictures} == {(16, 16, 3)}
+    assert len({picture.tobytes() for picture in pictures}) == len(SCHEDULERS)
+
+
+def test_zero_terminal_snr_draws_from_pure_noise(command, family_base):
+    model = str(family_base("sd2"))
+    assert not np.array_equal(command(model=model), command(model=model, zero_terminal_snr=True))
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_half_precision_draws_nearly_the_same(command, lora, precision):
     # bf16 has 8 bits of mantissa, so three steps move pixels by a few per cent of their range.
     one, two = command(lora=(str(lora),)), command(lora=(str(lora),), precision=precision)
-    assert np.abs(one.astype(int) - two).mean() < 10
+    assert 0 < np.abs(one.astype(int) - two).mean() < 10
 
 
 def test_a_lora_for_another_base_is_refused_with_keys_and_shapes(command, lora, tmp_path):

@@ -8,28 +8,34 @@ import signal
 import subprocess
 import sys
 import time
+from importlib.util import find_spec
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import make_picture
 from huggingface_hub import ModelCard
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from minilora import training
-from minilora.config import TrainConfig, UserError
+from minilora.config import SampleConfig, TrainConfig, UserError
 from minilora.distributed import Shares
 from minilora.export import difference
 from minilora.formats import AVERAGE_NAME, FILE_NAME, read_lora
 from minilora.layout import Checkpoint
-from minilora.lora import lora_parameters
-from minilora.models import DTYPES
+from minilora.lora import lora_layers, lora_parameters
+from minilora.merge import fold
+from minilora.models import DTYPES, Base, load_lora
 from minilora.objectives import Denoising
+from minilora.sampling import draw_prompts
 from minilora.training import learning_rate_at, train
 
 ROOT = Path(__file__).parents[1]
+EIGHT_BITS = {"optimizer": "adamw8bit", "targets": ("conv1",), "rank": 16}  # fewer than 4096 numbers stay in 32 bits
+needs_bitsandbytes = pytest.mark.skipif(find_spec("bitsandbytes") is None, reason='needs the extra "8bit"')
 
 
 @pytest.fixture
@@ -55,7 +61,7 @@ def deltas(folder: Path) -> torch.Tensor:
     """Return all ΔW of a LoRA file as one long vector."""
     state = weights(folder)
     pairs = [(state[k], state[k.replace("lora_A", "lora_B")]) for k in sorted(state) if "lora_A" in k]
-    return torch.cat([(b @ a).flatten() for a, b in pairs])
+    return torch.cat([(b.flatten(1) @ a.flatten(1)).flatten() for a, b in pairs])
 
 
 def relative_difference(one: Path, two: Path) -> float:
@@ -139,19 +145,21 @@ def test_precision_and_checkpointing_are_what_is_asked_for(run, precision, check
     run("a", objective, steps=1, precision=precision, gradient_checkpointing=checkpointing)
 
 
-def test_gradient_checkpointing_changes_nothing_that_is_learnt(run):
-    one, two = run("a"), run("b", gradient_checkpointing=True)
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_gradient_checkpointing_changes_nothing_that_is_learnt(run, dropout):
+    one, two = run("a", dropout=dropout), run("b", dropout=dropout, gradient_checkpointing=True)
     assert (one / FILE_NAME).read_bytes() == (two / FILE_NAME).read_bytes()
 
 
 # ------------------------------------------------------------------------------- the same, cut up
 
 
-def test_a_run_that_was_cut_in_two_gives_the_same_bytes(run):
-    whole = run("whole", checkpoint_every=2)
-    run("cut", steps=5, checkpoint_every=2)
+@pytest.mark.parametrize("recipe", [{}, {"dropout": 0.3}, pytest.param(EIGHT_BITS, marks=needs_bitsandbytes)], ids=str)
+def test_a_run_that_was_cut_in_two_gives_the_same_bytes(run, recipe):
+    whole = run("whole", checkpoint_every=2, **recipe)
+    run("cut", steps=5, checkpoint_every=2, **recipe)
     assert [path.name for path in (whole.parent / "cut" / "checkpoints").iterdir()] == ["step-00000004.safetensors"]
-    cut = run("cut", resume=True)
+    cut = run("cut", resume=True, **recipe)
     assert (cut / FILE_NAME).read_bytes() == (whole / FILE_NAME).read_bytes()
 
 
@@ -193,15 +201,19 @@ def test_a_killed_run_gives_the_same_bytes(run, pictures, tmp_path, tiny_base):
     assert (resumed / FILE_NAME).read_bytes() == (whole / FILE_NAME).read_bytes()
 
 
-def test_micro_batches_give_the_lora_of_the_whole_batch(run):
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_micro_batches_give_the_lora_of_the_whole_batch(run, dropout):
     # Only the order of float32 sums differs; Adam magnifies that where a gradient is nearly zero.
-    whole = run("whole", batch_size=6)
+    settings = {"batch_size": 6, "dropout": dropout}
+    whole, seen = run("whole", **settings), []
+
+    def watch(unet, batch, *more):
+        seen.append(len(batch.positions))
+        return Denoising().loss(unet, batch, *more)
+
     for micro in (1, 2, 3):
-        assert relative_difference(whole, run(f"micro{micro}", batch_size=6, micro_batch_size=micro)) < 1e-4
-
-
-def test_gradient_checkpointing_changes_nothing(run):
-    assert relative_difference(run("a"), run("b", gradient_checkpointing=True)) < 1e-6  # the same sums, done twice
+        assert relative_difference(whole, run(f"micro{micro}", watch, micro_batch_size=micro, **settings)) < 1e-4
+    assert seen == [*[1] * 36, *[2] * 18, *[3] * 12]
 
 
 def torchrun(processes: int, *words: str) -> subprocess.CompletedProcess:
@@ -320,7 +332,10 @@ def test_only_the_newest_checkpoints_stay(run):
 # ------------------------------------------------------------------------- every setting has its effect
 
 
-CHANGES = [
+CHANGES = [  # test_config.py names the tests of the other settings
+    {"steps": 7},
+    {"learning_rate": 0.02},
+    {"seed": 1},
     {"alpha": 8.0},
     {"rank": 4},
     {"targets": ("to_q",)},
@@ -500,7 +515,26 @@ def test_timesteps_are_drawn_from_their_range(run, pictures, tmp_path, tiny_base
             run("c", timestep_range=wrong)
 
 
-@pytest.mark.parametrize("setting", [{"huber_c": 0.1}, {"dream": 1.0}, {"snr_gamma": 5.0}, {"noise_offset": 0.1}])
+def test_each_layer_and_position_does_without_other_features(run):
+    seen = {}
+
+    def watch(unet, batch, schedule, config):
+        for path, layer in lora_layers(unet).items():
+            adapter = layer.adapters["default"]
+            assert adapter.keep.shape == (len(batch.positions), adapter.lora_A.shape[1])
+            for position, keep in zip(batch.positions, adapter.keep, strict=True):
+                seen[path, position] = tuple(keep.tolist())
+        return Denoising().loss(unet, batch, schedule, config)
+
+    run("a", watch, dropout=0.3, steps=2)
+    wide = [keep for keep in seen.values() if len(keep) == 32]  # any two of these agree by chance 0.58 ** 32
+    assert len(wide) > 8
+    assert len({*wide}) == len(wide)
+
+
+@pytest.mark.parametrize(
+    "setting", [{"huber_c": 0.1}, {"dream": 1.0}, {"snr_gamma": 5.0}, {"noise_offset": 0.1}, {"dropout": 0.3}]
+)
 def test_each_recipe_changes_what_is_learnt(run, setting):
     assert relative_difference(run("plain"), run("other", **setting)) > 0.01
 
@@ -527,9 +561,46 @@ def test_the_average_goes_on_after_a_stop(run):
         assert (resumed / name).read_bytes() == (whole / name).read_bytes()
 
 
+def test_pictures_are_drawn_with_the_average(run, tiny_base):
+    drawing = {"ema": 0.9, "sample_prompt": ("a dog",), "sample_every": 6, "learning_rate": 0.1}
+    plain, average = run("plain", **drawing), run("average", sample_average=True, **drawing)
+    assert (plain / FILE_NAME).read_bytes() == (average / FILE_NAME).read_bytes()
+    for folder, name in ((plain, FILE_NAME), (average, AVERAGE_NAME)):
+        base = Base(str(tiny_base), torch.device("cpu"))
+        load_lora(base.unet, folder / name)
+        expected = draw_prompts(base, ("a dog",), 16, SampleConfig(prompt=("a dog",), model=str(tiny_base)))
+        found = np.array(Image.open(folder / "samples" / "step-00000006.png"))
+        assert np.array_equal(found, np.array(expected))
+    for name in ("step-00000006.png", "before_after.png"):
+        one, other = (np.array(Image.open(folder / "samples" / name)) for folder in (plain, average))
+        assert not np.array_equal(one, other), name
+    with pytest.raises(UserError, match="--sample-average needs an --ema"):
+        run("b", sample_average=True)
+
+
+@needs_bitsandbytes
+def test_eight_bits_of_state_learn_nearly_the_same(run):
+    folder, plain = run("a", checkpoint_every=6, **EIGHT_BITS), run("b", **EIGHT_BITS | {"optimizer": "adamw"})
+    kept = load_file(folder / "checkpoints" / "step-00000006.safetensors")
+    assert any(tensor.dtype == torch.uint8 for tensor in kept.values())
+    assert relative_difference(plain, folder) > 1e-4
+    assert torch.cosine_similarity(deltas(plain), deltas(folder), dim=0) > 0.9  # 8 bits: a few per cent of each step
+
+
+def test_without_the_package_the_eight_bit_optimizer_says_what_to_install(run, monkeypatch):
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)  # as if it were not there
+    with pytest.raises(UserError, match='adamw8bit needs bitsandbytes: pip install "bitsandbytes>=0'):
+        run("a", optimizer="adamw8bit")
+
+
 def test_zero_terminal_snr_trains_and_draws_with_the_changed_schedule(family_base, pictures, tmp_path):
     places = {"data": (str(pictures),), "output": str(tmp_path / "run"), "cache": str(tmp_path / "cache")}
-    train(TrainConfig(model=str(family_base("sd2")), steps=2, zero_terminal_snr=True, checkpoint_every=2, **places))
+    settings = {"model": str(family_base("sd2")), "steps": 2, "checkpoint_every": 2}
+    changed = train(TrainConfig(zero_terminal_snr=True, **settings, **places)).parent
+    plain = train(TrainConfig(**settings, **places | {"output": str(tmp_path / "plain")})).parent
+    assert relative_difference(plain, changed) > 1e-3
+    drawn = [np.array(Image.open(folder / "samples" / "before_after.png")) for folder in (plain, changed)]
+    assert not np.array_equal(*drawn)
     with pytest.raises(UserError, match="predicts epsilon"):
         train(TrainConfig(model=str(family_base("sd1")), steps=2, zero_terminal_snr=True, **places))
 
@@ -546,6 +617,49 @@ def test_ranks_and_sets_from_the_settings(run):
         run("b", rank_for=("attn2",))
 
 
+def test_alphas_from_the_settings(run, capsys):
+    # A's gradient is 0 while B is, and Adam takes a step of the learning rate whatever the scale: ΔW has the scale.
+    plain, other = (
+        weights(run("plain", steps=1)),
+        weights(run("other", steps=1, alpha_for=("attn2=8", "mid_block=0.5"))),
+    )
+    assert "alpha 0.5 to 8," in capsys.readouterr().out
+    for key, tensor in plain.items():
+        if "lora_B" in key:
+            factor = 0.25 if ".mid_block." in key else 4.0 if ".attn2." in key else 1.0
+            # Adam's eps takes a little off where the gradient is small; the scale stands in the file's B.
+            torch.testing.assert_close(other[key], factor * tensor, rtol=0.02, atol=1e-3 * factor)
+    for wrong in ("attn2", "attn2=0", "attn2=-1", "attn2=x", "=1"):
+        with pytest.raises(UserError, match=f"--alpha-for {wrong}: it takes a part of names and an alpha above 0"):
+            run("b", alpha_for=(wrong,))
+
+
+def test_training_on_top_of_loras_is_training_on_the_base_they_are_merged_into(run, tiny_base, tmp_path, capsys):
+    first, second = run("first", train_text_encoder=True, checkpoint_every=6), run("second", seed=1)
+    strengths = {first: 0.5, second: -1.0}
+    fold(tiny_base, [*strengths.items()], tmp_path / "merged")
+    settings = {"learning_rate": 0.001, "checkpoint_every": 6}
+    capsys.readouterr()
+    one = run("one", base_lora=tuple(f"{path}:{s:g}" for path, s in strengths.items()), **settings)
+    suggested = f"--prompt 'picture 0' --lora {one} --lora {first}:0.5 --lora {second}:-1 --model {tiny_base}"
+    assert suggested in capsys.readouterr().out
+    assert suggested in (card := (one / "README.md").read_text())
+    assert f"{tiny_base}, with `{first}:0.5` and `{second}:-1` in it" in card
+    other = run("other", model=str(tmp_path / "merged"), **settings)
+    # Their sums may be rounded the other way; Adam magnifies that where a gradient is nearly zero.
+    assert relative_difference(one, other) < 1e-4
+    assert relative_difference(one, run("plain", **settings)) > 0.01
+    ours, theirs = (np.array(Image.open(run / "samples" / "before_after.png"), int) for run in (one, other))
+    assert abs(ours - theirs).max() <= 1  # "base" is the base with what is in it, too
+
+    with pytest.raises(UserError, match=r"belongs to another run: text_encoder was .*; unet was"):
+        run("one", resume=True, base_lora=(f"{first}:0.25", f"{second}:-1"), **settings)
+    stray = {f"unet.nowhere.lora_{matrix}.weight": torch.zeros(2, 2) for matrix in "AB"}
+    save_file(weights(first) | stray, tmp_path / "stray.safetensors")
+    with pytest.raises(UserError, match=r"stray\.safetensors was not made for this base: .* in unet\.nowhere\.lora_A"):
+        run("b", base_lora=(str(tmp_path / "stray.safetensors"),))
+
+
 def test_a_lora_is_trained_on(run):
     first = run("first", steps=6, targets=("to_q", "ff.net.2"), rank_for=("ff=3",), alpha=1.0)
     untouched = run("untouched", steps=1, rank=8, learning_rate=1e-12, init_from=str(first))
@@ -559,7 +673,7 @@ def test_a_lora_is_trained_on(run):
     run("other", steps=3, rank=8, init_from=str(first), checkpoint_every=3)
     with pytest.raises(UserError, match="belongs to another run: init_from was"):
         run("other", rank=8, init_from=str(on), resume=True)
-    with pytest.raises(UserError, match="--rank has no effect with --init-from"):
-        run("b", init_from=str(first))
+    with pytest.raises(UserError, match=r"--rank has no effect with --init-from.*; --alpha-for has no effect"):
+        run("b", init_from=str(first), alpha_for=("attn2=1",))
     with pytest.raises(UserError, match=r"LoRA .*gone"):
         run("c", rank=8, init_from="gone")

@@ -1,6 +1,7 @@
 """validation.py: the same figures however a run is cut up, and the LoRA of the lowest."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -10,9 +11,11 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from test_training import torchrun
 
 from minilora.config import TrainConfig, UserError
+from minilora.folder import read_folders
 from minilora.formats import FILE_NAME
+from minilora.sampling import write_captions
 from minilora.training import train
-from minilora.validation import BEST, FIGURES
+from minilora.validation import BEST, FIGURES, keep_apart
 
 
 @pytest.fixture
@@ -92,14 +95,53 @@ def test_going_on_with_other_pictures_measures_anew_and_a_new_run_clears_the_old
 
 
 def test_micro_batches_and_processes_measure_the_same(run, settings, tmp_path):
-    whole = figures(run("whole", learning_rate=0.001))["losses"]
-    micro = figures(run("micro", learning_rate=0.001, micro_batch_size=1))["losses"]
+    # Dropout acts in training only, so that the figures do not depend on what was dropped last.
+    whole = figures(run("whole", learning_rate=0.001, dropout=0.2))["losses"]
+    micro = figures(run("micro", learning_rate=0.001, dropout=0.2, micro_batch_size=1))["losses"]
     assert micro == pytest.approx(whole, rel=1e-5)  # the order of float32 sums
     words = f"--data {settings['data'][0]} --model {settings['model']} --validation {settings['validation']} --buckets"
     words += f" --output {tmp_path / 'two'} --cache {tmp_path / 'cache2'} --validate-every 2 --steps 8 --batch-size 4"
-    result = torchrun(2, *words.split(), "--rank=2", "--learning-rate=0.001")
+    result = torchrun(2, *words.split(), "--rank=2", "--learning-rate=0.001", "--dropout=0.2")
     assert result.returncode == 0, result.stderr
     assert figures(tmp_path / "two")["losses"] == pytest.approx(whole, rel=1e-5)
+
+
+def test_a_share_of_the_pictures_is_kept_from_training(run, settings, tmp_path, capsys):
+    """The same as if these pictures lay in a folder of their own."""
+    whole, parts = Path(settings["data"][0]), {"train": tmp_path / "train", "kept": tmp_path / "kept"}
+    items = read_folders(TrainConfig(data=(str(whole),)))
+    trained, kept = keep_apart(items, 0.4, seed=0)
+    assert len(kept) == 2
+    assert sorted([*trained, *kept], key=items.index) == items
+    assert keep_apart([*reversed(items), *items], 0.4, seed=0)[1] == kept  # neither order nor weight matters
+    assert len({tuple(keep_apart(items, 0.4, seed)[1]) for seed in range(10)}) > 3
+    for folder, some in zip(parts.values(), (trained, kept), strict=True):
+        folder.mkdir()
+        names = [f"{number}.png" for number in range(len(some))]
+        for name, item in zip(names, some, strict=True):
+            shutil.copy(item.path, folder / name)
+        write_captions(folder, names, [item.captions for item in some])
+    one = run("one", validation="0.4")
+    said = capsys.readouterr().out
+    assert "pictures   3 of" in said
+    assert "validation 2 other pictures of them, kept from training" in said
+    other = run("other", data=(str(parts["train"]),), validation=str(parts["kept"]))
+    for name in (FIGURES, FILE_NAME):
+        assert (one / name).read_bytes() == (other / name).read_bytes()
+    with pytest.raises(UserError, match="pictures was"):
+        run("one", validation="0.2", resume=True)
+
+
+def test_what_a_share_can_be(run, settings, tmp_path, monkeypatch):
+    for wrong in ("0", "1.0", "-0.1", "2", "nan"):
+        with pytest.raises(UserError, match=f"--validation {wrong}: there is no such folder, and a share is between"):
+            run("a", validation=wrong)
+    with pytest.raises(UserError, match=r"--validation 0\.5: of 1 different pictures that leaves none to train on"):
+        run("a", validation="0.5", data=(f"{settings['data'][0]}/0.png",), caption="a dog")
+    assert len(keep_apart(read_folders(TrainConfig(data=settings["data"])), 0.01, 0)[1]) == 1  # at least
+    monkeypatch.chdir(tmp_path)
+    Path("unseen").rename("0.1")  # a folder of that name is a folder
+    assert TrainConfig(data=("a",), validation="0.1").validation_share is None
 
 
 def test_the_noise_is_the_same_whatever_the_seed(run):

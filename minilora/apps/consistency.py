@@ -59,9 +59,8 @@ class LatentConsistency(Objective):
 
     def begin(self, unet: nn.Module, config: TrainConfig) -> None:
         self.unet = unet  # `loss` may get it in a wrapper that averages gradients
-        self.empty = (
-            Base(config.model, unet.device, config=config.model_config).encode_text("").to(unet.device)
-        )  # (tokens, width)
+        base = Base(config.model, unet.device, config=config.model_config, loras=config.base_lora)
+        self.empty = base.encode_text("").to(unet.device)  # (tokens, width)
         self.follower = {
             name: parameter.detach().clone() for name, parameter in unet.named_parameters() if parameter.requires_grad
         }  # θ⁻
