@@ -17,7 +17,6 @@ Only what is LoRA is read as LoRA; its relatives are refused by their names.  So
 these files in diffusers 0.42, PEFT 0.21, kohya's sd-scripts 48d368f and cloneofsimo's lora d84074b.
 """
 
-import json
 import math
 import re
 from collections.abc import Callable, Iterable
@@ -26,7 +25,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .config import UserError
+from .config import UserError, parse_json
 from .dtypes import NAMES, WEIGHTS, widen
 from .files import PICKLE_HELP, PICKLES, TensorFile
 from .names import COMPONENTS, Modules, full_name, known_by, numbered, split
@@ -38,7 +37,7 @@ PEFT_CONFIG, PEFT_FILE = "adapter_config.json", "adapter_model.safetensors"
 Tensors = dict[str, np.ndarray]  # as they are stored (dtypes.py)
 
 
-class FormatError(ValueError):
+class FormatError(UserError):
     """A file that is not what it should be; the message names the file and the keys."""
 
 
@@ -257,7 +256,7 @@ def _configs_in(path: Path, metadata: dict[str, str]) -> dict[str, dict]:
     if "lora_adapter_metadata" not in metadata:
         return {}
     try:
-        flat = json.loads(metadata["lora_adapter_metadata"])
+        flat = parse_json(metadata["lora_adapter_metadata"])
         configs: dict[str, dict] = {}
         for key, value in flat.items():
             component, name = split(key)
@@ -319,7 +318,7 @@ def _read_peft(folder: Path, modules: Modules | None) -> LoRA:
     whole = LoRA({})
     for sub, component in folders:
         try:
-            config = json.loads((sub / PEFT_CONFIG).read_text())
+            config = parse_json((sub / PEFT_CONFIG).read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise FormatError(f"{sub / PEFT_CONFIG}: {error}") from error
         _check_peft(str(sub), config)
@@ -358,7 +357,7 @@ def _named_from_counted(
             homeless += [f"{component}:{number}:{direction}" for number, direction in parts]
             continue
         try:
-            classes = json.loads(metadata[component])
+            classes = parse_json(metadata[component])
             orders = numbered(modules, component, classes)
         except (KeyError, TypeError, ValueError) as error:
             raise FormatError(f"{path}: which modules of {component} it counts is not known ({error})") from error
