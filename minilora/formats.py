@@ -90,6 +90,8 @@ _UP = tuple(end.replace("lora_A", "lora_B").replace("down", "up") for end in _DO
 _ENDINGS = [*((e, "A") for e in _DOWN), *((e, "B") for e in _UP), (".alpha", "alpha")]
 _ENDINGS.sort(key=lambda pair: -len(pair[0]))  # the longest first: they end alike
 _COUNTED = re.compile(r"(unet|text_encoder):(\d+):(up|down)")
+# Repetitions of repetitions, or many of them: a pattern of a stranger's that names no module any sooner.
+_SLOW = re.compile(r"\)[*+?{]|([*+{].*){4}", re.DOTALL)
 _RELATIVES = {  # what a key looks like of a kind that is not LoRA
     r"\.hada_": "LoHa",
     r"\.lokr_": "LoKr",
@@ -284,13 +286,19 @@ def _check_peft(where: str, config: dict) -> None:
     if str(config.get("init_lora_weights")).startswith(("pissa", "olora", "corda", "loftq", "lora_ga")):
         problems.append(f"init_lora_weights is {config['init_lora_weights']!r}, which changes the base too")
     alphas = config.get("alpha_pattern") or {}
+    if not isinstance(alphas, dict):
+        problems.append(f"alpha_pattern is {alphas!r}")
+        alphas = {}
     for name, alpha in {"lora_alpha": config.get("lora_alpha", 8), **alphas}.items():
-        if not isinstance(alpha, (int, float)):
+        if not isinstance(alpha, (int, float)) or not abs(alpha) < 1e30:
             problems.append(f"the alpha of {name} is {alpha!r}")
-    try:
-        [re.compile(pattern) for pattern in alphas]
-    except re.error as error:
-        problems.append(f"a pattern in alpha_pattern cannot be read ({error})")
+    for pattern in alphas:
+        try:
+            re.compile(pattern)
+        except (re.error, OverflowError, RecursionError) as error:
+            problems.append(f"a pattern in alpha_pattern cannot be read ({error})")
+        if _SLOW.search(pattern):
+            problems.append(f"alpha_pattern has {pattern!r}, which could take for ever to look for")
     if problems:
         raise FormatError(f"{where}: {some(problems)}; only plain LoRA is read")
 

@@ -21,7 +21,8 @@ import hashlib
 import json
 import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -106,7 +107,7 @@ class Base:
         self.configs = (config or _config_of(self.source)) if self.is_file else self.source
         try:
             self.index = DiffusionPipeline.load_config(self.configs)
-        except Exception as error:  # as in _from_pretrained
+        except Exception as error:  # as in _loading
             reason = _first_line(error)
             if self.is_file:
                 raise UserError(
@@ -146,7 +147,8 @@ class Base:
         return self._tokenizer("tokenizer_2")
 
     def _tokenizer(self, part: str) -> CLIPTokenizer:
-        tokenizer = self._from_pretrained(CLIPTokenizer, part)
+        with self._loading(part):
+            tokenizer = CLIPTokenizer.from_pretrained(self.configs, subfolder=part)
         # Where files are missing, transformers makes one that knows no words, and whose window is endless.
         if tokenizer.vocab_size < 512 or tokenizer.model_max_length > 100_000:  # each byte is a word, and ends one
             raise UserError(f"--model {self.source}: its {part} does not load (no vocabulary, or no model_max_length)")
@@ -155,7 +157,8 @@ class Base:
     @cached_property
     def scheduler(self) -> DDIMScheduler:
         options = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"} if self.zero_terminal_snr else {}
-        scheduler = self._from_pretrained(DDIMScheduler, "scheduler", **options)
+        with self._loading("scheduler"):
+            scheduler = DDIMScheduler.from_pretrained(self.configs, subfolder="scheduler", **options)
         try:
             Schedule.of(scheduler)
         except ValueError as error:
@@ -203,26 +206,28 @@ class Base:
         options = {} if self.is_xl else _NO_CHECKER
         return kind.from_single_file(self.source, config=self.configs, torch_dtype=self.dtype, **options)
 
-    def _from_pretrained(self, kind: type, part: str, **options):
+    @contextmanager
+    def _loading(self, part: str) -> Iterator[None]:
+        """Within the block raise UserError for whatever diffusers and transformers stumble over in a broken file."""
         try:
-            if self.is_file and issubclass(kind, nn.Module):
-                return getattr(self._of_the_file, part)
-            found = kind.from_pretrained(self.configs, subfolder=part, **options)
-        except Exception as error:  # whatever diffusers and transformers stumble over in a broken file
+            yield
+        except Exception as error:
             raise UserError(f"--model {self.source}: its {part} does not load ({_first_line(error)})") from error
-        if not isinstance(found, tuple):
-            return found
-        module, about = found
+
+    def _load(self, kind: type, part: str, **options) -> nn.Module:
+        about = {"missing_keys": (), "unexpected_keys": ()}
+        options |= {"subfolder": part, "torch_dtype": self.dtype, "output_loading_info": True}
+        with self._loading(part):
+            if self.is_file:
+                module = getattr(self._of_the_file, part)
+            else:
+                module, about = kind.from_pretrained(self.configs, use_safetensors=True, **options)
         # What a file lacks, they make up at random; what it has too much, they pass over.
         if missing := sorted(about["missing_keys"]):
             raise UserError(f"--model {self.source}: the weights of its {part} lack {some(missing)}")
         if more := sorted(about["unexpected_keys"]):
             print(f"warning: --model {self.source}: its {part} has no use for {some(more)}", file=sys.stderr)
-        return module
-
-    def _load(self, kind: type, part: str, **options) -> nn.Module:
-        options |= {"torch_dtype": self.dtype, "use_safetensors": True, "output_loading_info": True}
-        return self._from_pretrained(kind, part, **options).requires_grad_(False).eval().to(self.device)
+        return module.requires_grad_(False).eval().to(self.device)
 
     def encoder_fingerprints(self) -> tuple[str, str]:
         """Return what the latents of a picture and the vectors of a prompt are functions of, as two hashes."""
@@ -245,10 +250,8 @@ class Base:
     @cached_property
     def pixels_per_latent(self) -> int:
         """How many pixels one latent spans, each way; known without loading the VAE."""
-        try:
+        with self._loading("vae"):
             return 2 ** (len(AutoencoderKL.load_config(self.configs, subfolder="vae")["block_out_channels"]) - 1)
-        except Exception as error:  # as in _from_pretrained
-            raise UserError(f"--model {self.source}: its vae does not load ({_first_line(error)})") from error
 
     @property
     def resolution(self) -> int:

@@ -117,6 +117,16 @@ def test_a_run_that_is_killed_in_a_write_and_anywhere_else_gives_the_same_bytes(
     assert not list(killed.rglob("*.part"))  # what was cut off in the middle of a write is cleared away
 
 
+def test_two_runs_may_fill_the_cache_at_once(words, tmp_path):
+    outputs = [tmp_path / "one", tmp_path / "two"]
+    command = [sys.executable, "train.py"]
+    both = [subprocess.Popen([*command, *words(output)], cwd=ROOT, stderr=subprocess.DEVNULL) for output in outputs]
+    assert [process.wait() for process in both] == [0, 0]
+    one, two = ((output / FILE_NAME).read_bytes() for output in outputs)
+    assert one == two
+    assert not list((tmp_path / "cache").rglob("*.part"))
+
+
 @pytest.mark.slow
 def test_twenty_kills_change_nothing(words, tmp_path, train_here):
     whole, killed, draw = tmp_path / "whole", tmp_path / "killed", random.Random(1)

@@ -344,24 +344,24 @@ def only_pickle(copy: Path) -> None:
     (copy / UNET).unlink()
 
 
-def sharded(name: str = "1.safetensors", index: str | None = None) -> Callable[[Path], None]:
-    """Spread the U-Net over two files, with `name` in the index for the first of them; or another index."""
+def sharded(name: str = "1.safetensors", index: str | None = None, weights: str = UNET) -> Callable[[Path], None]:
+    """Spread weights over two files, with `name` in the index for the first of them; or another index."""
 
     def spoil(copy: Path) -> None:
-        tensors = load_file(copy / UNET)
-        (copy / UNET).unlink()
+        tensors = load_file(copy / weights)
+        (copy / weights).unlink()
         weight_map = {}
         for file, called, keys in (
             ("1.safetensors", name, list(tensors)[::2]),
             ("2.safetensors", "2.safetensors", list(tensors)[1::2]),
         ):
-            save_file({key: tensors[key] for key in keys}, copy / "unet" / file)
+            save_file({key: tensors[key] for key in keys}, (copy / weights).parent / file)
             weight_map |= dict.fromkeys(keys, called)
         (copy / "1.safetensors").write_bytes(
-            (copy / "unet" / "1.safetensors").read_bytes()
+            ((copy / weights).parent / "1.safetensors").read_bytes()
         )  # beside the U-Net's folder
         text = json.dumps({"metadata": {"total_size": 1}, "weight_map": weight_map})
-        (copy / f"{UNET}.index.json").write_text(text if index is None else index)
+        (copy / f"{weights}.index.json").write_text(text if index is None else index)
 
     return spoil
 
@@ -382,6 +382,7 @@ def not_finite(tensors: dict) -> dict:
     return tensors | {"conv_in.weight": tensors["conv_in.weight"] * torch.nan}
 
 
+TEXT = "text_encoder/model.safetensors"
 NO_UNET = "its unet does not load"
 INDEX = "model_index.json"
 BASES = [
@@ -421,6 +422,9 @@ BASES = [
     ("is in parts, of which one is missing", sharded("3.safetensors"), NO_UNET),
     ("is in parts, and the index leads outside by ..", sharded("../1.safetensors"), "which is not allowed"),
     ("is in parts, and the index leads outside by an absolute path", sharded("/1.safetensors"), "which is not allowed"),
+    ("is in parts, its text encoder, too", sharded(weights=TEXT), "wrote", True),
+    ("is in parts, and its text encoder's index leads outside", sharded("../1.safetensors", weights=TEXT), "outside"),
+    ("has a text encoder's index that leads to /", sharded("/1.safetensors", weights=TEXT), "outside"),
     ("is in parts, and the index is no JSON", sharded(index="x"), NO_UNET),
     ("is in parts, and the index lists nothing", sharded(index="{}"), NO_UNET),
     (
@@ -486,6 +490,7 @@ def of(more: dict, metadata: dict | None = None) -> bytes:
     return save(GOOD | more, metadata)
 
 
+SLOW = json.dumps({"alpha_pattern": {"(.*.*)*x": 8}})
 HEADER = "its safetensors header cannot be read"
 LORAS = [
     ("is empty", b"", "not a whole safetensors file"),
@@ -541,6 +546,7 @@ LORAS = [
     ("is a folder without one", folder_without, "it holds neither pytorch_lora_weights.safetensors nor"),
     ("is a PEFT folder whose settings are no JSON", partial(peft_folder, text="{"), "adapter_config.json: Expecting"),
     ("is a PEFT folder whose settings are a list", partial(peft_folder, text="[]"), "settings are no JSON object"),
+    ("is a PEFT folder whose pattern has no end", partial(peft_folder, text=SLOW), "could take for ever to look for"),
     ("is a PEFT folder", peft_folder, "wrote", True),
     ("is one that fits", lambda place: place.run, "wrote", True),
 ]
@@ -646,8 +652,9 @@ def page() -> str:
     lines = [
         "# Bad input",
         "",
-        f"{len(CASES)} bad and unusual inputs, and what comes of each.  What is refused ends with exit code 2 and a message "
-        "on standard error that has the words of the last column; nothing is then left under the name of a result.",
+        f"{len(CASES)} bad and unusual inputs, and what comes of each.  What is refused ends with exit code 2 and a "
+        "message on standard error that has the words of the last column; no file is then left under the name of a "
+        "result.",
         "",
         "[`tests/bad_inputs/cases.py`](../tests/bad_inputs/cases.py) makes all of them, and this page; "
         "[`tests/test_bad_inputs.py`](../tests/test_bad_inputs.py) runs them.",
