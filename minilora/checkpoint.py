@@ -1,15 +1,19 @@
 """Training state on disk: a checkpoint after every so many steps, from which a run goes on as if never stopped."""
 
+import fcntl
 import json
+import os
 import sys
+import tempfile
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 
 from .config import UserError
-from .files import write_tensors
+from .distributed import decided_by_main
+from .files import read_checked, write_checked
 from .formats import FILE_NAME
 
 
@@ -26,6 +30,64 @@ def path_of(output: Path, step: int) -> Path:
 def all_in(output: Path) -> list[Path]:
     """Return the checkpoints of a run, the newest last."""
     return sorted((output / "checkpoints").glob("step-*.safetensors"))
+
+
+class OneRun:
+    """Hold an output folder, within a block, for one run alone.
+
+    The kernel keeps the lock and frees it when the process ends, in whichever way.  Raises UserError, on all
+    processes, if another run holds the folder or if nothing can be written there.
+    """
+
+    def __init__(self, output: Path):
+        self.output = output
+        self.folder: int | None = None  # the open folder; on the main process
+
+    def __enter__(self) -> "OneRun":
+        try:
+            decided_by_main(self._take)
+        except UserError:
+            self.__exit__()
+            raise
+        return self
+
+    def _take(self) -> None:
+        try:
+            self.output.mkdir(parents=True, exist_ok=True)
+            self.folder = os.open(self.output, os.O_RDONLY)
+            tempfile.TemporaryFile(dir=self.output).close()
+        except OSError as error:
+            raise UserError(f"--output {self.output}: nothing can be written there ({error.strerror})") from error
+        try:
+            fcntl.flock(self.folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(
+                f"--output {self.output}: another run writes there; wait for it, or choose another"
+            ) from error
+        except OSError as error:
+            lacking = f"its file system has no locks ({error.strerror})"
+            print(
+                f"warning: --output {self.output}: {lacking}; see to it that no other run writes there", file=sys.stderr
+            )
+            return
+        # What a run was writing when it was killed: with the folder held, no other run can be writing it now.
+        for inside in ("", "checkpoints", "samples"):
+            for left in (self.output / inside).glob(".*.[0-9]*.part"):
+                if left.is_file():
+                    left.unlink()
+
+    def refuse_if_gone(self) -> None:
+        """Raise UserError if the folder was deleted or moved away: a new one would hold half a run."""
+        if self.folder is not None:
+            there = os.path.exists(self.output) and os.path.samestat(os.stat(self.output), os.fstat(self.folder))
+            if not there:
+                raise UserError(f"--output {self.output}: the folder was deleted or moved while the run wrote to it")
+
+    def __exit__(self, *error) -> None:
+        if self.folder is not None:
+            os.close(self.folder)
+            with suppress(OSError):
+                self.output.rmdir()  # if it is empty: of a run that never began, nothing stays
 
 
 def refuse_unfinished(output: Path) -> None:
@@ -62,7 +124,7 @@ def save_checkpoint(output: Path, state: State, fingerprint: dict, kept: int) ->
     tensors |= {f"objective.{key}": value for key, value in state.objective.items()}
     about = {"step": state.step, "scaler": state.scaler, "fingerprint": fingerprint}
     tensors = {key: value.cpu() for key, value in tensors.items()}
-    write_tensors(path_of(output, state.step), tensors, {"minilora": json.dumps(about, sort_keys=True)})
+    write_checked(path_of(output, state.step), tensors, {"minilora": json.dumps(about, sort_keys=True)})
     for old in all_in(output)[:-kept]:
         old.unlink()
 
@@ -76,12 +138,12 @@ def load_newest_checkpoint(output: Path, fingerprint: dict) -> State | None:
     broken = []
     for path in reversed(all_in(output)):
         try:
-            with safe_open(path, framework="pt") as file:
-                about = json.loads(file.metadata()["minilora"])
-                tensors = {key: file.get_tensor(key) for key in file.keys()}
+            arrays, metadata = read_checked(path)
+            about = json.loads(metadata["minilora"])
             break
-        except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
-            broken.append(f"{path} is not a checkpoint that can be read ({error})")
+        except (OSError, UserError, KeyError) as error:
+            reason = str(error).removeprefix(f"{path}: ")
+            broken.append(f"{path} is not a checkpoint that can be read ({reason})")
     else:
         if broken:
             raise ValueError("; ".join(broken) + "; delete it to begin anew")
@@ -97,6 +159,7 @@ def load_newest_checkpoint(output: Path, fingerprint: dict) -> State | None:
     if different:
         raise ValueError(f"{path} belongs to another run: " + "; ".join(different))
 
+    tensors = {key: torch.from_numpy(array) for key, array in arrays.items()}
     parts = [under(tensors, prefix) for prefix in ("lora.", "optimizer.", "average.", "objective.")]
     return State(about["step"], *parts, about["scaler"])
 

@@ -16,7 +16,7 @@ import typing
 from collections.abc import Callable
 from pathlib import Path
 
-from .config import ByBase, MergeConfig, SampleConfig, TrainConfig, UserError, option
+from .config import ByBase, MergeConfig, SampleConfig, TrainConfig, UserError, option, parse_json
 
 
 def train() -> None:
@@ -61,6 +61,8 @@ def read(cls: type, argv: list[str], description: str):
     Raises UserError for an unknown setting, with the nearest name, and for a value that does not fit.
     With --print-config the settings are printed, and the program ends.
     """
+    if broken := [word for word in argv if word != word.encode(errors="replace").decode()]:
+        raise UserError(f"{broken[0]!r} on the command line holds bytes that are not UTF-8; spell it in UTF-8")
     parser = _parser(cls, description)
     bare = any(field.metadata["bare"] for field in dataclasses.fields(cls))
     given, unknown = (parser.parse_known_intermixed_args if bare else parser.parse_known_args)(argv)
@@ -151,7 +153,7 @@ def _kind(cls: type, name: str) -> tuple[type, bool, bool]:
 def _read_file(cls: type, path: Path) -> dict:
     """Read settings from a JSON file, checking every name and type."""
     try:
-        values = json.loads(path.read_text())
+        values = parse_json(path.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError) as error:
         raise UserError(f"--config {path}: {error}") from error
     if not isinstance(values, dict):

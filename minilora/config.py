@@ -9,6 +9,7 @@ import json
 import math
 import os
 import re
+from collections import Counter
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -18,6 +19,28 @@ from .names import ATTENTION, TEXT_ATTENTION
 
 class UserError(Exception):
     """A mistake of the user's, told in one line; the commands print it and exit with 2."""
+
+
+def parse_json(text: str | bytes):
+    """Return what JSON text says.
+
+    Raises ValueError also for what the parser of Python lets pass or stumbles over: a key that stands
+    twice, half a character ("\\ud800"), and too many brackets.
+    """
+
+    def without_doubles(pairs: list[tuple[str, object]]) -> dict:
+        once = dict(pairs)
+        if len(once) < len(pairs):
+            [(twice, _)] = Counter(key for key, _ in pairs).most_common(1)
+            raise ValueError(f"{twice} stands there twice")
+        return once
+
+    try:
+        value = json.loads(text, object_pairs_hook=without_doubles)
+        json.dumps(value, ensure_ascii=False).encode()
+    except RecursionError as error:
+        raise ValueError("its brackets are nested too deeply") from error
+    return value
 
 
 @dataclass(frozen=True)
@@ -48,6 +71,7 @@ MODEL_CONFIG_HELP = "diffusers folder or hub id with the settings and tokenizer 
 ZERO_SNR_HELP = "change the base's noise levels so that the last is pure noise; for bases that predict v"
 PRECISION_HELP = "number format of the frozen base and of the computation"
 PRECISIONS = ("fp32", "bf16", "fp16")
+MOST_SEED = 2**63 - 1  # that torch takes, with room to count up
 
 
 def option(name: str) -> str:
@@ -96,9 +120,11 @@ class Settings:
         wrong = []
         for name in names.split():
             value = getattr(self, name)
-            if value is not None and not (low < value <= high if strict else low <= value <= high):
+            inside = value is None or (low < value <= high if strict else low <= value <= high)
+            if not inside or value == float("inf"):
                 limit = f"greater than {low}" if strict else f"at least {low}"
                 limit += "" if high == float("inf") else f" and at most {high}"
+                limit += ", and finite" if value == float("inf") else ""
                 wrong.append(f"{option(name)} is {value}; it must be {limit}")
         return wrong
 
@@ -306,7 +332,7 @@ class TrainConfig(Settings):
         if low_high is not None and not (len(low_high) == 2 and 0 <= low_high[0] < low_high[1]):
             given = ",".join(map(str, low_high))
             wrong.append(f"--timestep-range is {given}; it takes two numbers, the lowest and one above the highest")
-        wrong += self.out_of_range(0, "warmup_steps noise_offset seed")
+        wrong += self.out_of_range(0, "warmup_steps noise_offset") + self.out_of_range(0, "seed", high=MOST_SEED)
         wrong += self.out_of_range(0, "caption_dropout", high=1) + self.out_of_range(0, "dropout", high=0.99)
         wrong += self.out_of_range(1, "class_pictures") + self.out_of_range(0, "prior_weight", strict=True)
         if self.class_prompt and self.buckets:
@@ -396,7 +422,7 @@ class SampleConfig(Settings):
     def problems(self) -> list[str]:
         wrong = [] if self.prompt else ["--prompt is needed: what to draw, for example --prompt 'red apple'"]
         wrong += self.out_of_range(1, "count steps size guidance")
-        wrong += self.out_of_range(0, "seed")
+        wrong += self.out_of_range(0, "seed", high=MOST_SEED)
         if self.scales and not self.lora:
             wrong.append("--scales needs a --lora whose strength it changes")
         if self.grid and len(self.lora) != 2:

@@ -18,7 +18,6 @@ from functools import lru_cache, partial
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 from tqdm import tqdm
 
 from . import buckets, draws
@@ -26,7 +25,7 @@ from .buckets import Size
 from .config import TrainConfig, UserError
 from .diffusion import Conditioning
 from .distributed import Ranks, wait_for_all
-from .files import write_tensors
+from .files import read_checked, write_checked
 from .folder import Item
 from .models import Base, Tokens
 from .pictures import as_tensor, cut, cut_at, open_picture
@@ -83,11 +82,8 @@ class Examples:
                 small = f"{item.path} has {width} × {height} pixels"
                 print(f"warning: {small}; it is enlarged to fill {w} × {h}", file=sys.stderr)
         captions = sorted({caption for item in (*items, *class_items) for caption in (*item.captions, "")})
-        if ranks.is_main and (cut := [caption for caption in captions if encoders.is_truncated(caption)]):
-            print(
-                f"warning: the text encoder sees only the beginning of {len(cut)} captions, as of {cut[0]!r}",
-                file=sys.stderr,
-            )
+        if ranks.is_main:
+            encoders.warn_of_cuts(captions, "captions")
         self._fill(captions, encoders, ranks)
         encoders.release("text_encoder", "text_encoder_2")
 
@@ -208,12 +204,12 @@ class Examples:
                     jobs[self._picture_file(item, mirrored)] = partial(encode_picture, item, mirrored)
         # Shared out over all processes; then, where machines do not share the folder, each makes the rest.
         for rank, world in ((ranks.rank, ranks.world), (ranks.local_rank, ranks.local_world)):
-            share = [path for path in list(jobs)[rank::world] if not path.exists()]
+            share = [path for path in list(jobs)[rank::world] if not _is_whole(path)]
             for path in tqdm(share, "encode", disable=not (ranks.is_main and share)):
                 tensors = jobs[path]()
                 if not all(tensor.isfinite().all() for tensor in tensors.values()):
                     raise UserError(f"the base gives numbers that are not finite for {jobs[path].args[0]}")
-                write_tensors(path, tensors, {})
+                write_checked(path, tensors, {})
             wait_for_all()
 
 
@@ -228,4 +224,16 @@ def _together(positions: tuple[int, ...], rows: list[tuple], device: torch.devic
 
 @lru_cache(maxsize=4096)
 def _load(path: Path) -> dict[str, torch.Tensor]:
-    return load_file(path)
+    return {key: torch.from_numpy(array) for key, array in read_checked(path)[0].items()}
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether a file of the cache is there and has not changed; of one that has, say so."""
+    if not path.exists():
+        return False
+    try:
+        _load(path)
+    except (OSError, UserError) as error:
+        print(f"warning: {error}; it is made again", file=sys.stderr)
+        return False
+    return True

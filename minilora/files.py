@@ -10,6 +10,7 @@ by reading its header only and streaming the rest, in memory that does not grow 
 """
 
 import errno
+import hashlib
 import json
 import math
 import os
@@ -26,7 +27,7 @@ from typing import BinaryIO
 
 import numpy as np
 
-from .config import UserError
+from .config import UserError, parse_json
 from .dtypes import DTYPES, NAMES
 
 CHUNK = 1 << 20  # bytes that are worked on at a time: few enough to stay in a processor's cache
@@ -52,6 +53,8 @@ def write_whole(path: Path, content: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except OSError as error:
+        raise UserError(f"{path}: it cannot be written ({error.strerror}); what was there before is whole") from error
     finally:
         temporary.unlink(missing_ok=True)  # gone already, unless something went wrong
     sync_folder(path.parent)
@@ -84,6 +87,24 @@ def tensor_bytes(tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str])
     text = json.dumps(dict(sorted(header.items())), separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
     return b"".join([struct.pack("<Q", len(text)), text, *pieces])
+
+
+def write_checked(path: Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> None:
+    """Write tensors as `write_tensors` does, with a checksum of them and the metadata for `read_checked`."""
+    write_tensors(path, tensors, {**metadata, "checksum": _checksum(tensors, metadata)})
+
+
+def read_checked(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """Return the tensors and the metadata that `write_checked` wrote; UserError if any bit of them has changed."""
+    file = TensorFile(path)
+    tensors, metadata = {key: file.read(key) for key in file.entries}, file.metadata
+    if metadata.pop("checksum", None) != _checksum(tensors, metadata):
+        raise UserError(f"{path}: its checksum is not that of its content, so it is damaged")
+    return tensors, metadata
+
+
+def _checksum(tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> str:
+    return hashlib.sha256(tensor_bytes(tensors, metadata)).hexdigest()
 
 
 def refuse_existing(output: Path, overwrite: bool) -> None:
@@ -162,18 +183,20 @@ class TensorFile:
                 raise UserError(f"{path}: not a whole safetensors file; its header would be {length:,} bytes")
             self.first = 8 + length  # of the tensors' bytes
             try:
-                header = json.loads(file.read(length))
+                header = parse_json(file.read(length))
                 self.metadata = dict(header.pop("__metadata__", None) or {})
+                if not all(isinstance(value, str) for value in self.metadata.values()):
+                    raise ValueError("its metadata are not all texts")
                 entries = {
                     key: Entry(str(e["dtype"]), tuple(e["shape"]), *(self.first + index(n) for n in e["data_offsets"]))
                     for key, e in header.items()
                 }
-            except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+            except (ValueError, TypeError, KeyError, AttributeError) as error:
                 raise UserError(f"{path}: its safetensors header cannot be read ({error!r})") from error
         self.entries = dict(sorted(entries.items(), key=lambda item: (item[1].begin, item[1].end)))
         end = self.first
         for key, entry in self.entries.items():
-            if entry.dtype not in DTYPES or any(not isinstance(n, int) or n < 0 for n in entry.shape):
+            if entry.dtype not in DTYPES or any(type(n) is not int or n < 0 for n in entry.shape):
                 raise UserError(f"{path}: {key} has type {entry.dtype} and shape {entry.shape}, which is not known")
             if entry.begin != end or entry.end - entry.begin != math.prod(entry.shape) * DTYPES[entry.dtype].itemsize:
                 raise UserError(

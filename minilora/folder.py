@@ -6,7 +6,6 @@ Captions stand in metadata.jsonl or metadata.csv, or in a .txt beside each pictu
 import csv
 import hashlib
 import io
-import json
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from .config import TrainConfig, UserError, split_weight
+from .config import TrainConfig, UserError, parse_json, split_weight
 from .pictures import NO_PICTURE, open_picture
 
 
@@ -89,8 +88,14 @@ def _look_into(
 ) -> tuple[dict[Path, tuple[str, ...]], list[Path]]:
     """Return the captions by picture, and the pictures; add what is wrong with them to `problems`."""
     suffixes = Image.registered_extensions()
-    inside = list(folder.rglob("*"))
-    pictures = [p for p in inside if p.suffix.lower() in suffixes and p.is_file()]
+
+    def unreadable(error: OSError) -> None:
+        problems.append(f"{error.filename} cannot be read ({error.strerror})")
+
+    below = os.walk(folder, onerror=unreadable)
+    inside = [Path(place, name) for place, folders, files in below for name in (*folders, *files)]
+    # (A link that leads nowhere is no file, and opening it will say so.)
+    pictures = [p for p in inside if p.suffix.lower() in suffixes and (p.is_file() or not p.exists())]
     problems += [
         f"{p.relative_to(folder)} is a link to a folder, which is not followed; put the pictures themselves there"
         for p in inside
@@ -114,10 +119,13 @@ def _look_into(
 
 def _read_text(path: Path, problems: list[str]) -> str:
     try:
-        return path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
+        text = path.read_text(encoding="utf-8-sig")
+        if "\0" in text:
+            raise ValueError(f"character {text.index(chr(0)) + 1} is NUL, as in UTF-16")
+    except (OSError, ValueError) as error:
         problems.append(f"{path.name} cannot be read as UTF-8 text ({error})")
         return ""
+    return text
 
 
 def _read_metadata(metadata: Path, column: str, problems: list[str]) -> dict[Path, tuple[str, ...]]:
@@ -133,7 +141,7 @@ def _read_metadata(metadata: Path, column: str, problems: list[str]) -> dict[Pat
         texts = [texts] if isinstance(texts, str) else texts
         if not path.is_relative_to(folder):
             problems.append(f"{where}: {name} points outside the folder")
-        elif not path.is_file():
+        elif not os.path.isfile(path):  # of a name that is too long for a file, pathlib would raise
             problems.append(f"{where}: there is no file {name}")
         elif not (isinstance(texts, list) and texts and all(isinstance(text, str) for text in texts)):
             others = ", ".join(key for key in row if key != "file_name") or "nothing else"
@@ -147,12 +155,13 @@ def _read_metadata(metadata: Path, column: str, problems: list[str]) -> dict[Pat
 
 def _rows_of_jsonl(metadata: Path, problems: list[str]) -> Iterator[tuple[str, object]]:
     """Yield where each row stands and its value: one JSON object a line."""
-    for number, line in enumerate(_read_text(metadata, problems).splitlines(), start=1):
+    # Not splitlines(): a text may hold what that, and not JSON, takes for the end of a line.
+    for number, line in enumerate(_read_text(metadata, problems).split("\n"), start=1):
         where = f"{metadata.name} line {number}"
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
+            row = parse_json(line)
         except ValueError as error:
             problems.append(f"{where} is not JSON ({error})")
         else:

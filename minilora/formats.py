@@ -17,7 +17,6 @@ Only what is LoRA is read as LoRA; its relatives are refused by their names.  So
 these files in diffusers 0.42, PEFT 0.21, kohya's sd-scripts 48d368f and cloneofsimo's lora d84074b.
 """
 
-import json
 import math
 import re
 from collections.abc import Callable, Iterable
@@ -26,7 +25,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .config import UserError
+from .config import UserError, parse_json
 from .dtypes import NAMES, WEIGHTS, widen
 from .files import PICKLE_HELP, PICKLES, TensorFile
 from .names import COMPONENTS, Modules, full_name, known_by, numbered, split
@@ -38,7 +37,7 @@ PEFT_CONFIG, PEFT_FILE = "adapter_config.json", "adapter_model.safetensors"
 Tensors = dict[str, np.ndarray]  # as they are stored (dtypes.py)
 
 
-class FormatError(ValueError):
+class FormatError(UserError):
     """A file that is not what it should be; the message names the file and the keys."""
 
 
@@ -91,6 +90,8 @@ _UP = tuple(end.replace("lora_A", "lora_B").replace("down", "up") for end in _DO
 _ENDINGS = [*((e, "A") for e in _DOWN), *((e, "B") for e in _UP), (".alpha", "alpha")]
 _ENDINGS.sort(key=lambda pair: -len(pair[0]))  # the longest first: they end alike
 _COUNTED = re.compile(r"(unet|text_encoder):(\d+):(up|down)")
+# Repetitions of repetitions, or many of them: a pattern of a stranger's that names no module any sooner.
+_SLOW = re.compile(r"\)[*+?{]|([*+{].*){4}", re.DOTALL)
 _RELATIVES = {  # what a key looks like of a kind that is not LoRA
     r"\.hada_": "LoHa",
     r"\.lokr_": "LoKr",
@@ -257,7 +258,7 @@ def _configs_in(path: Path, metadata: dict[str, str]) -> dict[str, dict]:
     if "lora_adapter_metadata" not in metadata:
         return {}
     try:
-        flat = json.loads(metadata["lora_adapter_metadata"])
+        flat = parse_json(metadata["lora_adapter_metadata"])
         configs: dict[str, dict] = {}
         for key, value in flat.items():
             component, name = split(key)
@@ -285,13 +286,19 @@ def _check_peft(where: str, config: dict) -> None:
     if str(config.get("init_lora_weights")).startswith(("pissa", "olora", "corda", "loftq", "lora_ga")):
         problems.append(f"init_lora_weights is {config['init_lora_weights']!r}, which changes the base too")
     alphas = config.get("alpha_pattern") or {}
+    if not isinstance(alphas, dict):
+        problems.append(f"alpha_pattern is {alphas!r}")
+        alphas = {}
     for name, alpha in {"lora_alpha": config.get("lora_alpha", 8), **alphas}.items():
-        if not isinstance(alpha, (int, float)):
+        if not isinstance(alpha, (int, float)) or not abs(alpha) < 1e30:
             problems.append(f"the alpha of {name} is {alpha!r}")
-    try:
-        [re.compile(pattern) for pattern in alphas]
-    except re.error as error:
-        problems.append(f"a pattern in alpha_pattern cannot be read ({error})")
+    for pattern in alphas:
+        try:
+            re.compile(pattern)
+        except (re.error, OverflowError, RecursionError) as error:
+            problems.append(f"a pattern in alpha_pattern cannot be read ({error})")
+        if _SLOW.search(pattern):
+            problems.append(f"alpha_pattern has {pattern!r}, which could take for ever to look for")
     if problems:
         raise FormatError(f"{where}: {some(problems)}; only plain LoRA is read")
 
@@ -319,7 +326,7 @@ def _read_peft(folder: Path, modules: Modules | None) -> LoRA:
     whole = LoRA({})
     for sub, component in folders:
         try:
-            config = json.loads((sub / PEFT_CONFIG).read_text())
+            config = parse_json((sub / PEFT_CONFIG).read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise FormatError(f"{sub / PEFT_CONFIG}: {error}") from error
         _check_peft(str(sub), config)
@@ -358,7 +365,7 @@ def _named_from_counted(
             homeless += [f"{component}:{number}:{direction}" for number, direction in parts]
             continue
         try:
-            classes = json.loads(metadata[component])
+            classes = parse_json(metadata[component])
             orders = numbered(modules, component, classes)
         except (KeyError, TypeError, ValueError) as error:
             raise FormatError(f"{path}: which modules of {component} it counts is not known ({error})") from error

@@ -20,7 +20,8 @@ All of them come from diffusers and transformers; this file only finds them and 
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Sequence
+import sys
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -42,7 +43,7 @@ from .config import UserError
 from .diffusion import Conditioning, Schedule
 from .export import write_lora
 from .files import PICKLE_HELP, PICKLES, TensorFile
-from .formats import Change, LoRA
+from .formats import Change, LoRA, some
 from .lora import (
     KINDS,
     LoRALayer,
@@ -112,8 +113,8 @@ class Base:
         self.configs = (config or _config_of(self.source)) if self.is_file else self.source
         try:
             self.index = DiffusionPipeline.load_config(self.configs)
-        except (OSError, ValueError) as error:
-            reason = str(error).splitlines()[0]
+        except Exception as error:  # as in _loading
+            reason = _first_line(error)
             if self.is_file:
                 raise UserError(
                     f"--model {self.source}: the settings of its parts are not in the file, and {self.configs} cannot "
@@ -123,8 +124,8 @@ class Base:
                 f"--model {self.source}: neither a diffusers folder (with model_index.json) nor a hub id "
                 f"that can be reached ({reason})"
             ) from error
-        self.kind = self.index.get("_class_name")
-        if self.kind not in PIPELINES:
+        self.kind = self.index.get("_class_name") if isinstance(self.index, dict) else None
+        if self.kind not in list(PIPELINES):
             raise UserError(f"--model {self.source}: it holds a {self.kind}; what is known is {', '.join(PIPELINES)}")
 
     @cached_property
@@ -145,19 +146,30 @@ class Base:
 
     @cached_property
     def tokenizer(self) -> CLIPTokenizer:
-        return self._from_pretrained(CLIPTokenizer, "tokenizer")
+        return self._tokenizer("tokenizer")
 
     @cached_property
     def tokenizer_2(self) -> CLIPTokenizer:
-        return self._from_pretrained(CLIPTokenizer, "tokenizer_2")
+        return self._tokenizer("tokenizer_2")
+
+    def _tokenizer(self, part: str) -> CLIPTokenizer:
+        with self._loading(part):
+            tokenizer = CLIPTokenizer.from_pretrained(self.configs, subfolder=part)
+        # Where files are missing, transformers makes one that knows no words, and whose window is endless.
+        if tokenizer.vocab_size < 512 or tokenizer.model_max_length > 100_000:  # each byte is a word, and ends one
+            raise UserError(f"--model {self.source}: its {part} does not load (no vocabulary, or no model_max_length)")
+        return tokenizer
 
     @cached_property
     def scheduler(self) -> DDIMScheduler:
-        if not self.zero_terminal_snr:
-            return self._from_pretrained(DDIMScheduler, "scheduler")
-        options = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
-        scheduler = self._from_pretrained(DDIMScheduler, "scheduler", **options)
-        if scheduler.config.prediction_type == "epsilon":
+        options = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"} if self.zero_terminal_snr else {}
+        with self._loading("scheduler"):
+            scheduler = DDIMScheduler.from_pretrained(self.configs, subfolder="scheduler", **options)
+        try:
+            Schedule.of(scheduler)
+        except ValueError as error:
+            raise UserError(f"--model {self.source}: {error}") from error
+        if self.zero_terminal_snr and scheduler.config.prediction_type == "epsilon":
             raise UserError(
                 f"--zero-terminal-snr: {self.source} predicts epsilon, from which no picture follows where there is "
                 "only noise; it takes a base that predicts v"
@@ -166,10 +178,7 @@ class Base:
 
     @cached_property
     def schedule(self) -> Schedule:
-        try:
-            return Schedule.of(self.scheduler).to(self.device)
-        except ValueError as error:
-            raise UserError(f"--model {self.source}: {error}") from error
+        return Schedule.of(self.scheduler).to(self.device)
 
     @cached_property
     def pipeline(self) -> DiffusionPipeline:
@@ -205,21 +214,25 @@ class Base:
 
     @contextmanager
     def _loading(self, part: str) -> Iterator[None]:
-        """Within the block a part that does not load is a UserError that names it."""
+        """Within the block raise UserError for whatever diffusers and transformers stumble over in a broken file."""
         try:
             yield
-        except (OSError, ValueError) as error:
-            reason = str(error).splitlines()[0]
-            raise UserError(f"--model {self.source}: its {part} does not load ({reason})") from error
-
-    def _from_pretrained(self, kind: type, part: str, **options):
-        with self._loading(part):
-            if self.is_file and issubclass(kind, nn.Module):
-                return getattr(self._of_the_file, part)
-            return kind.from_pretrained(self.configs, subfolder=part, **options)
+        except Exception as error:
+            raise UserError(f"--model {self.source}: its {part} does not load ({_first_line(error)})") from error
 
     def _load(self, kind: type, part: str, **options) -> nn.Module:
-        module = self._from_pretrained(kind, part, torch_dtype=self.dtype, use_safetensors=True, **options)
+        about = {"missing_keys": (), "unexpected_keys": ()}
+        options |= {"subfolder": part, "torch_dtype": self.dtype, "output_loading_info": True}
+        with self._loading(part):
+            if self.is_file:
+                module = getattr(self._of_the_file, part)
+            else:
+                module, about = kind.from_pretrained(self.configs, use_safetensors=True, **options)
+        # What a file lacks, they make up at random; what it has too much, they pass over.
+        if missing := sorted(about["missing_keys"]):
+            raise UserError(f"--model {self.source}: the weights of its {part} lack {some(missing)}")
+        if more := sorted(about["unexpected_keys"]):
+            print(f"warning: --model {self.source}: its {part} has no use for {some(more)}", file=sys.stderr)
         self._fold_into(module.requires_grad_(False))
         return module.eval().to(self.device)
 
@@ -267,20 +280,21 @@ class Base:
         """Return a context in which float32 numbers may come to parts of another type."""
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
-    @property
+    @cached_property
     def pixels_per_latent(self) -> int:
         """How many pixels one latent spans, each way; known without loading the VAE."""
-        return 2 ** (len(self._vae_config["block_out_channels"]) - 1)
-
-    @cached_property
-    def _vae_config(self) -> dict:
         with self._loading("vae"):
-            return AutoencoderKL.load_config(self.configs, subfolder="vae")
+            return 2 ** (len(AutoencoderKL.load_config(self.configs, subfolder="vae")["block_out_channels"]) - 1)
 
     @property
     def resolution(self) -> int:
         """The side of the pictures that this base was made for, in pixels."""
-        return self.unet.config.sample_size * self.pixels_per_latent
+        side = self.unet.config.sample_size
+        if type(side) is not int or side < 1:
+            raise UserError(
+                f"--model {self.source}: sample_size in its unet's config is {side!r}, and no side in latents"
+            )
+        return side * self.pixels_per_latent
 
     @property
     def side_multiple(self) -> int:
@@ -324,9 +338,24 @@ class Base:
             raise UserError(f"--model {self.source}: this is for Stable Diffusion 1.x and 2.x, not for XL")
         return self.encode_prompt(prompt).text[0]
 
-    def is_truncated(self, prompt: str) -> bool:
-        """Whether the text encoder sees only the beginning of a prompt."""
-        return len(self.tokenizer(prompt).input_ids) > self.tokenizer.model_max_length
+    def cut_off(self, prompt: str) -> str:
+        """Return the end of a prompt that a text encoder does not see; mostly empty."""
+        ends = [""]
+        for tokenizer in self.tokenizers:
+            places = tokenizer(prompt, return_offsets_mapping=True, verbose=False).offset_mapping
+            if len(places) > tokenizer.model_max_length:  # of which the last is the mark of the end
+                ends.append(prompt[places[tokenizer.model_max_length - 1][0] :])
+        return max(ends, key=len)
+
+    def warn_of_cuts(self, texts: Iterable[str], what: str) -> None:
+        """Print one warning for all texts of which a text encoder sees only the beginning, and where that ends."""
+        if ends := [end for text in texts if (end := self.cut_off(text))]:
+            shown = ends[0] if len(ends[0]) <= 60 else f"{ends[0][:60]}…"
+            print(
+                f"warning: the text encoder sees only the beginning of {len(ends)} {what}; it sees nothing of "
+                f"“…{shown}”{', as in the first of them' if len(ends) > 1 else ''}",
+                file=sys.stderr,
+            )
 
 
 def encode_tokens(text_encoders: list[nn.Module], tokens: torch.Tensor, sizes=None) -> Conditioning:
@@ -377,6 +406,10 @@ class UNetWithText(nn.Module):
             [behind] = [child for path, child in encoders[0].named_modules() if path.endswith(last)]
             if lora_layers(behind):
                 remove_lora(behind)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _config_of(path: str) -> str:

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import diffusers
+import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin
 
@@ -49,7 +50,7 @@ def draw(base: Base, prompt: str, seeds: Sequence[int], size: int | Size, config
     inpainting = _inpainting(base, (width, height), config)
     for start in range(0, len(seeds), TOGETHER):
         generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds[start : start + TOGETHER]]
-        pictures += base.pipeline(
+        drawn = base.pipeline(
             [prompt] * len(generators),
             # None and not "": what is kept away from then is what the base was trained with.
             negative_prompt=[config.negative] * len(generators) if config.negative else None,
@@ -58,8 +59,15 @@ def draw(base: Base, prompt: str, seeds: Sequence[int], size: int | Size, config
             num_inference_steps=config.steps,
             guidance_scale=config.guidance,
             generator=generators,
+            output_type="np",
             **inpainting,
-        ).images
+        ).images  # (n, h, w, 3)
+        if not np.isfinite(drawn).all():
+            raise UserError(
+                f"--model {base.source}: what it draws for {prompt!r} is not finite; with --precision fp16 try bf16 or "
+                "fp32, else base or LoRA are damaged"
+            )
+        pictures += base.pipeline.image_processor.numpy_to_pil(drawn)
     return pictures
 
 
@@ -160,6 +168,7 @@ def sample(config: SampleConfig) -> Path:
     size = config.size or base.resolution
     if size % base.side_multiple:
         raise UserError(f"--size is {size}; this base needs a multiple of {base.side_multiple}")
+    base.warn_of_cuts(dict.fromkeys((*config.prompt, config.negative)), "prompts")
     strengths = load_loras(base, config.lora)
     use_scheduler(base, config.scheduler)
     seeds = [config.seed + i for i in range(config.count)]

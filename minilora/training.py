@@ -10,6 +10,7 @@ and a run that was stopped goes on as if it had not been.
 
 import hashlib
 import math
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -51,7 +52,7 @@ def train(config: TrainConfig, objective: Objective | None = None) -> Path:
     Raises UserError for anything wrong with the settings, the base, the pictures or a checkpoint,
     and Stopped, after saving, when the process is told to stop.
     """
-    with processes() as ranks:
+    with processes() as ranks, checkpoint.OneRun(Path(config.output)) as here:
         if not config.resume:
             decided_by_main(lambda: checkpoint.refuse_unfinished(Path(config.output)))
         run = prepare(config, objective or Denoising(), ranks)
@@ -66,6 +67,7 @@ def train(config: TrainConfig, objective: Objective | None = None) -> Path:
             for step in range(first_step, config.steps):
                 learning_rate = learning_rate_at(step, config)
                 loss, grad_norm = optimizer_step(run, step, learning_rate)
+                here.refuse_if_gone()
                 bar.set_postfix(loss=f"{loss:.4f}", lr=f"{learning_rate:.1e}", refresh=False)
                 bar.update()
                 log.numbers(step + 1, loss=loss, learning_rate=learning_rate, grad_norm=grad_norm)
@@ -83,6 +85,7 @@ def train(config: TrainConfig, objective: Objective | None = None) -> Path:
                     raise Stopped(signals.number)
         if validation:
             ranks.say(f"validation {validation}")
+        here.refuse_if_gone()
         return finish(run)
 
 
@@ -360,16 +363,24 @@ class Log:
     """TensorBoard's files and the pictures drawn during training; only the main process writes them."""
 
     def __init__(self, run: Run, first_step: int):
-        self.run = run
+        self.run, self.excepthook = run, threading.excepthook
         folder = str(run.output / "tensorboard")
         self.writer = SummaryWriter(folder, purge_step=first_step + 1) if run.ranks.is_main else None
 
     def __enter__(self) -> "Log":
+        # An error of the thread that writes, as of a full disk, is raised by the next call; printed it need not be.
+        threading.excepthook = lambda about: None
         return self
 
-    def __exit__(self, *error) -> None:
-        if self.writer:
-            self.writer.close()
+    def __exit__(self, kind: type | None, *error) -> None:
+        try:
+            if self.writer:
+                self.writer.close()
+        except OSError:
+            if kind is None:  # else it is of the same cause as the error that ends the run, or later
+                raise
+        finally:
+            threading.excepthook = self.excepthook
 
     def numbers(self, step: int, **values: float) -> None:
         if self.writer:

@@ -349,6 +349,23 @@ def test_the_cache_is_filled_once_and_follows_the_content(pictures, tmp_path, ti
     assert torch.equal(examples._row(position)[0], mean + std * draws.gaussian(0, "posterior", position, mean.shape))
 
 
+def test_a_damaged_file_of_the_cache_is_made_again_and_said(pictures, tmp_path, tiny_base, capsys):
+    one = examples_for(pictures, tmp_path, tiny_base).batch(range(8), ONE.device)
+    files = sorted((tmp_path / "cache").rglob("*.safetensors"))
+    whole = {path: path.read_bytes() for path in files}
+    damages = [lambda b: b[:-8], lambda b: b"", lambda b: b"text", lambda b: b[:-1] + bytes([b[-1] ^ 1])]
+    for path, damage in zip(files, damages, strict=False):
+        path.write_bytes(damage(whole[path]))
+    data._load.cache_clear()
+    capsys.readouterr()
+    two = examples_for(pictures, tmp_path, tiny_base).batch(range(8), ONE.device)
+    said = capsys.readouterr().err
+    assert said.count("; it is made again") == len(damages)
+    assert all(str(path) in said for path in files[: len(damages)])
+    assert {path: path.read_bytes() for path in files} == whole
+    assert torch.equal(one.latents, two.latents)
+
+
 def test_machines_need_not_share_the_cache(pictures, tmp_path, tiny_base):
     one = examples_for(pictures, tmp_path, tiny_base).batch(range(8), ONE.device)
     (tmp_path / "other machine").mkdir()
@@ -363,7 +380,19 @@ def test_a_caption_longer_than_the_text_encoder_reads_is_said(pictures, tmp_path
     rows[0]["text"] = "apple " * 100
     (pictures / "metadata.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
     examples_for(pictures, tmp_path, tiny_base)
-    assert "sees only the beginning of 1 captions" in capsys.readouterr().err
+    assert "sees only the beginning of 1 captions; it sees nothing of “…" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("words", [30, 40, 100])
+def test_what_is_cut_off_a_caption_is_what_the_tokenizer_leaves_out(words, tiny_base):
+    base = Base(str(tiny_base), ONE.device)
+    caption = " ".join(["apple"] * words)
+    end = base.cut_off(caption)
+    seen = caption.removesuffix(end)
+    assert caption == seen + end
+    assert torch.equal(base.tokens(seen), base.tokens(caption))  # nothing of the end is seen
+    assert base.cut_off(seen) == ""  # and all that is before it
+    assert not end or not torch.equal(base.tokens(seen.removesuffix("apple ")), base.tokens(caption))
 
 
 def test_one_picture_can_be_given_instead_of_a_folder(pictures, tmp_path):

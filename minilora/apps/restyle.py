@@ -176,13 +176,15 @@ def load_controlnet(folder: str, base: Base) -> diffusers.ControlNetModel:
     """Load a ControlNet; UserError if there is none or it was made for another base."""
     if not Path(folder).is_dir():
         raise UserError(f"--controlnet {folder}: there is no such folder")
-    options = {"torch_dtype": base.dtype, "use_safetensors": True, "low_cpu_mem_usage": False}
+    options = {"torch_dtype": base.dtype, "low_cpu_mem_usage": False, "output_loading_info": True}
     try:
         kind = diffusers.ControlNetModel.load_config(folder).get("_class_name")
         if kind != "ControlNetModel":
             raise UserError(f"--controlnet {folder}: it holds a {kind} and should hold a ControlNetModel")
-        controlnet, info = diffusers.ControlNetModel.from_pretrained(folder, output_loading_info=True, **options)
-    except (OSError, ValueError) as error:
+        controlnet, info = diffusers.ControlNetModel.from_pretrained(folder, use_safetensors=True, **options)
+    except UserError:
+        raise
+    except Exception as error:  # whatever diffusers stumbles over in a broken file
         raise UserError(f"--controlnet {folder}: it does not load ({str(error).splitlines()[0]})") from error
     if info["missing_keys"]:
         raise UserError(f"--controlnet {folder}: its weights lack {some(info['missing_keys'], 1)}")
