@@ -15,7 +15,7 @@ from minilora.models import Base
 SOURCES = sorted((Path(__file__).parents[1] / "minilora").rglob("*.py"))
 RUNS_CODE = {"eval", "exec", "compile", "__import__"}  # called by name
 UNPICKLES = {"pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal", "yaml"}  # as modules
-NO_WEIGHTS = {"CLIPTokenizer", "DDIMScheduler"}  # their files are JSON and text
+NO_WEIGHTS = {"CLIPTokenizer", "DDIMScheduler", "kind.config_class"}  # their files are JSON and text
 
 
 def complaints(source: str) -> list[str]:
