@@ -1,7 +1,7 @@
 """The page that goes with a LoRA: README.md in its folder, as the Hugging Face hub shows it.
 
 Its head is YAML that the hub reads: the base, what kind of model it is, a picture.  Below stand what
-was trained on, with which settings, and what to type.  The same run gives the same page.
+was trained on, what to type, and with which settings it was made.  The same run gives the same page.
 """
 
 import dataclasses
@@ -14,9 +14,20 @@ from pathlib import Path
 from .config import TrainConfig, split_weight
 from .folder import Item
 from .formats import FILE_NAME
+from .merge import split_strength
 from .names import ATTENTION
 
 SHOWN = 5  # captions
+TOLD = ("rank", "alpha", "targets", "steps", "batch_size", "learning_rate")  # settings; others if not the default
+
+
+def drawing_command(config: TrainConfig, prompt: str, lora: str) -> str:
+    """Return what to type to draw a prompt with the LoRA of a run, on the base as it was trained on."""
+    words = ["python", "sample.py", "--prompt", prompt]
+    words += [word for each in (lora, *config.base_lora) for word in ("--lora", each)]
+    words += ["--model", config.model] if config.model else []
+    words += ["--model-config", config.model_config] if config.model_config else []
+    return shlex.join(words + (["--zero-terminal-snr"] if config.zero_terminal_snr else []))
 
 
 def model_card(config: TrainConfig, items: Sequence[Item], is_xl: bool, picture: str) -> str:
@@ -30,15 +41,16 @@ def model_card(config: TrainConfig, items: Sequence[Item], is_xl: bool, picture:
         "license_name": "that-of-base-and-pictures",
         "widget": [{"text": captions[0], "output": {"url": picture}}],
     }
-    defaults = {field.name: field.metadata["default"] for field in dataclasses.fields(config)}
-    settings = {name: value for name, value in config.identity().items() if name in defaults}
-    name = Path(config.output).resolve().name
+    repo = config.push_to_hub
+    name = repo.split("/")[1] if repo else Path(config.output).resolve().name
+    folder = f"out/{name}" if repo else config.output
+    fetch = shlex.join(["hf", "download", repo, "--local-dir", folder]) + "\n" if repo else ""
     # JSON is YAML, and needs no rules of its own for what is to be quoted.
     yaml = [f"{key}: {json.dumps(value, ensure_ascii=False)}" for key, value in head.items() if value is not None]
     base = config.model or "the miniature Stable Diffusion that is bundled with minilora"
     base += f", with {' and '.join(f'`{text}`' for text in config.base_lora)} in it" if config.base_lora else ""
     folders = ", ".join(f"`{Path(split_weight(text)[0]).name}`" for text in config.data)
-    rows = "\n".join(f"| {key} | {_told(value)} |" for key, value in settings.items())
+    rows = "\n".join(f"| {key} | {_told(value)} |" for key, value in _settings(config).items())
     paragraphs = [
         "\n".join(["---", *yaml, "---"]),
         f"# {name}",
@@ -46,21 +58,43 @@ def model_card(config: TrainConfig, items: Sequence[Item], is_xl: bool, picture:
         f"{folders}. The licences of the base and of the pictures apply to it.",
         f"![samples]({picture})",
         "Words that it was trained with: " + "; ".join(f"“{caption}”" for caption in captions) + ".",
-        f"```bash\n{sample_command(config, captions[0])}\n```",
-        f"```python\npipeline.load_lora_weights({name!r}, weight_name={FILE_NAME!r})  # diffusers\n```",
-        f"| setting | value |\n|---|---|\n{rows}",
+        f"To draw with it, with minilora:\n\n```bash\n{fetch}{drawing_command(config, captions[0], folder)}\n```",
+        "Or with diffusers (and peft, which it needs for LoRA):\n\n"
+        f"```python\n{_in_diffusers(config, is_xl, repo or folder, captions[0])}\n```",
+        f"How it was trained; what is not listed is minilora's default:\n\n| setting | value |\n|---|---|\n{rows}",
     ]
     return "\n\n".join(paragraphs) + "\n"
 
 
-def sample_command(config: TrainConfig, prompt: str) -> str:
-    """Return what to type to draw with the LoRA of a finished run."""
-    words = ["python", "sample.py", "--prompt", prompt]
-    words += [word for lora in (config.output, *config.base_lora) for word in ("--lora", lora)]
-    words += ["--model", config.model] if config.model else []
-    words += ["--model-config", config.model_config] if config.model_config else []
-    words += ["--zero-terminal-snr"] if config.zero_terminal_snr else []
-    return shlex.join(words)
+def _in_diffusers(config: TrainConfig, is_xl: bool, lora: str, prompt: str) -> str:
+    kind = "StableDiffusionXLPipeline" if is_xl else "StableDiffusionPipeline"
+    model = config.model or "minilora/base"
+    load = f"from_pretrained({model!r})"
+    if os.path.isfile(model):
+        load = f"from_single_file({model!r}" + (f", config={config.model_config!r})" if config.model_config else ")")
+    lines = [f"from diffusers import {kind}", "", f"pipeline = {kind}.{load}"]
+    if config.zero_terminal_snr:
+        options = "rescale_betas_zero_snr=True, timestep_spacing='trailing'"
+        lines[0] = f"from diffusers import DDIMScheduler, {kind}"
+        lines.append(f"pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, {options})")
+    for path, strength in map(split_strength, config.base_lora):
+        lines += [f"pipeline.load_lora_weights({str(path)!r})", f"pipeline.fuse_lora(lora_scale={strength:g})"]
+        lines.append("pipeline.unload_lora_weights()")
+    lines.append(f"pipeline.load_lora_weights({lora!r}, weight_name={FILE_NAME!r})")
+    lines.append(f"pipeline({prompt!r}).images[0].save('drawn.png')")
+    return "\n".join(lines)
+
+
+def _settings(config: TrainConfig) -> dict:
+    """Return the settings that are told, by name, as JSON values: the best known, and what is not the default."""
+    defaults = {field.name: field.metadata["default"] for field in dataclasses.fields(config)}
+    defaults = json.loads(json.dumps(defaults, default=str))
+    settings = {"steps": config.steps} | config.identity()
+    told = {name: value for name, value in settings.items() if name in TOLD or value != defaults.get(name, value)}
+    if config.init_from:  # whose own these are
+        told = {name: value for name, value in told.items() if name not in ("rank", "alpha", "targets")}
+        told["init_from"] = Path(config.init_from).name
+    return told
 
 
 def _told(value) -> str:

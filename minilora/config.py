@@ -266,6 +266,12 @@ class TrainConfig(Settings):
     also: tuple[str, ...] = setting(
         (), "other dialects to write the LoRA in, too: kohya (for A1111 and ComfyUI), peft", group=OUTPUT
     )
+    push_to_hub: str | None = setting(
+        None, "OWNER/NAME of the repository on the Hugging Face hub that the results go to at the end", group=OUTPUT
+    )
+    wandb: str | None = setting(
+        None, "project of Weights & Biases that shows the run, beside TensorBoard", group=OUTPUT
+    )
     checkpoint_every: int = setting(ByBase(500, 100), "steps between checkpoints", group=OUTPUT)
     checkpoints_kept: int = setting(1, "how many of the newest checkpoints stay", group=OUTPUT)
     resume: bool = setting(False, "go on from the newest checkpoint in the output folder", group=OUTPUT)
@@ -310,7 +316,7 @@ class TrainConfig(Settings):
         no_part = {"data", "caption", "caption_column", "cache", "model", "model_config", "output", "resume", "also"}
         no_part |= {"init_from", "base_lora", "class_data", "class_pictures", "validation", "validate_every"}
         no_part |= {"micro_batch_size", "gradient_checkpointing", "checkpoint_every", "checkpoints_kept"}
-        no_part |= {"sample_prompt", "sample_every", "sample_average"}
+        no_part |= {"sample_prompt", "sample_every", "sample_average", "push_to_hub", "wandb"}
         if self.lr_schedule == "constant":
             no_part.add("steps")  # a longer run begins as a shorter one
         settings = {name: value for name, value in dataclasses.asdict(self).items() if name not in no_part}
@@ -370,6 +376,8 @@ class TrainConfig(Settings):
             wrong.append("--sample-every needs a --sample-prompt")
         if self.validate_every is not None and not self.validation:
             wrong.append("--validate-every needs a --validation, the pictures to look at")
+        if self.push_to_hub is not None and not re.fullmatch("[^/]+/[^/]+", self.push_to_hub):
+            wrong.append(f"--push-to-hub is {self.push_to_hub!r}; it takes OWNER/NAME, as the hub calls a repository")
         if self.sample_prompt and self.sample_every is None:
             wrong.append("--sample-prompt needs --sample-every")
         return wrong

@@ -3,7 +3,7 @@
     python -m minilora.evaluate PICTURES REFERENCE [--lora LORA]
 
 PICTURES is a folder of drawn pictures (`sample.py --output FOLDER` makes one), REFERENCE one of real pictures
-with their captions.  Three things are measured, with nothing but the base's own networks:
+with their captions.  Three things are measured, with nothing but the base's own networks unless --features is given:
 
 1. The distance of the two distributions: the kernel distance of KID,
 
@@ -13,6 +13,10 @@ with their captions.  Three things are measured, with nothing but the base's own
    features from an Inception network; here they are mean and spread of each channel of the VAE's encoder,
    in units of their spread over the reference.  So the figure compares pictures of one base with each
    other, and is no KID of a publication.  Beside it stands that of the two halves of the reference.
+
+   --features takes a vision model for the features, too, as publications do (vision.py), and prints the Fréchet
+   and the kernel distance by it: with DINOv2 (facebook/dinov2-base) FD-DINOv2; with CLIP near CMMD, whose
+   kernel is another.  Figures compare for one model, one number of pictures and one resolution only.
 
 2. Each picture's nearest one in the reference, by their latents.  One that is less than a third as far from
    it as from the next nearest is a copy: if the reference is what was trained on, it was learnt by heart.
@@ -24,6 +28,7 @@ Sources: Bińkowski et al., "Demystifying MMD GANs", 2018; Yoon et al., "Diffusi
 generalize when they fail to memorize", 2023 (the third).
 """
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,6 +58,7 @@ from .folder import Item, read_folder
 from .models import DTYPES, Base
 from .pictures import as_tensor, cut_square, open_picture
 from .sampling import load_loras, merged_at, save_picture, sheet
+from .vision import frechet_distance, vectors_of
 
 TOGETHER = 8  # pictures looked at in one pass
 TIMES = 8  # timesteps of each picture, in the denoising loss
@@ -73,6 +79,12 @@ class EvaluateConfig(Settings):
         repeat=True,
         group=MODEL,
     )
+    features: str | None = setting(
+        None,
+        "vision model, a folder or hub id in safetensors, whose features give distances as in publications: "
+        "facebook/dinov2-base, openai/clip-vit-base-patch32",
+        group=MODEL,
+    )
     precision: str = setting("fp32", PRECISION_HELP, choices=PRECISIONS, group=MODEL)
     output: str = setting("out/evaluate", "folder of the figures, and of a sheet of nearest pictures", group=OUTPUT)
 
@@ -89,8 +101,9 @@ def evaluate(config: EvaluateConfig) -> dict[str, float]:
         read_folder(folder, TrainConfig(data=(folder,), caption=caption), "evaluate")
         for folder, caption in zip(config.folders, ("", config.caption), strict=True)
     )
-    if len(reference) < 4:
-        raise UserError(f"{config.folders[1]}: {len(reference)} pictures are too few to compare with; at least 4")
+    for folder, there, least in zip(config.folders, (items, reference), (2, 4), strict=True):
+        if len(there) < least:
+            raise UserError(f"{folder}: {len(there)} pictures are too few to compare; at least {least}")
     side = base.resolution
     drawn, real = ([cut_square(open_picture(item.path), side) for item in each] for each in (items, reference))
     seen, wanted = features_of(base, drawn), features_of(base, real)
@@ -99,6 +112,8 @@ def evaluate(config: EvaluateConfig) -> dict[str, float]:
     figures["distance of distributions; of the halves of the reference"] = kernel_distance(
         wanted[::2] / scale, wanted[1::2] / scale
     )
+    if config.features:
+        figures |= distances_by(config.features, drawn, real)
     far = torch.cdist(latents_of(base, drawn), latents_of(base, real))  # (pictures, reference)
     near, which = far.topk(2, dim=1, largest=False)  # (pictures, 2)
     figures["distance to the nearest in the reference, by their latents"] = near[:, 0].mean().item()
@@ -122,6 +137,23 @@ def evaluate(config: EvaluateConfig) -> dict[str, float]:
 
 
 # ------------------------------------------------------------------------------------------ features
+
+
+def distances_by(model: str, drawn: Sequence[Image.Image], real: Sequence[Image.Image]) -> dict[str, float]:
+    """Return the distances by a vision model, of pictures from the reference and of its halves from each other."""
+    seen, wanted = vectors_of(model, [drawn, real], this_device())
+    if min(len(seen), len(wanted)) <= seen.shape[1]:
+        print(
+            f"warning: {len(seen)} and {len(wanted)} pictures are too few for {seen.shape[1]} features: the Fréchet "
+            "distance is then too large, and the kernel distance is the one to read",
+            file=sys.stderr,
+        )
+    pairs = {"": (seen, wanted), "; of the halves of the reference": (wanted[::2], wanted[1::2])}
+    figures = {}
+    for which, pair in pairs.items():
+        figures[f"Fréchet distance by {model}{which}"] = frechet_distance(*pair)
+        figures[f"kernel distance by {model}{which}"] = kernel_distance(*pair)
+    return figures
 
 
 @torch.no_grad()

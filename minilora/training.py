@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from . import checkpoint, draws, sampling
 from .buckets import Size, bucket_sizes
-from .card import model_card, sample_command
+from .card import drawing_command, model_card
 from .config import SampleConfig, TrainConfig, UserError
 from .data import Examples
 from .distributed import Ranks, Shares, StopSignals, decided_by_main, mean_over_ranks, processes, wait_for_all
@@ -33,9 +33,11 @@ from .dreambooth import class_pictures
 from .files import write_whole
 from .folder import Item
 from .formats import AVERAGE_NAME, FILE_NAME
+from .hub import check_login, push
 from .lora import inject_lora, load_lora_state_dict, lora_layers, lora_parameters, lora_state_dict
 from .models import DTYPES, Base, UNetWithText, fingerprint, load_lora, save_lora
 from .objectives import Denoising, Objective
+from .tracking import check_wandb, join_wandb
 from .validation import BEST, FIGURES, Validation, read_pictures
 
 
@@ -55,6 +57,10 @@ def train(config: TrainConfig, objective: Objective | None = None) -> Path:
     with processes() as ranks, checkpoint.OneRun(Path(config.output)) as here:
         if not config.resume:
             decided_by_main(lambda: checkpoint.refuse_unfinished(Path(config.output)))
+        if config.push_to_hub:
+            decided_by_main(lambda: check_login(config.push_to_hub))
+        if config.wandb:
+            decided_by_main(check_wandb)
         run = prepare(config, objective or Denoising(), ranks)
         first_step = resume(run) if config.resume else start(run)
         if ranks.is_main:
@@ -360,12 +366,18 @@ def is_due(every: int | None, step: int) -> bool:
 
 
 class Log:
-    """TensorBoard's files and the pictures drawn during training; only the main process writes them."""
+    """Numbers and pictures of a run, for TensorBoard and --wandb; only the main process writes them."""
 
     def __init__(self, run: Run, first_step: int):
         self.run, self.excepthook = run, threading.excepthook
         folder = str(run.output / "tensorboard")
         self.writer = SummaryWriter(folder, purge_step=first_step + 1) if run.ranks.is_main else None
+        self.wandb = None
+        if run.config.wandb:
+            decided_by_main(lambda: self._join_wandb(first_step > 0))
+
+    def _join_wandb(self, resumed: bool) -> None:
+        self.wandb = join_wandb(self.run.config, self.run.identity, resumed)
 
     def __enter__(self) -> "Log":
         # An error of the thread that writes, as of a full disk, is raised by the next call; printed it need not be.
@@ -381,11 +393,15 @@ class Log:
                 raise
         finally:
             threading.excepthook = self.excepthook
+            if self.wandb:
+                self.wandb.finish(exit_code=1 if kind else 0)
 
     def numbers(self, step: int, **values: float) -> None:
         if self.writer:
             for name, value in values.items():
                 self.writer.add_scalar(name, value, step)
+        if self.wandb:
+            self.wandb.log(values, step=step)
 
     def samples(self, step: int) -> None:
         """Draw every --sample-prompt with the LoRA as it is now."""
@@ -396,6 +412,10 @@ class Log:
                 sheet = sampling.draw_prompts(run.base, prompts, run.examples.resolution, run.drawing(prompts))
             sampling.save_picture(sheet, run.output / "samples" / f"step-{step:08d}.png")
             self.writer.add_image("samples", np.array(sheet), step, dataformats="HWC")
+            if self.wandb:
+                from wandb import Image
+
+                self.wandb.log({"samples": Image(sheet)}, step=step)
             trained = () if run.config.train_text_encoder else ("text_encoder", "text_encoder_2")
             run.base.release("pipeline", "vae", *trained)  # memory is for training
 
@@ -447,9 +467,10 @@ def resume(run: Run) -> int:
 
 
 def finish(run: Run) -> Path:
-    """Write the LoRA file, draw the sheet that shows what it does, and say what to type next."""
+    """Write the LoRA file, draw the sheet that shows what it does, push them if asked to, and say what to type next."""
     config, item = run.config, run.examples.items[0]
     lora_file, sheet_file = run.output / FILE_NAME, run.output / "samples" / "before_after.png"
+    in_dialects = {"kohya": f"{run.output.resolve().name}.safetensors", "peft": "peft"}
     if run.ranks.is_main:
         save_lora(run.network, lora_file)
         if run.average:
@@ -457,16 +478,23 @@ def finish(run: Run) -> Path:
                 save_lora(run.network, run.output / AVERAGE_NAME)
             run.ranks.say(f"wrote      {run.output / AVERAGE_NAME}, the moving average")
         for dialect in config.also:
-            also = run.output / {"kohya": f"{run.output.resolve().name}.safetensors", "peft": "peft"}[dialect]
+            also = run.output / in_dialects[dialect]
             save_lora(run.network, also, dialect=dialect)
             run.ranks.say(f"wrote      {also}, for programs that read {dialect}'s dialect")
         size, drawing = run.examples.size_of(item), run.drawing(item.captions[:1])
         with averaged(run) if config.sample_average else nullcontext():
             sheet = sampling.before_after(run.base, item, size, drawing)
         sampling.save_picture(sheet, sheet_file)
-        card = model_card(config, run.examples.items, run.base.is_xl, str(sheet_file.relative_to(run.output)))
+        sheet_name = sheet_file.relative_to(run.output).as_posix()
+        card = model_card(config, run.examples.items, run.base.is_xl, sheet_name)
         write_whole(run.output / "README.md", card.encode())
         run.ranks.say(f"wrote      {lora_file} and {sheet_file}")
-        run.ranks.say(f"next       {sample_command(config, item.captions[0])}")
+    if config.push_to_hub:
+        results = [FILE_NAME, *([AVERAGE_NAME] if config.ema else []), *([BEST] if config.validation else [])]
+        results += [in_dialects[dialect] for dialect in config.also]
+        results += ["README.md", "config.json", sheet_file.relative_to(run.output).as_posix()]
+        url = decided_by_main(lambda: push(config.push_to_hub, run.output, results))
+        run.ranks.say(f"pushed     to {url}")
+    run.ranks.say(f"next       {drawing_command(config, item.captions[0], config.output)}")
     wait_for_all()
     return lora_file
