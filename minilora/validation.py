@@ -47,7 +47,7 @@ def keep_apart(items: Sequence[Item], share: float, seed: int) -> tuple[list[Ite
     where they lie, and a picture that comes twice stays on one side.  Raises UserError if that leaves none.
     """
     drawn = {item.digest: draws.uniform(seed, f"kept from training {item.digest}", 0) for item in items}
-    kept = sorted(drawn, key=drawn.get)[: max(1, round(share * len(drawn)))]
+    kept = dict.fromkeys(sorted(drawn, key=drawn.get)[: max(1, round(share * len(drawn)))])
     if len(kept) == len(drawn):
         raise UserError(f"--validation {share:g}: of {len(drawn)} different pictures that leaves none to train on")
     first = {item.digest: item for item in reversed(items)}
