@@ -44,23 +44,20 @@ class OneRun:
         self.folder: int | None = None  # the open folder; on the main process
 
     def __enter__(self) -> "OneRun":
-        try:
-            decided_by_main(self._take)
-        except UserError:
-            self.__exit__()
-            raise
+        decided_by_main(self._take)
         return self
 
     def _take(self) -> None:
         try:
             self.output.mkdir(parents=True, exist_ok=True)
-            self.folder = os.open(self.output, os.O_RDONLY)
             tempfile.TemporaryFile(dir=self.output).close()
+            folder = os.open(self.output, os.O_RDONLY)
         except OSError as error:
             raise UserError(f"--output {self.output}: nothing can be written there ({error.strerror})") from error
         try:
-            fcntl.flock(self.folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
+            os.close(folder)
             raise UserError(
                 f"--output {self.output}: another run writes there; wait for it, or choose another"
             ) from error
@@ -69,8 +66,8 @@ class OneRun:
             print(
                 f"warning: --output {self.output}: {lacking}; see to it that no other run writes there", file=sys.stderr
             )
-            return
-        # What a run was writing when it was killed: with the folder held, no other run can be writing it now.
+        self.folder = folder
+        # What a run was writing when it was killed: with the folder held, no other run writes it now.
         for inside in ("", "checkpoints", "samples"):
             for left in (self.output / inside).glob(".*.[0-9]*.part"):
                 if left.is_file():
@@ -85,9 +82,9 @@ class OneRun:
 
     def __exit__(self, *error) -> None:
         if self.folder is not None:
-            os.close(self.folder)
             with suppress(OSError):
                 self.output.rmdir()  # if it is empty: of a run that never began, nothing stays
+            os.close(self.folder)
 
 
 def refuse_unfinished(output: Path) -> None:

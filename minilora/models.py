@@ -39,7 +39,7 @@ from diffusers.loaders.single_file_utils import fetch_diffusers_config
 from torch import nn
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from .config import UserError
+from .config import UserError, parse_json
 from .diffusion import Conditioning, Schedule
 from .export import write_lora
 from .files import PICKLE_HELP, PICKLES, TensorFile
@@ -227,6 +227,9 @@ class Base:
             if self.is_file:
                 module = getattr(self._of_the_file, part)
             else:
+                for index in (Path(self.configs) / part).glob("*.index.json"):  # of weights in several files
+                    if any(Path(name).name != name for name in parse_json(index.read_bytes())["weight_map"].values()):
+                        raise ValueError(f"{index.name} leads outside its folder")
                 module, about = kind.from_pretrained(self.configs, use_safetensors=True, **options)
         # What a file lacks, they make up at random; what it has too much, they pass over.
         if missing := sorted(about["missing_keys"]):
