@@ -22,6 +22,7 @@ import json
 import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -429,9 +430,16 @@ def fingerprint(module: nn.Module, *more: str) -> str:
     # What does not change what is computed: where it was loaded from, by which version, as which type.
     told = {key: value for key, value in config.items() if not key.startswith("_") and key not in _ABOUT_THE_FILE}
     digest = hashlib.sha256("\0".join((json.dumps(told, sort_keys=True, default=str), *more)).encode())
-    for name, tensor in sorted(module.state_dict().items()):
-        digest.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
+
+    def hashed(named: tuple[str, torch.Tensor]) -> bytes:
+        name, tensor = named
+        digest = hashlib.sha256(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
         digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+        return digest.digest()
+
+    with ThreadPoolExecutor() as pool:  # a base is gigabytes, and a thread hashes about one a second
+        for one in pool.map(hashed, sorted(module.state_dict().items())):
+            digest.update(one)
     return digest.hexdigest()
 
 

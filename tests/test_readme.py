@@ -179,6 +179,13 @@ def test_every_file_and_picture_it_names_exists():
             assert (ROOT / target).exists(), target
 
 
+def test_every_test_that_it_names_exists():
+    named = re.findall(r"`(test_\w+\.py)::(test_\w+)`", README)
+    assert len(named) > 10
+    for file, test in named:
+        assert f"def {test}(" in (ROOT / "tests" / file).read_text(), test
+
+
 def test_its_python_runs(tmp_path, monkeypatch, tiny_unet):
     monkeypatch.chdir(tmp_path)
     [block] = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
