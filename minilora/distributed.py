@@ -101,6 +101,18 @@ def decided_by_main(work: Callable):
     return outcome[0]
 
 
+def refuse_differences(identity: dict) -> None:
+    """Raise UserError, naming what differs, unless all processes train the same: they exchange gradients only."""
+    if not dist.is_initialized():
+        return
+    everywhere: list = [None] * dist.get_world_size()
+    dist.all_gather_object(everywhere, identity)
+    first = everywhere[0]
+    for rank, other in enumerate(everywhere):
+        if differing := sorted(key for key in first | other if first.get(key) != other.get(key)):
+            raise UserError(f"processes 0 and {rank} do not train the same; what differs: {', '.join(differing)}")
+
+
 class Shares:
     """How the positions of a step are shared out: over rounds, processes, and the places of a micro-batch.
 

@@ -28,7 +28,16 @@ from .buckets import Size, bucket_sizes
 from .card import drawing_command, model_card
 from .config import SampleConfig, TrainConfig, UserError
 from .data import Examples
-from .distributed import Ranks, Shares, StopSignals, decided_by_main, mean_over_ranks, processes, wait_for_all
+from .distributed import (
+    Ranks,
+    Shares,
+    StopSignals,
+    decided_by_main,
+    mean_over_ranks,
+    processes,
+    refuse_differences,
+    wait_for_all,
+)
 from .dreambooth import class_pictures
 from .files import write_whole
 from .folder import Item
@@ -142,6 +151,7 @@ def prepare(config: TrainConfig, objective: Objective, ranks: Ranks) -> Run:
     unet = base.unet
     network = (UNetWithText(base) if config.train_text_encoder else unet).train()
     identity |= put_lora(network, unet, config)
+    refuse_differences(identity)
     if config.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
     if ranks.device.type == "cuda":
@@ -152,7 +162,9 @@ def prepare(config: TrainConfig, objective: Objective, ranks: Ranks) -> Run:
     assert sum(parameter.requires_grad for parameter in network.parameters()) == len(parameters)
     optimizer = make_optimizer(config, parameters, len(lora_parameters(unet)))
     scaler = torch.amp.GradScaler(ranks.device.type, enabled=config.precision == "fp16")
-    model = DistributedDataParallel(network) if ranks.world > 1 else network
+    # Each process has loaded the base and drawn the LoRA itself, so that nothing but gradients has to travel.
+    alone = {"init_sync": False, "broadcast_buffers": False}
+    model = DistributedDataParallel(network, **alone) if ranks.world > 1 else network
     average = {name: tensor.clone() for name, tensor in lora_state_dict(network).items()} if config.ema else {}
     trained = network, model, parameters, average, optimizer, scaler
     run = Run(config, objective, ranks, shares, base, examples, held_out, identity, *trained)

@@ -4,7 +4,9 @@ import dataclasses
 import json
 import os
 import re
+import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -229,6 +231,29 @@ def test_two_processes_give_the_lora_of_one(run, pictures, tmp_path, tiny_base):
     one = run("one", steps=60, batch_size=8, learning_rate=0.001)
     # The order of a float32 sum, magnified by Adam where a gradient is nearly zero, over 60 steps.
     assert relative_difference(one, tmp_path / "two") < 1e-4
+
+
+def test_processes_that_would_not_train_the_same_are_refused(pictures, tmp_path, tiny_base):
+    """Nothing of base, pictures and settings travels between processes, so they must have the same."""
+    other = tmp_path / "other"
+    shutil.copytree(pictures, other)
+    make_picture(99).save(other / "0.png")
+    command = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1"]
+    command += ["--master-addr", "localhost", "--master-port", str(free_port())]
+    machines = []
+    for node, data in enumerate((pictures, other)):
+        words = ["--data", data, "--model", tiny_base, "--output", tmp_path / "out", "--cache", tmp_path / "cache"]
+        words = [*command, "--node-rank", str(node), "train.py", *map(str, words), "--batch-size", "2"]
+        machines.append(subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True))
+    said = [machine.communicate()[0] for machine in machines]
+    assert all("processes 0 and 1 do not train the same; what differs: pictures" in one for one in said), said
+    assert not (tmp_path / "out" / "config.json").exists()
+
+
+def free_port() -> int:
+    with socket.socket() as one:
+        one.bind(("localhost", 0))
+        return one.getsockname()[1]
 
 
 @pytest.fixture
