@@ -32,8 +32,8 @@ def vectors_of(name: str, sets: Sequence[Sequence[Image.Image]], device: torch.d
     """
     try:
         processor = AutoImageProcessor.from_pretrained(name, backend="pil", trust_remote_code=False)
-        options = {"use_safetensors": True, "trust_remote_code": False, "output_loading_info": True}
-        model, about = AutoModel.from_pretrained(name, dtype=torch.float32, **options)
+        options = {"dtype": torch.float32, "output_loading_info": True}
+        model, about = AutoModel.from_pretrained(name, use_safetensors=True, trust_remote_code=False, **options)
     except (OSError, ValueError, SafetensorError) as error:
         raise UserError(f"--features {name}: {str(error).splitlines()[0]}") from error
     # A pooler that is not in the file would be a random one; the first token is then what stands for the picture.

@@ -88,6 +88,8 @@ SHOWN = {  # which test shows what a setting does, but for the CHANGES of test_t
         "validate_every": "test_validation.py::test_figures_are_logged_printed_and_kept_and_disturb_nothing",
         "model": "test_families.py::test_a_lora_trained_here_draws_the_same_in_diffusers",
         "model_config": "test_families.py::test_a_single_file_is_the_same_base",
+        "push_to_hub": "test_hub.py::test_the_hub_has_the_results_byte_for_byte_and_nothing_else",
+        "wandb": "test_tracking.py::test_wandb_has_the_numbers_and_pictures_and_a_resumed_run_goes_on_in_the_same",
         "base_lora": "test_training.py::test_training_on_top_of_loras_is_training_on_the_base_they_are_merged_into",
         "rank_for": "test_training.py::test_ranks_and_sets_from_the_settings",
         "alpha_for": "test_training.py::test_alphas_from_the_settings",

@@ -193,7 +193,7 @@ def test_who_is_not_known_or_may_not_write_is_told_before_the_first_step(hub, tr
     def refusal(token: str | None = TOKEN) -> str:
         code, printed, [line] = train(token=token)
         assert (code, printed) == (2, [])
-        assert not (tmp_path / "out").exists()
+        assert not (tmp_path / "out" / "pictures").exists()
         return line
 
     assert re.match(f"error: --push-to-hub {REPO}: Invalid user token", refusal("hf_of_nobody"))

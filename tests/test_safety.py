@@ -15,7 +15,7 @@ from minilora.models import Base
 SOURCES = sorted((Path(__file__).parents[1] / "minilora").rglob("*.py"))
 RUNS_CODE = {"eval", "exec", "compile", "__import__"}  # called by name
 UNPICKLES = {"pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal", "yaml"}  # as modules
-NO_WEIGHTS = {"CLIPTokenizer", "DDIMScheduler", "kind.config_class"}  # their files are JSON and text
+NO_WEIGHTS = {"AutoImageProcessor", "CLIPTokenizer", "DDIMScheduler", "kind.config_class"}  # they read JSON and text
 
 
 def complaints(source: str) -> list[str]:
@@ -31,7 +31,8 @@ def complaints(source: str) -> list[str]:
         name = ast.unparse(node.func)
         if name in RUNS_CODE or name in ("torch.load", "np.load", "numpy.load", "torch.jit.load"):
             found.append(f"call of {name}")
-        if "trust_remote_code" in words:
+        trusted = words.get("trust_remote_code")  # not said at all, transformers asks on the terminal
+        if trusted and not (isinstance(trusted, ast.Constant) and trusted.value is False):
             found.append("trust_remote_code")
         receiver, _, method = name.rpartition(".")
         safe = isinstance(words.get("use_safetensors"), ast.Constant) and words["use_safetensors"].value is True
