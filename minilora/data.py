@@ -83,7 +83,7 @@ class Examples:
                 print(f"warning: {small}; it is enlarged to fill {w} × {h}", file=sys.stderr)
         captions = sorted({caption for item in (*items, *class_items) for caption in (*item.captions, "")})
         if ranks.is_main:
-            encoders.warn_of_cuts(captions, "captions")
+            encoders.warn_of_cuts(captions, "caption")
         self._fill(captions, encoders, ranks)
         encoders.release("text_encoder", "text_encoder_2")
 

@@ -60,6 +60,7 @@ from .merge import Folded, Report, read_for, split_strength
 from .names import COMPONENTS, TEXT_ENCODER, TEXT_ENCODER_2, UNET, full_name
 
 transformers.logging.disable_progress_bar()
+diffusers.utils.logging.set_verbosity_error()  # what it warns of, as of a prompt that is cut, is told here, and shorter
 
 BUNDLED = Path(__file__).parent / "base"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -355,8 +356,9 @@ class Base:
         """Print one warning for all texts of which a text encoder sees only the beginning, and where that ends."""
         if ends := [end for text in texts if (end := self.cut_off(text))]:
             shown = ends[0] if len(ends[0]) <= 60 else f"{ends[0][:60]}…"
+            these = f"{len(ends)} {what}s" if len(ends) > 1 else f"a {what}"
             print(
-                f"warning: the text encoder sees only the beginning of {len(ends)} {what}; it sees nothing of "
+                f"warning: the text encoder sees only the beginning of {these}; it sees nothing of "
                 f"“…{shown}”{', as in the first of them' if len(ends) > 1 else ''}",
                 file=sys.stderr,
             )

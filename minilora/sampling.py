@@ -168,7 +168,7 @@ def sample(config: SampleConfig) -> Path:
     size = config.size or base.resolution
     if size % base.side_multiple:
         raise UserError(f"--size is {size}; this base needs a multiple of {base.side_multiple}")
-    base.warn_of_cuts(dict.fromkeys((*config.prompt, config.negative)), "prompts")
+    base.warn_of_cuts(dict.fromkeys((*config.prompt, config.negative)), "prompt")
     strengths = load_loras(base, config.lora)
     use_scheduler(base, config.scheduler)
     seeds = [config.seed + i for i in range(config.count)]

@@ -199,7 +199,7 @@ def caption(place: Place, text: str, *words: str) -> list[str]:
 CAPTIONS = [
     ("is empty", "", "trained", True),
     ("is only spaces", " \n\t ", "trained", True),
-    ("has 10,000 words", LONG, "sees only the beginning of 1 captions; it sees nothing of “…word", True),
+    ("has 10,000 words", LONG, "sees only the beginning of a caption; it sees nothing of “…word", True),
     ("is emoji", "🐶🏽‍🦰" * 3, "trained", True),
     ("is written from right to left", "كلب على الثلج", "trained", True),
     ("has NUL in it", "a\0dog", "NUL"),
@@ -564,7 +564,7 @@ LORAS = [
 PROMPTS = [
     ("is empty", "", "wrote", True),
     ("is only spaces", "  ", "wrote", True),
-    ("has 10,000 words", LONG, "sees only the beginning of 1 prompts; it sees nothing of “…word", True),
+    ("has 10,000 words", LONG, "sees only the beginning of a prompt; it sees nothing of “…word", True),
     ("is emoji", "🐶🏽‍🦰", "wrote", True),
     ("is written from right to left", "كلب على الثلج", "wrote", True),
     ("has NUL in it", "a\0dog", "wrote", True),
