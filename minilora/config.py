@@ -21,6 +21,11 @@ class UserError(Exception):
     """A mistake of the user's, told in one line; the commands print it and exit with 2."""
 
 
+def first_line(error: Exception) -> str:
+    """Return what an error of a library's says first; its kind, if it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 def parse_json(text: str | bytes):
     """Return what JSON text says.
 

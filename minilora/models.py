@@ -40,7 +40,7 @@ from diffusers.loaders.single_file_utils import fetch_diffusers_config
 from torch import nn
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from .config import UserError, parse_json
+from .config import UserError, first_line, parse_json
 from .diffusion import Conditioning, Schedule
 from .export import write_lora
 from .files import PICKLE_HELP, PICKLES, TensorFile
@@ -116,7 +116,7 @@ class Base:
         try:
             self.index = DiffusionPipeline.load_config(self.configs)
         except Exception as error:  # as in _loading
-            reason = _first_line(error)
+            reason = first_line(error)
             if self.is_file:
                 raise UserError(
                     f"--model {self.source}: the settings of its parts are not in the file, and {self.configs} cannot "
@@ -220,7 +220,7 @@ class Base:
         try:
             yield
         except Exception as error:
-            raise UserError(f"--model {self.source}: its {part} does not load ({_first_line(error)})") from error
+            raise UserError(f"--model {self.source}: its {part} does not load ({first_line(error)})") from error
 
     def _load(self, kind: type, part: str, **options) -> nn.Module:
         about = {"missing_keys": (), "unexpected_keys": ()}
@@ -412,10 +412,6 @@ class UNetWithText(nn.Module):
             [behind] = [child for path, child in encoders[0].named_modules() if path.endswith(last)]
             if lora_layers(behind):
                 remove_lora(behind)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _config_of(path: str) -> str:

@@ -482,6 +482,7 @@ def finish(run: Run) -> Path:
     """Write the LoRA file, draw the sheet that shows what it does, push them if asked to, and say what to type next."""
     config, item = run.config, run.examples.items[0]
     lora_file, sheet_file = run.output / FILE_NAME, run.output / "samples" / "before_after.png"
+    sheet_name = sheet_file.relative_to(run.output).as_posix()
     in_dialects = {"kohya": f"{run.output.resolve().name}.safetensors", "peft": "peft"}
     if run.ranks.is_main:
         save_lora(run.network, lora_file)
@@ -497,14 +498,13 @@ def finish(run: Run) -> Path:
         with averaged(run) if config.sample_average else nullcontext():
             sheet = sampling.before_after(run.base, item, size, drawing)
         sampling.save_picture(sheet, sheet_file)
-        sheet_name = sheet_file.relative_to(run.output).as_posix()
         card = model_card(config, run.examples.items, run.base.is_xl, sheet_name)
         write_whole(run.output / "README.md", card.encode())
         run.ranks.say(f"wrote      {lora_file} and {sheet_file}")
     if config.push_to_hub:
         results = [FILE_NAME, *([AVERAGE_NAME] if config.ema else []), *([BEST] if config.validation else [])]
         results += [in_dialects[dialect] for dialect in config.also]
-        results += ["README.md", "config.json", sheet_file.relative_to(run.output).as_posix()]
+        results += ["README.md", "config.json", sheet_name]
         url = decided_by_main(lambda: push(config.push_to_hub, run.output, results))
         run.ranks.say(f"pushed     to {url}")
     run.ranks.say(f"next       {drawing_command(config, item.captions[0], config.output)}")

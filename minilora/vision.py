@@ -19,7 +19,7 @@ from PIL import Image
 from safetensors import SafetensorError
 from transformers import AutoImageProcessor, AutoModel
 
-from .config import UserError
+from .config import UserError, first_line
 
 TOGETHER = 16  # pictures looked at in one pass
 
@@ -35,7 +35,7 @@ def vectors_of(name: str, sets: Sequence[Sequence[Image.Image]], device: torch.d
         options = {"dtype": torch.float32, "output_loading_info": True}
         model, about = AutoModel.from_pretrained(name, use_safetensors=True, trust_remote_code=False, **options)
     except (OSError, ValueError, SafetensorError) as error:
-        raise UserError(f"--features {name}: {str(error).splitlines()[0]}") from error
+        raise UserError(f"--features {name}: {first_line(error)}") from error
     # A pooler that is not in the file would be a random one; the first token is then what stands for the picture.
     lacks = sorted(about["missing_keys"])
     has_pooler = not any(key.startswith("pooler.") for key in lacks)

@@ -39,6 +39,7 @@ from ..config import (
     Settings,
     TrainConfig,
     UserError,
+    first_line,
     setting,
 )
 from ..distributed import this_device
@@ -185,7 +186,7 @@ def load_controlnet(folder: str, base: Base) -> diffusers.ControlNetModel:
     except UserError:
         raise
     except Exception as error:  # whatever diffusers stumbles over in a broken file
-        raise UserError(f"--controlnet {folder}: it does not load ({str(error).splitlines()[0]})") from error
+        raise UserError(f"--controlnet {folder}: it does not load ({first_line(error)})") from error
     if info["missing_keys"]:
         raise UserError(f"--controlnet {folder}: its weights lack {some(info['missing_keys'], 1)}")
     for key in ("in_channels", "block_out_channels", "cross_attention_dim"):
