@@ -13,7 +13,6 @@ BASE is a diffusers folder or a single file in the original layout.
 
 import math
 import os
-import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
@@ -26,7 +25,7 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 import numpy as np
 
 from .config import MergeConfig, UserError
-from .dtypes import DTYPES, narrow, widen
+from .dtypes import DTYPES, kept, narrow, widen
 from .export import write_lora
 from .files import CHUNK, TensorFile, read_exactly, refuse_existing, rewrite, staging
 from .formats import Change, FormatError, LoRA, read_lora, some
@@ -168,17 +167,6 @@ def _plan(checkpoint: Checkpoint, read: list[LoRA], loras: list[tuple[Path, floa
     return plan, list(folded.values())
 
 
-_kept = threading.local()
-
-
-def _buffer(name: str, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    """Return an array over memory that this thread keeps: pages that are new cost as much as the sums on them."""
-    size = math.prod(shape) * dtype.itemsize
-    if len(getattr(_kept, name, b"")) < size:
-        setattr(_kept, name, np.empty(size, np.uint8))
-    return getattr(_kept, name)[:size].view(dtype).reshape(shape)
-
-
 def _added(
     file: TensorFile, key: str, parts: list[Part], norms: dict[str, float], keep: Callable | None, source: BinaryIO
 ) -> Iterator[np.ndarray]:
@@ -188,8 +176,8 @@ def _added(
     columns = math.prod(entry.shape[1:])
     rows_at_once = max(1, CHUNK // (stored.itemsize * columns))
     shape = rows_at_once, columns
-    raw, wide = _buffer("raw", shape, stored), _buffer("wide", shape, np.dtype(sum_type))
-    product = _buffer("product", shape, parts[0].A.dtype)
+    raw, wide = kept("raw", shape, stored), kept("wide", shape, np.dtype(sum_type))
+    product = kept("product", shape, parts[0].A.dtype)
     squares = dict.fromkeys((part.module for part in parts), 0.0)
     for first in range(0, entry.shape[0], rows_at_once):
         rows = min(rows_at_once, entry.shape[0] - first)
