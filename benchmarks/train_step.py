@@ -237,8 +237,9 @@ def compare(work: Path, script: Path | None, rounds: int, steps: int) -> None:
 
 
 def sweep(work: Path, what: str, steps: int) -> None:
-    """Print a table of minilora's step for the values of one setting."""
+    """Print a table of minilora's step for the values of one setting, and keep it for `plot`."""
     print(f"| {what} | seconds per step | until the first step | peak MB | of the cache, MB |\n|---|---|---|---|---|")
+    results = {}
     for value in SWEEPS[what]:
         data, cache = pictures(work, value if what == "pictures" else 8), work / f"cache-{what}"
         shutil.rmtree(cache, ignore_errors=True)
@@ -249,6 +250,26 @@ def sweep(work: Path, what: str, steps: int) -> None:
         size = sum(path.stat().st_size for path in cache.rglob("*") if path.is_file()) / 2**20
         row = f"{value} | {one['step']:.2f} | {one['first']:.1f} | {one['memory']:.0f} | {size:.1f}"
         print(f"| {row} |", flush=True)
+        results[value] = one
+    (work / f"sweep-{what}.json").write_text(json.dumps(results))
+
+
+def plot(work: Path, picture: Path) -> None:
+    """Draw the sweeps that there are in `work`: time of a step and peak memory, by the values of each setting."""
+    from matplotlib import pyplot
+
+    there = [what for what in SWEEPS if (work / f"sweep-{what}.json").exists()]
+    figure, axes = pyplot.subplots(2, len(there), figsize=(3 * len(there), 5), sharex="col", squeeze=False)
+    for what, (above, below) in zip(there, axes.T, strict=True):
+        results = json.loads((work / f"sweep-{what}.json").read_text())
+        for axis, key, unit in ((above, "step", 1), (below, "memory", 1024)):
+            axis.plot(list(results), [one[key] / unit for one in results.values()], "o-")
+            axis.set_ylim(bottom=0)
+        below.set_xlabel(what)
+    axes[0, 0].set_ylabel("seconds per step")
+    axes[1, 0].set_ylabel("peak memory, GB")
+    figure.tight_layout()
+    figure.savefig(picture, dpi=100)
 
 
 def main() -> None:
@@ -258,12 +279,15 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3, help="times that each contender runs; medians count")
     parser.add_argument("--steps", type=int, default=8, help=f"steps of a run; {WARM_UP} of them are not counted")
     parser.add_argument("--sweep", choices=SWEEPS, help="minilora alone, for several values of a setting")
+    parser.add_argument("--plot", type=Path, metavar="PNG", help="draw the sweeps that ran; needs matplotlib")
     args = parser.parse_args()
     work = args.work.resolve()
     work.mkdir(parents=True, exist_ok=True)
     if not (work / "base").exists():
         child("make", str(work / "base"))
-    if args.sweep:
+    if args.plot:
+        plot(work, args.plot)
+    elif args.sweep:
         sweep(work, args.sweep, args.steps)
     else:
         compare(work, args.peer and args.peer.resolve(), args.rounds, args.steps)
