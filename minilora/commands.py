@@ -10,13 +10,14 @@ import dataclasses
 import difflib
 import json
 import os
+import re
 import sys
 import types
 import typing
 from collections.abc import Callable
 from pathlib import Path
 
-from .config import ByBase, MergeConfig, SampleConfig, TrainConfig, UserError, option, parse_json
+from .config import ByBase, MergeConfig, SampleConfig, TrainConfig, UserError, first_line, option, parse_json
 
 
 def train() -> None:
@@ -47,6 +48,13 @@ def run(settings: type, work: Callable, description: str) -> None:
         work(read(settings, sys.argv[1:], description))
     except (UserError, OSError) as error:  # an OSError: a disk that is full, a folder that is not ours
         print(f"error: {error}" if rank == 0 else f"error (process {rank}): {error}", file=sys.stderr)
+        sys.exit(2)
+    except (MemoryError, RuntimeError) as error:  # as torch calls it, on a GPU and on a CPU
+        if not isinstance(error, MemoryError) and not re.search("out of memory|can't allocate memory", str(error)):
+            raise
+        where = "" if rank == 0 else f" (process {rank})"
+        advice = 'smaller pictures, fewer at a time and --precision bf16 take less; see "little memory" in the README'
+        print(f"error{where}: not enough memory ({first_line(error)}); {advice}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)  # as a shell counts it; nothing was begun that would have to be saved

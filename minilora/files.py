@@ -17,7 +17,7 @@ import os
 import shutil
 import struct
 import sys
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -215,6 +215,21 @@ class TensorFile:
             file.seek(entry.begin)
             read_exactly(file, memoryview(content), self.path)
         return np.frombuffer(content, DTYPES[entry.dtype]).reshape(entry.shape)
+
+
+def refuse_more_than_memory(files: Iterable[TensorFile], bytes_of_a_number: int) -> None:
+    """Raise UserError if all numbers of some files are more than fits into the memory that is free, swap included.
+
+    Where the system does not tell how much is free (Linux does), nothing is refused.
+    """
+    needed = sum(math.prod(entry.shape) for file in files for entry in file.entries.values()) * bytes_of_a_number
+    try:
+        told = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+        free = sum(int(told[name].split()[0]) * 1024 for name in ("MemAvailable", "SwapFree"))
+    except (OSError, KeyError):
+        return
+    if needed > free:
+        raise UserError(f"its numbers need {needed / 1e9:,.1f} GB of memory, and {free / 1e9:,.1f} GB are free")
 
 
 def rewrite(file: TensorFile, target: Path, changes: Mapping[str, Callable[[BinaryIO], Iterator]]) -> None:

@@ -27,7 +27,7 @@ import numpy as np
 
 from .config import UserError, parse_json
 from .dtypes import NAMES, WEIGHTS, widen
-from .files import PICKLE_HELP, PICKLES, TensorFile
+from .files import PICKLE_HELP, PICKLES, TensorFile, refuse_more_than_memory
 from .names import COMPONENTS, Modules, full_name, known_by, numbered, split
 
 FILE_NAME = "pytorch_lora_weights.safetensors"  # of diffusers
@@ -141,6 +141,7 @@ def _read_tensors(path: Path) -> tuple[Tensors, dict[str, str]]:
         raise FormatError(f"{pickle}: {PICKLE_HELP}")
     try:
         file = TensorFile(path)
+        refuse_more_than_memory([file], 8)  # as they are stored, and in float32
         return {key: file.read(key) for key in sorted(file.entries)}, file.metadata
     except (OSError, UserError) as error:
         reason = str(error).removeprefix(f"{path}: ")

@@ -300,7 +300,8 @@ def add_lora(
         elif isinstance(child, LoRALayer) and name in child.adapters:
             problems.append(f"{path} has a LoRA {name!r} already, of rank {child.adapters[name].rank}")
     if problems:
-        raise ValueError("cannot inject LoRA: " + "; ".join(problems))
+        more = f"; and {len(problems) - 5} more" if len(problems) > 5 else ""
+        raise ValueError("cannot inject LoRA: " + "; ".join(problems[:5]) + more)
 
     module.requires_grad_(False)
     for path, child in found.items():

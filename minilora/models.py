@@ -43,7 +43,7 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokeniz
 from .config import UserError, first_line, parse_json
 from .diffusion import Conditioning, Schedule
 from .export import write_lora
-from .files import PICKLE_HELP, PICKLES, TensorFile
+from .files import PICKLE_HELP, PICKLES, TensorFile, refuse_more_than_memory
 from .formats import Change, LoRA, some
 from .lora import (
     KINDS,
@@ -226,6 +226,10 @@ class Base:
         about = {"missing_keys": (), "unexpected_keys": ()}
         options |= {"subfolder": part, "torch_dtype": self.dtype, "output_loading_info": True}
         with self._loading(part):
+            # Of a folder, the files that are no variant: a variant's name has another dot in it.
+            inside = (path for path in (Path(self.configs) / part).glob("*.safetensors") if path.name.count(".") == 1)
+            paths = [Path(self.source)] if self.is_file else sorted(inside)
+            refuse_more_than_memory(map(TensorFile, paths), self.dtype.itemsize)
             if self.is_file:
                 module = getattr(self._of_the_file, part)
             else:

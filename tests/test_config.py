@@ -4,7 +4,9 @@ import dataclasses
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 from test_training import CHANGES
 
 from minilora.commands import read, run
@@ -234,6 +236,16 @@ def test_what_ends_a_command_early_is_one_line_and_an_exit_code(error, code, lin
         run(SampleConfig, work, "")
     assert end.value.code == code
     assert capsys.readouterr().err == line
+
+
+@pytest.mark.parametrize("empty", [np.empty, torch.empty])
+def test_more_memory_than_there_is_is_one_line(empty, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["sample.py", "--prompt", "a"])
+    with pytest.raises(SystemExit) as end:
+        run(SampleConfig, lambda config: empty(1 << 50), "")
+    assert end.value.code == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: not enough memory (")
 
 
 def test_a_setting_that_may_be_repeated_may_stand_once_in_the_file(tmp_path):

@@ -7,6 +7,7 @@ runs them all; `python tests/bad_inputs/cases.py` writes the table of them, docs
 
 import io
 import json
+import os
 import struct
 import zlib
 from collections.abc import Callable
@@ -382,6 +383,12 @@ def not_finite(tensors: dict) -> dict:
     return tensors | {"conv_in.weight": tensors["conv_in.weight"] * torch.nan}
 
 
+def a_terabyte(copy: Path) -> None:
+    """Let the U-Net have a weight of 10¹² bytes, none of which is on the disk."""
+    (copy / UNET).write_bytes(raw({"conv_in.weight": entry(0, 10**12, (10**12,), "F8_E4M3")}))
+    os.truncate(copy / UNET, (copy / UNET).stat().st_size + 10**12)
+
+
 TEXT = "text_encoder/model.safetensors"
 NO_UNET = "its unet does not load"
 INDEX = "model_index.json"
@@ -417,6 +424,7 @@ BASES = [
     ("has weights that are cut off", with_bytes(UNET, "", keep=5000), NO_UNET),
     ("has weights with more behind them", with_bytes(UNET, "more", keep=1 << 30), NO_UNET),
     ("has weights of 0 bytes", with_bytes(UNET, ""), NO_UNET),
+    ("has weights of a terabyte", a_terabyte, "its numbers need 4,000.0 GB of memory, and"),
     ("has only pickles of the U-Net (.bin)", only_pickle, NO_UNET),
     ("is in parts", sharded(), "wrote", True),
     ("is in parts, of which one is missing", sharded("3.safetensors"), NO_UNET),
@@ -475,6 +483,12 @@ def headers(first: dict | list | str, second: dict | None = None, size: int = 32
     return raw({A: first, B: second or entry(16, 32)}, bytes(size))
 
 
+def vast(place: Place) -> Path:
+    path = place.write("lora.safetensors", headers(entry(0, 10**12, (10**12,), "F8_E4M3"), entry(10**12, 10**12, (0,))))
+    os.truncate(path, path.stat().st_size - 32 + 10**12)
+    return path
+
+
 def pickled(place: Place) -> Path:
     torch.save(GOOD, place.folder / "lora.pt")
     return place.folder / "lora.pt"
@@ -526,6 +540,7 @@ LORAS = [
     ("has a tensor that ends before it begins", headers(entry(16, 0)), "should begin at byte"),
     ("has a tensor beyond the end", headers(entry(), size=16), "it was cut off or added to"),
     ("has more bytes than it says", headers(entry(), size=48), "it was cut off or added to"),
+    ("has numbers for a terabyte", vast, "its numbers need 8,000.0 GB of memory, and"),
     ("has a place that is a fraction", headers(entry(0.0, 16.0)), HEADER),
     ("is cut off", save(GOOD)[:-8], "it was cut off or added to"),
     ("holds no tensors", save({}), "it holds no tensors"),
