@@ -26,6 +26,12 @@ def first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
+def is_installed(package: str) -> bool:
+    """Whether a package can be imported; a mere folder of that name, as runs of wandb leave behind, is none."""
+    spec = find_spec(package)
+    return spec is not None and spec.origin is not None
+
+
 def parse_json(text: str | bytes):
     """Return what JSON text says.
 
@@ -375,8 +381,10 @@ class TrainConfig(Settings):
             wrong.append(f"--validation {self.validation}: there is no such folder, and a share is between 0 and 1")
         if self.sample_average and self.ema is None:
             wrong.append("--sample-average needs an --ema, which keeps the average")
-        if self.optimizer == "adamw8bit" and find_spec("bitsandbytes") is None:
-            wrong.append('--optimizer adamw8bit needs bitsandbytes: pip install "bitsandbytes>=0.50"')
+        if self.optimizer == "adamw8bit" and not is_installed("bitsandbytes"):
+            wrong.append("--optimizer adamw8bit needs the package bitsandbytes; type: pip install -e '.[8bit]'")
+        if self.wandb is not None and not is_installed("wandb"):
+            wrong.append("--wandb needs the package wandb; type: pip install -e '.[wandb]'")
         if self.sample_every is not None and not self.sample_prompt:
             wrong.append("--sample-every needs a --sample-prompt")
         if self.validate_every is not None and not self.validation:

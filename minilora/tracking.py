@@ -7,14 +7,6 @@ import json
 from .config import TrainConfig, UserError
 
 
-def check_wandb() -> None:
-    """Raise UserError if the package is missing."""
-    try:
-        from wandb import init  # noqa: F401  (a folder that is called wandb can be imported, but has no init)
-    except ImportError as error:
-        raise UserError("--wandb needs the package wandb; type: pip install 'minilora[wandb]'") from error
-
-
 def join_wandb(config: TrainConfig, identity: dict, resumed: bool):
     """Return the wandb run of a run; one that is resumed goes on in the same, whose id is a hash of the identity.
 

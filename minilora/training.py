@@ -46,7 +46,7 @@ from .hub import check_login, push
 from .lora import inject_lora, load_lora_state_dict, lora_layers, lora_parameters, lora_state_dict
 from .models import DTYPES, Base, UNetWithText, fingerprint, load_lora, save_lora
 from .objectives import Denoising, Objective
-from .tracking import check_wandb, join_wandb
+from .tracking import join_wandb
 from .validation import BEST, FIGURES, Validation, read_pictures
 
 
@@ -68,8 +68,6 @@ def train(config: TrainConfig, objective: Objective | None = None) -> Path:
             decided_by_main(lambda: checkpoint.refuse_unfinished(Path(config.output)))
         if config.push_to_hub:
             decided_by_main(lambda: check_login(config.push_to_hub))
-        if config.wandb:
-            decided_by_main(check_wandb)
         run = prepare(config, objective or Denoising(), ranks)
         first_step = resume(run) if config.resume else start(run)
         if ranks.is_main:
