@@ -50,8 +50,10 @@ def kept(name: str, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
 def widen(stored: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
     """Return floating-point numbers as float32, those of F64 as float64, exactly; into `out` if it is given.
 
-    `out` may be of a wider type.
+    `out` may be of a wider type.  Without it, what is wide already is returned as it is, not copied.
     """
+    if out is None and stored.dtype in (np.float32, np.float64):
+        return stored
     if out is None:
         out = np.empty(stored.shape, np.float64 if stored.dtype == np.float64 else np.float32)
     if stored.dtype == BF16 and out.dtype == np.float32:
