@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from .live import load_lora, save_lora
     from .lora import (
         LoRAConv2d,
         LoRALinear,
@@ -17,7 +18,6 @@ if TYPE_CHECKING:
         set_lora_scale,
         unmerge_lora,
     )
-    from .models import load_lora, save_lora
 
 __all__ = [
     "LoRAConv2d",
@@ -40,7 +40,7 @@ __all__ = [
 def __getattr__(name: str):
     """Import what is asked for when it is first used: torch takes seconds, and merging files does without."""
     if name in ("load_lora", "save_lora"):
-        from . import models as home
+        from . import live as home
     elif name in __all__:
         from . import lora as home
     else:

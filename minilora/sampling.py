@@ -20,9 +20,10 @@ from .config import SampleConfig, UserError
 from .distributed import this_device
 from .files import write_whole
 from .folder import Item
+from .live import components, load_lora
 from .lora import lora_layers, merge_lora, unmerge_lora
 from .merge import split_strength
-from .models import DTYPES, Base, components, load_lora
+from .models import DTYPES, Base
 from .pictures import NO_PICTURE, cut, open_picture
 
 TOGETHER = 4  # pictures drawn in one pass; more are faster and take more memory

@@ -43,8 +43,9 @@ from .files import write_whole
 from .folder import Item
 from .formats import AVERAGE_NAME, FILE_NAME
 from .hub import check_login, push
+from .live import load_lora, save_lora
 from .lora import inject_lora, load_lora_state_dict, lora_layers, lora_parameters, lora_state_dict
-from .models import DTYPES, Base, UNetWithText, fingerprint, load_lora, save_lora
+from .models import DTYPES, Base, UNetWithText, fingerprint
 from .objectives import Denoising, Objective
 from .tracking import join_wandb
 from .validation import BEST, FIGURES, Validation, read_pictures

@@ -21,7 +21,7 @@ from .config import TrainConfig, UserError
 from .distributed import Ranks, decided_by_main, mean_over_ranks
 from .files import write_whole
 from .folder import Item, read_folder, read_folders
-from .models import save_lora
+from .live import save_lora
 from .objectives import Denoising
 
 TIMESTEPS = 8  # at which each picture is looked at

@@ -17,7 +17,8 @@ from minilora.apps.restore import RestoreConfig, learn, psnr, restore, see
 from minilora.commands import read
 from minilora.config import UserError
 from minilora.ddim import Levels, ddim_draw, ddim_invert, guided
-from minilora.models import Base, save_lora
+from minilora.live import save_lora
+from minilora.models import Base
 from minilora.sampling import merged_at
 
 CPU = torch.device("cpu")

@@ -18,7 +18,8 @@ from minilora.dtypes import EPSILON, narrow, widen
 from minilora.export import DIALECTS, as_kohya, difference, write_lora
 from minilora.files import tensor_bytes
 from minilora.formats import FILE_NAME, Change, FormatError, LoRA, read_lora
-from minilora.models import BUNDLED, components, live_modules
+from minilora.live import components, live_modules
+from minilora.models import BUNDLED
 from minilora.names import full_name, kohya_names
 
 FAMILIES = ("sd1", "sd2", "sdxl")

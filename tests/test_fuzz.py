@@ -20,8 +20,8 @@ from minilora.config import SampleConfig, TrainConfig, UserError, split_weight
 from minilora.files import TensorFile, read_checked, tensor_bytes, write_checked
 from minilora.folder import read_folder
 from minilora.formats import LoRA, read_lora
+from minilora.live import live_modules
 from minilora.merge import split_strength
-from minilora.models import live_modules
 from minilora.pictures import NO_PICTURE, open_picture
 
 # A fresh folder for each example is not needed: each writes its file anew.

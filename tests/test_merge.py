@@ -24,9 +24,9 @@ from minilora.export import difference, write_lora
 from minilora.files import TensorFile
 from minilora.formats import Change, LoRA, read_lora
 from minilora.layout import Checkpoint
+from minilora.live import live_modules
 from minilora.lowrank import combine, extract, reduce
 from minilora.merge import fold, split_strength
-from minilora.models import live_modules
 from minilora.undo import restore
 
 FAMILIES = ("sd1", "sd2", "sdxl")

@@ -7,7 +7,7 @@ from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 from minilora import names
-from minilora.models import live_modules
+from minilora.live import live_modules
 
 
 def with_weights(module: torch.nn.Module) -> list[str]:

@@ -28,9 +28,10 @@ from minilora.distributed import Shares
 from minilora.export import difference
 from minilora.formats import AVERAGE_NAME, FILE_NAME, read_lora
 from minilora.layout import Checkpoint
+from minilora.live import load_lora
 from minilora.lora import lora_layers, lora_parameters
 from minilora.merge import fold
-from minilora.models import DTYPES, Base, load_lora
+from minilora.models import DTYPES, Base
 from minilora.objectives import Denoising
 from minilora.sampling import draw_prompts
 from minilora.training import learning_rate_at, train

@@ -29,8 +29,9 @@ from ..config import (
 )
 from ..distributed import Ranks, processes, wait_for_all
 from ..files import write_whole
+from ..live import load_lora
 from ..lora import ATTENTION
-from ..models import DTYPES, Base, load_lora
+from ..models import DTYPES, Base
 from ..sampling import save_picture
 from ..training import train
 from .consistency import LatentConsistency

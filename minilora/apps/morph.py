@@ -49,8 +49,9 @@ from ..ddim import Levels, ddim_draw, ddim_invert
 from ..distributed import this_device
 from ..evaluate import apart, encoder_features
 from ..files import write_whole
+from ..live import load_lora
 from ..lora import lora_disabled, set_lora_scale
-from ..models import DTYPES, Base, load_lora
+from ..models import DTYPES, Base
 from ..pictures import as_picture
 from ..sampling import picture_format, save_picture, sheet
 from .report import folder_for, write_figures

@@ -33,8 +33,9 @@ from ..config import (
 )
 from ..ddim import Levels, ddim_draw, ddim_invert, guided
 from ..distributed import this_device
+from ..live import load_lora
 from ..lora import lora_disabled, set_lora_scale
-from ..models import DTYPES, Base, load_lora
+from ..models import DTYPES, Base
 from ..pictures import NO_PICTURE, as_picture, as_tensor, cut_square, open_picture
 from ..sampling import save_picture, sheet
 from ..training import train

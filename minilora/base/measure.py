@@ -23,8 +23,9 @@ from minilora.apps.classifier import share_right, train_classifier
 from minilora.config import SampleConfig, TrainConfig
 from minilora.diffusion import Conditioning, denoising_loss
 from minilora.files import write_whole
+from minilora.live import load_lora
 from minilora.lora import lora_disabled
-from minilora.models import BUNDLED, Base, load_lora
+from minilora.models import BUNDLED, Base
 from minilora.pictures import as_tensor, cut_square, open_picture
 from minilora.sampling import draw, merged_at, sheet
 from minilora.training import train
