@@ -82,6 +82,7 @@ MODEL_CONFIG_HELP = "diffusers folder or hub id with the settings and tokenizer 
 ZERO_SNR_HELP = "change the base's noise levels so that the last is pure noise; for bases that predict v"
 PRECISION_HELP = "number format of the frozen base and of the computation"
 PRECISIONS = ("fp32", "bf16", "fp16")
+COMPILE_HELP = "let torch.compile make the U-Net's code: the first step takes minutes, the others less than without"
 MOST_SEED = 2**63 - 1  # that torch takes, with room to count up
 
 
@@ -269,6 +270,7 @@ class TrainConfig(Settings):
     )
     precision: str = setting("fp32", PRECISION_HELP, choices=PRECISIONS, group=TRAINING)
     gradient_checkpointing: bool = setting(False, "compute activations twice to need less memory", group=TRAINING)
+    compile: bool = setting(False, COMPILE_HELP, group=TRAINING)
     seed: int = setting(0, "seed of every random draw", group=TRAINING)
 
     output: str | None = setting(
@@ -326,7 +328,7 @@ class TrainConfig(Settings):
         """
         no_part = {"data", "caption", "caption_column", "cache", "model", "model_config", "output", "resume", "also"}
         no_part |= {"init_from", "base_lora", "class_data", "class_pictures", "validation", "validate_every"}
-        no_part |= {"micro_batch_size", "gradient_checkpointing", "checkpoint_every", "checkpoints_kept"}
+        no_part |= {"micro_batch_size", "gradient_checkpointing", "compile", "checkpoint_every", "checkpoints_kept"}
         no_part |= {"sample_prompt", "sample_every", "sample_average", "push_to_hub", "wandb"}
         if self.lr_schedule == "constant":
             no_part.add("steps")  # a longer run begins as a shorter one
@@ -433,6 +435,7 @@ class SampleConfig(Settings):
         group=MODEL,
     )
     precision: str = setting("fp32", PRECISION_HELP, choices=PRECISIONS, group=MODEL)
+    compile: bool = setting(False, COMPILE_HELP, group=MODEL)
 
     output: str = setting(
         "out/sample.png",

@@ -164,9 +164,10 @@ class StopSignals:
 
     def seen_by_any(self, ranks: Ranks) -> bool:
         """Whether any process was told to stop; all get the same answer, and then all stop together."""
+        if not dist.is_initialized():
+            return self.number is not None
         seen = torch.tensor(float(self.number or 0), device=ranks.device)
-        if dist.is_initialized():
-            dist.all_reduce(seen, dist.ReduceOp.MAX)
+        dist.all_reduce(seen, dist.ReduceOp.MAX)
         if seen:
             self.number = int(seen)
         return bool(seen)

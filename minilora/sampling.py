@@ -6,7 +6,8 @@ in diffusers: `torch.Generator("cpu").manual_seed(seed)`.
 
 import io
 import json
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -16,6 +17,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin
 
 from .buckets import Size
+from .compiling import OPTIONS, check_compiler
 from .config import SampleConfig, UserError
 from .distributed import this_device
 from .files import write_whole
@@ -42,17 +44,21 @@ def use_scheduler(base: Base, name: str) -> None:
 
 
 @torch.no_grad()
-def draw(base: Base, prompt: str, seeds: Sequence[int], size: int | Size, config: SampleConfig) -> list[Image.Image]:
-    """Draw a prompt once for each seed with the steps and guidance of `config`.
+def draw(
+    base: Base, prompt: str | Sequence[str], seeds: Sequence[int], size: int | Size, config: SampleConfig
+) -> list[Image.Image]:
+    """Draw a prompt, or one of its own, for each seed with the steps and guidance of `config`.
 
     `size` is the side of a square, or width and height, in pixels.
     """
     pictures, (width, height) = [], (size, size) if isinstance(size, int) else size
+    prompts = [prompt] * len(seeds) if isinstance(prompt, str) else prompt
     inpainting = _inpainting(base, (width, height), config)
     for start in range(0, len(seeds), TOGETHER):
         generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds[start : start + TOGETHER]]
-        drawn = base.pipeline(
-            [prompt] * len(generators),
+        some = list(prompts[start : start + TOGETHER])
+        drawn = base.pipeline(  # with guidance, what is told and what is not are one batch there, too
+            some,
             # None and not "": what is kept away from then is what the base was trained with.
             negative_prompt=[config.negative] * len(generators) if config.negative else None,
             height=height,
@@ -61,15 +67,37 @@ def draw(base: Base, prompt: str, seeds: Sequence[int], size: int | Size, config
             guidance_scale=config.guidance,
             generator=generators,
             output_type="np",
+            callback_on_step_end=_first_step_told() if config.compile else None,
             **inpainting,
         ).images  # (n, h, w, 3)
         if not np.isfinite(drawn).all():
+            what = " or ".join(map(repr, dict.fromkeys(some)))
             raise UserError(
-                f"--model {base.source}: what it draws for {prompt!r} is not finite; with --precision fp16 try bf16 or "
+                f"--model {base.source}: what it draws for {what} is not finite; with --precision fp16 try bf16 or "
                 "fp32, else base or LoRA are damaged"
             )
         pictures += base.pipeline.image_processor.numpy_to_pil(drawn)
     return pictures
+
+
+def draw_each(
+    base: Base, prompts: Sequence[str], seeds: Sequence[int], size: int, config: SampleConfig
+) -> list[list[Image.Image]]:
+    """Draw each prompt once for each seed, as many pictures at a time as go together: a list for each prompt."""
+    drawn = iter(draw(base, [prompt for prompt in prompts for _ in seeds], [*seeds] * len(prompts), size, config))
+    return [[next(drawn) for _ in seeds] for _ in prompts]
+
+
+def _first_step_told() -> Callable:
+    """Return what says how long the first step took from here, as the pipeline calls it after each."""
+    began = time.monotonic()
+
+    def after_step(pipeline, step: int, timestep, tensors: dict) -> dict:
+        if step == 0:
+            print(f"the first step took {time.monotonic() - began:.1f} s, compiling included", flush=True)
+        return tensors
+
+    return after_step
 
 
 def _inpainting(base: Base, size: Size, config: SampleConfig) -> dict:
@@ -139,7 +167,7 @@ def draw_prompts(base: Base, prompts: Sequence[str], size: int, config: SampleCo
     """Draw each prompt with the LoRA as it is now, three seeds to a row."""
     seeds = [config.seed, config.seed + 1, config.seed + 2]
     with evaluating(*components(base.pipeline).values()):
-        rows = [draw(base, prompt, seeds, size, config) for prompt in prompts]
+        rows = draw_each(base, prompts, seeds, size, config)
     return sheet(rows, [f"seed {seed}" for seed in seeds], list(prompts))
 
 
@@ -164,20 +192,24 @@ def sample(config: SampleConfig) -> Path:
     names = numbered_in(path, len(config.prompt) * config.count)
     if path.suffix:
         picture_format(path)  # both before the work, not after it
-    precision = DTYPES[config.precision]
-    base = Base(config.model, this_device(), precision, config.model_config, config.zero_terminal_snr)
+    precision, device = DTYPES[config.precision], this_device()
+    if config.compile:
+        check_compiler(device)
+    base = Base(config.model, device, precision, config.model_config, config.zero_terminal_snr)
     size = config.size or base.resolution
     if size % base.side_multiple:
         raise UserError(f"--size is {size}; this base needs a multiple of {base.side_multiple}")
     base.warn_of_cuts(dict.fromkeys((*config.prompt, config.negative)), "prompt")
     strengths = load_loras(base, config.lora)
+    if config.compile:
+        base.unet.compile(options=OPTIONS)
     use_scheduler(base, config.scheduler)
     seeds = [config.seed + i for i in range(config.count)]
 
     def draw_all(*factors: float) -> list[list[Image.Image]]:
         """Draw every prompt, a list of seeds each, with the strengths times these factors, merged for speed."""
         with merged_at(base, {name: strengths[name] * f for name, f in zip(strengths, factors, strict=True)}):
-            return [draw(base, prompt, seeds, size, config) for prompt in config.prompt]
+            return draw_each(base, config.prompt, seeds, size, config)
 
     if config.scales:
         columns = [[p for row in draw_all(*[scale] * len(strengths)) for p in row] for scale in config.scales]

@@ -11,6 +11,7 @@ and a run that was stopped goes on as if it had not been.
 import hashlib
 import math
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -26,6 +27,7 @@ from tqdm import tqdm
 from . import checkpoint, draws, sampling
 from .buckets import Size, bucket_sizes
 from .card import drawing_command, model_card
+from .compiling import OPTIONS, check_compiler
 from .config import SampleConfig, TrainConfig, UserError
 from .data import Examples
 from .distributed import (
@@ -69,6 +71,8 @@ def train(config: TrainConfig, objective: Objective | None = None) -> Path:
             decided_by_main(lambda: checkpoint.refuse_unfinished(Path(config.output)))
         if config.push_to_hub:
             decided_by_main(lambda: check_login(config.push_to_hub))
+        if config.compile:
+            check_compiler(ranks.device)
         run = prepare(config, objective or Denoising(), ranks)
         first_step = resume(run) if config.resume else start(run)
         if ranks.is_main:
@@ -79,9 +83,12 @@ def train(config: TrainConfig, objective: Objective | None = None) -> Path:
             if validation and not validation.losses:
                 log.numbers(first_step, validation=validation.measure(first_step))
             for step in range(first_step, config.steps):
-                learning_rate = learning_rate_at(step, config)
+                learning_rate, began = learning_rate_at(step, config), time.monotonic()
                 loss, grad_norm = optimizer_step(run, step, learning_rate)
                 here.refuse_if_gone()
+                if config.compile and step == first_step:
+                    bar.clear()
+                    ranks.say(f"compiled   within the first step, of {time.monotonic() - began:.0f} s")
                 bar.set_postfix(loss=f"{loss:.4f}", lr=f"{learning_rate:.1e}", refresh=False)
                 bar.update()
                 log.numbers(step + 1, loss=loss, learning_rate=learning_rate, grad_norm=grad_norm)
@@ -116,7 +123,7 @@ class Run:
     held_out: Examples | None  # the pictures of --validation
     identity: dict  # what the run is a function of, as JSON values
     network: nn.Module  # what carries the LoRA: the U-Net, or it and its text encoders
-    model: nn.Module  # the network; wrapped, where there are several processes, so that gradients are averaged
+    model: nn.Module  # the network; compiled if asked for, and wrapped so that several processes average gradients
     parameters: list[nn.Parameter]  # all that is trained; the one list for optimizer, clipping and counting
     average: dict[str, torch.Tensor]  # of what is trained, over the steps; empty without --ema
     optimizer: torch.optim.Optimizer
@@ -163,7 +170,8 @@ def prepare(config: TrainConfig, objective: Objective, ranks: Ranks) -> Run:
     scaler = torch.amp.GradScaler(ranks.device.type, enabled=config.precision == "fp16")
     # Each process has loaded the base and drawn the LoRA itself, so that nothing but gradients has to travel.
     alone = {"init_sync": False, "broadcast_buffers": False}
-    model = DistributedDataParallel(network, **alone) if ranks.world > 1 else network
+    model = torch.compile(network, options=OPTIONS) if config.compile else network  # the network stays as it is
+    model = DistributedDataParallel(model, **alone) if ranks.world > 1 else model
     average = {name: tensor.clone() for name, tensor in lora_state_dict(network).items()} if config.ema else {}
     trained = network, model, parameters, average, optimizer, scaler
     run = Run(config, objective, ranks, shares, base, examples, held_out, identity, *trained)

@@ -118,6 +118,24 @@ def tiny_base(tmp_path_factory, tokenizer) -> Path:
     return save_base(tmp_path_factory.mktemp("base"), tokenizer, make_tiny_unet(), "StableDiffusionPipeline")
 
 
+@pytest.fixture(scope="session")
+def smallest_base(tmp_path_factory, tokenizer) -> Path:
+    """A base whose U-Net is one block down and one up: even that takes a minute to compile."""
+    torch.manual_seed(0)
+    unet = UNet2DConditionModel(
+        sample_size=8,
+        block_out_channels=(8,),
+        down_block_types=("CrossAttnDownBlock2D",),
+        mid_block_type=None,
+        up_block_types=("CrossAttnUpBlock2D",),
+        layers_per_block=1,
+        norm_num_groups=4,
+        cross_attention_dim=16,
+        attention_head_dim=2,
+    )
+    return save_base(tmp_path_factory.mktemp("base"), tokenizer, unet, "StableDiffusionPipeline")
+
+
 FAMILIES = {  # kind of pipeline, what its U-Net predicts, and what else is particular about the U-Net
     "sd1": ("StableDiffusionPipeline", "epsilon", {}),
     "sd2": ("StableDiffusionPipeline", "v_prediction", {}),

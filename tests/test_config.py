@@ -109,6 +109,7 @@ SHOWN = {  # which test shows what a setting does, but for the CHANGES of test_t
         "ema": "test_training.py::test_the_average_follows_the_lora",
         "precision": "test_training.py::test_precision_and_checkpointing_are_what_is_asked_for",
         "gradient_checkpointing": "test_training.py::test_precision_and_checkpointing_are_what_is_asked_for",
+        "compile": "test_training.py::test_what_is_traced_for_compiling_learns_the_same_bytes",
         "output": "test_training.py::test_a_run_leaves_what_it_promises",
         "also": "test_training.py::test_other_dialects_are_written_too_and_hold_the_same_lora",
         "checkpoint_every": "test_training.py::test_only_the_newest_checkpoints_stay",
@@ -136,6 +137,7 @@ SHOWN = {  # which test shows what a setting does, but for the CHANGES of test_t
         "scales": "test_sampling.py::test_scales_make_one_row_per_seed_and_one_column_per_scale",
         "grid": "test_restyle.py::test_a_grid_mixes_two_loras",
         "precision": "test_sampling.py::test_half_precision_draws_nearly_the_same",
+        "compile": "test_sampling.py::test_what_is_traced_for_compiling_draws_the_same",
         "output": "test_restyle.py::test_a_folder_of_drawn_pictures_can_be_trained_on",
     },
 }

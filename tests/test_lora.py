@@ -7,6 +7,7 @@ import pytest
 import torch
 from conftest import make_tiny_text_encoder
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from minilora import (
     LoRAConv2d,
@@ -161,6 +162,49 @@ def test_adapters_stay_float32_over_a_half_precision_base(dtype):
     randomize(module)
     assert all(p.dtype == torch.float32 for p in lora_parameters(module))
     assert module(torch.randn(2, 6, dtype=dtype)).dtype == dtype
+
+
+class Copies(TorchDispatchMode):
+    """Within the block, note the shape and type of every copy in another type."""
+
+    def __enter__(self):
+        self.seen = []
+        return super().__enter__()
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        result = operation(*args, **(kwargs or {}))
+        if operation is torch.ops.aten._to_copy.default:
+            self.seen.append((tuple(result.shape), result.dtype))
+        return result
+
+
+def test_under_autocast_no_activation_is_copied_to_float32():
+    layer = LoRALinear(nn.Linear(6, 10).to(torch.bfloat16), 2)
+    x = torch.randn(3, 5, 6, dtype=torch.bfloat16, requires_grad=True)
+    with Copies() as copies:
+        with torch.autocast("cpu", torch.bfloat16):
+            y = layer(x)
+        y.sum().backward()
+    a, b, half, full = (2, 6), (10, 2), torch.bfloat16, torch.float32
+    assert sorted(copies.seen, key=str) == [(b, half), (b, full), (a, half), (a, full)]  # there, and their gradients
+
+
+def test_the_backward_pass_ends_at_the_first_adapted_layer(tiny_unet):
+    inject_lora(tiny_unet, 2, targets=("to_q",))
+    in_backward = {}
+    for name, module in tiny_unet.named_modules():
+
+        def note(module, inputs, output, name=name):
+            in_backward[name] = isinstance(output, torch.Tensor) and output.requires_grad
+
+        module.register_forward_hook(note)
+    tiny_unet(torch.randn(1, 4, 8, 8), 5, torch.randn(1, 7, 16))
+    order = list(in_backward)  # in which they were done
+    first = next(iter(lora_layers(tiny_unet)))
+    before = order[: order.index(f"{first}.base") + 1]
+    assert {"conv_in", "time_embedding", "down_blocks.0.resnets.0", "down_blocks.0.attentions.0.proj_in"} < {*before}
+    assert not any(in_backward[name] for name in before)
+    assert in_backward[first]
 
 
 def test_several_adapters_add_up_and_their_strengths_are_free():

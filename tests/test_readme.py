@@ -64,6 +64,8 @@ def become(words: list[str], folder: Path, log: Path) -> None:
         os.dup2(out.fileno(), 1)
         os.dup2(out.fileno(), 2)
     sys.path.insert(0, str(folder))
+    if "--compile" in words:  # all but the compiler, which would take minutes
+        torch.compiler.set_stance(force_backend="eager")
     if words[0] == "-m":
         sys.argv = words[1:]
         runpy.run_module(words[1], run_name="__main__", alter_sys=True)

@@ -1,5 +1,7 @@
 """sampling.py: merged pictures equal live ones, strengths are restored, sheets hold what they say."""
 
+import re
+
 import numpy as np
 import pytest
 import torch
@@ -7,11 +9,12 @@ from diffusers import StableDiffusionPipeline
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from test_models import write_a_lora
+from torch._dynamo.utils import counters
 
 from minilora import load_lora, lora_layers, set_lora_scale
 from minilora.config import SampleConfig, UserError
 from minilora.models import Base
-from minilora.sampling import SCHEDULERS, draw, evaluating, merged_at, sample, sheet
+from minilora.sampling import SCHEDULERS, TOGETHER, draw, draw_each, evaluating, merged_at, sample, sheet
 
 CPU = torch.device("cpu")
 
@@ -117,6 +120,37 @@ def test_count_and_prompts_make_a_sheet(command):
     picture = command(prompt=("red apple", "a dog"), count=3)
     assert picture.shape[0] == 28 + 2 * 196
     assert picture.shape[1] > 3 * 196
+
+
+def test_prompts_seeds_and_guidance_go_through_the_unet_together(tiny_base):
+    base, batches = Base(str(tiny_base), CPU), []
+    base.unet.register_forward_pre_hook(lambda unet, inputs: batches.append(len(inputs[0])))
+    config = SampleConfig(prompt=("red apple", "a dog"), steps=3)
+    rows = draw_each(base, config.prompt, [1, 2, 3], 16, config)
+    assert batches == [2 * TOGETHER] * 3 + [2 * (6 - TOGETHER)] * 3  # with guidance each picture is there twice
+    for prompt, row in zip(config.prompt, rows, strict=True):
+        for seed, picture in zip([1, 2, 3], row, strict=True):
+            [alone] = draw(base, prompt, [seed], 16, config)
+            assert np.abs(np.array(alone).astype(int) - np.array(picture)).max() <= 1  # the order of a float32 sum
+
+
+def test_what_is_traced_for_compiling_draws_the_same(command, lora):
+    settings = {"lora": (str(lora),), "scales": (0.5, 1.0), "prompt": ("red apple", "a dog"), "count": 3}
+    plain = command(**settings)
+    torch.compiler.reset()
+    counters.clear()
+    with torch.compiler.set_stance(force_backend="eager"):  # all but the compiler
+        traced = command(compile=True, **settings)
+    assert np.array_equal(plain, traced)
+    assert counters["stats"]["unique_graphs"] == 3  # the check before; a pass of four pictures, and one of two
+    assert not counters["graph_break"]
+
+
+@pytest.mark.slow
+def test_compiled_draws_nearly_the_same_and_says_how_long_the_first_step_took(command, smallest_base, capsys):
+    one, two = command(model=str(smallest_base)), command(model=str(smallest_base), compile=True)
+    assert np.abs(one.astype(int) - two).max() <= 1  # the order and rounding of float32 sums
+    assert re.search(r"the first step took \d+\.\d s, compiling included", capsys.readouterr().out)
 
 
 def test_every_scheduler_draws_in_its_own_way(command):

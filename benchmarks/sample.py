@@ -1,0 +1,74 @@
+"""Time of drawing: the base, the base with a LoRA merged, and with one beside its layers; compiled or not.
+
+    python benchmarks/sample.py --compile
+    python benchmarks/sample.py --model .cache/benchmark/base --precision bf16 --steps 2 --count 1
+
+The contenders are U-Nets of their own in one process and draw the same pictures in turn, as sample.py does.  Machines
+drift, so that it is the ratios within a round that count, of which the median is told.  The second line is for
+the base of Stable Diffusion 1.5's shapes that train_step.py makes.  Passes that compile are not counted; how long they
+took is told.
+"""
+
+import argparse
+import time
+from contextlib import nullcontext
+from statistics import median
+
+import torch
+
+from minilora import inject_lora, lora_parameters
+from minilora.compiling import OPTIONS
+from minilora.config import SampleConfig
+from minilora.distributed import this_device
+from minilora.models import DTYPES, Base
+from minilora.sampling import draw, merged_at
+
+
+def contender(args: argparse.Namespace, lora: bool, compiled: bool) -> Base:
+    """Load a base; with a LoRA in it and to be compiled if asked for."""
+    base = Base(args.model, this_device(), DTYPES[args.precision])
+    if lora:
+        inject_lora(base.unet, args.rank, generator=torch.Generator().manual_seed(0))
+        for parameter in lora_parameters(base.unet):
+            torch.nn.init.normal_(parameter, std=0.01)  # B is zero at first, which would be no change
+    if compiled:
+        base.unet.compile(options=OPTIONS)
+    return base
+
+
+def seconds(base: Base, merged: bool, args: argparse.Namespace) -> float:
+    """Return how long drawing takes, without merging, which is done once."""
+    settings = SampleConfig(prompt=("apple",), steps=args.steps)
+    with merged_at(base, {"default": 1.0}) if merged else nullcontext():
+        started = time.perf_counter()
+        draw(base, "apple", range(args.count), base.resolution, settings)  # on the CPU in the end, so all is done
+        return time.perf_counter() - started
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", help="as that of sample.py; the bundled base if not given")
+    parser.add_argument("--precision", choices=DTYPES, default="fp32")
+    parser.add_argument("--rank", type=int, default=8)
+    parser.add_argument("--steps", type=int, default=10, help="denoising steps, each with guidance")
+    parser.add_argument("--count", type=int, default=4, help="pictures of a round")
+    parser.add_argument("--rounds", type=int, default=10, help="times that each contender draws")
+    parser.add_argument("--compile", action="store_true", help="the base and the merged LoRA once more, compiled")
+    args = parser.parse_args()
+    kinds = {"base": (False, False), "merged": (True, False), "live": (True, False)}
+    if args.compile:
+        kinds |= {"base, compiled": (False, True), "merged, compiled": (True, True)}
+    bases = {name: contender(args, *kind) for name, kind in kinds.items()}
+    first = {name: seconds(base, "merged" in name, args) for name, base in bases.items()}
+    runs = {name: [] for name in bases}
+    for _ in range(args.rounds):
+        for name, base in bases.items():
+            runs[name].append(seconds(base, "merged" in name, args))
+    print("| contender | seconds | to the base | the first time, seconds |\n|---|---|---|---|")
+    for name, each in runs.items():
+        ratio = median(one / unit for one, unit in zip(each, runs["base"], strict=True))
+        print(f"| {name} | {median(each):.2f} | {ratio:.3f} | {first[name]:.1f} |")
+
+
+if __name__ == "__main__":
+    main()
