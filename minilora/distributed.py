@@ -9,6 +9,7 @@ import itertools
 import os
 import re
 import signal
+import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -125,11 +126,20 @@ def is_loss(error: RuntimeError) -> bool:
 
 def _tell_loss(error: RuntimeError) -> str:
     """Return what there is to say of a loss: who does not answer when all are called."""
-    reason = re.sub(r"^(\[.*?\] )+", "", first_line(error))
-    try:
-        absent = _absent("after a loss", ROLL_CALL)
-    except RuntimeError:
-        return f"the machine of process 0 was lost: {reason}"
+    reason = re.sub(r"^(\[.*?\] )+", "", first_line(error)).split(". ")[0]  # without where in gloo, and its advice
+    answers: list[list[int]] = []
+
+    def ask() -> None:
+        with suppress(RuntimeError):
+            answers.append(_absent("after a loss", ROLL_CALL))
+
+    # The store is on the machine of process 0: where that is gone, a question to it may wait for ever.
+    asking = threading.Thread(target=ask, daemon=True)
+    asking.start()
+    asking.join(2 * ROLL_CALL.total_seconds())
+    if not answers:
+        return f"the machine of process 0 cannot be reached: {reason}"
+    [absent] = answers
     if not absent:
         return f"the processes lost each other: {reason}"
     return f"process {', '.join(map(str, absent))} ended, hangs or cannot be reached: {reason}"
@@ -152,15 +162,16 @@ def _absent(place: str, patience: timedelta) -> list[int]:
     store.set(f"{place}: {dist.get_rank()}", "")
     if store.add(place, 1) == world:
         store.set(f"{place}: all", "")
-    signs = store.add("signs of life", 0)
-    while True:
-        try:
-            store.wait([f"{place}: all"], patience)
-            return []
-        except dist.DistStoreError:
-            before, signs = signs, store.add("signs of life", 0)
-            if signs == before:
-                return [rank for rank in range(world) if not store.check([f"{place}: {rank}"])]
+    signs, until, pause = None, 0.0, 0.01
+    while not store.check([f"{place}: all"]):
+        before, signs = signs, store.add("signs of life", 0)
+        if signs != before:
+            until = time.monotonic() + patience.total_seconds()
+        elif time.monotonic() > until:
+            return [rank for rank in range(world) if not store.check([f"{place}: {rank}"])]
+        time.sleep(pause)
+        pause = min(1.0, 1.5 * pause)
+    return []
 
 
 def sign_of_life() -> None:
