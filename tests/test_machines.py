@@ -81,7 +81,7 @@ def test_the_number_of_processes_may_change_in_the_middle(settings, words):
         else:
             result = torchrun(processes, "train.py", *words(part))
             assert result.returncode == 0, result.stderr
-            assert f"resume     after step {steps // 6 * 6 - 6 if processes == 2 else 18}" in result.stdout
+            assert f"resume     after step {6 if processes == 2 else 18}" in result.stdout
             assert f"batch      8 = 2 pictures × {4 // processes} rounds × {processes} processes" in result.stdout
     assert relative_difference(one.parent, Path(part.output)) <= SAME
 
@@ -92,7 +92,7 @@ def test_torchrun_starts_again_after_a_death_and_nothing_is_lost(settings, words
     died = settings("died", resume=True)  # from the first start on
     result = torchrun(2, "--max-restarts", "1", str(program), *words(died))
     assert result.returncode == 0, result.stderr
-    assert errors(result.stderr)[0].startswith("error: process 1 ended, hangs or cannot be reached: ")
+    assert "failed (exitcode: -9) local_rank: 1" in result.stderr  # torchrun names it, mostly before the others can
     assert "--resume found no checkpoint" in result.stdout
     assert "resume     after step 17" in result.stdout
     assert relative_difference(one.parent, Path(died.output)) <= SAME
