@@ -82,7 +82,9 @@ def processes(timeout: float = TIMEOUT) -> Iterator[Ranks]:
     joining = world > 1 and not dist.is_initialized()
     if joining:
         backend, wait = "nccl" if device.type == "cuda" else "gloo", timedelta(minutes=timeout)
-        dist.init_process_group(backend, store=_store(wait), rank=rank, world_size=world, timeout=wait)
+        store = _store(timedelta(minutes=TIMEOUT))
+        store.set_timeout(wait)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=wait)
     local_rank, local_world = (int(os.environ.get(f"LOCAL_{name}", n)) for name, n in (("RANK", 0), ("WORLD_SIZE", 1)))
     try:
         yield Ranks(rank, world, device, local_rank, local_world)
