@@ -288,6 +288,9 @@ class TrainConfig(Settings):
     checkpoint_every: int = setting(ByBase(500, 100), "steps between checkpoints", group=OUTPUT)
     checkpoints_kept: int = setting(1, "how many of the newest checkpoints stay", group=OUTPUT)
     resume: bool = setting(False, "go on from the newest checkpoint in the output folder", group=OUTPUT)
+    timeout: float = setting(
+        30.0, "minutes that a process waits for another, before the run ends and says for which", group=OUTPUT
+    )
     sample_prompt: tuple[str, ...] = setting(
         (), "prompt to draw during training; may be repeated", repeat=True, group=OUTPUT
     )
@@ -329,7 +332,7 @@ class TrainConfig(Settings):
         no_part = {"data", "caption", "caption_column", "cache", "model", "model_config", "output", "resume", "also"}
         no_part |= {"init_from", "base_lora", "class_data", "class_pictures", "validation", "validate_every"}
         no_part |= {"micro_batch_size", "gradient_checkpointing", "compile", "checkpoint_every", "checkpoints_kept"}
-        no_part |= {"sample_prompt", "sample_every", "sample_average", "push_to_hub", "wandb"}
+        no_part |= {"sample_prompt", "sample_every", "sample_average", "push_to_hub", "wandb", "timeout"}
         if self.lr_schedule == "constant":
             no_part.add("steps")  # a longer run begins as a shorter one
         settings = {name: value for name, value in dataclasses.asdict(self).items() if name not in no_part}
@@ -344,7 +347,7 @@ class TrainConfig(Settings):
         ]
         wrong += self.out_of_range(1, "rank steps batch_size micro_batch_size resolution checkpoints_kept")
         wrong += self.out_of_range(1, "checkpoint_every sample_every validate_every")
-        wrong += self.out_of_range(0, "learning_rate text_encoder_learning_rate alpha", strict=True)
+        wrong += self.out_of_range(0, "learning_rate text_encoder_learning_rate alpha timeout", strict=True)
         wrong += self.out_of_range(0, "max_grad_norm snr_gamma huber_c", strict=True)
         wrong += self.out_of_range(0, "dream") + self.out_of_range(0, "ema", high=1)
         low_high = self.timestep_range

@@ -24,7 +24,7 @@ from . import buckets, draws
 from .buckets import Size
 from .config import TrainConfig, UserError
 from .diffusion import Conditioning
-from .distributed import Ranks, wait_for_all
+from .distributed import Ranks, sign_of_life, wait_for_all
 from .files import read_checked, write_checked
 from .folder import Item
 from .models import Base, Tokens
@@ -210,6 +210,7 @@ class Examples:
                 if not all(tensor.isfinite().all() for tensor in tensors.values()):
                     raise UserError(f"the base gives numbers that are not finite for {jobs[path].args[0]}")
                 write_checked(path, tensors, {})
+                sign_of_life()
             wait_for_all()
 
 

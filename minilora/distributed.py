@@ -5,16 +5,26 @@ environment.  Without it there is one process, of rank 0 in a world of 1, and no
 communicates.
 """
 
+import itertools
 import os
+import re
 import signal
+import threading
+import time
+import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
 
-from .config import UserError
+from .config import UserError, first_line
+
+TIMEOUT = 30.0  # minutes
+ROLL_CALL = timedelta(seconds=10)  # for those that are still there; they notice a loss at nearly the same time
 
 
 @dataclass(frozen=True)
@@ -38,7 +48,8 @@ class Ranks:
     def say(self, text: str) -> None:
         """Print a line, once for all processes."""
         if self.is_main:
-            print(text, flush=True)
+            with suppress(OSError):  # of a terminal that was closed; a run is not lost for want of a reader
+                print(text, flush=True)
 
 
 def this_device() -> torch.device:
@@ -55,31 +66,131 @@ def this_device() -> torch.device:
 
 
 @contextmanager
-def processes() -> Iterator[Ranks]:
+def processes(timeout: float = TIMEOUT) -> Iterator[Ranks]:
     """Join the processes that torchrun started, for as long as the block runs.
 
     A block within another finds them joined: to join again after leaving can hang, since torchrun's store
-    still has the addresses of the first time.
+    still has the addresses of the first time.  Raises UserError, naming those that are missing, if others are
+    lost or let themselves be waited for longer than `timeout`, in minutes.
     """
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = this_device()
     if device.type == "cuda":
         torch.cuda.set_device(device)
+        # NCCL ends a process that waited too long by itself; so it says for whom.
+        os.environ.setdefault("TORCH_NCCL_DESYNC_DEBUG", "1")
     joining = world > 1 and not dist.is_initialized()
     if joining:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        backend, wait = "nccl" if device.type == "cuda" else "gloo", timedelta(minutes=timeout)
+        store = _store(timedelta(minutes=TIMEOUT))
+        store.set_timeout(wait)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=wait)
     local_rank, local_world = (int(os.environ.get(f"LOCAL_{name}", n)) for name, n in (("RANK", 0), ("WORLD_SIZE", 1)))
     try:
         yield Ranks(rank, world, device, local_rank, local_world)
+    except RuntimeError as error:
+        if not joining or not is_loss(error):
+            raise
+        raise UserError(_tell_loss(error)) from error
     finally:
         if joining:
             dist.destroy_process_group()
 
 
+def _store(timeout: timedelta) -> dist.Store:
+    """Return a store of keys that all processes of this start share, and that holds nothing of an earlier start.
+
+    torchrun has one store over all its restarts, with the addresses of the dead in it, and to join by these
+    hangs (torch 2.13).  So each process says a word of its own, and process 0 answers it with the word of the start.
+    """
+    store, rank, world = next(rendezvous("env://", timeout=timeout))
+    word = start = uuid.uuid4().hex
+    store.set(f"hello {rank}", word)
+    if rank:
+        store.wait([f"welcome {word}"])
+        start = store.get(f"welcome {word}").decode()
+        store.add(f"joined {start}", 1)
+    until = time.monotonic() + timeout.total_seconds()
+    while not rank and store.add(f"joined {start}", 0) < world - 1:
+        there = [other for other in range(1, world) if store.check([f"hello {other}"])]
+        for other in there:
+            store.set(f"welcome {store.get(f'hello {other}').decode()}", start)
+        if time.monotonic() > until:
+            raise dist.DistStoreError(f"of {world} processes {1 + store.add(f'joined {start}', 0)} came")
+        time.sleep(0.02)
+    return dist.PrefixStore(start, store)
+
+
+def is_loss(error: RuntimeError) -> bool:
+    """Whether an error says that another process ended, hangs, or cannot be reached."""
+    return isinstance(error, dist.DistError) or "gloo" in str(error)
+
+
+def _tell_loss(error: RuntimeError) -> str:
+    """Return what there is to say of a loss: who does not answer when all are called."""
+    reason = re.sub(r"^(\[.*?\] )+", "", first_line(error)).split(". ")[0]  # without where in gloo, and its advice
+    answers: list[list[int]] = []
+
+    def ask() -> None:
+        with suppress(RuntimeError):
+            answers.append(_absent("after a loss", ROLL_CALL))
+
+    # The store is on the machine of process 0: where that is gone, a question to it may wait for ever.
+    asking = threading.Thread(target=ask, daemon=True)
+    asking.start()
+    asking.join(2 * ROLL_CALL.total_seconds())
+    if not answers:
+        return f"the machine of process 0 cannot be reached: {reason}"
+    [absent] = answers
+    if not absent:
+        return f"the processes lost each other: {reason}"
+    return f"process {', '.join(map(str, absent))} ended, hangs or cannot be reached: {reason}"
+
+
+@contextmanager
+def rescue(save: Callable) -> Iterator[None]:
+    """Do `save` if the block ends since another process was lost."""
+    try:
+        yield
+    except RuntimeError as error:
+        if is_loss(error):
+            save()
+        raise
+
+
+def _absent(place: str, patience: timedelta) -> list[int]:
+    """Come to a place, wait for all others, and return those without a sign of life for as long as `patience`."""
+    store, world = dist.group.WORLD.get_group_store(), dist.get_world_size()
+    store.set(f"{place}: {dist.get_rank()}", "")
+    if store.add(place, 1) == world:
+        store.set(f"{place}: all", "")
+    signs, until, pause = None, 0.0, 0.01
+    while not store.check([f"{place}: all"]):
+        before, signs = signs, store.add("signs of life", 0)
+        if signs != before:
+            until = time.monotonic() + patience.total_seconds()
+        elif time.monotonic() > until:
+            return [rank for rank in range(world) if not store.check([f"{place}: {rank}"])]
+        time.sleep(pause)
+        pause = min(1.0, 1.5 * pause)
+    return []
+
+
+def sign_of_life() -> None:
+    """Tell those that wait for this process that it is at work, for as long as that may take."""
+    if dist.is_initialized():
+        dist.group.WORLD.get_group_store().add("signs of life", 1)
+
+
+_places = itertools.count()
+
+
 def wait_for_all() -> None:
     """Return once every process is here."""
     if dist.is_initialized():
-        dist.barrier()
+        store = dist.group.WORLD.get_group_store()
+        if _absent(f"place {next(_places)}", store.timeout):
+            raise dist.DistError(f"waited for longer than {store.timeout.total_seconds() / 60:g} minutes")
 
 
 def decided_by_main(work: Callable):
@@ -144,23 +255,28 @@ class Shares:
 
 
 class StopSignals:
-    """Notice SIGTERM and SIGINT, within a block, instead of dying of them; a second one is obeyed at once."""
+    """Notice SIGTERM, SIGINT and SIGHUP (the terminal was closed), within a block, instead of dying of them.
+
+    A second SIGINT is obeyed at once: somebody types Ctrl-C again.  The others come more than once for one
+    reason, since Slurm and shells tell all processes, and torchrun tells its own of what it was told.
+    """
 
     def __enter__(self) -> "StopSignals":
         self.number: int | None = None
-        self.before = {number: signal.signal(number, self._notice) for number in (signal.SIGTERM, signal.SIGINT)}
+        numbers = [signal.SIGTERM, signal.SIGINT]
+        if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as nohup has it
+            numbers.append(signal.SIGHUP)
+        self.before = {number: signal.signal(number, self._notice) for number in numbers}
         return self
 
     def _notice(self, number: int, frame) -> None:
         self.number = number
-        self._restore()
-
-    def _restore(self) -> None:
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
+        if number == signal.SIGINT:
+            signal.signal(number, self.before[number])
 
     def __exit__(self, *error) -> None:
-        self._restore()
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
 
     def seen_by_any(self, ranks: Ranks) -> bool:
         """Whether any process was told to stop; all get the same answer, and then all stop together."""

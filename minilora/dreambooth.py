@@ -18,7 +18,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from .config import SampleConfig, TrainConfig
-from .distributed import Ranks, decided_by_main, wait_for_all
+from .distributed import Ranks, decided_by_main, sign_of_life, wait_for_all
 from .folder import Item, read_folder
 from .models import DTYPES, Base
 from .sampling import TOGETHER, draw, save_picture
@@ -54,5 +54,6 @@ def class_pictures(config: TrainConfig, subjects: int, ranks: Ranks) -> list[Ite
             side = config.resolution or base.resolution
             for path, picture in zip(part, draw(base, config.class_prompt, seeds, side, drawing), strict=True):
                 save_picture(picture, path)
+                sign_of_life()
         wait_for_all()
     return look()

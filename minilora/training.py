@@ -38,6 +38,7 @@ from .distributed import (
     mean_over_ranks,
     processes,
     refuse_differences,
+    rescue,
     wait_for_all,
 )
 from .dreambooth import class_pictures
@@ -66,7 +67,7 @@ def train(config: TrainConfig, objective: Objective | None = None) -> Path:
     Raises UserError for anything wrong with the settings, the base, the pictures or a checkpoint,
     and Stopped, after saving, when the process is told to stop.
     """
-    with processes() as ranks, checkpoint.OneRun(Path(config.output)) as here:
+    with processes(config.timeout) as ranks, checkpoint.OneRun(Path(config.output)) as here:
         if not config.resume:
             decided_by_main(lambda: checkpoint.refuse_unfinished(Path(config.output)))
         if config.push_to_hub:
@@ -74,17 +75,22 @@ def train(config: TrainConfig, objective: Objective | None = None) -> Path:
         if config.compile:
             check_compiler(ranks.device)
         run = prepare(config, objective or Denoising(), ranks)
-        first_step = resume(run) if config.resume else start(run)
+        done = first_step = resume(run) if config.resume else start(run)
         if ranks.is_main:
             write_whole(run.output / "config.json", config.to_json().encode())
         bar = tqdm(total=config.steps, initial=first_step, desc="train", unit="step", disable=not ranks.is_main)
         validation = Validation(run) if config.validation else None
-        with StopSignals() as signals, Log(run, first_step) as log, bar:
+
+        def save_done() -> None:
+            ranks.say(f"\nsaved {save_state(run, done)}; go on with --resume")
+
+        with StopSignals() as signals, rescue(save_done), Log(run, first_step) as log, bar:
             if validation and not validation.losses:
                 log.numbers(first_step, validation=validation.measure(first_step))
             for step in range(first_step, config.steps):
                 learning_rate, began = learning_rate_at(step, config), time.monotonic()
                 loss, grad_norm = optimizer_step(run, step, learning_rate)
+                done = step + 1
                 here.refuse_if_gone()
                 if config.compile and step == first_step:
                     bar.clear()
@@ -99,6 +105,7 @@ def train(config: TrainConfig, objective: Objective | None = None) -> Path:
                     saved = save_state(run, step + 1)
                 if is_due(config.sample_every, step):
                     log.samples(step + 1)
+                    wait_for_all()
                 if stop:
                     wait_for_all()  # the others must not be gone while the main process still writes
                     bar.close()

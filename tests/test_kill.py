@@ -1,6 +1,7 @@
 """Runs that are killed, and output folders that are taken, read-only, gone or full: nothing is lost, and it is said."""
 
 import os
+import pty
 import random
 import shutil
 import signal
@@ -115,6 +116,27 @@ def test_a_run_that_is_killed_in_a_write_and_anywhere_else_gives_the_same_bytes(
     assert train_here(words(killed, "--resume")) == 0
     assert (killed / FILE_NAME).read_bytes() == (whole / FILE_NAME).read_bytes()
     assert not list(killed.rglob("*.part"))  # what was cut off in the middle of a write is cleared away
+
+
+def test_a_terminal_that_is_closed_saves_and_loses_nothing(words, tmp_path, train_here):
+    whole, closed = tmp_path / "whole", tmp_path / "closed"
+    assert train_here(words(whole, "--steps", "100", "--checkpoint-every", "100")) == 0
+    pid, terminal = pty.fork()
+    if pid == 0:
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # whatever the tests run in
+        os.chdir(ROOT)
+        more = ["--steps", "100", "--checkpoint-every", "100"]
+        os.execv(sys.executable, [sys.executable, "train.py", *words(closed, *more)])
+    said = b""
+    while b"batch   " not in said:
+        said += os.read(terminal, 1000)
+    time.sleep(0.3)
+    os.close(terminal)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 128 + signal.SIGHUP
+    [saved] = checkpoints(closed)
+    assert saved < "step-00000100"
+    assert train_here(words(closed, "--steps", "100", "--checkpoint-every", "100", "--resume")) == 0
+    assert (closed / FILE_NAME).read_bytes() == (whole / FILE_NAME).read_bytes()
 
 
 def test_two_runs_may_fill_the_cache_at_once(words, tmp_path):

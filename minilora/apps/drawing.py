@@ -10,7 +10,7 @@ from tqdm import tqdm
 from .. import draws
 from ..config import SampleConfig, UserError
 from ..ddim import Levels, ddim_draw, guided
-from ..distributed import Ranks, wait_for_all
+from ..distributed import Ranks, sign_of_life, wait_for_all
 from ..files import write_whole
 from ..models import BUNDLED, DTYPES, Base
 from ..pictures import as_picture
@@ -69,6 +69,7 @@ def draw_pictures(config, captions: Sequence[str], folder: Path, ranks: Ranks) -
         pictures = draw_from(base, noise, [chosen[p] for p in positions], steps, config.middle_guidance)
         for position, picture in zip(positions, pictures, strict=True):
             save_picture(as_picture(picture), files[position])
+            sign_of_life()
     wait_for_all()
     return folder
 
