@@ -9,7 +9,7 @@ import torch
 
 from .config import UserError, first_line
 
-# `dynamic`: of code for any shape the compiler of torch 2.13 fails on a U-Net, so each shape has code of its own.
+# `dynamic`: with code for any shape torch 2.13 failed on a small U-Net, so each shape has code of its own.
 # `deterministic`: else some ways to compute are tried out on a GPU, and the clock decides: a run would be no function.
 HOW = {"dynamic": False, "options": {"deterministic": True}}
 
