@@ -9,8 +9,9 @@ import torch
 
 from .config import UserError, first_line
 
-# Else some ways to compute are tried out on a GPU, and the clock decides: a run would not be a pure function.
-OPTIONS = {"deterministic": True}
+# `dynamic`: with code for any shape torch 2.13 failed on a small U-Net, so each shape has code of its own.
+# `deterministic`: else some ways to compute are tried out on a GPU, and the clock decides: a run would be no function.
+HOW = {"dynamic": False, "options": {"deterministic": True}}
 
 
 def check_compiler(device: torch.device) -> None:
@@ -20,6 +21,6 @@ def check_compiler(device: torch.device) -> None:
         return x + x
 
     try:
-        torch.compile(twice, options=OPTIONS)(torch.ones(1, device=device))
+        torch.compile(twice, **HOW)(torch.ones(1, device=device))
     except Exception as error:  # each part of it has errors of its own
         raise UserError(f"--compile: torch.compile does not work here ({first_line(error)}); go without") from error

@@ -359,6 +359,8 @@ class TrainConfig(Settings):
         wrong += self.out_of_range(1, "class_pictures") + self.out_of_range(0, "prior_weight", strict=True)
         if self.class_prompt and self.buckets:
             wrong.append("--class-prompt and --buckets cannot be given at once: a batch holds both kinds, of one size")
+        if self.compile and self.buckets:
+            wrong.append("--compile and --buckets cannot be given at once: each size would be compiled for minutes")
         if self.class_data is not None and not self.class_prompt:
             wrong.append("--class-data needs a --class-prompt: what its pictures show")
         wrong += [f"{option(name)} is empty" for name in ("targets", "text_encoder_targets") if not getattr(self, name)]

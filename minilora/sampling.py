@@ -17,7 +17,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin
 
 from .buckets import Size
-from .compiling import OPTIONS, check_compiler
+from .compiling import HOW, check_compiler
 from .config import SampleConfig, UserError
 from .distributed import this_device
 from .files import write_whole
@@ -202,7 +202,7 @@ def sample(config: SampleConfig) -> Path:
     base.warn_of_cuts(dict.fromkeys((*config.prompt, config.negative)), "prompt")
     strengths = load_loras(base, config.lora)
     if config.compile:
-        base.unet.compile(options=OPTIONS)
+        base.unet.compile(**HOW)
     use_scheduler(base, config.scheduler)
     seeds = [config.seed + i for i in range(config.count)]
 

@@ -27,7 +27,7 @@ from tqdm import tqdm
 from . import checkpoint, draws, sampling
 from .buckets import Size, bucket_sizes
 from .card import drawing_command, model_card
-from .compiling import OPTIONS, check_compiler
+from .compiling import HOW, check_compiler
 from .config import SampleConfig, TrainConfig, UserError
 from .data import Examples
 from .distributed import (
@@ -177,7 +177,7 @@ def prepare(config: TrainConfig, objective: Objective, ranks: Ranks) -> Run:
     scaler = torch.amp.GradScaler(ranks.device.type, enabled=config.precision == "fp16")
     # Each process has loaded the base and drawn the LoRA itself, so that nothing but gradients has to travel.
     alone = {"init_sync": False, "broadcast_buffers": False}
-    model = torch.compile(network, options=OPTIONS) if config.compile else network  # the network stays as it is
+    model = torch.compile(network, **HOW) if config.compile else network  # the network stays as it is
     model = DistributedDataParallel(model, **alone) if ranks.world > 1 else model
     average = {name: tensor.clone() for name, tensor in lora_state_dict(network).items()} if config.ema else {}
     trained = network, model, parameters, average, optimizer, scaler

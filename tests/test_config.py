@@ -172,6 +172,7 @@ def test_settings_are_frozen():
         (["--data", "a", "--dropout", "1"], "--dropout is 1.0; it must be at least 0 and at most 0.99"),
         (["--data", "a", "--learning-rate", "0"], "--learning-rate is 0.0; it must be greater than 0"),
         (["--data", "a", "--learning-rate", "nan"], "--learning-rate is nan"),
+        (["--data", "a", "--compile", "--buckets"], "--compile and --buckets cannot be given at once"),
         (["--data", "a", "--sample-every", "5"], "--sample-every needs a --sample-prompt"),
         (["--data", "a", "--rank", "0", "--batch-size", "0"], "--rank is 0; it must be at least 1; --batch-size is 0"),
         (["--data", "a", "--config", "/nowhere.json"], "--config /nowhere.json"),
