@@ -24,9 +24,10 @@ from . import buckets, draws
 from .buckets import Size
 from .config import TrainConfig, UserError
 from .diffusion import Conditioning
-from .distributed import Ranks, sign_of_life, wait_for_all
+from .distributed import Ranks, wait_for_all
 from .files import read_checked, write_checked
 from .folder import Item
+from .lost import sign_of_life
 from .models import Base, Tokens
 from .pictures import as_tensor, cut, cut_at, open_picture
 

@@ -7,9 +7,7 @@ communicates.
 
 import itertools
 import os
-import re
 import signal
-import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -21,10 +19,10 @@ import torch
 import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
-from .config import UserError, first_line
+from .config import UserError
+from .lost import absent, is_loss, tell_loss
 
 TIMEOUT = 30.0  # minutes
-ROLL_CALL = timedelta(seconds=10)  # for those that are still there; they notice a loss at nearly the same time
 
 
 @dataclass(frozen=True)
@@ -91,7 +89,7 @@ def processes(timeout: float = TIMEOUT) -> Iterator[Ranks]:
     except RuntimeError as error:
         if not joining or not is_loss(error):
             raise
-        raise UserError(_tell_loss(error)) from error
+        raise UserError(tell_loss(error)) from error
     finally:
         if joining:
             dist.destroy_process_group()
@@ -121,67 +119,6 @@ def _store(timeout: timedelta) -> dist.Store:
     return dist.PrefixStore(start, store)
 
 
-def is_loss(error: RuntimeError) -> bool:
-    """Whether an error says that another process ended, hangs, or cannot be reached."""
-    return isinstance(error, dist.DistError) or "gloo" in str(error)
-
-
-def _tell_loss(error: RuntimeError) -> str:
-    """Return what there is to say of a loss: who does not answer when all are called."""
-    reason = re.sub(r"^(\[.*?\] )+", "", first_line(error)).split(". ")[0]  # without where in gloo, and its advice
-    answers: list[list[int]] = []
-
-    def ask() -> None:
-        with suppress(RuntimeError):
-            answers.append(_absent("after a loss", ROLL_CALL))
-
-    # The store is on the machine of process 0: where that is gone, a question to it may wait for ever.
-    asking = threading.Thread(target=ask, daemon=True)
-    asking.start()
-    asking.join(2 * ROLL_CALL.total_seconds())
-    if not answers:
-        return f"the machine of process 0 cannot be reached: {reason}"
-    [absent] = answers
-    if not absent:
-        return f"the processes lost each other: {reason}"
-    return f"process {', '.join(map(str, absent))} ended, hangs or cannot be reached: {reason}"
-
-
-@contextmanager
-def rescue(save: Callable) -> Iterator[None]:
-    """Do `save` if the block ends since another process was lost."""
-    try:
-        yield
-    except RuntimeError as error:
-        if is_loss(error):
-            save()
-        raise
-
-
-def _absent(place: str, patience: timedelta) -> list[int]:
-    """Come to a place, wait for all others, and return those without a sign of life for as long as `patience`."""
-    store, world = dist.group.WORLD.get_group_store(), dist.get_world_size()
-    store.set(f"{place}: {dist.get_rank()}", "")
-    if store.add(place, 1) == world:
-        store.set(f"{place}: all", "")
-    signs, until, pause = None, 0.0, 0.01
-    while not store.check([f"{place}: all"]):
-        before, signs = signs, store.add("signs of life", 0)
-        if signs != before:
-            until = time.monotonic() + patience.total_seconds()
-        elif time.monotonic() > until:
-            return [rank for rank in range(world) if not store.check([f"{place}: {rank}"])]
-        time.sleep(pause)
-        pause = min(1.0, 1.5 * pause)
-    return []
-
-
-def sign_of_life() -> None:
-    """Tell those that wait for this process that it is at work, for as long as that may take."""
-    if dist.is_initialized():
-        dist.group.WORLD.get_group_store().add("signs of life", 1)
-
-
 _places = itertools.count()
 
 
@@ -189,7 +126,7 @@ def wait_for_all() -> None:
     """Return once every process is here."""
     if dist.is_initialized():
         store = dist.group.WORLD.get_group_store()
-        if _absent(f"place {next(_places)}", store.timeout):
+        if absent(f"place {next(_places)}", store.timeout):
             raise dist.DistError(f"waited for longer than {store.timeout.total_seconds() / 60:g} minutes")
 
 

@@ -18,8 +18,9 @@ from pathlib import Path
 from tqdm import tqdm
 
 from .config import SampleConfig, TrainConfig
-from .distributed import Ranks, decided_by_main, sign_of_life, wait_for_all
+from .distributed import Ranks, decided_by_main, wait_for_all
 from .folder import Item, read_folder
+from .lost import sign_of_life
 from .models import DTYPES, Base
 from .sampling import TOGETHER, draw, save_picture
 

@@ -38,7 +38,6 @@ from .distributed import (
     mean_over_ranks,
     processes,
     refuse_differences,
-    rescue,
     wait_for_all,
 )
 from .dreambooth import class_pictures
@@ -48,6 +47,7 @@ from .formats import AVERAGE_NAME, FILE_NAME
 from .hub import check_login, push
 from .live import load_lora, save_lora
 from .lora import inject_lora, load_lora_state_dict, lora_layers, lora_parameters, lora_state_dict
+from .lost import rescue
 from .models import DTYPES, Base, UNetWithText, fingerprint
 from .objectives import Denoising, Objective
 from .tracking import join_wandb

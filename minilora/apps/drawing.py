@@ -10,8 +10,9 @@ from tqdm import tqdm
 from .. import draws
 from ..config import SampleConfig, UserError
 from ..ddim import Levels, ddim_draw, guided
-from ..distributed import Ranks, sign_of_life, wait_for_all
+from ..distributed import Ranks, wait_for_all
 from ..files import write_whole
+from ..lost import sign_of_life
 from ..models import BUNDLED, DTYPES, Base
 from ..pictures import as_picture
 from ..sampling import save_picture, write_captions
