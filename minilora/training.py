@@ -176,7 +176,7 @@ def prepare(config: TrainConfig, objective: Objective, ranks: Ranks) -> Run:
     optimizer = make_optimizer(config, parameters, len(lora_parameters(unet)))
     scaler = torch.amp.GradScaler(ranks.device.type, enabled=config.precision == "fp16")
     # Each process has loaded the base and drawn the LoRA itself, so that nothing but gradients has to travel.
-    alone = {"init_sync": False, "broadcast_buffers": False}
+    alone = {"init_sync": False, "forward_sync_buffers": False}
     model = torch.compile(network, **HOW) if config.compile else network  # the network stays as it is
     model = DistributedDataParallel(model, **alone) if ranks.world > 1 else model
     average = {name: tensor.clone() for name, tensor in lora_state_dict(network).items()} if config.ema else {}

@@ -98,9 +98,10 @@ def test_torchrun_starts_again_after_a_death_and_nothing_is_lost(settings, words
     assert relative_difference(one.parent, Path(died.output)) <= SAME
 
 
+@pytest.mark.slow
 def test_a_process_that_hangs_is_named_and_nothing_is_lost(settings, words, tmp_path):
     one, program = train(settings("one")), tmp_path / "failing.py"
-    program.write_text(FAILING.format(work="time.sleep(1000)"))
+    program.write_text(FAILING.format(work="signal.signal(signal.SIGTERM, signal.SIG_DFL); time.sleep(1000)"))
     hung = settings("hung", timeout=0.2)
     result = torchrun(2, "--shutdown-timeout", "1", str(program), *words(hung))
     assert result.returncode != 0
@@ -122,6 +123,7 @@ def machines():
         pytest.skip(f"network namespaces are not allowed here: {error}")
 
 
+@pytest.mark.slow
 def test_two_machines_give_the_lora_of_one_process_and_only_its_gradients_travel(machines, settings, words):
     one = train(settings("one", rank=8))
     sent = [0]

@@ -194,7 +194,8 @@ def test_a_lora_for_another_base_is_refused_with_keys_and_shapes(command, lora, 
         ({"model": "nowhere"}, "nowhere: neither a diffusers folder"),
     ],
 )
-def test_mistakes_are_named(command, change, message):
+def test_mistakes_are_named(command, change, message, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # else the hub is asked, and again
     with pytest.raises(UserError, match=message):
         command(**change)
 
