@@ -72,6 +72,7 @@ def saved(folder: str) -> list[str]:
     return [path.name for path in (Path(folder) / "checkpoints").iterdir()]
 
 
+@pytest.mark.slow
 def test_the_number_of_processes_may_change_in_the_middle(settings, words):
     one = train(settings("one"))
     for steps, processes in ((6, 1), (12, 2), (18, 1), (30, 4)):
