@@ -242,7 +242,8 @@ def sweep(work: Path, what: str, steps: int) -> None:
     results = {}
     for value in SWEEPS[what]:
         data, cache = pictures(work, value if what == "pictures" else 8), work / f"cache-{what}"
-        shutil.rmtree(cache, ignore_errors=True)
+        if not results or what in ("pictures", "resolution"):  # else it is the same one for all
+            shutil.rmtree(cache, ignore_errors=True)
         changed = {"batch": {"batch-size": value}, "processes": {"batch-size": 2}}
         settings = changed.get(what, {what: value} if what != "pictures" else {}) | {"cache": cache}
         processes = value if what == "processes" else 1
