@@ -44,18 +44,20 @@ def merge() -> None:
 def run(settings: type, work: Callable, description: str) -> None:
     """Do `work` on the settings of the command line; for a mistake of the user's exit with 2."""
     rank = int(os.environ.get("RANK", 0))
+
+    def fail(text: str) -> None:
+        print(f"error: {text}" if rank == 0 else f"error (process {rank}): {text}", file=sys.stderr)
+        sys.exit(2)
+
     try:
         work(read(settings, sys.argv[1:], description))
     except (UserError, OSError) as error:  # an OSError: a disk that is full, a folder that is not ours
-        print(f"error: {error}" if rank == 0 else f"error (process {rank}): {error}", file=sys.stderr)
-        sys.exit(2)
+        fail(str(error))
     except (MemoryError, RuntimeError) as error:  # as torch calls it, on a GPU and on a CPU
         if not isinstance(error, MemoryError) and not re.search("out of memory|can't allocate memory", str(error)):
             raise
-        where = "" if rank == 0 else f" (process {rank})"
         advice = 'smaller pictures, fewer at a time and --precision bf16 take less; see "little memory" in the README'
-        print(f"error{where}: not enough memory ({first_line(error)}); {advice}", file=sys.stderr)
-        sys.exit(2)
+        fail(f"not enough memory ({first_line(error)}); {advice}")
     except KeyboardInterrupt:
         sys.exit(130)  # as a shell counts it; nothing was begun that would have to be saved
 

@@ -83,6 +83,7 @@ ZERO_SNR_HELP = "change the base's noise levels so that the last is pure noise; 
 PRECISION_HELP = "number format of the frozen base and of the computation"
 PRECISIONS = ("fp32", "bf16", "fp16")
 COMPILE_HELP = "let torch.compile make the U-Net's code: the first step takes minutes, the others less than without"
+TIMEOUT = 30.0  # minutes that a process waits for another
 MOST_SEED = 2**63 - 1  # that torch takes, with room to count up
 
 
@@ -289,7 +290,7 @@ class TrainConfig(Settings):
     checkpoints_kept: int = setting(1, "how many of the newest checkpoints stay", group=OUTPUT)
     resume: bool = setting(False, "go on from the newest checkpoint in the output folder", group=OUTPUT)
     timeout: float = setting(
-        30.0, "minutes that a process waits for another, before the run ends and says for which", group=OUTPUT
+        TIMEOUT, "minutes that a process waits for another, before the run ends and says for which", group=OUTPUT
     )
     sample_prompt: tuple[str, ...] = setting(
         (), "prompt to draw during training; may be repeated", repeat=True, group=OUTPUT

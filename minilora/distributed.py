@@ -19,10 +19,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
-from .config import UserError
+from .config import TIMEOUT, UserError
 from .lost import absent, is_loss, tell_loss
-
-TIMEOUT = 30.0  # minutes
 
 
 @dataclass(frozen=True)

@@ -113,6 +113,3 @@ class Checkpoint:
             rows = entry.shape[0] // len(names)
             home = Home(file, key, number * rows, (rows, *entry.shape[1:]))
             self.homes.setdefault(name, []).append(home)
-
-
-# ------------------------------------------------------------------------------------------ byte streams

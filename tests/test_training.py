@@ -662,7 +662,7 @@ def test_eight_bits_of_state_learn_nearly_the_same(run):
 
 def test_without_the_package_the_eight_bit_optimizer_says_what_to_install(run, monkeypatch):
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)  # as if it were not there
-    with pytest.raises(UserError, match="adamw8bit needs the package bitsandbytes; type: pip"):
+    with pytest.raises(UserError, match=r"adamw8bit needs the package bitsandbytes; type: pip install -e '\.\[8bit\]'"):
         run("a", optimizer="adamw8bit")
 
 
