@@ -3,15 +3,17 @@
     python benchmarks/sample.py --compile
     python benchmarks/sample.py --model .cache/benchmark/base --precision bf16 --steps 2 --count 1
 
-The contenders are U-Nets of their own in one process and draw the same pictures in turn, as sample.py does.  Machines
-drift, so that it is the ratios within a round that count, of which the median is told.  The second line is for
-the base of Stable Diffusion 1.5's shapes that train_step.py makes.  Passes that compile are not counted; how long they
-took is told.
+The contenders are U-Nets of their own in one process and draw the same pictures, in another order in each round.
+Machines drift, so that it is the ratios within a round that count, of which the median is told, and many short
+rounds tell more than a few long ones.  The LoRA is merged once and stays so, as sample.py does it.  The second line is
+for the base of Stable Diffusion 1.5's shapes that train_step.py makes.  Passes that compile are not counted; how long
+they took is told.  A second base, alike, tells how far apart equals are.
 """
 
 import argparse
+import random
 import time
-from contextlib import nullcontext
+from contextlib import ExitStack
 from statistics import median
 
 import torch
@@ -36,13 +38,12 @@ def contender(args: argparse.Namespace, lora: bool, compiled: bool) -> Base:
     return base
 
 
-def seconds(base: Base, merged: bool, args: argparse.Namespace) -> float:
-    """Return how long drawing takes, without merging, which is done once."""
+def seconds(base: Base, args: argparse.Namespace) -> float:
+    """Return how long drawing takes."""
     settings = SampleConfig(prompt=("apple",), steps=args.steps)
-    with merged_at(base, {"default": 1.0}) if merged else nullcontext():
-        started = time.perf_counter()
-        draw(base, "apple", range(args.count), base.resolution, settings)  # on the CPU in the end, so all is done
-        return time.perf_counter() - started
+    started = time.perf_counter()
+    draw(base, "apple", range(args.count), base.resolution, settings)  # on the CPU in the end, so all is done
+    return time.perf_counter() - started
 
 
 def main() -> None:
@@ -50,20 +51,26 @@ def main() -> None:
     parser.add_argument("--model", help="as that of sample.py; the bundled base if not given")
     parser.add_argument("--precision", choices=DTYPES, default="fp32")
     parser.add_argument("--rank", type=int, default=8)
-    parser.add_argument("--steps", type=int, default=10, help="denoising steps, each with guidance")
+    parser.add_argument("--steps", type=int, default=2, help="denoising steps, each with guidance")
     parser.add_argument("--count", type=int, default=4, help="pictures of a round")
-    parser.add_argument("--rounds", type=int, default=10, help="times that each contender draws")
+    parser.add_argument("--rounds", type=int, default=60, help="times that each contender draws")
     parser.add_argument("--compile", action="store_true", help="the base and the merged LoRA once more, compiled")
     args = parser.parse_args()
-    kinds = {"base": (False, False), "merged": (True, False), "live": (True, False)}
+    kinds = {"base": (False, False), "base again": (False, False), "merged": (True, False), "live": (True, False)}
     if args.compile:
         kinds |= {"base, compiled": (False, True), "merged, compiled": (True, True)}
     bases = {name: contender(args, *kind) for name, kind in kinds.items()}
-    first = {name: seconds(base, "merged" in name, args) for name, base in bases.items()}
-    runs = {name: [] for name in bases}
-    for _ in range(args.rounds):
+    runs, shuffle = {name: [] for name in bases}, random.Random(0).shuffle
+    with ExitStack() as merging:
         for name, base in bases.items():
-            runs[name].append(seconds(base, "merged" in name, args))
+            if "merged" in name:
+                merging.enter_context(merged_at(base, {"default": 1.0}))
+        first = {name: seconds(base, args) for name, base in bases.items()}
+        for _ in range(args.rounds):
+            order = list(bases)
+            shuffle(order)
+            for name in order:
+                runs[name].append(seconds(bases[name], args))
     print("| contender | seconds | to the base | the first time, seconds |\n|---|---|---|---|")
     for name, each in runs.items():
         ratio = median(one / unit for one, unit in zip(each, runs["base"], strict=True))
