@@ -11,8 +11,8 @@ from pathlib import Path
 
 import torch
 
-from .config import UserError
 from .distributed import decided_by_main
+from .errors import UserError
 from .files import read_checked, write_checked
 from .formats import FILE_NAME
 

@@ -17,7 +17,10 @@ import typing
 from collections.abc import Callable
 from pathlib import Path
 
-from .config import ByBase, MergeConfig, SampleConfig, TrainConfig, UserError, first_line, option, parse_json
+from .config import MergeConfig, SampleConfig, TrainConfig
+from .errors import UserError, first_line
+from .settings import ByBase, option
+from .strict_json import parse_json
 
 
 def train() -> None:
@@ -125,7 +128,8 @@ def _parser(cls: type, description: str) -> argparse.ArgumentParser:
         elif field.metadata["repeat"]:
             words |= {"action": "append", "type": kind, "metavar": "TEXT"}
         else:
-            metavar = "|".join(field.metadata["choices"]) or {int: "N", float: "X", str: "TEXT"}[kind]
+            choices = ("," if is_tuple else "|").join(field.metadata["choices"])
+            metavar = choices or {int: "N", float: "X", str: "TEXT"}[kind]
             words |= {"type": _comma_list(kind) if is_tuple else kind, "metavar": metavar}
         names = [option(field.name), field.metadata["alias"]]
         group.add_argument(*filter(None, names), dest=field.name, **words)

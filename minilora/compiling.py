@@ -7,11 +7,18 @@ on the disk (where TORCHINDUCTOR_CACHE_DIR says), so that the next run with the 
 
 import torch
 
-from .config import UserError, first_line
+from .errors import UserError, first_line
 
-# `dynamic`: with code for any shape torch 2.13 failed on a small U-Net, so each shape has code of its own.
-# `deterministic`: else some ways to compute are tried out on a GPU, and the clock decides: a run would be no function.
-HOW = {"dynamic": False, "options": {"deterministic": True}}
+
+def compile_options(device: torch.device) -> dict:
+    """Return how torch.compile is asked for on a device, as its arguments by name."""
+    # Without `deterministic` some ways to compute are tried out on a GPU, and the clock decides between them.
+    options = {"deterministic": True}
+    if device.type == "cpu":
+        # The compiler would lay out what convolutions see with the channels last, which is slower on a CPU.
+        options["layout_optimization"] = False
+    # With code for any shape (`dynamic`) torch 2.13 failed on a small U-Net, so each shape has code of its own.
+    return {"dynamic": False, "options": options}
 
 
 def check_compiler(device: torch.device) -> None:
@@ -21,6 +28,6 @@ def check_compiler(device: torch.device) -> None:
         return x + x
 
     try:
-        torch.compile(twice, **HOW)(torch.ones(1, device=device))
+        torch.compile(twice, **compile_options(device))(torch.ones(1, device=device))
     except Exception as error:  # each part of it has errors of its own
         raise UserError(f"--compile: torch.compile does not work here ({first_line(error)}); go without") from error

@@ -1,79 +1,27 @@
-"""The settings of each command: one frozen dataclass with its defaults and its checks.
-
-A setting is written once, here, with its unit and its allowed values.  commands.py makes the command
-line from it and reads the same names from a JSON file.
-"""
+"""The settings of train.py, sample.py and minilora.merge: one frozen dataclass each, and its checks."""
 
 import dataclasses
 import json
 import math
 import os
 import re
-from collections import Counter
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 
 from .names import ATTENTION, TEXT_ATTENTION
-
-
-class UserError(Exception):
-    """A mistake of the user's, told in one line; the commands print it and exit with 2."""
-
-
-def first_line(error: Exception) -> str:
-    """Return what an error of a library's says first; its kind, if it says nothing."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
-def is_installed(package: str) -> bool:
-    """Whether a package can be imported; a mere folder of that name, as runs of wandb leave behind, is none."""
-    spec = find_spec(package)
-    return spec is not None and spec.origin is not None
-
-
-def parse_json(text: str | bytes):
-    """Return what JSON text says.
-
-    Raises ValueError also for what the parser of Python lets pass or stumbles over: a key that stands
-    twice, half a character ("\\ud800"), and too many brackets.
-    """
-
-    def without_doubles(pairs: list[tuple[str, object]]) -> dict:
-        once = dict(pairs)
-        if len(once) < len(pairs):
-            [(twice, _)] = Counter(key for key, _ in pairs).most_common(1)
-            raise ValueError(f"{twice} stands there twice")
-        return once
-
-    try:
-        value = json.loads(text, object_pairs_hook=without_doubles)
-        json.dumps(value, ensure_ascii=False).encode()
-    except RecursionError as error:
-        raise ValueError("its brackets are nested too deeply") from error
-    return value
-
-
-@dataclass(frozen=True)
-class ByBase:
-    """A default that depends on the base: `bundled` for the bundled one, `usual` for all others."""
-
-    usual: object
-    bundled: object
-
-
-def setting(
-    default, text: str, *, group: str, choices: tuple = (), repeat: bool = False, bare: bool = False, alias: str = ""
-):
-    """Declare one setting; `repeat`: its option may be given several times; `bare`: its values stand without option.
-
-    `alias` is another option for it.
-    """
-    metadata = {"help": text, "group": group, "choices": choices, "default": default}
-    metadata |= {"repeat": repeat, "bare": bare, "alias": alias}
-    by_base = isinstance(default, ByBase)
-    return dataclasses.field(default=None if by_base else default, metadata=metadata)
-
+from .settings import (
+    ABOVE_0,
+    AT_LEAST_0,
+    AT_LEAST_1,
+    SEED,
+    SHARE,
+    ByBase,
+    Settings,
+    Within,
+    is_installed,
+    option,
+    setting,
+)
 
 DATA, MODEL, TRAINING, OUTPUT, PICTURES = "data", "base and LoRA", "training", "output", "pictures"
 OTHER = "instead of merging into a base"
@@ -83,12 +31,9 @@ ZERO_SNR_HELP = "change the base's noise levels so that the last is pure noise; 
 PRECISION_HELP = "number format of the frozen base and of the computation"
 PRECISIONS = ("fp32", "bf16", "fp16")
 COMPILE_HELP = "let torch.compile make the U-Net's code: the first step takes minutes, the others less than without"
+CLASS = ("class_prompt", "what the pictures of the class show")  # that others need, as `setting` takes it
+TEXT_ENCODERS = ("train_text_encoder", "which puts a LoRA there")
 TIMEOUT = 30.0  # minutes that a process waits for another
-MOST_SEED = 2**63 - 1  # that torch takes, with room to count up
-
-
-def option(name: str) -> str:
-    return "--" + name.replace("_", "-")
 
 
 def split_weight(text: str) -> tuple[str, float]:
@@ -99,50 +44,6 @@ def split_weight(text: str) -> tuple[str, float]:
     except ValueError:
         weight = None  # the colon belongs to the path
     return (text, 1.0) if weight is None or not math.isfinite(weight) else (path, weight)
-
-
-class Settings:
-    """What the settings of every command share: defaults that follow other settings, and checks."""
-
-    def __post_init__(self):
-        for name, value in self.following(vars(self)).items():
-            if getattr(self, name) is None:
-                object.__setattr__(self, name, value)
-        problems = [
-            f"{option(field.name)} is {getattr(self, field.name)!r}; it can be {', '.join(field.metadata['choices'])}"
-            for field in dataclasses.fields(self)
-            if field.metadata["choices"] and getattr(self, field.name) not in field.metadata["choices"]
-        ]
-        problems += self.problems()
-        if problems:
-            raise UserError("; ".join(problems))
-
-    @classmethod
-    def following(cls, values: dict) -> dict:
-        """Return the defaults that follow from other settings, given those, by name."""
-        defaults = {field.name: field.metadata["default"] for field in dataclasses.fields(cls)}
-        by_base = {name: default for name, default in defaults.items() if isinstance(default, ByBase)}
-        bundled = values.get("model") is None
-        return {name: default.bundled if bundled else default.usual for name, default in by_base.items()}
-
-    def problems(self) -> list[str]:
-        raise NotImplementedError
-
-    def out_of_range(self, low: float, names: str, high: float = float("inf"), strict: bool = False) -> list[str]:
-        """Return a complaint for each of the named settings that is given and not between low and high."""
-        wrong = []
-        for name in names.split():
-            value = getattr(self, name)
-            inside = value is None or (low < value <= high if strict else low <= value <= high)
-            if not inside or value == float("inf"):
-                limit = f"greater than {low}" if strict else f"at least {low}"
-                limit += "" if high == float("inf") else f" and at most {high}"
-                limit += ", and finite" if value == float("inf") else ""
-                wrong.append(f"{option(name)} is {value}; it must be {limit}")
-        return wrong
-
-    def to_json(self) -> str:
-        return json.dumps(dataclasses.asdict(self), indent=2) + "\n"
 
 
 @dataclass(frozen=True)
@@ -162,7 +63,7 @@ class TrainConfig(Settings):
     caption_column: str = setting("text", "key of the caption in metadata.jsonl or metadata.csv", group=DATA)
     trigger: str | None = setting(None, "word to put before every caption: 'sks, a dog'", group=DATA)
     resolution: int | None = setting(
-        None, "side of the training pictures, in pixels; the base's own if not given", group=DATA
+        None, "side of the training pictures, in pixels; the base's own if not given", group=DATA, within=AT_LEAST_1
     )
     crop: str = setting(
         "center",
@@ -174,15 +75,24 @@ class TrainConfig(Settings):
         False, "cut pictures not to squares, but to the size of about that area that loses least", group=DATA
     )
     mirror: bool = setting(False, "show each picture mirrored half of the time", group=DATA)
-    caption_dropout: float = setting(0.0, "share of draws whose caption is left empty, 0 to 1", group=DATA)
+    caption_dropout: float = setting(
+        0.0, "share of draws whose caption is left empty, 0 to 1", group=DATA, within=SHARE
+    )
     class_prompt: str | None = setting(
         None, "what the pictures' subject is one of: train on pictures of that, too (DreamBooth)", group=DATA
     )
     class_data: str | None = setting(
-        None, "folder of pictures of the class, drawn as far as missing; out/class-<prompt> if not given", group=DATA
+        None,
+        "folder of pictures of the class, drawn as far as missing; out/class-<prompt> if not given",
+        group=DATA,
+        needs=CLASS,
     )
-    class_pictures: int = setting(ByBase(200, 8), "pictures of the class for each of --data", group=DATA)
-    prior_weight: float = setting(1.0, "weight of the class's pictures in the loss", group=DATA)
+    class_pictures: int = setting(
+        ByBase(200, 8), "pictures of the class for each of --data", group=DATA, within=AT_LEAST_1, needs=CLASS
+    )
+    prior_weight: float = setting(
+        1.0, "weight of the class's pictures in the loss", group=DATA, within=ABOVE_0, needs=CLASS
+    )
     cache: str = setting(
         "~/.cache/minilora", "folder of the encoded pictures and captions, shared by all runs", group=DATA
     )
@@ -194,7 +104,11 @@ class TrainConfig(Settings):
         group=DATA,
     )
     validate_every: int | None = setting(
-        None, "steps between the measurements of --validation, besides the first and the last step", group=DATA
+        None,
+        "steps between the measurements of --validation, besides the first and the last step",
+        group=DATA,
+        needs=("validation", "the pictures to look at"),
+        within=AT_LEAST_1,
     )
 
     model: str | None = setting(None, MODEL_HELP, group=MODEL)
@@ -205,8 +119,10 @@ class TrainConfig(Settings):
         repeat=True,
         group=MODEL,
     )
-    rank: int = setting(8, "rank of the change of each weight", group=MODEL)
-    alpha: float | None = setting(None, "the change is scaled by alpha / rank; the rank if not given", group=MODEL)
+    rank: int = setting(8, "rank of the change of each weight", group=MODEL, within=AT_LEAST_1)
+    alpha: float | None = setting(
+        None, "the change is scaled by alpha / rank; the rank if not given", group=MODEL, within=ABOVE_0
+    )
     rank_for: tuple[str, ...] = setting(
         (), "other ranks for layers with a part of their name, at the same scale: attn2=16,ff=4", group=MODEL
     )
@@ -222,13 +138,21 @@ class TrainConfig(Settings):
 
     train_text_encoder: bool = setting(False, "put a LoRA into the text encoders, too", group=MODEL)
     text_encoder_targets: tuple[str, ...] = setting(
-        TEXT_ATTENTION, "as --targets, for the text encoders; fc1 and fc2 are their other layers", group=MODEL
+        TEXT_ATTENTION,
+        "as --targets, for the text encoders; fc1 and fc2 are their other layers",
+        group=MODEL,
+        needs=TEXT_ENCODERS,
     )
 
-    steps: int = setting(ByBase(1000, 400), "optimizer steps in all", group=TRAINING)
-    batch_size: int = setting(ByBase(1, 8), "pictures per optimizer step, over all processes", group=TRAINING)
+    steps: int = setting(ByBase(1000, 400), "optimizer steps in all", group=TRAINING, within=AT_LEAST_1)
+    batch_size: int = setting(
+        ByBase(1, 8), "pictures per optimizer step, over all processes", group=TRAINING, within=AT_LEAST_1
+    )
     micro_batch_size: int | None = setting(
-        None, "pictures per forward pass and process; gradients are accumulated over the rest", group=TRAINING
+        None,
+        "pictures per forward pass and process; gradients are accumulated over the rest",
+        group=TRAINING,
+        within=AT_LEAST_1,
     )
     optimizer: str = setting(
         "adamw",
@@ -236,49 +160,72 @@ class TrainConfig(Settings):
         choices=("adamw", "adamw8bit"),
         group=TRAINING,
     )
-    learning_rate: float = setting(ByBase(1e-4, 2e-3), "highest learning rate of AdamW", group=TRAINING)
+    learning_rate: float = setting(ByBase(1e-4, 2e-3), "highest learning rate of AdamW", group=TRAINING, within=ABOVE_0)
     text_encoder_learning_rate: float | None = setting(
-        None, "highest learning rate of the text encoders; the same if not given", group=TRAINING
+        None,
+        "highest learning rate of the text encoders; the same if not given",
+        group=TRAINING,
+        needs=TEXT_ENCODERS,
+        within=ABOVE_0,
     )
     lr_schedule: str = setting(
         "constant", "learning rate after the warm-up", choices=("constant", "linear", "cosine"), group=TRAINING
     )
-    warmup_steps: int = setting(0, "steps over which the learning rate rises from 0", group=TRAINING)
-    max_grad_norm: float = setting(1.0, "gradients are scaled down to this norm", group=TRAINING)
+    warmup_steps: int = setting(0, "steps over which the learning rate rises from 0", group=TRAINING, within=AT_LEAST_0)
+    max_grad_norm: float = setting(1.0, "gradients are scaled down to this norm", group=TRAINING, within=ABOVE_0)
     noise_offset: float = setting(
-        0.0, "strength of a constant added to the noise per picture and channel; 0.05 is common", group=TRAINING
+        0.0,
+        "strength of a constant added to the noise per picture and channel; 0.05 is common",
+        group=TRAINING,
+        within=AT_LEAST_0,
     )
     snr_gamma: float | None = setting(
-        None, "cap of the signal-to-noise ratio in the loss's weight (min-SNR); 5 is common", group=TRAINING
+        None,
+        "cap of the signal-to-noise ratio in the loss's weight (min-SNR); 5 is common",
+        group=TRAINING,
+        within=ABOVE_0,
     )
     huber_c: float | None = setting(
-        None, "errors above this count by their size, not by its square (Huber); 0.1 is common", group=TRAINING
+        None,
+        "errors above this count by their size, not by its square (Huber); 0.1 is common",
+        group=TRAINING,
+        within=ABOVE_0,
     )
     dream: float | None = setting(
         None,
         "train on the U-Net's own errors too, keeping details by this power (DREAM); 1 is common",
         group=TRAINING,
+        within=AT_LEAST_0,
     )
     dropout: float = setting(
-        0.0, "share of each adapted layer's input that a picture's change does without, below 1", group=TRAINING
+        0.0,
+        "share of each adapted layer's input that a picture's change does without, below 1",
+        group=TRAINING,
+        within=Within(0, 0.99),
     )
     timestep_range: tuple[int, ...] | None = setting(
         None, "lowest timestep that is trained, and the first above the highest; all if not given", group=TRAINING
     )
     zero_terminal_snr: bool = setting(False, ZERO_SNR_HELP, group=TRAINING)
     ema: float | None = setting(
-        None, "keep a moving average of the LoRA with this decay, and write it, too; 0.999 is common", group=TRAINING
+        None,
+        "keep a moving average of the LoRA with this decay, and write it, too; 0.999 is common",
+        group=TRAINING,
+        within=Within(0, 1, above=True),
     )
     precision: str = setting("fp32", PRECISION_HELP, choices=PRECISIONS, group=TRAINING)
     gradient_checkpointing: bool = setting(False, "compute activations twice to need less memory", group=TRAINING)
     compile: bool = setting(False, COMPILE_HELP, group=TRAINING)
-    seed: int = setting(0, "seed of every random draw", group=TRAINING)
+    seed: int = setting(0, "seed of every random draw", group=TRAINING, within=SEED)
 
     output: str | None = setting(
         None, "folder of the results; out/<name of the data folder> if not given", group=OUTPUT
     )
     also: tuple[str, ...] = setting(
-        (), "other dialects to write the LoRA in, too: kohya (for A1111 and ComfyUI), peft", group=OUTPUT
+        (),
+        "other dialects to write the LoRA in, too: kohya (for A1111 and ComfyUI), peft",
+        group=OUTPUT,
+        choices=("kohya", "peft"),
     )
     push_to_hub: str | None = setting(
         None, "OWNER/NAME of the repository on the Hugging Face hub that the results go to at the end", group=OUTPUT
@@ -286,24 +233,42 @@ class TrainConfig(Settings):
     wandb: str | None = setting(
         None, "project of Weights & Biases that shows the run, beside TensorBoard", group=OUTPUT
     )
-    checkpoint_every: int = setting(ByBase(500, 100), "steps between checkpoints", group=OUTPUT)
-    checkpoints_kept: int = setting(1, "how many of the newest checkpoints stay", group=OUTPUT)
+    checkpoint_every: int = setting(ByBase(500, 100), "steps between checkpoints", group=OUTPUT, within=AT_LEAST_1)
+    checkpoints_kept: int = setting(1, "how many of the newest checkpoints stay", group=OUTPUT, within=AT_LEAST_1)
     resume: bool = setting(False, "go on from the newest checkpoint in the output folder", group=OUTPUT)
     timeout: float = setting(
-        TIMEOUT, "minutes that a process waits for another, before the run ends and says for which", group=OUTPUT
+        TIMEOUT,
+        "minutes that a process waits for another, before the run ends and says for which",
+        group=OUTPUT,
+        within=ABOVE_0,
     )
     sample_prompt: tuple[str, ...] = setting(
-        (), "prompt to draw during training; may be repeated", repeat=True, group=OUTPUT
+        (),
+        "prompt to draw during training; may be repeated",
+        repeat=True,
+        group=OUTPUT,
+        needs=("sample_every", "how often it is drawn"),
     )
-    sample_every: int | None = setting(None, "steps between the drawings of --sample-prompt", group=OUTPUT)
-    sample_average: bool = setting(False, "draw with the average of --ema, instead of the LoRA as it is", group=OUTPUT)
+    sample_every: int | None = setting(
+        None,
+        "steps between the drawings of --sample-prompt",
+        group=OUTPUT,
+        needs=("sample_prompt", "what to draw"),
+        within=AT_LEAST_1,
+    )
+    sample_average: bool = setting(
+        False,
+        "draw with the average of --ema, instead of the LoRA as it is",
+        group=OUTPUT,
+        needs=("ema", "which keeps the average"),
+    )
 
     @classmethod
     def following(cls, values: dict) -> dict:
         data, rank = values.get("data"), values.get("rank", cls.rank)
         path = Path(os.path.abspath(split_weight(data[0])[0] if data else ""))
         output = str(Path("out") / (path.stem if path.is_file() else path.name)) if data else None
-        follows = super().following(values) | {"output": output, "alpha": float(rank)}
+        follows = super().following(values) | {"output": output, "alpha": float(max(rank, 1))}
         if words := re.findall(r"\w+", values.get("class_prompt") or ""):
             follows["class_data"] = str(Path("out") / "-".join(["class", *words]))
         return follows
@@ -346,25 +311,32 @@ class TrainConfig(Settings):
             for path, weight in map(split_weight, self.data)
             if weight < 1 or weight % 1
         ]
-        wrong += self.out_of_range(1, "rank steps batch_size micro_batch_size resolution checkpoints_kept")
-        wrong += self.out_of_range(1, "checkpoint_every sample_every validate_every")
-        wrong += self.out_of_range(0, "learning_rate text_encoder_learning_rate alpha timeout", strict=True)
-        wrong += self.out_of_range(0, "max_grad_norm snr_gamma huber_c", strict=True)
-        wrong += self.out_of_range(0, "dream") + self.out_of_range(0, "ema", high=1)
         low_high = self.timestep_range
         if low_high is not None and not (len(low_high) == 2 and 0 <= low_high[0] < low_high[1]):
             given = ",".join(map(str, low_high))
             wrong.append(f"--timestep-range is {given}; it takes two numbers, the lowest and one above the highest")
-        wrong += self.out_of_range(0, "warmup_steps noise_offset") + self.out_of_range(0, "seed", high=MOST_SEED)
-        wrong += self.out_of_range(0, "caption_dropout", high=1) + self.out_of_range(0, "dropout", high=0.99)
-        wrong += self.out_of_range(1, "class_pictures") + self.out_of_range(0, "prior_weight", strict=True)
+        share = self.validation_share
+        if share is not None and not 0 < share < 1:
+            wrong.append(f"--validation {self.validation}: there is no such folder, and a share is between 0 and 1")
         if self.class_prompt and self.buckets:
             wrong.append("--class-prompt and --buckets cannot be given at once: a batch holds both kinds, of one size")
+        if self.class_prompt and self.class_data is None:
+            wrong.append(f"--class-prompt {self.class_prompt!r} has no word to call a folder by; give a --class-data")
         if self.compile and self.buckets:
             wrong.append("--compile and --buckets cannot be given at once: each size would be compiled for minutes")
-        if self.class_data is not None and not self.class_prompt:
-            wrong.append("--class-data needs a --class-prompt: what its pictures show")
-        wrong += [f"{option(name)} is empty" for name in ("targets", "text_encoder_targets") if not getattr(self, name)]
+        if self.push_to_hub is not None and not re.fullmatch("[^/]+/[^/]+", self.push_to_hub):
+            wrong.append(f"--push-to-hub is {self.push_to_hub!r}; it takes OWNER/NAME, as the hub calls a repository")
+        for package, extra, what, asked in (
+            ("bitsandbytes", "8bit", "--optimizer adamw8bit", self.optimizer == "adamw8bit"),
+            ("wandb", "wandb", "--wandb", self.wandb is not None),
+        ):
+            if asked and not is_installed(package):
+                wrong.append(f"{what} needs the package {package}; type: pip install -e '.[{extra}]'")
+        return wrong + self._problems_of_layers()
+
+    def _problems_of_layers(self) -> list[str]:
+        """Return what is wrong with where the LoRA goes, and with its ranks."""
+        wrong = [f"{option(name)} is empty" for name in ("targets", "text_encoder_targets") if not getattr(self, name)]
         for name, number, example in (
             ("rank_for", r"[1-9]\d*", "a rank, as attn2=16"),
             ("alpha_for", r"(?=.*[1-9])\d*\.?\d+", "an alpha above 0, as attn2=8"),
@@ -381,26 +353,6 @@ class TrainConfig(Settings):
                 for name, default in given.items()
                 if getattr(self, name) != default
             ]
-        if not self.train_text_encoder and self.text_encoder_learning_rate is not None:
-            wrong.append("--text-encoder-learning-rate has no effect without --train-text-encoder")
-        wrong += [f"--also is {name!r}; it can be kohya, peft" for name in self.also if name not in ("kohya", "peft")]
-        share = self.validation_share
-        if share is not None and not 0 < share < 1:
-            wrong.append(f"--validation {self.validation}: there is no such folder, and a share is between 0 and 1")
-        if self.sample_average and self.ema is None:
-            wrong.append("--sample-average needs an --ema, which keeps the average")
-        if self.optimizer == "adamw8bit" and not is_installed("bitsandbytes"):
-            wrong.append("--optimizer adamw8bit needs the package bitsandbytes; type: pip install -e '.[8bit]'")
-        if self.wandb is not None and not is_installed("wandb"):
-            wrong.append("--wandb needs the package wandb; type: pip install -e '.[wandb]'")
-        if self.sample_every is not None and not self.sample_prompt:
-            wrong.append("--sample-every needs a --sample-prompt")
-        if self.validate_every is not None and not self.validation:
-            wrong.append("--validate-every needs a --validation, the pictures to look at")
-        if self.push_to_hub is not None and not re.fullmatch("[^/]+/[^/]+", self.push_to_hub):
-            wrong.append(f"--push-to-hub is {self.push_to_hub!r}; it takes OWNER/NAME, as the hub calls a repository")
-        if self.sample_prompt and self.sample_every is None:
-            wrong.append("--sample-prompt needs --sample-every")
         return wrong
 
 
@@ -410,16 +362,28 @@ class SampleConfig(Settings):
 
     prompt: tuple[str, ...] = setting((), "what to draw; may be repeated", repeat=True, group=PICTURES)
     negative: str = setting("", "what to keep away from", group=PICTURES)
-    seed: int = setting(0, "seed of the first picture; the next ones count up", group=PICTURES)
-    count: int = setting(1, "pictures per prompt", group=PICTURES)
-    steps: int = setting(ByBase(30, 20), "denoising steps", group=PICTURES)
+    seed: int = setting(0, "seed of the first picture; the next ones count up", group=PICTURES, within=SEED)
+    count: int = setting(1, "pictures per prompt", group=PICTURES, within=AT_LEAST_1)
+    steps: int = setting(ByBase(30, 20), "denoising steps", group=PICTURES, within=AT_LEAST_1)
     guidance: float = setting(
-        ByBase(7.5, 3.0), "how strongly the prompt is followed; 1 is without guidance", group=PICTURES
+        ByBase(7.5, 3.0),
+        "how strongly the prompt is followed; 1 is without guidance",
+        group=PICTURES,
+        within=AT_LEAST_1,
     )
     zero_terminal_snr: bool = setting(False, ZERO_SNR_HELP, group=PICTURES)
-    image: str | None = setting(None, "picture to paint in, for an inpainting base", group=PICTURES)
-    mask: str | None = setting(None, "picture that is white where --image is to be painted anew", group=PICTURES)
-    size: int | None = setting(None, "side of the pictures, in pixels; the base's own if not given", group=PICTURES)
+    image: str | None = setting(
+        None, "picture to paint in, for an inpainting base", group=PICTURES, needs=("mask", "where it is painted anew")
+    )
+    mask: str | None = setting(
+        None,
+        "picture that is white where --image is to be painted anew",
+        group=PICTURES,
+        needs=("image", "the picture that is painted in"),
+    )
+    size: int | None = setting(
+        None, "side of the pictures, in pixels; the base's own if not given", group=PICTURES, within=AT_LEAST_1
+    )
     scheduler: str = setting("ddim", "sampler", choices=("ddim", "euler", "euler_a", "dpm++", "lcm"), group=PICTURES)
 
     model: str | None = setting(None, MODEL_HELP, group=MODEL)
@@ -434,6 +398,7 @@ class SampleConfig(Settings):
         (),
         "factors on the strengths of --lora to compare, with commas between (--scales=-1,0,1): one column each",
         group=MODEL,
+        needs=("lora", "whose strength they change"),
     )
     grid: tuple[float, ...] = setting(
         (),
@@ -451,10 +416,6 @@ class SampleConfig(Settings):
 
     def problems(self) -> list[str]:
         wrong = [] if self.prompt else ["--prompt is needed: what to draw, for example --prompt 'red apple'"]
-        wrong += self.out_of_range(1, "count steps size guidance")
-        wrong += self.out_of_range(0, "seed", high=MOST_SEED)
-        if self.scales and not self.lora:
-            wrong.append("--scales needs a --lora whose strength it changes")
         if self.grid and len(self.lora) != 2:
             wrong.append(f"--grid mixes two --lora, not {len(self.lora)}")
         if self.grid and (len(self.prompt) > 1 or self.count > 1):
@@ -468,8 +429,6 @@ class SampleConfig(Settings):
             wrong.append(
                 f"--output {self.output}: --scales and --grid make one sheet, whose name ends as a picture's does"
             )
-        if bool(self.image) != bool(self.mask):
-            wrong.append("--image and --mask belong together: the picture, and where it is painted anew")
         if self.negative and self.guidance == 1:
             wrong.append("--negative has no effect at --guidance 1, which is without guidance")
         return wrong
@@ -486,9 +445,14 @@ class MergeConfig(Settings):
     loras_only: bool = setting(False, "LORA[:SCALE] …: merge LoRAs into one LoRA, without a base", group=OTHER)
     extract: bool = setting(False, "BASE TUNED: write the LoRA that leads from one to the other", group=OTHER)
     restore: bool = setting(False, "MERGED UNDO: write the base that was merged into", group=OTHER)
-    rank: int | None = setting(None, "rank of the LoRA written by --loras-only or --extract", group=OTHER)
+    rank: int | None = setting(
+        None, "rank of the LoRA written by --loras-only or --extract", group=OTHER, within=AT_LEAST_1
+    )
     energy: float | None = setting(
-        None, "share of each change's sum of squares to keep, instead of --rank; 0 to 1", group=OTHER
+        None,
+        "share of each change's sum of squares to keep, instead of --rank; 0 to 1",
+        group=OTHER,
+        within=Within(0, 1, above=True),
     )
     base: str | None = setting(None, "base whose modules the LoRAs of --loras-only are named after", group=OTHER)
     dialect: str = setting("diffusers", "how a LoRA is written", choices=("diffusers", "kohya", "peft"), group=OTHER)
@@ -519,5 +483,4 @@ class MergeConfig(Settings):
         wrong += [f"{option(k)} has no effect on {what}" for k, w in only.items() if getattr(self, k) and what not in w]
         if self.dialect != "diffusers" and what in ("a merge", "--restore"):
             wrong.append(f"--dialect has no effect on {what}")
-        wrong += self.out_of_range(1, "rank")
-        return wrong + self.out_of_range(0, "energy", high=1, strict=True)
+        return wrong

@@ -22,14 +22,15 @@ from tqdm import tqdm
 
 from . import buckets, draws
 from .buckets import Size
-from .config import TrainConfig, UserError
+from .config import TrainConfig
 from .diffusion import Conditioning
 from .distributed import Ranks, wait_for_all
+from .errors import UserError
 from .files import read_checked, write_checked
 from .folder import Item
 from .lost import sign_of_life
 from .models import Base, Tokens
-from .pictures import as_tensor, cut, cut_at, open_picture
+from .pictures import CENTRE, as_tensor, cut, cut_at, open_picture
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,6 @@ class Batch:
     weights: torch.Tensor  # (batch,), of each picture's loss
 
 
-CENTRE = (0.5, 0.5)
 _CUT = 1  # to be counted up when open_picture or cut come to give other pixels
 
 
@@ -86,7 +86,6 @@ class Examples:
         if ranks.is_main:
             encoders.warn_of_cuts(captions, "caption")
         self._fill(captions, encoders, ranks)
-        encoders.release("text_encoder", "text_encoder_2")
 
     def batch(self, positions: Sequence[int], device: torch.device) -> Batch:
         """Return what stands at the given positions, whoever asks and in whichever order."""

@@ -19,7 +19,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
-from .config import TIMEOUT, UserError
+from .config import TIMEOUT
+from .errors import UserError, first_line
 from .lost import absent, is_loss, tell_loss
 
 
@@ -78,9 +79,12 @@ def processes(timeout: float = TIMEOUT) -> Iterator[Ranks]:
     joining = world > 1 and not dist.is_initialized()
     if joining:
         backend, wait = "nccl" if device.type == "cuda" else "gloo", timedelta(minutes=timeout)
-        store = _store(timedelta(minutes=TIMEOUT))
-        store.set_timeout(wait)
-        dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=wait)
+        try:
+            store = _store(timedelta(minutes=TIMEOUT))
+            store.set_timeout(wait)
+            dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=wait)
+        except dist.DistError as error:
+            raise UserError(f"the {world} processes did not find each other: {first_line(error)}") from error
     local_rank, local_world = (int(os.environ.get(f"LOCAL_{name}", n)) for name, n in (("RANK", 0), ("WORLD_SIZE", 1)))
     try:
         yield Ranks(rank, world, device, local_rank, local_world)
@@ -112,7 +116,8 @@ def _store(timeout: timedelta) -> dist.Store:
         for other in there:
             store.set(f"welcome {store.get(f'hello {other}').decode()}", start)
         if time.monotonic() > until:
-            raise dist.DistStoreError(f"of {world} processes {1 + store.add(f'joined {start}', 0)} came")
+            missing = sorted({*range(1, world)} - {*there}) or there
+            raise dist.DistStoreError(f"process {', '.join(map(str, missing))} did not come")
         time.sleep(0.02)
     return dist.PrefixStore(start, store)
 

@@ -3,7 +3,7 @@
 A LoRA trained on four pictures of "a sks dog" soon draws that dog for every "a dog".  So half of what it
 is trained on are pictures of the class, "a dog", that the base itself drew before:
 
-    loss = loss of the subject + λ · loss of the class          λ: --prior-weight
+    loss = ½ · (loss of the subject + λ · loss of the class)          λ: --prior-weight
 
 The subject stands at the even positions of the stream, the class at the odd ones.  The class's pictures are
 drawn into a folder of their own, each from its number as the seed; those that are there already are
@@ -20,7 +20,6 @@ from tqdm import tqdm
 from .config import SampleConfig, TrainConfig
 from .distributed import Ranks, decided_by_main, wait_for_all
 from .folder import Item, read_folder
-from .lost import sign_of_life
 from .models import DTYPES, Base
 from .sampling import TOGETHER, draw, save_picture
 
@@ -46,8 +45,10 @@ def class_pictures(config: TrainConfig, subjects: int, ranks: Ranks) -> list[Ite
             f"class      {there} of {needed} pictures of {config.class_prompt!r} are in {folder}; drawing the others"
         )
         precision = DTYPES[config.precision]
-        base = Base(config.model, ranks.device, precision, config.model_config, loras=config.base_lora)
-        drawing = SampleConfig(prompt=(config.class_prompt,), model=config.model, model_config=config.model_config)
+        terminal = config.zero_terminal_snr
+        base = Base(config.model, ranks.device, precision, config.model_config, terminal, config.base_lora)
+        about = {"model": config.model, "model_config": config.model_config, "zero_terminal_snr": terminal}
+        drawing = SampleConfig(prompt=(config.class_prompt,), **about)
         share = missing[ranks.rank :: ranks.world]
         for start in tqdm(range(0, len(share), TOGETHER), "draw", disable=not ranks.is_main):
             part = share[start : start + TOGETHER]
@@ -55,6 +56,5 @@ def class_pictures(config: TrainConfig, subjects: int, ranks: Ranks) -> list[Ite
             side = config.resolution or base.resolution
             for path, picture in zip(part, draw(base, config.class_prompt, seeds, side, drawing), strict=True):
                 save_picture(picture, path)
-                sign_of_life()
         wait_for_all()
     return look()

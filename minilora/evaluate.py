@@ -40,24 +40,15 @@ from PIL import Image
 from . import draws
 from .apps.report import write_figures
 from .commands import run
-from .config import (
-    DATA,
-    MODEL,
-    MODEL_HELP,
-    OUTPUT,
-    PRECISION_HELP,
-    PRECISIONS,
-    Settings,
-    TrainConfig,
-    UserError,
-    setting,
-)
+from .config import DATA, MODEL, MODEL_HELP, OUTPUT, PRECISION_HELP, PRECISIONS, TrainConfig
 from .diffusion import Conditioning, denoising_loss
 from .distributed import this_device
+from .errors import UserError
 from .folder import Item, read_folder
 from .models import DTYPES, Base
-from .pictures import as_tensor, cut_square, open_picture
+from .pictures import CENTRE, as_tensor, cut_at, cut_square, open_picture
 from .sampling import load_loras, merged_at, save_picture, sheet
+from .settings import Settings, setting
 from .vision import frechet_distance, vectors_of
 
 TOGETHER = 8  # pictures looked at in one pass
@@ -97,6 +88,7 @@ class EvaluateConfig(Settings):
 def evaluate(config: EvaluateConfig) -> dict[str, float]:
     """Compare the pictures of two folders, write a sheet of nearest ones, and return the figures."""
     base = Base(config.model, this_device(), DTYPES[config.precision])
+    base.refuse_inpainting()
     items, reference = (
         read_folder(folder, TrainConfig(data=(folder,), caption=caption), "evaluate")
         for folder, caption in zip(config.folders, ("", config.caption), strict=True)
@@ -221,7 +213,8 @@ def held_out_loss(base: Base, items: Sequence[Item], resolution: int) -> float:
         positions = range(number * TIMES, (number + 1) * TIMES)
         noise = torch.stack([draws.gaussian(0, "held-out noise", p, latents.shape) for p in positions]).to(base.device)
         prompt = base.encode_prompt(item.captions[0])
-        sizes = torch.tensor([[*item.size[::-1], 0.0, 0.0, resolution, resolution]]) if base.is_xl else None
+        _, left, top = cut_at(item.size, (resolution, resolution), CENTRE)
+        sizes = torch.tensor([[*item.size[::-1], top, left, resolution, resolution]]).float() if base.is_xl else None
         told = [None if p is None else p.to(base.device) for p in (prompt.text, prompt.pooled, sizes)]
         told = [None if p is None else p.expand(TIMES, *p.shape[1:]) for p in told]  # (times, …) each
         with base.autocast():

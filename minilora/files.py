@@ -27,8 +27,9 @@ from typing import BinaryIO
 
 import numpy as np
 
-from .config import UserError, parse_json
 from .dtypes import DTYPES, NAMES
+from .errors import UserError
+from .strict_json import parse_json
 
 CHUNK = 1 << 20  # bytes that are worked on at a time: few enough to stay in a processor's cache
 COMPUTING = 2  # threads that change tensors, beside the one that copies

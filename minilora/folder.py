@@ -13,8 +13,10 @@ from pathlib import Path
 
 from PIL import Image
 
-from .config import TrainConfig, UserError, parse_json, split_weight
+from .config import TrainConfig, split_weight
+from .errors import UserError
 from .pictures import NO_PICTURE, open_picture
+from .strict_json import parse_json
 
 
 @dataclass(frozen=True)

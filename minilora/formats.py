@@ -25,10 +25,11 @@ from pathlib import Path
 
 import numpy as np
 
-from .config import UserError, parse_json
 from .dtypes import NAMES, WEIGHTS, widen
+from .errors import UserError
 from .files import PICKLE_HELP, PICKLES, TensorFile, refuse_more_than_memory
 from .names import COMPONENTS, Modules, full_name, known_by, numbered, split
+from .strict_json import parse_json
 
 FILE_NAME = "pytorch_lora_weights.safetensors"  # of diffusers
 AVERAGE_NAME = "pytorch_lora_weights_ema.safetensors"  # of --ema, beside it

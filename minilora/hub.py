@@ -12,7 +12,7 @@ from pathlib import Path
 from huggingface_hub import HfApi
 from huggingface_hub.utils import validate_repo_id
 
-from .config import UserError
+from .errors import UserError
 
 
 def check_login(repo: str) -> None:

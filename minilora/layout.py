@@ -9,8 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
-from .config import UserError
 from .dtypes import DTYPES, WEIGHTS, widen
+from .errors import UserError
 from .files import PICKLES, Entry, TensorFile, write_whole
 from .names import COMPONENTS, UNET, diffusers_unet_paths, full_name, modules_of_original
 

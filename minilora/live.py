@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from .config import UserError
+from .errors import UserError
 from .export import write_lora
 from .formats import Change, LoRA
 from .lora import KINDS, LoRALayer, add_lora, load_lora_state_dict, lora_layers, remove_lora, set_lora_scale

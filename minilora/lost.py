@@ -15,7 +15,7 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
-from .config import first_line
+from .errors import first_line
 
 ROLL_CALL = timedelta(seconds=10)  # for those that are still there; they notice a loss at nearly the same time
 

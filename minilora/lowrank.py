@@ -15,8 +15,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from .config import UserError
 from .dtypes import narrow
+from .errors import UserError
 from .formats import Change, LoRA
 from .layout import Checkpoint
 
@@ -118,8 +118,8 @@ def _split(left, values, right, kernel, rank: int | None, energy: float | None) 
     """Return the largest singular values and their vectors as A and B, in float32, of equal size."""
     kept = rank
     if energy is not None:
-        shares = np.cumsum(values**2) / max(np.sum(values**2), 1e-300)
-        kept = int((shares < energy - 1e-12).sum()) + 1
+        squares = np.cumsum(values**2)
+        kept = int((squares < (energy - 1e-12) * squares[-1]).sum()) + 1
     kept = min(len(values), kept or len(values))
     root = np.sqrt(values[:kept])
     a = narrow(root[:, None] * right[:kept], "F32")  # (kept, in)

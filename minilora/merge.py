@@ -24,8 +24,9 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import numpy as np
 
-from .config import MergeConfig, UserError
+from .config import MergeConfig
 from .dtypes import DTYPES, kept, narrow, widen
+from .errors import UserError
 from .export import write_lora
 from .files import CHUNK, TensorFile, read_exactly, refuse_existing, rewrite, staging
 from .formats import Change, FormatError, LoRA, read_lora, some

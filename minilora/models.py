@@ -40,8 +40,8 @@ from diffusers.loaders.single_file_utils import fetch_diffusers_config
 from torch import nn
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from .config import UserError, first_line, parse_json
 from .diffusion import Conditioning, Schedule
+from .errors import UserError, first_line
 from .files import PICKLE_HELP, PICKLES, TensorFile, refuse_more_than_memory
 from .formats import Change, some
 from .live import live_modules
@@ -49,11 +49,12 @@ from .lora import inject_lora, lora_layers, remove_lora
 from .lowrank import combine
 from .merge import read_for, split_strength
 from .names import TEXT_ENCODER, TEXT_ENCODER_2, UNET
+from .settings import BUNDLED
+from .strict_json import parse_json
 
 transformers.logging.disable_progress_bar()
 diffusers.utils.logging.set_verbosity_error()  # what it warns of, as of a prompt that is cut, is told here, and shorter
 
-BUNDLED = Path(__file__).parent / "base"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 PIPELINES = {  # that a base may be, and the parts of each beside U-Net, VAE and scheduler
     "StableDiffusionPipeline": ("text_encoder", "tokenizer"),
@@ -189,6 +190,13 @@ class Base:
     @property
     def is_inpainting(self) -> bool:
         return "Inpaint" in self.kind
+
+    def refuse_inpainting(self) -> None:
+        """Raise UserError for a base that paints in pictures: its U-Net must be shown one beside the noise."""
+        if self.is_inpainting:
+            raise UserError(
+                f"--model {self.source}: it paints in pictures; take the ordinary base of its family, whose LoRAs fit"
+            )
 
     @property
     def text_encoders(self) -> list[nn.Module]:

@@ -27,6 +27,9 @@ class Objective:
         """Return one loss per picture, (batch,)."""
         raise NotImplementedError
 
+    def before_step(self) -> None:
+        """Bring together what the processes saw, as it is done with the gradients; the LoRA is about to change."""
+
     def after_step(self) -> None:
         """Follow the LoRA, which has just changed."""
 

@@ -9,6 +9,7 @@ from PIL import Image, ImageOps
 
 # What Pillow raises for a file that is no picture, is cut off, or is a decompression bomb.
 NO_PICTURE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError, Image.DecompressionBombWarning)
+CENTRE = (0.5, 0.5)  # where a picture is cut, if nothing else is said
 
 
 def open_picture(path: Path) -> Image.Image:
@@ -31,12 +32,12 @@ def open_picture(path: Path) -> Image.Image:
             return picture.convert("RGB")
 
 
-def cut_square(picture: Image.Image, side: int, place: tuple[float, float] = (0.5, 0.5)) -> Image.Image:
+def cut_square(picture: Image.Image, side: int, place: tuple[float, float] = CENTRE) -> Image.Image:
     """Resize the short side to `side` pixels and cut out the square at `place`, as `cut` does."""
     return cut(picture, (side, side), place)
 
 
-def cut(picture: Image.Image, size: tuple[int, int], place: tuple[float, float] = (0.5, 0.5)) -> Image.Image:
+def cut(picture: Image.Image, size: tuple[int, int], place: tuple[float, float] = CENTRE) -> Image.Image:
     """Resize a picture so that it just fills a size, width and height in pixels, and cut that out at `place`.
 
     `place` is 0 for left or top, 1 for right or bottom, 0.5 for the centre.

@@ -9,6 +9,7 @@ import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import diffusers
@@ -17,13 +18,15 @@ import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin
 
 from .buckets import Size
-from .compiling import HOW, check_compiler
-from .config import SampleConfig, UserError
+from .compiling import check_compiler, compile_options
+from .config import SampleConfig
 from .distributed import this_device
+from .errors import UserError
 from .files import write_whole
 from .folder import Item
 from .live import components, load_lora
 from .lora import lora_layers, merge_lora, unmerge_lora
+from .lost import sign_of_life
 from .merge import split_strength
 from .models import DTYPES, Base
 from .pictures import NO_PICTURE, cut, open_picture
@@ -67,7 +70,7 @@ def draw(
             guidance_scale=config.guidance,
             generator=generators,
             output_type="np",
-            callback_on_step_end=_first_step_told() if config.compile else None,
+            callback_on_step_end=_after_each_step(config.compile and start == 0),
             **inpainting,
         ).images  # (n, h, w, 3)
         if not np.isfinite(drawn).all():
@@ -88,13 +91,14 @@ def draw_each(
     return [[next(drawn) for _ in seeds] for _ in prompts]
 
 
-def _first_step_told() -> Callable:
-    """Return what says how long the first step took from here, as the pipeline calls it after each."""
+def _after_each_step(compiled: bool) -> Callable:
+    """Return what the pipeline calls after each step: processes that wait are told that this one is at work."""
     began = time.monotonic()
 
     def after_step(pipeline, step: int, timestep, tensors: dict) -> dict:
-        if step == 0:
+        if compiled and step == 0:
             print(f"the first step took {time.monotonic() - began:.1f} s, compiling included", flush=True)
+        sign_of_life()
         return tensors
 
     return after_step
@@ -202,14 +206,17 @@ def sample(config: SampleConfig) -> Path:
     base.warn_of_cuts(dict.fromkeys((*config.prompt, config.negative)), "prompt")
     strengths = load_loras(base, config.lora)
     if config.compile:
-        base.unet.compile(**HOW)
+        base.unet.compile(**compile_options(device))
     use_scheduler(base, config.scheduler)
-    seeds = [config.seed + i for i in range(config.count)]
+    seeds, drawing = [config.seed + i for i in range(config.count)], config
 
     def draw_all(*factors: float) -> list[list[Image.Image]]:
         """Draw every prompt, a list of seeds each, with the strengths times these factors, merged for speed."""
+        nonlocal drawing
         with merged_at(base, {name: strengths[name] * f for name, f in zip(strengths, factors, strict=True)}):
-            return draw_each(base, config.prompt, seeds, size, config)
+            rows = draw_each(base, config.prompt, seeds, size, drawing)
+        drawing = replace(config, compile=False)  # it is compiled by now, and said how long that took
+        return rows
 
     if config.scales:
         columns = [[p for row in draw_all(*[scale] * len(strengths)) for p in row] for scale in config.scales]

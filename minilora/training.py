@@ -10,25 +10,23 @@ and a run that was stopped goes on as if it had not been.
 
 import hashlib
 import math
-import threading
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from . import checkpoint, draws, sampling
+from .average import averaged, follow
 from .buckets import Size, bucket_sizes
 from .card import drawing_command, model_card
-from .compiling import HOW, check_compiler
-from .config import SampleConfig, TrainConfig, UserError
+from .compiling import check_compiler, compile_options
+from .config import SampleConfig, TrainConfig
 from .data import Examples
 from .distributed import (
     Ranks,
@@ -41,6 +39,7 @@ from .distributed import (
     wait_for_all,
 )
 from .dreambooth import class_pictures
+from .errors import UserError
 from .files import write_whole
 from .folder import Item
 from .formats import AVERAGE_NAME, FILE_NAME
@@ -49,8 +48,9 @@ from .live import load_lora, save_lora
 from .lora import inject_lora, load_lora_state_dict, lora_layers, lora_parameters, lora_state_dict
 from .lost import rescue
 from .models import DTYPES, Base, UNetWithText, fingerprint
+from .names import UNET
 from .objectives import Denoising, Objective
-from .tracking import join_wandb
+from .tracking import Log
 from .validation import BEST, FIGURES, Validation, read_pictures
 
 
@@ -159,25 +159,24 @@ def prepare(config: TrainConfig, objective: Objective, ranks: Ranks) -> Run:
     base = load_base(config, ranks.device)
     examples, held_out = encode(config, base, ranks, items, others, unseen)
     identity = _identity(config, base, examples) | {"objective": objective.name()}
-    base.release("vae")  # the encoders go too, unless the examples keep them
 
     unet = base.unet
+    if ranks.device.type == "cuda":  # before the LoRA: what the optimizer keeps of it has no order of its own
+        unet.to(memory_format=torch.channels_last)
     network = (UNetWithText(base) if config.train_text_encoder else unet).train()
     identity |= put_lora(network, unet, config)
     refuse_differences(identity)
     if config.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
-    if ranks.device.type == "cuda":
-        unet.to(memory_format=torch.channels_last)
     objective.begin(network, config)
     parameters = lora_parameters(network)
     assert all(parameter.dtype == torch.float32 for parameter in parameters)
     assert sum(parameter.requires_grad for parameter in network.parameters()) == len(parameters)
     optimizer = make_optimizer(config, parameters, len(lora_parameters(unet)))
     scaler = torch.amp.GradScaler(ranks.device.type, enabled=config.precision == "fp16")
+    model = torch.compile(network, **compile_options(ranks.device)) if config.compile else network
     # Each process has loaded the base and drawn the LoRA itself, so that nothing but gradients has to travel.
     alone = {"init_sync": False, "forward_sync_buffers": False}
-    model = torch.compile(network, **HOW) if config.compile else network  # the network stays as it is
     model = DistributedDataParallel(model, **alone) if ranks.world > 1 else model
     average = {name: tensor.clone() for name, tensor in lora_state_dict(network).items()} if config.ema else {}
     trained = network, model, parameters, average, optimizer, scaler
@@ -193,10 +192,7 @@ def load_base(config: TrainConfig, device: torch.device) -> Base:
     if config.timestep_range and config.timestep_range[1] > len(base.schedule):
         given = ",".join(map(str, config.timestep_range))
         raise UserError(f"--timestep-range is {given}; this base has the timesteps 0 to {len(base.schedule) - 1}")
-    if base.is_inpainting:
-        raise UserError(
-            f"--model {base.source}: it paints in pictures; train on the ordinary base, and use the LoRA here"
-        )
+    base.refuse_inpainting()
     if config.resolution and config.resolution % base.side_multiple:
         raise UserError(f"--resolution is {config.resolution}; this base needs a multiple of {base.side_multiple}")
     return base
@@ -213,7 +209,9 @@ def encode(
     how = resolution, encoders, len(base.schedule), ranks, sizes
     examples = Examples(items, config, *how, others)
     plain = replace(config, mirror=False, crop="center")
-    return examples, Examples(unseen, plain, *how) if unseen else None
+    held_out = Examples(unseen, plain, *how) if unseen else None
+    encoders.release("text_encoder", "text_encoder_2", *([] if config.crop == "random" else ["vae"]))
+    return examples, held_out
 
 
 def make_optimizer(config: TrainConfig, parameters: list[nn.Parameter], of_unet: int) -> torch.optim.Optimizer:
@@ -226,7 +224,8 @@ def make_optimizer(config: TrainConfig, parameters: list[nn.Parameter], of_unet:
         return torch.optim.AdamW(groups, **options, fused=True)
     from bitsandbytes.optim import AdamW8bit  # which need not be there
 
-    return AdamW8bit(groups, **options)
+    # By default it leaves smaller ones than 4,096 numbers in float32, as most matrices of a LoRA are.
+    return AdamW8bit(groups, **options, min_8bit_size=256)
 
 
 def introduce(run: Run) -> None:
@@ -259,7 +258,14 @@ def introduce(run: Run) -> None:
 def put_lora(network: nn.Module, unet: nn.Module, config: TrainConfig) -> dict:
     """Put the LoRA that is trained into the network; return what the run is a function of by it, as JSON values."""
     if config.init_from:
-        load_lora(network, config.init_from)
+        try:
+            parts = [folded.component for folded in load_lora(network, config.init_from).folded]
+        except UserError as error:
+            hint = "" if config.train_text_encoder else " (one of text encoders, too, needs --train-text-encoder)"
+            raise UserError(f"--init-from: {error}{hint}") from error
+        if UNET not in parts or (config.train_text_encoder and len(parts) == 1):
+            lacks = "U-Net" if UNET not in parts else "text encoders, which --train-text-encoder would train"
+            raise UserError(f"--init-from {config.init_from}: it changes nothing in the {lacks}")
         numbers = b"".join(parameter.detach().cpu().numpy().tobytes() for parameter in lora_parameters(network))
         return {"init_from": hashlib.sha256(numbers).hexdigest()}
     generator = torch.Generator().manual_seed(config.seed)
@@ -322,6 +328,7 @@ def optimizer_step(run: Run, step: int, learning_rate: float) -> tuple[float, fl
     run.scaler.unscale_(run.optimizer)
     grad_norm = nn.utils.clip_grad_norm_(run.parameters, config.max_grad_norm).item()
     loss_mean = mean_over_ranks(loss_sum).item()
+    run.objective.before_step()
     # In fp16 a gradient that overflows is ordinary: the scaler skips the step and scales less, down to 1.
     overflow = run.scaler.is_enabled() and run.scaler.get_scale() > 1
     if not math.isfinite(loss_mean) or not (math.isfinite(grad_norm) or overflow):
@@ -335,7 +342,8 @@ def optimizer_step(run: Run, step: int, learning_rate: float) -> tuple[float, fl
     run.scaler.update()
     run.optimizer.zero_grad()
     run.objective.after_step()
-    follow(run, step)
+    if config.ema:
+        follow(run.network, run.average, step, config.ema)
     return loss_mean, grad_norm
 
 
@@ -347,26 +355,6 @@ def drop_features(run: Run, positions: Sequence[int]) -> None:
             count = adapter.lora_A.shape[1]
             keep = [draws.kept(run.config.seed, what, position, count, dropout) for position in positions]
             adapter.keep = torch.stack(keep).to(run.ranks.device)  # (batch, in)
-
-
-@torch.no_grad()
-def follow(run: Run, step: int) -> None:
-    """Let the average of --ema follow the LoRA: θ̄ ← d · θ̄ + (1 − d) · θ, with a d that rises to --ema at first."""
-    if run.average:
-        decay = min(run.config.ema, (1 + step) / (10 + step))
-        for name, tensor in lora_state_dict(run.network).items():
-            run.average[name].lerp_(tensor, 1 - decay)
-
-
-@contextmanager
-def averaged(run: Run) -> Iterator[None]:
-    """Within the block the LoRA is the average of --ema; afterwards it is as it was found."""
-    now = {name: tensor.clone() for name, tensor in lora_state_dict(run.network).items()}
-    try:
-        load_lora_state_dict(run.network, run.average)
-        yield
-    finally:
-        load_lora_state_dict(run.network, now)
 
 
 def learning_rate_at(step: int, config: TrainConfig) -> float:
@@ -389,61 +377,6 @@ def is_due(every: int | None, step: int) -> bool:
 
 
 # -------------------------------------------------------------------------------- what a run leaves
-
-
-class Log:
-    """Numbers and pictures of a run, for TensorBoard and --wandb; only the main process writes them."""
-
-    def __init__(self, run: Run, first_step: int):
-        self.run, self.excepthook = run, threading.excepthook
-        folder = str(run.output / "tensorboard")
-        self.writer = SummaryWriter(folder, purge_step=first_step + 1) if run.ranks.is_main else None
-        self.wandb = None
-        if run.config.wandb:
-            decided_by_main(lambda: self._join_wandb(first_step > 0))
-
-    def _join_wandb(self, resumed: bool) -> None:
-        self.wandb = join_wandb(self.run.config, self.run.identity, resumed)
-
-    def __enter__(self) -> "Log":
-        # An error of the thread that writes, as of a full disk, is raised by the next call; printed it need not be.
-        threading.excepthook = lambda about: None
-        return self
-
-    def __exit__(self, kind: type | None, *error) -> None:
-        try:
-            if self.writer:
-                self.writer.close()
-        except OSError:
-            if kind is None:  # else it is of the same cause as the error that ends the run, or later
-                raise
-        finally:
-            threading.excepthook = self.excepthook
-            if self.wandb:
-                self.wandb.finish(exit_code=1 if kind else 0)
-
-    def numbers(self, step: int, **values: float) -> None:
-        if self.writer:
-            for name, value in values.items():
-                self.writer.add_scalar(name, value, step)
-        if self.wandb:
-            self.wandb.log(values, step=step)
-
-    def samples(self, step: int) -> None:
-        """Draw every --sample-prompt with the LoRA as it is now."""
-        if self.writer:
-            run = self.run
-            prompts = run.config.sample_prompt
-            with averaged(run) if run.config.sample_average else nullcontext():
-                sheet = sampling.draw_prompts(run.base, prompts, run.examples.resolution, run.drawing(prompts))
-            sampling.save_picture(sheet, run.output / "samples" / f"step-{step:08d}.png")
-            self.writer.add_image("samples", np.array(sheet), step, dataformats="HWC")
-            if self.wandb:
-                from wandb import Image
-
-                self.wandb.log({"samples": Image(sheet)}, step=step)
-            trained = () if run.config.train_text_encoder else ("text_encoder", "text_encoder_2")
-            run.base.release("pipeline", "vae", *trained)  # memory is for training
 
 
 def save_state(run: Run, step: int) -> Path:
@@ -501,7 +434,7 @@ def finish(run: Run) -> Path:
     if run.ranks.is_main:
         save_lora(run.network, lora_file)
         if run.average:
-            with averaged(run):
+            with averaged(run.network, run.average):
                 save_lora(run.network, run.output / AVERAGE_NAME)
             run.ranks.say(f"wrote      {run.output / AVERAGE_NAME}, the moving average")
         for dialect in config.also:
@@ -509,12 +442,13 @@ def finish(run: Run) -> Path:
             save_lora(run.network, also, dialect=dialect)
             run.ranks.say(f"wrote      {also}, for programs that read {dialect}'s dialect")
         size, drawing = run.examples.size_of(item), run.drawing(item.captions[:1])
-        with averaged(run) if config.sample_average else nullcontext():
+        with averaged(run.network, run.average) if config.sample_average else nullcontext():
             sheet = sampling.before_after(run.base, item, size, drawing)
         sampling.save_picture(sheet, sheet_file)
         card = model_card(config, run.examples.items, run.base.is_xl, sheet_name)
         write_whole(run.output / "README.md", card.encode())
         run.ranks.say(f"wrote      {lora_file} and {sheet_file}")
+    wait_for_all()  # a drawing may take long; here, and not in what follows, it gives signs of life
     if config.push_to_hub:
         results = [FILE_NAME, *([AVERAGE_NAME] if config.ema else []), *([BEST] if config.validation else [])]
         results += [in_dialects[dialect] for dialect in config.also]

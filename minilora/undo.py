@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import BinaryIO
 
-from .config import UserError
+from .errors import UserError
 from .files import CHUNK, Entry, TensorFile, read_exactly, rewrite, staging, write_at
 from .layout import Checkpoint
 

@@ -17,8 +17,9 @@ from pathlib import Path
 import torch
 
 from . import draws, sampling
-from .config import TrainConfig, UserError
+from .config import TrainConfig
 from .distributed import Ranks, decided_by_main, mean_over_ranks
+from .errors import UserError
 from .files import write_whole
 from .folder import Item, read_folder, read_folders
 from .live import save_lora
@@ -31,10 +32,16 @@ FIGURES, BEST = "validation.json", "pytorch_lora_weights_best.safetensors"
 def read_pictures(config: TrainConfig, ranks: Ranks) -> tuple[list[Item], list[Item]]:
     """Return the pictures that are trained on, and those of --validation."""
     items, unseen = read_folders(config), []
+    if config.validation and config.validation_share is None:
+        unseen = read_folder(config.validation, config, "--validation")
+    given = ", ".join(filter(None, (config.trigger, config.caption)))
+    if config.caption is not None and all(item.captions != (given,) for item in (*items, *unseen)):
+        raise UserError(
+            f"--caption (or --instance-prompt) is {config.caption!r}, and has no effect: all pictures have captions of "
+            "their own; go without it, or take those away"
+        )
     if config.validation_share is not None:
         return keep_apart(items, config.validation_share, config.seed)
-    if config.validation:
-        unseen = read_folder(config.validation, config, "--validation")
     if ranks.is_main and (both := {item.digest for item in items} & {item.digest for item in unseen}):
         print(f"warning: {len(both)} pictures of --validation {config.validation} are trained on", file=sys.stderr)
     return items, unseen

@@ -19,7 +19,7 @@ from PIL import Image
 from safetensors import SafetensorError
 from transformers import AutoImageProcessor, AutoModel
 
-from .config import UserError, first_line
+from .errors import UserError, first_line
 
 TOGETHER = 16  # pictures looked at in one pass
 

@@ -17,7 +17,8 @@ from pathlib import Path
 import atheris
 
 with atheris.instrument_imports(include=["minilora"]):
-    from minilora.config import TrainConfig, UserError
+    from minilora.config import TrainConfig
+    from minilora.errors import UserError
     from minilora.files import TensorFile
     from minilora.folder import read_folder
     from minilora.formats import FormatError, read_lora

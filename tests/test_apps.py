@@ -15,8 +15,8 @@ from minilora.apps import morph as morphing
 from minilora.apps.morph import MorphConfig, between, distances, draw_frames, morph, slerp, way
 from minilora.apps.restore import RestoreConfig, learn, psnr, restore, see
 from minilora.commands import read
-from minilora.config import UserError
 from minilora.ddim import Levels, ddim_draw, ddim_invert, guided
+from minilora.errors import UserError
 from minilora.live import save_lora
 from minilora.models import Base
 from minilora.sampling import merged_at

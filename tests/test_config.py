@@ -10,7 +10,9 @@ import torch
 from test_training import CHANGES
 
 from minilora.commands import read, run
-from minilora.config import SampleConfig, TrainConfig, UserError
+from minilora.config import SampleConfig, TrainConfig
+from minilora.errors import UserError
+from minilora.settings import BUNDLED
 
 
 def parse(*argv):
@@ -23,7 +25,19 @@ def test_defaults_are_the_well_known_recipe_and_differ_on_the_bundled_base_where
     assert (usual.max_grad_norm, usual.noise_offset, usual.snr_gamma, usual.precision) == (1.0, 0, None, "fp32")
     assert usual.output == "out/y"
     differ = {f.name for f in dataclasses.fields(usual) if getattr(usual, f.name) != getattr(bundled, f.name)}
+    assert usual.prior_weight == 1  # and needs no class, being what it is by default
     assert differ == {"model", "steps", "batch_size", "learning_rate", "checkpoint_every", "class_pictures"}
+
+
+def test_a_base_with_the_bundled_shapes_has_its_defaults(tmp_path):
+    """As one that LoRAs were merged into."""
+    for folder, content in (("merged", (BUNDLED / "unet" / "config.json").read_bytes()), ("other", b"{}")):
+        (tmp_path / folder / "unet").mkdir(parents=True)
+        (tmp_path / folder / "unet" / "config.json").write_bytes(content)
+    bundled = parse("--data", "x")
+    merged, other = (parse("--data", "x", "--model", str(tmp_path / folder)) for folder in ("merged", "other"))
+    assert (merged.steps, merged.learning_rate) == (bundled.steps, bundled.learning_rate)
+    assert (other.steps, other.learning_rate) == (1000, 1e-4)
 
 
 def test_the_command_line_wins_over_the_file(tmp_path):
@@ -173,7 +187,11 @@ def test_settings_are_frozen():
         (["--data", "a", "--learning-rate", "0"], "--learning-rate is 0.0; it must be greater than 0"),
         (["--data", "a", "--learning-rate", "nan"], "--learning-rate is nan"),
         (["--data", "a", "--compile", "--buckets"], "--compile and --buckets cannot be given at once"),
-        (["--data", "a", "--sample-every", "5"], "--sample-every needs a --sample-prompt"),
+        (["--data", "a", "--sample-every", "5"], "--sample-every needs --sample-prompt, what to draw"),
+        (["--data", "a", "--prior-weight", "2"], "--prior-weight needs --class-prompt, what the pictures of the class"),
+        (["--data", "a", "--class-prompt", "?"], "--class-prompt '?' has no word to call a folder by; give a --class"),
+        (["--data", "a", "--ema", "0"], "--ema is 0.0; it must be greater than 0 and at most 1"),
+        (["--data", "a", "--also", "peft,koyha"], "--also is 'koyha'; it can be kohya, peft"),
         (["--data", "a", "--rank", "0", "--batch-size", "0"], "--rank is 0; it must be at least 1; --batch-size is 0"),
         (["--data", "a", "--config", "/nowhere.json"], "--config /nowhere.json"),
         (["--data", "a", "--data", "b:0"], "--data b: the weight 0 is not a whole number of at least 1"),
@@ -215,7 +233,7 @@ def test_sampling_settings():
     assert config.scales == (0.0, 0.5, 1.0)
     with pytest.raises(UserError, match="--prompt is needed"):
         read(SampleConfig, [], "")
-    with pytest.raises(UserError, match="--scales needs a --lora"):
+    with pytest.raises(UserError, match="--scales needs --lora, whose strength"):
         read(SampleConfig, ["--prompt", "a", "--scales", "1"], "")
     with pytest.raises(UserError, match="--negative has no effect at --guidance 1"):
         read(SampleConfig, ["--prompt", "a", "--negative", "b", "--guidance", "1"], "")

@@ -10,10 +10,11 @@ from torch.func import functional_call
 
 from minilora import checkpoint, inject_lora, lora_disabled, lora_parameters
 from minilora.apps.consistency import LatentConsistency, boundary_scalings, consistency
-from minilora.config import TrainConfig, UserError
+from minilora.config import TrainConfig
 from minilora.data import Batch
 from minilora.ddim import ddim_step, guided
 from minilora.diffusion import PREDICTION_TYPES, Conditioning, add_noise
+from minilora.errors import UserError
 from minilora.models import Base
 from minilora.training import train
 

@@ -12,12 +12,14 @@ from conftest import make_picture
 from PIL import Image
 
 from minilora import data, draws
-from minilora.config import TrainConfig, UserError
+from minilora.config import TrainConfig
 from minilora.data import Batch, Examples
 from minilora.distributed import Ranks, Shares
+from minilora.errors import UserError
 from minilora.folder import read_folders
 from minilora.models import Base
 from minilora.pictures import as_tensor, cut_square, open_picture
+from minilora.validation import read_pictures
 
 ONE = Ranks(0, 1, torch.device("cpu"))
 
@@ -95,6 +97,10 @@ def test_captions_come_from_text_files_and_the_option_fills_the_gaps(tmp_path):
         read_folders(config_for(tmp_path, tmp_path))
     items = read_folders(config_for(tmp_path, tmp_path, caption="a thing"))
     assert [item.captions for item in items] == [("a red apple",), ("a thing",)]
+    read_pictures(config_for(tmp_path, tmp_path, caption="a thing", trigger="sks"), ONE)
+    (tmp_path / "b.txt").write_text("a banana")
+    with pytest.raises(UserError, match=r"is 'a thing', and has no effect: all pictures have captions of their own"):
+        read_pictures(config_for(tmp_path, tmp_path, caption="a thing", trigger="sks"), ONE)
 
 
 def as_csv(folder, text: str) -> None:

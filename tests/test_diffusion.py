@@ -7,7 +7,6 @@ import torch
 from diffusers import DDIMScheduler
 from diffusers.training_utils import compute_dream_and_update_latents, compute_snr
 
-from minilora.config import UserError
 from minilora.diffusion import (
     PREDICTION_TYPES,
     Conditioning,
@@ -20,6 +19,7 @@ from minilora.diffusion import (
     rectified,
     target,
 )
+from minilora.errors import UserError
 from minilora.models import Base
 
 TIMES = torch.tensor([0, 10, 500, 999])

@@ -22,8 +22,9 @@ from minilora.apps.distill import DistillConfig, distill
 from minilora.apps.drawing import draw_pictures, read_captions
 from minilora.apps.fewsteps import called_right, crossed, wasserstein
 from minilora.commands import read
-from minilora.config import SampleConfig, UserError
+from minilora.config import SampleConfig
 from minilora.distributed import Ranks
+from minilora.errors import UserError
 from minilora.formats import FILE_NAME
 from minilora.lora import ATTENTION
 from minilora.models import Base

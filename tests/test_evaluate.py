@@ -9,8 +9,9 @@ from conftest import make_picture
 from PIL import Image
 
 from minilora.commands import read
-from minilora.config import TrainConfig, UserError
+from minilora.config import TrainConfig
 from minilora.distributed import this_device
+from minilora.errors import UserError
 from minilora.evaluate import EvaluateConfig, evaluate, held_out_loss, kernel_distance
 from minilora.folder import read_folders
 from minilora.models import Base

@@ -14,9 +14,10 @@ from safetensors.torch import load_file, save_file
 from test_training import relative_difference, torchrun
 
 from minilora import draws, inject_lora, lora_parameters, names, save_lora
-from minilora.config import SampleConfig, TrainConfig, UserError
+from minilora.config import SampleConfig, TrainConfig
 from minilora.data import Examples
 from minilora.distributed import Ranks
+from minilora.errors import UserError
 from minilora.folder import read_folders
 from minilora.models import Base, UNetWithText
 from minilora.objectives import Denoising
@@ -115,7 +116,7 @@ def test_an_inpainting_base_draws_as_in_diffusers_and_is_not_trained(family, fam
     generator = torch.Generator().manual_seed(0)
     [theirs] = pipeline_of(model)("a dog", image=picture, mask_image=mask, generator=generator, **options).images
     assert abs(ours - np.array(theirs, int)).max() <= 1  # of 255: rounding
-    with pytest.raises(UserError, match="paints in pictures; train on the ordinary base"):
+    with pytest.raises(UserError, match="paints in pictures; take the ordinary base"):
         train(TrainConfig(data=(str(pictures),), model=model, output=str(tmp_path / "run"), cache=str(tmp_path)))
     with pytest.raises(UserError, match="it paints in pictures, and needs --image and --mask"):
         sample(SampleConfig(prompt=("a dog",), model=model, output=str(tmp_path / "no.png")))

@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 
 from minilora import names
 from minilora.commands import read
-from minilora.config import SampleConfig, TrainConfig, UserError, split_weight
+from minilora.config import SampleConfig, TrainConfig, split_weight
+from minilora.errors import UserError
 from minilora.files import TensorFile, read_checked, tensor_bytes, write_checked
 from minilora.folder import read_folder
 from minilora.formats import LoRA, read_lora

@@ -17,7 +17,8 @@ from huggingface_hub import ModelCard, close_session, constants
 from PIL import Image
 
 from minilora import commands
-from minilora.config import TrainConfig, UserError
+from minilora.config import TrainConfig
+from minilora.errors import UserError
 from minilora.formats import AVERAGE_NAME, FILE_NAME
 from minilora.validation import BEST
 

@@ -19,7 +19,7 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 from minilora import names
 from minilora.commands import merge as command
-from minilora.config import UserError
+from minilora.errors import UserError
 from minilora.export import difference, write_lora
 from minilora.files import TensorFile
 from minilora.formats import Change, LoRA, read_lora

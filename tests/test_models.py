@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 from test_lora import MLP, TARGETS, randomize
 
 from minilora import inject_lora, load_lora, lora_state_dict, merge_lora, save_lora
-from minilora.config import UserError
+from minilora.errors import UserError
 from minilora.lora import lora_layers
 from minilora.merge import fold
 from minilora.models import BUNDLED, Base, fingerprint

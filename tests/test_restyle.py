@@ -7,15 +7,17 @@ import numpy as np
 import pytest
 import torch
 from conftest import make_picture
-from diffusers import ControlNetModel, StableDiffusionImg2ImgPipeline
+from diffusers import ControlNetModel, StableDiffusionImg2ImgPipeline, StableDiffusionXLImg2ImgPipeline
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from test_models import write_a_lora
 
+from minilora import inject_lora, save_lora
 from minilora.apps.canny import canny, follow
 from minilora.apps.classifier import probability, share_right, train_classifier
 from minilora.apps.restyle import RestyleConfig, restyle
-from minilora.config import SampleConfig, TrainConfig, UserError
+from minilora.config import SampleConfig, TrainConfig
+from minilora.errors import UserError
 from minilora.folder import read_folders
 from minilora.models import Base
 from minilora.pictures import cut_square, open_picture
@@ -59,6 +61,22 @@ def test_at_scale_0_it_is_the_base_as_diffusers_has_it(command, tiny_base, pictu
         ).images
         # Drawn four at once there, one by one here: float32 rounding, at most one level of 255.
         assert np.abs(ours[number].astype(int) - np.array(theirs)).max() <= 1
+
+
+def test_xl_draws_again_as_in_diffusers_and_an_inpainting_base_is_refused(command, family_base, pictures, tmp_path):
+    base = Base(str(family_base("sdxl")), CPU)
+    inject_lora(base.unet, rank=2)
+    save_lora(base.unet, tmp_path / "xl" / "pytorch_lora_weights.safetensors")
+    ours = command(model=str(family_base("sdxl")), lora=(str(tmp_path / "xl"),))[0]
+    pipeline = StableDiffusionXLImg2ImgPipeline.from_pretrained(family_base("sdxl"))
+    options = {"strength": 0.5, "num_inference_steps": 4, "guidance_scale": 7.5}
+    for number, item in enumerate(read_folders(TrainConfig(data=(str(pictures),)))):
+        picture, generator = cut_square(open_picture(item.path), base.resolution), torch.Generator().manual_seed(number)
+        [theirs] = pipeline(item.captions[0], image=picture, generator=generator, **options).images
+        # One level of 255: ours are drawn together, and a batch's float32 sums are rounded otherwise.
+        assert np.abs(np.array(theirs).astype(int) - ours[number]).max() <= 1
+    with pytest.raises(UserError, match="it paints in pictures"):
+        command(model=str(family_base("sd1 inpainting")))
 
 
 def test_the_figures_are_those_of_the_pictures_that_are_written(command, pictures, tmp_path):

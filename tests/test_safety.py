@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from minilora.config import UserError
+from minilora.errors import UserError
 from minilora.files import PICKLES, TensorFile
 from minilora.models import Base
 

@@ -5,6 +5,7 @@ import re
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from diffusers import StableDiffusionPipeline
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -12,7 +13,8 @@ from test_models import write_a_lora
 from torch._dynamo.utils import counters
 
 from minilora import load_lora, lora_layers, set_lora_scale
-from minilora.config import SampleConfig, UserError
+from minilora.config import SampleConfig
+from minilora.errors import UserError
 from minilora.models import Base
 from minilora.sampling import SCHEDULERS, TOGETHER, draw, draw_each, evaluating, merged_at, sample, sheet
 
@@ -51,6 +53,15 @@ def test_the_picture_is_the_one_diffusers_draws(command, lora, tiny_base):
     assert np.abs(ours - theirs).max() <= 1e-4  # ours is merged and theirs is not: float32 rounding
     file = command(lora=(f"{lora}:0.7",), seed=5, guidance=4.0)
     assert np.abs(theirs * 255 - file).max() <= 0.5 + 255e-4  # the file holds whole numbers
+
+
+def test_each_step_of_a_drawing_is_a_sign_of_life(command):
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        command(steps=4)
+        assert dist.group.WORLD.get_group_store().add("signs of life", 0) == 4
+    finally:
+        dist.destroy_process_group()
 
 
 def test_merged_equals_live(tiny_base, lora):

@@ -94,7 +94,7 @@ def test_what_is_asked_for_is_the_mean_of_what_was_seen(unet, batch, schedule):
         means.append(sum(objective.seen).item() / len(objective.seen))
         if len(means) == 1:  # a is 0
             assert excess.mean().item() == pytest.approx(means[0], rel=1e-4)
-        objective.after_step()
+        objective.before_step()
     # The LoRA does not move, so a goes towards what is seen by a hundredth of the rest each time.
     assert objective.mean.item() == pytest.approx(means[0] * (1 - 0.99**3), rel=1e-5)
 

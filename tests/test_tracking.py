@@ -13,7 +13,8 @@ import pytest
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from minilora.config import TrainConfig, UserError
+from minilora.config import TrainConfig
+from minilora.errors import UserError
 from minilora.formats import FILE_NAME
 from minilora.training import train
 

@@ -10,7 +10,8 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_training import torchrun
 
-from minilora.config import TrainConfig, UserError
+from minilora.config import TrainConfig
+from minilora.errors import UserError
 from minilora.folder import read_folders
 from minilora.formats import FILE_NAME
 from minilora.sampling import write_captions
@@ -153,7 +154,7 @@ def test_the_noise_is_the_same_whatever_the_seed(run):
 def test_what_is_wrong_with_the_folder_is_said_by_its_option(run, unseen, pictures, capsys):
     with pytest.raises(UserError, match="--validation nowhere: there is no such folder"):
         run("a", validation="nowhere")
-    with pytest.raises(UserError, match="--validate-every needs a --validation"):
+    with pytest.raises(UserError, match="--validate-every needs --validation, the pictures"):
         run("a", validation=None)
     (unseen / "v0.png").write_bytes((pictures / "0.png").read_bytes())
     run("a", steps=1)

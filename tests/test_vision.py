@@ -19,7 +19,7 @@ from transformers import (
     ViTModel,
 )
 
-from minilora.config import UserError
+from minilora.errors import UserError
 from minilora.evaluate import EvaluateConfig, evaluate
 from minilora.pictures import as_tensor
 from minilora.vision import frechet_distance, vectors_of

@@ -10,29 +10,19 @@ A run that was stopped goes on when the same command is given again.
 """
 
 import json
+import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from ..commands import run
-from ..config import (
-    DATA,
-    MODEL,
-    MODEL_HELP,
-    OUTPUT,
-    PRECISION_HELP,
-    PRECISIONS,
-    TRAINING,
-    ByBase,
-    Settings,
-    TrainConfig,
-    setting,
-)
+from ..config import DATA, MODEL, MODEL_HELP, OUTPUT, PRECISION_HELP, PRECISIONS, TRAINING, TrainConfig
 from ..distributed import Ranks, processes, wait_for_all
 from ..files import write_whole
 from ..live import load_lora
 from ..lora import ATTENTION
 from ..models import DTYPES, Base
 from ..sampling import save_picture
+from ..settings import ABOVE_0, AT_LEAST_1, SEED, ByBase, Settings, is_miniature, setting
 from ..training import train
 from .consistency import LatentConsistency
 from .drawing import draw_pictures, read_captions
@@ -56,7 +46,7 @@ class DistillConfig(Settings):
     captions: str | None = setting(
         None, "file of captions, one a line; the bundled base's words if not given", group=DATA
     )
-    pictures: int = setting(320, "pictures that the base draws to learn from", group=DATA)
+    pictures: int = setting(320, "pictures that the base draws to learn from", group=DATA, within=AT_LEAST_1)
 
     objective: str = setting("lcm", "what is learnt", choices=("lcm", "smooth"), group=TRAINING)
     guidance: tuple[float, ...] = setting(
@@ -65,18 +55,23 @@ class DistillConfig(Settings):
         group=TRAINING,
     )
     skip: int | None = setting(
-        None, "levels of 50 that a step of lcm's teacher goes over; 1, on the bundled base 5", group=TRAINING
+        None,
+        "levels of 50 that a step of lcm's teacher goes over; 1, on the bundled base 5",
+        group=TRAINING,
+        within=AT_LEAST_1,
     )
     weight: float | None = setting(
-        None, "weight of the variation in --objective smooth; 1 if not given", group=TRAINING
+        None, "weight of the variation in --objective smooth; 1 if not given", group=TRAINING, within=ABOVE_0
     )
-    train_steps: int | None = setting(None, "optimizer steps", group=TRAINING)
-    batch_size: int = setting(8, "pictures per optimizer step", group=TRAINING)
-    learning_rate: float = setting(ByBase(1e-4, 1e-3), "highest learning rate; it falls to 0", group=TRAINING)
-    seed: int = setting(0, "seed of every random draw", group=TRAINING)
+    train_steps: int | None = setting(None, "optimizer steps", group=TRAINING, within=AT_LEAST_1)
+    batch_size: int = setting(8, "pictures per optimizer step", group=TRAINING, within=AT_LEAST_1)
+    learning_rate: float = setting(
+        ByBase(1e-4, 1e-3), "highest learning rate; it falls to 0", group=TRAINING, within=ABOVE_0
+    )
+    seed: int = setting(0, "seed of every random draw", group=TRAINING, within=SEED)
 
     model: str | None = setting(None, MODEL_HELP, group=MODEL)
-    rank: int = setting(ByBase(64, 32), "rank of the LoRA", group=MODEL)
+    rank: int = setting(ByBase(64, 32), "rank of the LoRA", group=MODEL, within=AT_LEAST_1)
     targets: tuple[str, ...] = setting(ALL_LAYERS, "layers to adapt, as for train.py", group=MODEL)
     precision: str = setting("fp32", PRECISION_HELP, choices=PRECISIONS, group=MODEL)
 
@@ -93,9 +88,8 @@ class DistillConfig(Settings):
         return super().following(values) | {"output": f"out/{objective}", "train_steps": steps}
 
     def problems(self) -> list[str]:
-        wrong = self.out_of_range(1, "pictures train_steps batch_size rank skip")
-        wrong += self.out_of_range(0, "learning_rate weight", strict=True) + self.out_of_range(0, "seed")
-        if len(self.guidance) != 2 or not 1 <= self.guidance[0] <= self.guidance[-1]:
+        wrong = []
+        if len(self.guidance) != 2 or not 1 <= self.guidance[0] <= self.guidance[-1] < math.inf:
             given = ",".join(map(str, self.guidance))
             wrong.append(f"--guidance is {given}; it takes two numbers, the lowest, at least 1, and the highest")
         other = {"lcm": "weight", "smooth": "skip"}.get(self.objective)
@@ -105,7 +99,7 @@ class DistillConfig(Settings):
 
     def objective_itself(self) -> LatentConsistency | SmoothDenoising:
         if self.objective == "lcm":
-            return LatentConsistency(self.guidance, self.skip or (1 if self.model else 5))
+            return LatentConsistency(self.guidance, self.skip or (5 if is_miniature(self.model) else 1))
         return SmoothDenoising(self.weight or 1.0)
 
 

@@ -8,14 +8,16 @@ import torch
 from tqdm import tqdm
 
 from .. import draws
-from ..config import SampleConfig, UserError
+from ..config import SampleConfig
 from ..ddim import Levels, ddim_draw, guided
 from ..distributed import Ranks, wait_for_all
+from ..errors import UserError
 from ..files import write_whole
 from ..lost import sign_of_life
-from ..models import BUNDLED, DTYPES, Base
+from ..models import DTYPES, Base
 from ..pictures import as_picture
 from ..sampling import save_picture, write_captions
+from ..settings import BUNDLED, is_miniature
 
 HELD_OUT = 32  # one caption in so many is kept to measure with
 TOGETHER = 8  # pictures drawn in one pass
@@ -34,7 +36,7 @@ def read_captions(config) -> tuple[list[str], list[str]]:
         raise UserError(f"--captions {path}: it has {len(names)} captions; one is held out, and one more is needed")
     held_out = names[::HELD_OUT]
     learnt = [name for number, name in enumerate(names) if number % HELD_OUT]
-    if config.model is not None:
+    if not is_miniature(config.model):
         return learnt, held_out
     return (
         [f"{name}{style}" for name in learnt for style in STYLES],
@@ -61,6 +63,7 @@ def draw_pictures(config, captions: Sequence[str], folder: Path, ranks: Ranks) -
         write_captions(folder, [file.name for file in files], chosen)
     wait_for_all()
     base = Base(config.model, ranks.device, DTYPES[config.precision])
+    base.refuse_inpainting()
     share = range(ranks.rank, config.pictures, ranks.world)
     mine = [position for position in share if not files[position].exists()]
     for start in tqdm(range(0, len(mine), TOGETHER), "draw", disable=not (ranks.is_main and mine)):

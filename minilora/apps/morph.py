@@ -33,20 +33,10 @@ import torch.nn.functional as F
 from PIL import Image
 
 from ..commands import run
-from ..config import (
-    DATA,
-    MODEL,
-    MODEL_HELP,
-    OUTPUT,
-    PICTURES,
-    PRECISION_HELP,
-    PRECISIONS,
-    Settings,
-    UserError,
-    setting,
-)
+from ..config import DATA, MODEL, MODEL_HELP, OUTPUT, PICTURES, PRECISION_HELP, PRECISIONS
 from ..ddim import Levels, ddim_draw, ddim_invert
 from ..distributed import this_device
+from ..errors import UserError
 from ..evaluate import apart, encoder_features
 from ..files import write_whole
 from ..live import load_lora
@@ -54,6 +44,7 @@ from ..lora import lora_disabled, set_lora_scale
 from ..models import DTYPES, Base
 from ..pictures import as_picture
 from ..sampling import picture_format, save_picture, sheet
+from ..settings import AT_LEAST_1, SHARE, Settings, Within, setting
 from .report import folder_for, write_figures
 from .restore import learn, psnr, see
 
@@ -69,17 +60,17 @@ class MorphConfig(Settings):
     prompt_a: str | None = setting(None, "what the first shows", group=DATA)
     prompt_b: str | None = setting(None, "what the second shows", group=DATA)
 
-    frames: int = setting(17, "pictures from the first to the second, both counted", group=PICTURES)
-    steps: int = setting(50, "steps of the way to the noise, and of the way back", group=PICTURES)
-    attention: float = setting(0.6, "share of the steps in which self-attention is mixed", group=PICTURES)
+    frames: int = setting(17, "pictures from the first to the second, both counted", group=PICTURES, within=Within(2))
+    steps: int = setting(50, "steps of the way to the noise, and of the way back", group=PICTURES, within=AT_LEAST_1)
+    attention: float = setting(0.6, "share of the steps in which self-attention is mixed", group=PICTURES, within=SHARE)
     adain: bool = setting(True, "give the noise a mean and spread between those of the ends", group=PICTURES)
     even: bool = setting(True, "space the frames so that they look equally far apart", group=PICTURES)
 
     model: str | None = setting(None, MODEL_HELP, group=MODEL)
     lora_a: str | None = setting(None, "LoRA of the first picture, if there is one; trained if not given", group=MODEL)
     lora_b: str | None = setting(None, "LoRA of the second", group=MODEL)
-    rank: int = setting(16, "rank of the LoRAs that are trained", group=MODEL)
-    train_steps: int = setting(200, "steps that they are trained for", group=MODEL)
+    rank: int = setting(16, "rank of the LoRAs that are trained", group=MODEL, within=AT_LEAST_1)
+    train_steps: int = setting(200, "steps that they are trained for", group=MODEL, within=AT_LEAST_1)
     precision: str = setting("fp32", PRECISION_HELP, choices=PRECISIONS, group=MODEL)
 
     output: str | None = setting(
@@ -97,8 +88,7 @@ class MorphConfig(Settings):
         wrong = [] if len(self.pictures) == 2 else [f"morph takes two pictures, not {len(self.pictures)}"]
         if self.prompt_a is None or self.prompt_b is None:
             wrong.append("--prompt-a and --prompt-b are needed: what the pictures show")
-        wrong += self.out_of_range(2, "frames") + self.out_of_range(1, "steps rank train_steps")
-        return wrong + self.out_of_range(0, "attention", high=1)
+        return wrong
 
 
 @dataclass(frozen=True)
@@ -122,6 +112,7 @@ def morph(config: MorphConfig) -> dict[str, float]:
         for path, prompt, name, given in zip(paths, prompts, "ab", (config.lora_a, config.lora_b), strict=True)
     ]
     base = Base(config.model, this_device(), DTYPES[config.precision])
+    base.refuse_inpainting()
     for name, lora in zip("ab", loras, strict=True):
         load_lora(base.unet, lora, name)
     levels = Levels.of(base.scheduler, config.steps, base.device)

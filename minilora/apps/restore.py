@@ -6,8 +6,9 @@ DDIM walks both ways (ddim.py), so any picture has a noise that it would be draw
 is only approximate, and what the base knows least about it gets back worst.  A LoRA trained on the
 one picture makes the base know it: the way there and back then ends nearer to the picture, and from
 the same noise another prompt draws another picture with the same layout.  For such an edit the LoRA
-acts at about half its strength: at all of it the base knows little else than this picture.  This is
-how pictures are edited by Imagic (Kawar et al., 2022) and DragDiffusion (Shi et al., 2023).
+acts at about half its strength: at all of it the base knows little else than this picture.  DragDiffusion
+(Shi et al., 2023) trains a LoRA on its one picture and inverts it, too; Imagic (Kawar et al., 2022) tunes the
+whole model.
 """
 
 import json
@@ -17,27 +18,16 @@ from pathlib import Path
 import torch
 
 from ..commands import run
-from ..config import (
-    DATA,
-    MODEL,
-    MODEL_HELP,
-    OUTPUT,
-    PICTURES,
-    PRECISION_HELP,
-    PRECISIONS,
-    ByBase,
-    Settings,
-    TrainConfig,
-    UserError,
-    setting,
-)
+from ..config import DATA, MODEL, MODEL_HELP, OUTPUT, PICTURES, PRECISION_HELP, PRECISIONS, TrainConfig
 from ..ddim import Levels, ddim_draw, ddim_invert, guided
 from ..distributed import this_device
+from ..errors import UserError
 from ..live import load_lora
 from ..lora import lora_disabled, set_lora_scale
 from ..models import DTYPES, Base
 from ..pictures import NO_PICTURE, as_picture, as_tensor, cut_square, open_picture
 from ..sampling import save_picture, sheet
+from ..settings import AT_LEAST_0, AT_LEAST_1, ByBase, Settings, setting
 from ..training import train
 from .report import folder_for, write_figures
 
@@ -51,16 +41,16 @@ class RestoreConfig(Settings):
     edit: tuple[str, ...] = setting(
         (), "another prompt to draw from the picture's noise; may be repeated", repeat=True, group=PICTURES
     )
-    strength: float = setting(0.4, "strength of the LoRA for --edit", group=PICTURES)
+    strength: float = setting(0.4, "strength of the LoRA for --edit", group=PICTURES, within=AT_LEAST_0)
     guidance: float = setting(
-        ByBase(4.0, 1.5), "how strongly --edit is followed; 1 is without guidance", group=PICTURES
+        ByBase(4.0, 1.5), "how strongly --edit is followed; 1 is without guidance", group=PICTURES, within=AT_LEAST_1
     )
-    steps: int = setting(50, "steps of the way to the noise, and of the way back", group=PICTURES)
+    steps: int = setting(50, "steps of the way to the noise, and of the way back", group=PICTURES, within=AT_LEAST_1)
 
     model: str | None = setting(None, MODEL_HELP, group=MODEL)
     lora: str | None = setting(None, "LoRA of this picture, if there is one; trained if not given", group=MODEL)
-    rank: int = setting(16, "rank of the LoRA that is trained", group=MODEL)
-    train_steps: int = setting(ByBase(500, 400), "steps that it is trained for", group=MODEL)
+    rank: int = setting(16, "rank of the LoRA that is trained", group=MODEL, within=AT_LEAST_1)
+    train_steps: int = setting(ByBase(500, 400), "steps that it is trained for", group=MODEL, within=AT_LEAST_1)
     precision: str = setting("fp32", PRECISION_HELP, choices=PRECISIONS, group=MODEL)
 
     output: str | None = setting(None, "folder of the results; out/restore-<name> if not given", group=OUTPUT)
@@ -74,7 +64,7 @@ class RestoreConfig(Settings):
         wrong = [] if len(self.picture) == 1 else [f"restore takes one picture, not {len(self.picture)}"]
         if self.prompt is None:
             wrong.append("--prompt is needed: what the picture shows")
-        return wrong + self.out_of_range(1, "steps guidance rank train_steps") + self.out_of_range(0, "strength")
+        return wrong
 
 
 def restore(config: RestoreConfig) -> dict[str, float]:
@@ -83,6 +73,7 @@ def restore(config: RestoreConfig) -> dict[str, float]:
     picture = see(path, config.model)
     lora = config.lora or learn(path, config.prompt, output / "lora", config)
     base = Base(config.model, this_device(), DTYPES[config.precision])
+    base.refuse_inpainting()
     load_lora(base.unet, lora)
 
     levels = Levels.of(base.scheduler, config.steps, base.device)

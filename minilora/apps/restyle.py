@@ -26,28 +26,15 @@ import torch
 from PIL import Image
 
 from ..commands import run
-from ..config import (
-    DATA,
-    MODEL,
-    MODEL_HELP,
-    OUTPUT,
-    PICTURES,
-    PRECISION_HELP,
-    PRECISIONS,
-    ByBase,
-    SampleConfig,
-    Settings,
-    TrainConfig,
-    UserError,
-    first_line,
-    setting,
-)
+from ..config import DATA, MODEL, MODEL_HELP, OUTPUT, PICTURES, PRECISION_HELP, PRECISIONS, SampleConfig, TrainConfig
 from ..distributed import this_device
+from ..errors import UserError, first_line
 from ..folder import Item, read_folder
 from ..formats import some
 from ..models import DTYPES, Base
 from ..pictures import as_tensor, cut_square, open_picture
 from ..sampling import TOGETHER, draw, load_loras, merged_at, save_picture, sheet
+from ..settings import AT_LEAST_1, SEED, ByBase, Settings, Within, setting
 from .canny import canny
 from .classifier import probability, share_right, train_classifier
 from .report import folder_for, write_figures
@@ -62,13 +49,20 @@ class RestyleConfig(Settings):
     data: tuple[str, ...] = setting((), "the picture, or a folder of pictures with captions", group=DATA, bare=True)
     prompt: str | None = setting(None, "what they show, where the folder does not say", group=DATA)
 
-    strength: float = setting(0.5, "how much is drawn anew, from 0 to 1", group=PICTURES)
-    steps: int = setting(ByBase(50, 30), "denoising steps at strength 1, and in proportion", group=PICTURES)
+    strength: float = setting(
+        0.5, "how much is drawn anew, from 0 to 1", group=PICTURES, within=Within(0, 1, above=True)
+    )
+    steps: int = setting(
+        ByBase(50, 30), "denoising steps at strength 1, and in proportion", group=PICTURES, within=AT_LEAST_1
+    )
     guidance: float = setting(
-        ByBase(7.5, 3.0), "how strongly the prompt is followed; 1 is without guidance", group=PICTURES
+        ByBase(7.5, 3.0),
+        "how strongly the prompt is followed; 1 is without guidance",
+        group=PICTURES,
+        within=AT_LEAST_1,
     )
     negative: str = setting("", "what to keep away from", group=PICTURES)
-    seed: int = setting(0, "seed of the first picture; the next ones count up", group=PICTURES)
+    seed: int = setting(0, "seed of the first picture; the next ones count up", group=PICTURES, within=SEED)
     controlnet: str | None = setting(None, "diffusers folder of a ControlNet for Canny edges", group=PICTURES)
     style: str | None = setting(
         None, "folder of pictures in the style, to measure how much of it has come in", group=DATA
@@ -93,9 +87,7 @@ class RestyleConfig(Settings):
     def problems(self) -> list[str]:
         wrong = [] if len(self.data) == 1 else [f"restyle takes one picture or folder, not {len(self.data)}"]
         wrong += [] if self.lora else ["--lora is needed: the style"]
-        wrong += self.out_of_range(1, "steps guidance") + self.out_of_range(0, "seed")
-        wrong += self.out_of_range(0, "strength", high=1, strict=True)
-        if not wrong and self.strength * self.steps < 1:
+        if 0 < self.strength * self.steps < 1:
             wrong.append(f"--strength {self.strength} of --steps {self.steps} is less than one step")
         return wrong
 
@@ -105,6 +97,7 @@ def restyle(config: RestyleConfig) -> dict[str, float]:
     output, [data] = Path(config.output), config.data
     items = read_pictures(data, config.prompt, "")
     base = Base(config.model, this_device(), DTYPES[config.precision])
+    base.refuse_inpainting()
     strengths = load_loras(base, config.lora)
     draw_again = pipeline_for(base, config)
     pictures = [cut_square(open_picture(item.path), base.resolution) for item in items]
@@ -145,11 +138,12 @@ def read_pictures(name: str, caption: str | None, option: str) -> list[Item]:
 
 def pipeline_for(base: Base, config: RestyleConfig):
     """Return what draws pictures again, each with its caption and a seed of its own."""
-    kind, more = diffusers.StableDiffusionImg2ImgPipeline, {}
-    if config.controlnet:
-        kind = diffusers.StableDiffusionControlNetImg2ImgPipeline
-        more = {"controlnet": load_controlnet(config.controlnet, base)}
-    pipeline = kind(**base.pipeline.components, **more, requires_safety_checker=False)
+    name = "ControlNetImg2ImgPipeline" if config.controlnet else "Img2ImgPipeline"
+    kind = getattr(diffusers, f"StableDiffusionXL{name}" if base.is_xl else f"StableDiffusion{name}")
+    more = {"controlnet": load_controlnet(config.controlnet, base)} if config.controlnet else {}
+    settings = ("force_zeros_for_empty_prompt", "requires_safety_checker")  # of XL, and of the others
+    more |= {key: base.pipeline.config[key] for key in settings if key in base.pipeline.config}
+    pipeline = kind(**base.pipeline.components, **more)
     pipeline.set_progress_bar_config(disable=True)
 
     @torch.no_grad()
@@ -165,7 +159,8 @@ def pipeline_for(base: Base, config: RestyleConfig):
                 strength=config.strength,
                 num_inference_steps=config.steps,
                 guidance_scale=config.guidance,
-                negative_prompt=[config.negative] * len(part),
+                # None and not "": what is kept away from then is what the base was trained with.
+                negative_prompt=[config.negative] * len(part) if config.negative else None,
                 generator=[torch.Generator("cpu").manual_seed(config.seed + start + i) for i in range(len(part))],
             ).images
         return drawn

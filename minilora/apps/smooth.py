@@ -79,7 +79,7 @@ class SmoothDenoising(Objective):
         return ((1 - alpha_bar).sqrt() * change).flatten(1).norm(dim=1)
 
     @torch.no_grad()
-    def after_step(self) -> None:
+    def before_step(self) -> None:
         newest = mean_over_ranks(torch.stack(self.seen).mean())
         self.mean.lerp_(newest, DECAY)
         self.seen.clear()

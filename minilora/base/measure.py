@@ -86,7 +86,7 @@ def measure_base(base: Base, drawings: list[Drawing], unseen: list[Named], photo
     for name, paths in [
         ("held-out drawn pictures", [d.path for d in held_out]),
         ("Fluent pictures", [path for path, _ in unseen[:256]]),
-        ("the mountain photographs", photographs),
+        ("photographs of mountains", photographs),
     ]:
         note(f"VAE reconstruction, {len(paths)} {name}", f"{psnr(base, pixels_of(paths)):.1f} dB")
     for name, chosen in [("held-out", held_out), ("training", [d for d in drawings if not d.held_out][::16])]:
