@@ -19,7 +19,7 @@ from statistics import median
 import torch
 
 from minilora import inject_lora, lora_parameters
-from minilora.compiling import HOW
+from minilora.compiling import compile_options
 from minilora.config import SampleConfig
 from minilora.distributed import this_device
 from minilora.models import DTYPES, Base
@@ -34,7 +34,7 @@ def contender(args: argparse.Namespace, lora: bool, compiled: bool) -> Base:
         for parameter in lora_parameters(base.unet):
             torch.nn.init.normal_(parameter, std=0.01)  # B is zero at first, which would be no change
     if compiled:
-        base.unet.compile(**HOW)
+        base.unet.compile(**compile_options(base.device))
     return base
 
 
