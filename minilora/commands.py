@@ -180,7 +180,8 @@ def _read_file(cls: type, path: Path) -> dict:
             continue
         kind, is_tuple, optional = _kind(cls, name)
         parts = value if is_tuple and isinstance(value, list) else [value]
-        right = all(type(part) is kind or (kind is float and type(part) is int) for part in parts)
+        # (JSON's whole numbers have no end, but floats have.)
+        right = all(type(part) is kind or (kind is float and type(part) is int and abs(part) < 1e300) for part in parts)
         once = fields[name].metadata["repeat"]  # what may be repeated may also stand there once, without a list
         if right and (once or is_tuple == isinstance(value, list)):
             result[name] = tuple(kind(part) for part in parts) if is_tuple else kind(value)

@@ -76,7 +76,7 @@ class TrainConfig(Settings):
     )
     mirror: bool = setting(False, "show each picture mirrored half of the time", group=DATA)
     caption_dropout: float = setting(
-        0.0, "share of draws whose caption is left empty, 0 to 1", group=DATA, within=SHARE
+        ByBase(0.0, 0.1), "share of draws whose caption is left empty, 0 to 1", group=DATA, within=SHARE
     )
     class_prompt: str | None = setting(
         None, "what the pictures' subject is one of: train on pictures of that, too (DreamBooth)", group=DATA

@@ -194,9 +194,7 @@ class Examples:
             return {"mean": mean, "std": std}
 
         jobs = {}
-        if self.config.train_text_encoder:
-            ranks.say("note: --train-text-encoder changes what captions mean, so they are encoded anew at each step")
-        else:
+        if not self.config.train_text_encoder:
             jobs = {self._caption_file(caption): partial(encode_caption, caption) for caption in captions}
         if self.encoders is None:
             for item in (*self.items, *self.class_items):

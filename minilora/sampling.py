@@ -263,7 +263,8 @@ def sheet(rows: list[list[Image.Image]], columns: Sequence[str], labels: Sequenc
     result = Image.new("RGB", (margin + len(columns) * (cell + 4), 28 + len(rows) * (cell + 4)), "white")
     ink = ImageDraw.Draw(result)
     for x, column in enumerate(columns):
-        ink.text((margin + x * (cell + 4) + cell // 2, 14), column, "black", font, anchor="mm")
+        fitting = ImageFont.load_default(min(16, 16 * cell / max(1, font.getlength(column))))
+        ink.text((margin + x * (cell + 4) + cell // 2, 14), column, "black", fitting, anchor="mm")
     for y, (row, label) in enumerate(zip(rows, labels, strict=True)):
         top = 28 + y * (cell + 4)
         ink.text((margin - 6, top + cell // 2), label, "black", font, anchor="rm")

@@ -204,6 +204,8 @@ def encode(
     """Return what training sees of its pictures and of those of the class, and of those kept from it, if any."""
     resolution = config.resolution or base.resolution
     sizes = _sizes_for(base, resolution) if config.buckets else ()
+    if config.train_text_encoder:
+        ranks.say("note: --train-text-encoder changes what captions mean, so they are encoded anew at each step")
     # Pictures and captions are encoded in float32: a VAE in half precision can overflow.
     encoders = Base(config.model, ranks.device, config=config.model_config, loras=config.base_lora)
     how = resolution, encoders, len(base.schedule), ranks, sizes

@@ -26,7 +26,15 @@ def test_defaults_are_the_well_known_recipe_and_differ_on_the_bundled_base_where
     assert usual.output == "out/y"
     differ = {f.name for f in dataclasses.fields(usual) if getattr(usual, f.name) != getattr(bundled, f.name)}
     assert usual.prior_weight == 1  # and needs no class, being what it is by default
-    assert differ == {"model", "steps", "batch_size", "learning_rate", "checkpoint_every", "class_pictures"}
+    assert differ == {
+        "model",
+        "steps",
+        "batch_size",
+        "learning_rate",
+        "checkpoint_every",
+        "class_pictures",
+        "caption_dropout",
+    }
 
 
 def test_a_base_with_the_bundled_shapes_has_its_defaults(tmp_path):
@@ -212,6 +220,7 @@ def test_mistakes_on_the_command_line_are_named(argv, message):
         ('{"data": "a", "lerning_rate": 1}', "unknown setting lerning_rate; did you mean learning_rate?"),
         ('{"data": "a", "rank": "8"}', 'rank is "8" and should be int'),
         ('{"data": "a", "rank": true}', "rank is true and should be int"),
+        (f'{{"data": "a", "learning_rate": {10**400}}}', "0000 and should be float"),
         ('{"data": "a", "targets": "to_q"}', 'targets is "to_q" and should be a list of str'),
         ('{"data": "a", "rank": null}', "rank is null and should be int"),
         ('{"data": "a", "targets": null}', "targets is null and should be a list of str"),

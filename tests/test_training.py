@@ -193,6 +193,16 @@ def test_a_compiled_run_learns_nearly_the_same_and_goes_on_with_the_same_bytes(r
     assert relative_difference(plain, run("mixed", resume=True, **settings)) < 1e-4
 
 
+@pytest.mark.slow
+def test_two_compiled_processes_learn_nearly_what_one_does_that_is_not(run, smallest_base, pictures, tmp_path):
+    words = f"--data {pictures} --model {smallest_base} --output {tmp_path / 'two'} --cache {tmp_path / 'cache2'}"
+    words += " --steps 6 --batch-size 4 --micro-batch-size 2 --rank 2 --learning-rate 0.001 --compile"
+    result = torchrun(2, *words.split())
+    assert result.returncode == 0, result.stderr
+    one = run("one", model=str(smallest_base), steps=6, batch_size=4, learning_rate=0.001)
+    assert relative_difference(one, tmp_path / "two") < 1e-4  # float32 sums, as above
+
+
 def test_without_a_compiler_compile_is_one_line(pictures, tiny_base, tmp_path):
     words = ["train.py", "--data", pictures, "--model", tiny_base, "--output", tmp_path / "out", "--compile"]
     lacking = {"CXX": str(tmp_path / "no-compiler"), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}

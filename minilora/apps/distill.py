@@ -111,6 +111,7 @@ def distill(config: DistillConfig) -> dict[str, float] | None:
         folder = config.data or draw_pictures(config, learnt, output / "pictures", ranks)
         settings = TrainConfig(
             data=(str(folder),),
+            caption_dropout=0.0,  # what is drawn without a caption is the teacher's, which does not learn
             model=config.model,
             rank=config.rank,
             targets=config.targets,

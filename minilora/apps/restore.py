@@ -122,6 +122,7 @@ def learn(path: Path, prompt: str, output: Path, config) -> Path:
     settings = TrainConfig(
         data=(str(path),),
         caption=prompt,
+        caption_dropout=0.0,  # nothing is drawn without a prompt here, but at little guidance
         model=config.model,
         rank=config.rank,
         steps=config.train_steps,
