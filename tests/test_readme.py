@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers import UNet2DConditionModel
 
 from minilora import remove_lora
 
@@ -194,18 +195,19 @@ def test_every_test_that_it_names_exists():
         assert f"def {test}(" in (ROOT / "tests" / file).read_text(), test
 
 
-def test_its_python_runs(tmp_path, monkeypatch, tiny_unet):
-    monkeypatch.chdir(tmp_path)
+def test_its_python_runs(folder, monkeypatch):
+    monkeypatch.chdir(folder)
     [block] = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    before = {name: value.clone() for name, value in tiny_unet.state_dict().items()}
 
-    def train(parameters):
+    def your_loop(parameters):
         for parameter in parameters:
             torch.nn.init.normal_(parameter)
 
-    exec(block, {"unet": tiny_unet, "train": train})
-    remove_lora(tiny_unet)
-    assert all(torch.equal(value, before[name]) for name, value in tiny_unet.state_dict().items())
+    names = {"your_loop": your_loop}
+    exec(block, names)
+    remove_lora(names["unet"])
+    before = UNet2DConditionModel.from_pretrained("minilora/base", subfolder="unet").state_dict()
+    assert all(torch.equal(value, before[name]) for name, value in names["unet"].state_dict().items())
 
 
 @pytest.mark.parametrize("command", ["train.py", "sample.py"])
