@@ -45,7 +45,7 @@ def test_the_table_is_of_what_was_chosen():
         return dict(re.findall(r"^\| (\w+) \| (.*) \|$", page, re.MULTILINE)[1:])
 
     usual = {"steps": "400", "rank": "8", "alpha": "8.0", "targets": "attention", "batch_size": "8"}
-    usual |= {"learning_rate": "0.002"}
+    usual |= {"learning_rate": "0.002", "caption_dropout": "0.1"}
     assert table() == usual
     assert table(snr_gamma=5.0, steps=7) == usual | {"snr_gamma": "5.0", "steps": "7"}
     from_file = {name: value for name, value in usual.items() if name not in ("rank", "alpha", "targets")}
