@@ -72,7 +72,7 @@ class Examples:
             self.buckets.setdefault(self.size_of(item), []).append(item)
         self.schedule_length = schedule_length
         self.folder = Path(config.cache).expanduser()
-        self.vae, self.text_encoder = encoders.encoder_fingerprints()
+        self.vae, self.text_encoder = encoders.encoder_fingerprints
         self.is_xl, self.tokens = encoders.is_xl, lru_cache(maxsize=4096)(encoders.tokens)
         self.encoders = encoders if config.crop == "random" else None
         if self.encoders:

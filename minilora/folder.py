@@ -77,12 +77,16 @@ def read_folder(name: str, config: TrainConfig, option: str = "--data") -> list[
         except NO_PICTURE as error:
             problems.append(f"{'it' if path == folder else path.name} cannot be opened as a picture ({error})")
         else:
-            # An empty caption becomes the trigger alone.
-            texts = (", ".join(filter(None, (config.trigger, text))) for text in captions.get(path, ()))
-            items.append(Item(path, hashlib.sha256(path.read_bytes()).hexdigest(), size, tuple(texts)))
+            texts = tuple(with_trigger(text, config) for text in captions.get(path, ()))
+            items.append(Item(path, hashlib.sha256(path.read_bytes()).hexdigest(), size, texts))
     if problems:
         raise UserError(f"{option} {folder}: " + "; ".join(problems))
     return items
+
+
+def with_trigger(caption: str, config: TrainConfig) -> str:
+    """Return a caption with --trigger before it; of an empty one, the trigger alone."""
+    return ", ".join(filter(None, (config.trigger, caption)))
 
 
 def _look_into(

@@ -270,6 +270,7 @@ class Base:
         loras = [(read_for(path, shapes, self.source, allow_unmatched=False), strength) for path, strength in given]
         return combine(loras).changes
 
+    @cached_property
     def encoder_fingerprints(self) -> tuple[str, str]:
         """Return what the latents of a picture and the vectors of a prompt are functions of, as two hashes."""
         of_text = []

@@ -4,13 +4,11 @@ import dataclasses
 import hashlib
 import json
 import threading
-from contextlib import nullcontext
 
 import numpy as np
 from torch.utils.tensorboard import SummaryWriter
 
 from . import sampling
-from .average import averaged
 from .config import TrainConfig
 from .distributed import decided_by_main
 from .errors import UserError
@@ -63,7 +61,7 @@ class Log:
         if self.writer:
             run = self.run
             prompts = run.config.sample_prompt
-            with averaged(run.network, run.average) if run.config.sample_average else nullcontext():
+            with run.as_drawn():
                 sheet = sampling.draw_prompts(run.base, prompts, run.examples.resolution, run.drawing(prompts))
             sampling.save_picture(sheet, run.output / "samples" / f"step-{step:08d}.png")
             self.writer.add_image("samples", np.array(sheet), step, dataformats="HWC")

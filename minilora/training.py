@@ -12,7 +12,7 @@ import hashlib
 import math
 import time
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -145,6 +145,10 @@ class Run:
         config = self.config
         same = {name: getattr(config, name) for name in ("model", "model_config", "seed", "zero_terminal_snr")}
         return SampleConfig(prompt=prompts, **same)
+
+    def as_drawn(self) -> AbstractContextManager:
+        """Return within what pictures are drawn: the LoRA is its average, with --sample-average, or stays as it is."""
+        return averaged(self.network, self.average) if self.config.sample_average else nullcontext()
 
 
 # ------------------------------------------------------------------------------ before the first step
@@ -444,7 +448,7 @@ def finish(run: Run) -> Path:
             save_lora(run.network, also, dialect=dialect)
             run.ranks.say(f"wrote      {also}, for programs that read {dialect}'s dialect")
         size, drawing = run.examples.size_of(item), run.drawing(item.captions[:1])
-        with averaged(run.network, run.average) if config.sample_average else nullcontext():
+        with run.as_drawn():
             sheet = sampling.before_after(run.base, item, size, drawing)
         sampling.save_picture(sheet, sheet_file)
         card = model_card(config, run.examples.items, run.base.is_xl, sheet_name)
@@ -458,5 +462,4 @@ def finish(run: Run) -> Path:
         url = decided_by_main(lambda: push(config.push_to_hub, run.output, results))
         run.ranks.say(f"pushed     to {url}")
     run.ranks.say(f"next       {drawing_command(config, item.captions[0], config.output)}")
-    wait_for_all()
     return lora_file

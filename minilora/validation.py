@@ -21,7 +21,7 @@ from .config import TrainConfig
 from .distributed import Ranks, decided_by_main, mean_over_ranks
 from .errors import UserError
 from .files import write_whole
-from .folder import Item, read_folder, read_folders
+from .folder import Item, read_folder, read_folders, with_trigger
 from .live import save_lora
 from .objectives import Denoising
 
@@ -34,12 +34,13 @@ def read_pictures(config: TrainConfig, ranks: Ranks) -> tuple[list[Item], list[I
     items, unseen = read_folders(config), []
     if config.validation and config.validation_share is None:
         unseen = read_folder(config.validation, config, "--validation")
-    given = ", ".join(filter(None, (config.trigger, config.caption)))
-    if config.caption is not None and all(item.captions != (given,) for item in (*items, *unseen)):
-        raise UserError(
-            f"--caption (or --instance-prompt) is {config.caption!r}, and has no effect: all pictures have captions of "
-            "their own; go without it, or take those away"
-        )
+    if config.caption is not None:
+        given = (with_trigger(config.caption, config),)
+        if all(item.captions != given for item in (*items, *unseen)):
+            raise UserError(
+                f"--caption (or --instance-prompt) is {config.caption!r}, and has no effect: all pictures have "
+                "captions of their own; go without it, or take those away"
+            )
     if config.validation_share is not None:
         return keep_apart(items, config.validation_share, config.seed)
     if ranks.is_main and (both := {item.digest for item in items} & {item.digest for item in unseen}):
