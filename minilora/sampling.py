@@ -256,8 +256,12 @@ def load_loras(base: Base, texts: Sequence[str]) -> dict[str, float]:
 
 
 def sheet(rows: list[list[Image.Image]], columns: Sequence[str], labels: Sequence[str]) -> Image.Image:
-    """Put pictures on one labelled sheet: `columns` above, `labels` to the left; small ones enlarged."""
-    cell = max(192, *rows[0][0].size)
+    """Put pictures on one labelled sheet: `columns` above, `labels` to the left; small ones enlarged.
+
+    Enlarged is by a whole number, so that every pixel stays what it is.
+    """
+    side = max(rows[0][0].size)
+    cell = side * max(1, -(-128 // side))
     font = ImageFont.load_default(16)
     margin = 12 + max(round(font.getlength(label)) for label in labels)
     result = Image.new("RGB", (margin + len(columns) * (cell + 4), 28 + len(rows) * (cell + 4)), "white")

@@ -1,66 +1,130 @@
-"""base/: what the bundled base is trained on. (That it is an ordinary pipeline, test_models.py says.)"""
+"""base/: the bundled base can be built from nothing. (That it is an ordinary pipeline, test_models.py says.)"""
 
 import json
+import shutil
 
 import pytest
+import torch
 from conftest import make_picture
+from diffusers import StableDiffusionPipeline
 
 from minilora.base import build, pictures
+from minilora.config import TrainConfig
+from minilora.training import train
+
+COLOURS = {"noto": "red", "twemoji": "green", "openmoji": "blue"}
 
 
-@pytest.fixture
-def data(tmp_path):
-    """A data folder with five things, of which three are to be learnt."""
-    rows = []
-    for number, (names, category, unified) in enumerate(
-        [
-            (["apple"], "Food & Drink", "1F34E"),
-            (["runner", "running"], "People & Body", "1F3C3"),
-            (["woman-running"], "People & Body", "1F3C3-200D-2640-FE0F"),  # a double of the one before
-            (["flag-fr"], "Flags", "1F1EB-1F1F7"),
-            (["dog"], "Animals & Nature", "1F436"),
-        ]
-    ):
-        row = {"image": f"{number}.png", "short_names": names, "name": f"THE {names[0].upper()}"}
-        rows.append(row | {"category": category, "unified": unified, "has_img_google": True, "has_img_twitter": True})
-        for package in pictures.STYLES.values():
-            folder = tmp_path / f"emoji-datasource-{package}" / "img" / package / "64"
-            folder.mkdir(parents=True, exist_ok=True)
-            make_picture(number, 64, 64).save(folder / f"{number}.png")
-    (tmp_path / "emoji-datasource-google" / "emoji.json").write_text(json.dumps(rows))
-    return tmp_path
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """A data folder with four of the base's things and a flag in three styles, and two photographs."""
+    folder = tmp_path_factory.mktemp("base-data")
+    for style, colour in COLOURS.items():
+        bodies = [f'<circle cx="18" cy="18" r="{4 + 3 * number}" fill="{colour}"/>' for number in range(5)]
+        names = [thing.icon for thing in pictures.read_things(4)] + ["flag-france"]
+        icons = {name: {"body": body} for name, body in zip(names, bodies, strict=True)}
+        icons |= {f"other-{number}": {"body": bodies[number % 5]} for number in range(20)}
+        (folder / style).mkdir()
+        (folder / style / "icons.json").write_text(json.dumps({"width": 36, "height": 36, "icons": icons}))
+    photographs = folder / "lomiri" / "usr" / "share" / "backgrounds"
+    photographs.mkdir(parents=True)
+    for number in range(2):
+        make_picture(number, 300, 200).save(photographs / f"{number}_by_hand.jpg")
+    return folder
 
 
-def test_things_are_read_once_and_without_flags(data):
-    names = [names for _, names, _ in pictures.read_things(data)]
-    assert names == [("apple", "the apple"), ("runner", "running", "the runner"), ("dog", "the dog")]
+def build_base(data, folder):
+    words = ["--data", data, "--work", folder / "work", "--output", folder / "base", "--things", 4]
+    build.main([str(word) for word in (*words, "--vae-steps", 3, "--steps", 3, "--no-compile", "--no-bf16")])
+    return folder / "base"
 
 
-def test_a_thing_that_is_held_out_is_known_from_the_other_style(data):
-    drawings = pictures.read_drawings(data)
-    assert len(drawings) == 6
-    assert all(drawing.path.is_file() for drawing in drawings)
-    [held_out] = [drawing for drawing in drawings if drawing.held_out]
-    assert any(d.names == held_out.names and d.style != held_out.style and not d.held_out for d in drawings)
+@pytest.fixture(scope="module")
+def base(data, tmp_path_factory):
+    return build_base(data, tmp_path_factory.mktemp("built"))
 
 
-def test_captions_are_names_with_or_without_style_or_empty(data):
-    drawing = pictures.read_drawings(data)[2]
+def test_what_is_built_is_an_ordinary_pipeline_that_draws(base):
+    pipeline = StableDiffusionPipeline.from_pretrained(base)
+    assert pipeline.vae_scale_factor == 8
+    [picture] = pipeline("apple, noto style", num_inference_steps=2, output_type="pt").images
+    assert picture.shape == (3, pictures.SIZE, pictures.SIZE)
+    assert picture.isfinite().all()
+
+
+def test_a_lora_is_trained_on_what_is_built(base, tmp_path):
+    make_picture(0, 64, 64).save(tmp_path / "a.png")
+    words = {"model": str(base), "resolution": 64, "steps": 1, "caption": "apple", "output": str(tmp_path / "out")}
+    assert train(TrainConfig(data=(str(tmp_path),), **words)).is_file()
+
+
+def test_a_build_that_is_stopped_anywhere_goes_on_to_the_same_bytes(data, base, tmp_path, monkeypatch):
+    monkeypatch.setattr(build, "SAVE_EVERY", 1)
+    shutil.copytree(base.parent / "work" / "tokenizer", tmp_path / "work" / "tokenizer")  # see build.py: it may vary
+    real, steps = torch.optim.AdamW.step, []
+
+    def step(optimizer):
+        steps.append(optimizer)
+        if len(steps) in (2, 6):  # in the VAE's training, and in the U-Net's
+            raise KeyboardInterrupt
+        return real(optimizer)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", step)
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            build_base(data, tmp_path)
+    again = build_base(data, tmp_path)
+    weights = [path.relative_to(base) for path in base.rglob("*.safetensors")]
+    assert len(weights) == 3
+    changed = [str(path) for path in weights if (again / path).read_bytes() != (base / path).read_bytes()]
+    assert not changed
+
+
+def test_the_build_says_which_data_it_lacks(tmp_path, capsys):
+    with pytest.raises(SystemExit) as end:
+        build.main(["--data", str(tmp_path)])
+    assert end.value.code == 2
+    assert "lacks noto/icons.json, twemoji/icons.json, openmoji/icons.json, lomiri" in capsys.readouterr().err
+
+
+def test_every_thing_has_names_of_its_own():
+    things = pictures.read_things()
+    names = [name for thing in things for name in thing.names]
+    assert len({thing.icon for thing in things}) == len(things)
+    assert len(set(names)) == len(names)
+
+
+def test_flags_are_no_drawings_and_what_is_held_out_is_not_learnt(data, tmp_path):
+    drawn = pictures.read_style(data, "noto", tmp_path)
+    assert "flag-france" not in drawn
+    assert "red-apple" in drawn
+    assert drawn["red-apple"].shape == (pictures.SIZE, pictures.SIZE, 3)
+    assert 0 < sum(map(pictures.is_held_out, (f"thing-{n}" for n in range(4000)))) < 200  # 100 in the mean
+
+
+def test_a_variant_is_the_whole_drawing_smaller_or_moved(data, tmp_path):
+    styles = {style: pictures.read_style(data, style, tmp_path) for style in pictures.STYLES}
+    drawings = pictures.read_drawings(styles, pictures.read_things(4))
+    assert [(d.thing.names[0], d.style) for d in drawings[:3]] == [("apple", style) for style in pictures.STYLES]
+    variants = [pictures.variant(drawings[-1], 11, number) for number in range(pictures.VARIANTS)]
+    assert len({v.tobytes() for v in variants}) == pictures.VARIANTS
+    inked = [(v < 128).any(axis=2).sum() / (drawings[-1].pixels < 128).any(axis=2).sum() for v in variants]
+    assert all(0.86**2 * 0.95 < share < 1.05 for share in inked)  # the area, and edges that are grey
+
+
+def test_captions_are_names_with_or_without_article_and_style_or_empty(data, tmp_path):
+    thing = pictures.read_things(1)[0]
+    drawing = pictures.Drawing(None, thing, "noto")
     captions = [pictures.caption_at(drawing, position) for position in range(1000)]
-    assert set(captions) == {"", *drawing.names, *(f"{name}, noto style" for name in drawing.names)}
+    known = [
+        f"{article}{name}{style}" for name in thing.names for article in ("", "an ") for style in ("", ", noto style")
+    ]
+    assert set(captions) <= {"", *known, *(c.replace("an r", "a r") for c in known)}
     assert 60 < captions.count("") < 140  # 1000 draws of 0.1: four deviations are 38
 
 
-def test_the_build_says_which_data_it_lacks(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("sys.argv", ["build", "--data", str(tmp_path)])
-    with pytest.raises(SystemExit) as end:
-        build.main()
-    assert end.value.code == 2
-    assert "lacks emoji-datasource-google, emoji-datasource-twitter, lomiri" in capsys.readouterr().err
-
-
-def test_the_tokenizer_learns_the_names_and_their_styles(data):
-    tokenizer = build.train_tokenizer(pictures.read_drawings(data))
+def test_the_tokenizer_learns_the_names_and_their_styles():
+    tokenizer = build.train_tokenizer(pictures.read_things(20))
     tokens = tokenizer("apple, noto style").input_ids
     assert tokenizer.decode(tokens, skip_special_tokens=True).replace(" ", "") == "apple,notostyle"
     assert (tokens[0], tokens[-1]) == (tokenizer.bos_token_id, tokenizer.eos_token_id)

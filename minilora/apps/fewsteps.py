@@ -106,7 +106,7 @@ def wasserstein(one: torch.Tensor, other: torch.Tensor, scale: torch.Tensor) -> 
 def called_right(pixels: dict[str, torch.Tensor], captions: Sequence[str], learnt: Path) -> dict[str, float]:
     """Return how often a classifier finds in pictures the style that their captions ask for.
 
-    It is trained on the pictures that the base drew in both styles.
+    It is trained on the pictures that the base drew in its styles.
     """
     about = learnt / "metadata.jsonl"
     rows = [json.loads(line) for line in about.read_text().splitlines()] if about.exists() else []
@@ -115,7 +115,8 @@ def called_right(pixels: dict[str, torch.Tensor], captions: Sequence[str], learn
         return {}  # another base, or pictures that were given
 
     def kinds(captions: Sequence[str]) -> torch.Tensor:
-        return torch.tensor([int(caption.endswith(STYLES[1])) for caption in captions])  # (n,)
+        found = [[caption.endswith(style) for style in STYLES[1:]].index(True) for caption in captions]
+        return torch.tensor(found)  # (n,)
 
     seen = torch.stack([as_tensor(open_picture(learnt / row["file_name"])) for row in styled])
     classifier = train_classifier(seen, kinds([row["text"] for row in styled]))

@@ -4,10 +4,10 @@ r"""Train the bundled miniature Stable Diffusion from scratch.
 
 Four parts, in the order they are made:
 
-    tokenizer      byte-pair encoding of the pictures' names, learnt in a second
-    VAE            64 × 64 pixels <-> 16 × 16 latents; learns from drawn pictures and photographs
-    text encoder   names -> vectors  \  trained together, from nothing, on the latents of two
-    U-Net          denoises latents  /  drawn styles, with the objective of minilora/diffusion.py
+    tokenizer      byte-pair encoding of the things' names, learnt in a second
+    VAE            128 × 128 pixels <-> 16 × 16 latents; learns from drawings and photographs
+    text encoder   names -> vectors  \  trained together on the latents of a few hundred
+    U-Net          denoises latents  /  things, each drawn in three styles
 
 Every random draw comes from draws.py and every 200 steps the state goes to --work, so a build that
 was stopped goes on where it was.  The result is an ordinary diffusers folder in half precision.
@@ -19,10 +19,10 @@ import json
 import sys
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from PIL import Image
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -31,19 +31,34 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from minilora import draws
 from minilora.checkpoint import load_optimizer_tensors, optimizer_tensors, under
-from minilora.diffusion import Schedule, denoising_loss
+from minilora.diffusion import Conditioning, Schedule, denoising_loss
 from minilora.files import write_tensors
-from minilora.pictures import as_tensor, open_picture
 
-from .pictures import DATA_HELP, SEED, SIZE, STYLES, Drawing, caption_at, read_drawings, read_photographs
+from .pictures import (
+    DATA_HELP,
+    SEED,
+    SIZE,
+    STYLES,
+    VARIANTS,
+    Drawing,
+    Thing,
+    caption_at,
+    is_held_out,
+    read_drawings,
+    read_photographs,
+    read_style,
+    read_things,
+    variant,
+)
 
 TOKENS = 32  # per caption
+SAVE_EVERY = 200  # steps
 
 # --------------------------------------------------------------------------------------- the parts
 
 
-def train_tokenizer(drawings: list[Drawing]) -> CLIPTokenizer:
-    """Learn a byte-pair encoding in CLIP's form from the pictures' names."""
+def train_tokenizer(things: list[Thing]) -> CLIPTokenizer:
+    """Learn a byte-pair encoding in CLIP's form from the things' names."""
     bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>", unk_token="<|endoftext|>"))
     bpe.normalizer = normalizers.Lowercase()
     bpe.pre_tokenizer = pre_tokenizers.Sequence(
@@ -56,7 +71,7 @@ def train_tokenizer(drawings: list[Drawing]) -> CLIPTokenizer:
         end_of_word_suffix="</w>",
         show_progress=False,
     )
-    captions = [f"{name}, {d.style} style" for d in drawings for name in d.names]
+    captions = [f"a {name}, {style} style" for thing in things for name in thing.names for style in STYLES]
     bpe.train_from_iterator(captions, trainer)
     model = json.loads(bpe.to_str())["model"]
     merges = [tuple(merge) for merge in model["merges"]]
@@ -65,11 +80,11 @@ def train_tokenizer(drawings: list[Drawing]) -> CLIPTokenizer:
 
 def make_vae() -> AutoencoderKL:
     return AutoencoderKL(
-        block_out_channels=(32, 64, 64),
-        down_block_types=("DownEncoderBlock2D",) * 3,
-        up_block_types=("UpDecoderBlock2D",) * 3,
+        block_out_channels=(32, 64, 96, 128),
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
         layers_per_block=1,
-        norm_num_groups=16,
+        norm_num_groups=8,
         latent_channels=4,
         sample_size=SIZE,
         mid_block_add_attention=False,
@@ -96,7 +111,7 @@ def make_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
 def make_unet() -> UNet2DConditionModel:
     # One transformer at 16 × 16, on the way down: the two on the way up would double a step's cost.
     return UNet2DConditionModel(
-        sample_size=SIZE // 4,
+        sample_size=SIZE // 8,
         block_out_channels=(128, 192, 192),
         down_block_types=("CrossAttnDownBlock2D",) * 3,
         up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
@@ -133,7 +148,7 @@ def learning_rate_at(step: int, steps: int, peak: float) -> float:
 def fit(name: str, modules: torch.nn.ModuleDict, loss_at, steps: int, learning_rate: float, work: Path):
     """Train `modules` for `steps` steps of `loss_at(step)` and return their moving average.
 
-    The state is kept in `work/<name>.safetensors` and taken up again from there.
+    The state is kept in `work/<name>.safetensors` and taken up again from there; more `steps` go on with it.
     """
     path = work / f"{name}.safetensors"
     average = copy.deepcopy(modules).requires_grad_(False)
@@ -169,82 +184,113 @@ def fit(name: str, modules: torch.nn.ModuleDict, loss_at, steps: int, learning_r
             kept.lerp_(new.detach(), 1 - decay)
         recent = loss.item() if recent is None else 0.98 * recent + 0.02 * loss.item()
         progress.set_postfix(loss=f"{recent:.4f}", refresh=False)
-        if (step + 1) % 200 == 0 or step + 1 == steps:
+        if (step + 1) % SAVE_EVERY == 0 or step + 1 == steps:
             save(step + 1)
     return average
 
 
-def train_vae(drawings: list[Drawing], photographs: list[Image.Image], steps: int, work: Path, device) -> AutoencoderKL:
-    """Train the autoencoder on drawn pictures (half) and crops of photographs (half)."""
+def as_pixels(pictures: list[np.ndarray]) -> torch.Tensor:
+    """Return pictures of bytes as float32 in [-1, 1], (n, 3, h, w)."""
+    return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def patch_at(position: int, side: int, drawn: list[np.ndarray], photographs: list[np.ndarray]) -> np.ndarray:
+    """Return the square that the VAE learns from at a position, (side, side, 3); two of three are of drawings."""
+    random = draws.generator(SEED, "vae", position)
+    if random.random() < 0.65:
+        picture = drawn[random.integers(len(drawn))]
+        if side == SIZE:
+            picture = np.roll(picture, random.integers(-8, 9, 2), (0, 1))
+    else:
+        picture = photographs[random.integers(len(photographs))]
+    for _ in range(4):  # a crop of white paper teaches nothing: look elsewhere
+        top, left = (random.integers(n - side + 1) for n in picture.shape[:2])
+        patch = picture[top : top + side, left : left + side]
+        if side == SIZE or (patch.min(axis=2) < 245).mean() > 0.4:
+            break
+    return patch[:, ::-1] if random.random() < 0.5 else patch
+
+
+def train_vae(
+    drawn: list[np.ndarray], photographs: list[np.ndarray], steps: int, work: Path, device, precision: torch.dtype
+) -> AutoencoderKL:
+    """Train the autoencoder: on patches of 64 pixels first, then every other step on whole pictures.
+
+    A patch costs a quarter and nearly all of it is informative; whole pictures are what will be encoded.
+    """
+    torch.manual_seed(SEED)  # the first weights
     vae = make_vae()
     modules = torch.nn.ModuleDict({"vae": vae}).to(device)
-    pictures = [open_picture(d.path) for d in drawings if not d.held_out]
-    batch = 16
-
-    def crop_at(position: int) -> torch.Tensor:
-        """Return a square cut out at random and resized to 64 × 64; (3, 64, 64)."""
-        random = draws.generator(SEED, "vae", position)
-        source = pictures if position % 2 else photographs
-        picture = source[random.integers(len(source))]
-        side = min(picture.size)
-        side = round(side * (random.uniform(0.7, 1) if position % 2 else random.uniform(0.15, 1)))
-        left, top = (random.integers(n - side + 1) for n in picture.size)
-        box = (left, top, left + side, top + side)
-        crop = as_tensor(picture.resize((SIZE, SIZE), Image.LANCZOS, box=box))
-        return crop.flip(-1) if random.random() < 0.5 else crop
 
     def loss_at(step: int) -> torch.Tensor:
-        pixels = torch.stack([crop_at(step * batch + i) for i in range(batch)]).to(device)  # (b, 3, 64, 64)
-        noise = torch.stack([draws.gaussian(SEED, "posterior", step * batch + i, (4, 16, 16)) for i in range(batch)])
-        with torch.autocast(device.type, torch.bfloat16):
+        count, side = (4, SIZE) if step > steps // 2 and step % 2 else (16, SIZE // 2)
+        positions = range(step * 16, step * 16 + count)
+        pixels = as_pixels([patch_at(p, side, drawn, photographs) for p in positions]).to(
+            device
+        )  # (count, 3, side, side)
+        noise = torch.stack([draws.gaussian(SEED, "posterior", p, (4, side // 8, side // 8)) for p in positions])
+        with torch.autocast(device.type, precision, enabled=precision != torch.float32):
             posterior = vae.encode(pixels).latent_dist
-            rebuilt = vae.decode(posterior.mean + posterior.std * noise.to(device)).sample
+            rebuilt = vae.decode(posterior.mean + posterior.std * noise.to(device)).sample.float()
         # The divergence only keeps the latents from drifting far from a unit gaussian.
         divergence = posterior.mean.float().square() + posterior.var.float() - 1 - posterior.logvar.float()
-        return F.mse_loss(rebuilt.float(), pixels) + 3e-5 * 0.5 * divergence.mean()
+        return F.mse_loss(rebuilt, pixels) + 0.1 * F.l1_loss(rebuilt, pixels) + 3e-5 * 0.5 * divergence.mean()
 
-    vae = fit("vae", modules, loss_at, steps, 1e-3, work)["vae"].eval()
+    vae = fit("vae", modules, loss_at, steps, 1.5e-3, work)["vae"].eval()
     # Latents are scaled to unit variance, as every Stable Diffusion does.
-    sample = torch.stack([as_tensor(p) for p in pictures[::4]]).to(device)
-    with torch.no_grad():
-        std = torch.cat([vae.encode(part).latent_dist.mean for part in sample.split(64)]).std().item()
-    vae.register_to_config(scaling_factor=round(1 / std, 5))
+    sample = as_pixels(drawn[:: max(1, len(drawn) // 500)]).to(device)
+    vae.register_to_config(scaling_factor=round(1 / encode(vae, sample).std().item(), 5))
     return vae
 
 
-def train_unet(drawings, tokenizer, vae, steps: int, work: Path, device):
+@torch.no_grad()
+def encode(vae: AutoencoderKL, pixels: torch.Tensor) -> torch.Tensor:
+    """Return the means of the latents, not scaled, (n, 4, 16, 16)."""
+    return torch.cat([vae.encode(part).latent_dist.mean for part in pixels.split(64)])
+
+
+def train_unet(drawings: list[Drawing], tokenizer, vae, steps: int, work: Path, device, precision, args):
     """Train text encoder and U-Net together; return the moving averages of both."""
-    known = [d for d in drawings if not d.held_out]
-    with torch.no_grad():
-        pixels = torch.stack([as_tensor(open_picture(d.path)) for d in known])  # (n, 3, 64, 64)
-        latents = torch.cat([vae.encode(part.to(device)).latent_dist.mean for part in pixels.split(64)])
-        latents = latents * vae.config.scaling_factor  # (n, 4, 16, 16)
+    latents = torch.stack(
+        [
+            encode(vae, as_pixels([variant(d, index, number) for index, d in enumerate(drawings)]).to(device))
+            for number in range(VARIANTS)
+        ]
+    )
+    latents = latents * vae.config.scaling_factor  # (variants, drawings, 4, 16, 16)
+    torch.manual_seed(SEED)  # the first weights
     unet, text_encoder = make_unet(), make_text_encoder(tokenizer)
+    if args.start:
+        unet.load_state_dict(load_file(args.start / "unet" / "diffusion_pytorch_model.safetensors"))
+        text_encoder.load_state_dict(load_file(args.start / "text_encoder" / "model.safetensors"))
     modules = torch.nn.ModuleDict({"unet": unet, "text_encoder": text_encoder}).to(device)
-    compiled = torch.compile(unet)  # takes two minutes, and then a step takes two thirds of the time
+    network = torch.compile(unet) if args.compile else unet
     schedule = Schedule.of(make_scheduler()).to(device)
     batch = 32
 
     def loss_at(step: int) -> torch.Tensor:
         positions = range(step * batch, (step + 1) * batch)
-        shown = [draws.picture_at(SEED, p, len(known)) for p in positions]
-        captions = [caption_at(known[i], p) for i, p in zip(shown, positions, strict=True)]
+        shown = [draws.picture_at(SEED, p, len(drawings)) for p in positions]
+        variants = [draws.integer(SEED, "variant", p, 0, VARIANTS) for p in positions]
+        captions = [caption_at(drawings[i], p) for i, p in zip(shown, positions, strict=True)]
         tokens = tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt").input_ids
-        noise = torch.stack([draws.gaussian(SEED, "noise", p, latents.shape[1:]) for p in positions])
+        noise = torch.stack([draws.gaussian(SEED, "noise", p, latents.shape[2:]) for p in positions])
         # Towards the noisy end, where it is the text that decides what is drawn: density ∝ t.
         timesteps = torch.tensor([int(len(schedule) * draws.uniform(SEED, "timestep", p) ** 0.5) for p in positions])
         # The plain form of attention: on a CPU its backward pass is faster than the fused one here.
-        with sdpa_kernel(SDPBackend.MATH), torch.autocast(device.type, torch.bfloat16):
-            text = text_encoder(tokens.to(device)).last_hidden_state  # (b, 32, 192)
-            return denoising_loss(
-                compiled, latents[shown], text, noise.to(device), timesteps.to(device), schedule
-            ).mean()
+        with (
+            sdpa_kernel(SDPBackend.MATH),
+            torch.autocast(device.type, precision, enabled=precision != torch.float32),
+        ):
+            text = Conditioning(text_encoder(tokens.to(device)).last_hidden_state)  # (b, 32, 192)
+            clean = latents[variants, shown]  # (b, 4, 16, 16)
+            return denoising_loss(network, clean, text, noise.to(device), timesteps.to(device), schedule).mean()
 
-    average = fit("unet", modules, loss_at, steps, 8e-4, work)
+    average = fit("unet", modules, loss_at, steps, args.learning_rate, work)
     return average["unet"].eval(), average["text_encoder"].eval()
 
 
-def main() -> None:
+def parse(words: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m minilora.base.build",
         description="Train the bundled miniature Stable Diffusion from scratch.",
@@ -254,26 +300,41 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=Path("base-data"), help="folder of the unpacked data packages")
     parser.add_argument("--work", type=Path, default=Path(".cache/base"), help="folder of the build's own checkpoints")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent, help="where the base is written")
-    parser.add_argument("--vae-steps", type=int, default=2800, help="steps of 16 pictures")
-    parser.add_argument("--steps", type=int, default=30000, help="steps of 32 pictures for U-Net and text encoder")
-    args = parser.parse_args()
-    needed = [f"emoji-datasource-{package}" for package in STYLES.values()] + ["lomiri"]
-    if missing := [name for name in needed if not (args.data / name).is_dir()]:
+    parser.add_argument("--vae-steps", type=int, default=5400, help="steps of 16 patches or 4 whole pictures")
+    parser.add_argument("--steps", type=int, default=12000, help="steps of 32 pictures for U-Net and text encoder")
+    parser.add_argument("--learning-rate", type=float, default=6e-4, help="highest learning rate of those steps")
+    parser.add_argument("--things", type=int, help="how many of things.txt are learnt; all if not given")
+    parser.add_argument(
+        "--start", type=Path, help="diffusers folder whose tokenizer, text encoder and U-Net are trained further"
+    )
+    parser.add_argument(
+        "--compile", action=argparse.BooleanOptionalAction, default=True, help="a step takes two thirds of the time"
+    )
+    parser.add_argument("--bf16", action=argparse.BooleanOptionalAction, default=True, help="autocast to bfloat16")
+    args = parser.parse_args(words)
+    needed = [*(f"{style}/icons.json" for style in STYLES), "lomiri/usr/share/backgrounds"]
+    if missing := [name for name in needed if not (args.data / name).exists()]:
         print(f"error: {args.data} lacks {', '.join(missing)}\n\n{DATA_HELP}", file=sys.stderr)
         sys.exit(2)
+    return args
 
-    torch.manual_seed(SEED)  # the networks' first weights
+
+def main(words: list[str] | None = None) -> None:
+    args = parse(words)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    drawings = read_drawings(args.data)
-    held_out = sum(d.held_out for d in drawings)
-    print(f"{len(drawings)} drawn pictures, {held_out} of them held out")
+    precision = torch.bfloat16 if args.bf16 else torch.float32
+    styles = {style: read_style(args.data, style, args.work) for style in STYLES}
+    things = read_things(args.things)
+    drawings = read_drawings(styles, things)
+    drawn = [pixels for pictures in styles.values() for icon, pixels in pictures.items() if not is_held_out(icon)]
+    print(f"{len(things)} things in {len(drawings)} drawings; the VAE learns from {len(drawn)}")
     # Kept too: learnt anew, equally frequent pieces could come in another order, and the text encoder not know them.
-    kept = args.work / "tokenizer"
+    kept = args.start / "tokenizer" if args.start else args.work / "tokenizer"
     if not kept.exists():
-        train_tokenizer(drawings).save_pretrained(kept)
+        train_tokenizer(read_things()).save_pretrained(kept)
     tokenizer = CLIPTokenizer.from_pretrained(kept)
-    vae = train_vae(drawings, read_photographs(args.data), args.vae_steps, args.work, device)
-    unet, text_encoder = train_unet(drawings, tokenizer, vae, args.steps, args.work, device)
+    vae = train_vae(drawn, read_photographs(args.data), args.vae_steps, args.work, device, precision)
+    unet, text_encoder = train_unet(drawings, tokenizer, vae, args.steps, args.work, device, precision, args)
     StableDiffusionPipeline(
         vae=vae,
         text_encoder=text_encoder,
@@ -284,6 +345,7 @@ def main() -> None:
         feature_extractor=None,
         requires_safety_checker=False,
     ).to(dtype=torch.float16).save_pretrained(args.output)
+    (args.output / "captions.txt").write_text("".join(f"{thing.names[0]}\n" for thing in things))  # what it knows
     # Half precision is for the download; without this line transformers would compute in it too.
     config = args.output / "text_encoder" / "config.json"
     config.write_text(config.read_text().replace('"dtype": "float16"', '"dtype": "float32"'))

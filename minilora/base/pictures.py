@@ -1,7 +1,14 @@
-"""The pictures that the bundled base is trained on, and those that it is measured with."""
+"""The pictures that the bundled base learns from: drawings of named things in three styles, and photographs.
 
+The drawings are vectors, so they are rendered at the size that is wanted.  things.txt says which of them the
+U-Net learns to draw and what they are called; the VAE learns from all of them, and from the photographs.
+"""
+
+import io
 import json
 import re
+import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,98 +16,165 @@ import numpy as np
 from PIL import Image
 
 from minilora import draws
-from minilora.pictures import open_picture
+from minilora.pictures import cut_square, open_picture
 
-SIZE = 64  # pixels
+SIZE = 128  # pixels
 SEED = 0
-STYLES = {"noto": "google", "twemoji": "twitter"}  # the name in a caption, and in the package
-LEARNT, PRINTED = 64, 48  # pictures in dataset/fluent and in dataset/cyanotype
+STYLES = ("noto", "twemoji", "openmoji")
+VARIANTS = 6  # positions and sizes that each drawing is learnt in
+PROMPTS = """apple, banana, strawberry, lemon, watermelon, tomato, carrot, pizza, hamburger, ice cream,
+doughnut, birthday cake, dog, cat, rabbit, bear, pig, frog, penguin, octopus, butterfly, bee, tulip,
+sunflower, cactus, mushroom, evergreen tree, house, car, bus, bicycle, rocket, airplane, sailboat,
+umbrella, rainbow, snowman, star, key, balloon, book, pencil, guitar, soccer ball, trophy, crown,
+heart, ghost, smile, mountain"""  # those of the contact sheet, which no style set learns from
+PROMPTS = [prompt.strip() for prompt in PROMPTS.replace("\n", " ").split(",")]
+THINGS = Path(__file__).parent / "things.txt"
 DATA_HELP = """\
-The build reads four packages, unpacked side by side in --data:
-  emoji-datasource-google    npm pack emoji-datasource-google@16.0.0     Noto, Apache-2.0
-  emoji-datasource-twitter   npm pack emoji-datasource-twitter@16.0.0    Twemoji, CC-BY-4.0
-  fluent-emoji-3d            npm pack @lobehub/fluent-emoji-3d@1.1.0     Fluent 3D, MIT (to measure only)
-  lomiri                     apt-get download lomiri-wallpapers-16.04    photographs, CC-BY(-SA)-4.0 or CC0
+The build reads these packages, unpacked side by side in --data:
+  noto              npm pack @iconify-json/noto@1.2.9            Noto Emoji, Apache-2.0
+  twemoji           npm pack @iconify-json/twemoji@1.2.5         Twemoji, CC-BY-4.0
+  openmoji          npm pack @iconify-json/openmoji@1.2.29       OpenMoji, CC-BY-SA-4.0
+  fluent-emoji-3d   npm pack @lobehub/fluent-emoji-3d@1.1.0      Fluent 3D, MIT (to measure only)
+  lomiri            apt-get download lomiri-wallpapers-16.04 lomiri-wallpapers-20.04    photographs, CC
 for example
-  mkdir emoji-datasource-google
-  tar xzf emoji-datasource-google-16.0.0.tgz -C emoji-datasource-google --strip-components=1
-  dpkg-deb -x lomiri-wallpapers-16.04*.deb lomiri"""
-# Left out: flags and symbols (letters, arrows, signs), and the photographs that LoRA is shown to learn.
-CATEGORIES_LEFT_OUT = ("Flags", "Symbols", "Component")
-PHOTOGRAPHS_LEFT_OUT = ("picosdeeuropa", "aitzgorri")
+  mkdir noto && tar xzf iconify-json-noto-1.2.9.tgz -C noto --strip-components=1
+  dpkg-deb -x lomiri-wallpapers-16.04*.deb lomiri && dpkg-deb -x lomiri-wallpapers-20.04*.deb lomiri
+and it needs the extra "base": pip install -e ".[base]\""""
+# Pictures that say nothing: flags, clocks, signs, and the doubles of persons in other skins and genders.
+LEFT_OUT = re.compile(
+    r"flag|skin-tone|medium-|light-|dark-|keycap|^u[0-9a-f]|button|clock-|squared|ideograph|o-clock|thirty|arrow|input|"
+    r"symbol|sign|zodiac|square$|circle$|letter|person-|woman-|man-|women-|men-|people-|family|couple|kiss-|hole$"
+)
+# The two that LoRA is shown to learn, and three that are no photographs.
+PHOTOGRAPHS_LEFT_OUT = ("picosdeeuropa", "aitzgorri", "Fossa", "Infinite-Sea", "Painting-Colors")
+
+
+@dataclass(frozen=True)
+class Thing:
+    """A thing that the base knows: the name of its drawing in the packages, and what people call it."""
+
+    icon: str
+    names: tuple[str, ...]
 
 
 @dataclass(frozen=True)
 class Drawing:
-    """One drawn picture: where it is, what it shows (one or more names) and in which style."""
+    """One drawing: its pixels, (128, 128, 3) of bytes, what it shows and in which style."""
 
-    path: Path
-    names: tuple[str, ...]
+    pixels: np.ndarray
+    thing: Thing
     style: str
-    held_out: bool  # kept for measuring: the thing is then known from the other style only
+
+    def caption(self) -> str:
+        return f"{self.thing.names[0]}, {self.style} style"
 
 
-def read_things(data: Path) -> list[tuple[str, tuple[str, ...], str]]:
-    """Return (file stem, names, category) of every thing that both drawn styles have."""
+def read_things(count: int | None = None) -> list[Thing]:
+    """Return the first things of things.txt, the most usual first; all if no count is given."""
     things = []
-    for row in json.loads((data / "emoji-datasource-google" / "emoji.json").read_text()):
-        left_out = row["category"] in CATEGORIES_LEFT_OUT
-        gendered = re.search("-200D-264[02]", row["unified"])  # "woman running" beside "running"
-        if left_out or gendered or not (row["has_img_google"] and row["has_img_twitter"]):
-            continue
-        names = [re.sub("[_-]", " ", n).lower() for n in (*row["short_names"], row["name"])]
-        names = tuple(dict.fromkeys(n for n in names if re.search("[a-z]", n)))
-        if names:
-            things.append((row["image"].removesuffix(".png"), names, row["category"]))
+    for line in THINGS.read_text().splitlines()[:count]:
+        icon, _, names = line.partition(": ")
+        things.append(Thing(icon, tuple(names.split(", "))))
     return things
 
 
-def read_drawings(data: Path) -> list[Drawing]:
-    """Return the drawn pictures of both styles; of one thing in twenty, one style is held out."""
-    drawings = []
-    for number, (stem, names, _) in enumerate(read_things(data)):
-        for which, (style, package) in enumerate(STYLES.items()):
-            path = data / f"emoji-datasource-{package}" / "img" / package / str(SIZE) / f"{stem}.png"
-            held_out = number % 20 == 0 and number // 20 % 2 == which
-            drawings.append(Drawing(path, names, style, held_out))
-    return drawings
+def render(svg: str) -> np.ndarray:
+    """Return a vector drawing on white, (128, 128, 3) of bytes."""
+    import resvg_py  # the extra "base": only who builds the base needs it
+
+    file = io.BytesIO(bytes(resvg_py.svg_to_bytes(svg_string=svg, width=SIZE, height=SIZE)))
+    picture = Image.open(file).convert("RGBA").resize((SIZE, SIZE))
+    return np.asarray(Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB"))
 
 
-def read_photographs(data: Path) -> list[Image.Image]:
-    """Return the photographs that the VAE learns from, 512 pixels on the short side."""
-    folder = data / "lomiri" / "usr" / "share" / "backgrounds"
-    paths = sorted(p for p in folder.glob("*.jpg") if not p.name.startswith(PHOTOGRAPHS_LEFT_OUT))
-    pictures = [open_picture(path) for path in paths]
-    scales = [512 / min(picture.size) for picture in pictures]
-    return [p.resize([round(n * s) for n in p.size], Image.LANCZOS) for p, s in zip(pictures, scales, strict=True)]
+def read_style(data: Path, style: str, work: Path) -> dict[str, np.ndarray]:
+    """Return every drawing of a style by its name; rendered once, which takes a minute, and kept in `work`."""
+    kept = work / f"{style}-{SIZE}.npz"
+    if not kept.exists():
+        content = json.loads((data / style / "icons.json").read_text())
+        pictures = {}
+        for name, icon in content["icons"].items():
+            if LEFT_OUT.search(name) or icon.get("hidden"):
+                continue
+            corner = (icon.get("left", 0), icon.get("top", 0))
+            width, height = (icon.get(side, content.get(side, 16)) for side in ("width", "height"))
+            box = " ".join(map(str, (*corner, width, height)))
+            spaces = 'xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink"'
+            pictures[name] = render(f'<svg {spaces} viewBox="{box}">{icon["body"]}</svg>')
+        work.mkdir(parents=True, exist_ok=True)
+        np.savez_compressed(kept.with_suffix(".part.npz"), names=list(pictures), pixels=np.stack([*pictures.values()]))
+        kept.with_suffix(".part.npz").rename(kept)
+    with np.load(kept) as file:
+        return dict(zip(file["names"].tolist(), file["pixels"], strict=True))
+
+
+def is_held_out(icon: str) -> bool:
+    """Whether the VAE never sees a thing, so that it can be measured on it: one in forty, by its name."""
+    return zlib.crc32(icon.encode()) % 40 == 0
+
+
+def read_drawings(styles: dict[str, dict[str, np.ndarray]], things: Sequence[Thing]) -> list[Drawing]:
+    """Return the drawings of the things in every style that has them."""
+    return [
+        Drawing(pictures[thing.icon], thing, style)
+        for thing in things
+        for style, pictures in styles.items()
+        if thing.icon in pictures
+    ]
+
+
+def variant(drawing: Drawing, index: int, number: int) -> np.ndarray:
+    """Return drawing number `index` a little smaller and moved a little, (128, 128, 3) of bytes."""
+    random = draws.generator(SEED, "variant", index * VARIANTS + number)
+    side = int(random.integers(round(SIZE * 0.86), SIZE + 1))
+    left, top = random.integers(0, SIZE - side + 1, 2)
+    result = Image.new("RGB", (SIZE, SIZE), "white")
+    result.paste(Image.fromarray(drawing.pixels).resize((side, side), Image.Resampling.LANCZOS), (int(left), int(top)))
+    return np.asarray(result)
 
 
 def caption_at(drawing: Drawing, position: int) -> str:
-    """Return the caption of one draw: a name, often with the style, one time in ten nothing."""
-    chance = draws.uniform(SEED, "caption", position)
-    name = drawing.names[draws.integer(SEED, "name", position, 0, len(drawing.names))]
+    """Return the caption of one draw: a name, sometimes with an article, often with the style; or nothing."""
+    random = draws.generator(SEED, "caption", position)
+    chance, article, style = random.random(3)
     if chance < 0.1:
         return ""  # what classifier-free guidance compares with
-    return name if chance < 0.5 else f"{name}, {drawing.style} style"
+    name = drawing.thing.names[random.integers(len(drawing.thing.names))]
+    if article < 0.15:
+        name = f"{'an' if name[0] in 'aeiou' else 'a'} {name}"
+    return f"{name}, {drawing.style} style" if style < 0.6 else name
 
 
-Named = tuple[Path, tuple[str, ...]]  # a file and the names of what it shows
+def read_photographs(data: Path) -> list[np.ndarray]:
+    """Return the photographs that the VAE learns from, each in four sizes, (h, w, 3) of bytes."""
+    paths = sorted((data / "lomiri" / "usr" / "share" / "backgrounds").glob("*.jpg"))
+    sizes = []
+    for path in paths:
+        if not path.name.startswith(PHOTOGRAPHS_LEFT_OUT):
+            picture = open_picture(path)
+            for short in (144, 224, 352, 544):
+                scale = short / min(picture.size)
+                size = tuple(round(side * scale) for side in picture.size)
+                sizes.append(np.asarray(picture.resize(size, Image.Resampling.LANCZOS)))
+    return sizes
 
 
-def fluent_pictures(data: Path) -> tuple[list[Named], list[Named]]:
-    """Return the pictures of Fluent 3D that LoRA learns from, and all the others, to measure with."""
+Named = tuple[Image.Image, tuple[str, ...]]  # a picture and the names of what it shows
+LEARNT, PRINTED = 64, 48  # pictures in dataset/fluent and in dataset/cyanotype
+
+
+def fluent_pictures(data: Path, things: Sequence[Thing]) -> list[Named]:
+    """Return Fluent 3D's pictures of things, on white, 128 pixels."""
+    codes = {icon: code for code, icon in json.loads((data / "noto" / "chars.json").read_text()).items()}
     files = {path.stem.replace("-fe0f", ""): path for path in (data / "fluent-emoji-3d" / "assets").glob("*.webp")}
-    pictures = []
-    for stem, names, _ in read_things(data):
-        if path := files.get(stem.replace("-fe0f", "")):
-            pictures.append((path, names))
-    order = draws.generator(SEED, "fluent", 0).permutation(len(pictures))
-    mixed = [pictures[i] for i in np.asarray(order)]
-    return mixed[:LEARNT], mixed[LEARNT:]
+    found = [(files.get(codes.get(thing.icon, "").replace("-fe0f", "")), thing.names) for thing in things]
+    return [(cut_square(open_picture(path), SIZE), names) for path, names in found if path]
 
 
-def noto_pictures(data: Path) -> list[Named]:
-    """Return the Noto pictures that dataset/cyanotype is made of, a sample of those the base has learnt from."""
-    known = [drawing for drawing in read_drawings(data) if drawing.style == "noto" and not drawing.held_out]
-    order = draws.generator(SEED, "cyanotype", 1).permutation(len(known))
-    return [(known[i].path, known[i].names) for i in np.asarray(order)[:PRINTED]]
+def split(named: Sequence[Named], shown: Sequence[str]) -> tuple[list[Named], list[Named]]:
+    """Return the pictures that LoRA learns a style from, and all others; those called as in `shown` are among these."""
+    free = [pair for pair in named if not set(pair[1]) & set(shown)]
+    order = draws.generator(SEED, "fluent", 0).permutation(len(free))
+    learnt = [free[i] for i in sorted(order[:LEARNT])]
+    names = {names for _, names in learnt}
+    return learnt, [pair for pair in named if pair[1] not in names]

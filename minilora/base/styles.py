@@ -3,19 +3,22 @@
     python -m minilora.base.styles --data base-data
 
 writes dataset/fluent, 64 pictures of Fluent 3D (all the others stay out, to measure with), and
-dataset/cyanotype, 48 pictures that the base knows in colour, printed in blue: a style and nothing else.
+dataset/cyanotype, 48 drawings that the base knows in colour, printed in blue: a style and nothing else.
+Both show things that the base can draw in its own styles, so that only the style is new.
 """
 
 import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
+from minilora import draws
 from minilora.sampling import write_captions
+from minilora.settings import BUNDLED
 
-from .pictures import Named, fluent_pictures, noto_pictures
+from .pictures import PRINTED, PROMPTS, SEED, Named, fluent_pictures, read_style, read_things, split
 
 INK, PAPER = (10, 42, 92), (236, 241, 238)  # Prussian blue; paper that is not quite white
 TONES = 64  # steps between the two
@@ -38,40 +41,39 @@ SOFTWARE OR THE USE OR OTHER DEALINGS IN THE SOFTWARE.
 LICENSES = {
     "fluent": f"""\
 The pictures are from Microsoft's Fluent Emoji (3D), Copyright (c) Microsoft Corporation, MIT licence,
-as packed by LobeHub in `@lobehub/fluent-emoji-3d` 1.1.0, and resized to 128 pixels.  Captions are the names in
-`emoji-datasource` 16.0.0, Copyright (c) 2013 Cal Henderson, MIT licence.
+as packed by LobeHub in `@lobehub/fluent-emoji-3d` 1.1.0, put on white and resized to 128 pixels.
 
 {MIT}""",
-    "cyanotype": f"""\
+    "cyanotype": """\
 The pictures are from Noto Emoji, Copyright Google LLC, Apache-2.0, http://www.apache.org/licenses/LICENSE-2.0, as
-packed in `emoji-datasource-google` 16.0.0.  They were changed: put on white, their brightness printed in one blue ink.
-Captions are the names in `emoji-datasource` 16.0.0, Copyright (c) 2013 Cal Henderson, MIT licence:
-
-{MIT}""",
+packed in `@iconify-json/noto` 1.2.9.  They were changed: put on white, their brightness printed in one blue ink.
+""",
 }
-
-
-def shrink(picture: Image.Image) -> Image.Image:
-    return picture.resize((128, 128), Image.Resampling.LANCZOS)
 
 
 def print_in_blue(picture: Image.Image) -> Image.Image:
     """Return a picture whose brightness is printed in blue ink, as on a cyanotype."""
-    on_white = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("L")
-    tone = (np.asarray(on_white, dtype=np.float32) / 255) ** 1.6  # (h, w), 1 is white; printed dark
+    tone = (np.asarray(picture.convert("L"), dtype=np.float32) / 255) ** 1.6  # (h, w), 1 is white; printed dark
     result = Image.fromarray((tone * (TONES - 1)).round().astype(np.uint8), "P")
     result.putpalette(np.linspace(INK, PAPER, TONES).round().astype(np.uint8).tobytes())
     return result
 
 
-def write(folder: Path, named: Sequence[Named], change: Callable[[Image.Image], Image.Image]) -> None:
-    """Write a dataset folder: the pictures, changed, with metadata.jsonl and LICENSE.md."""
+def known_things() -> list:
+    """Return the things that the bundled base has learnt, as its captions.txt says."""
+    known = set((BUNDLED / "captions.txt").read_text().splitlines())
+    return [thing for thing in read_things() if thing.names[0] in known]
+
+
+def write(folder: Path, named: Sequence[Named]) -> None:
+    """Write a dataset folder: the pictures with metadata.jsonl and LICENSE.md; what was there before is deleted."""
     folder.mkdir(parents=True, exist_ok=True)
+    for path in folder.glob("*.png"):
+        path.unlink()
     named = sorted(named, key=lambda pair: pair[1])
     files = [names[0].replace(" ", "_") + ".png" for _, names in named]
-    for (path, _), file_name in zip(named, files, strict=True):
-        with Image.open(path) as picture:
-            change(picture.convert("RGBA")).save(folder / file_name, optimize=True)
+    for (picture, _), file_name in zip(named, files, strict=True):
+        picture.save(folder / file_name, optimize=True)
     write_captions(folder, files, [names for _, names in named])
     (folder / "LICENSE.md").write_text(LICENSES[folder.name])
     print(f"wrote {len(files)} pictures to {folder}")
@@ -80,10 +82,17 @@ def write(folder: Path, named: Sequence[Named], change: Callable[[Image.Image], 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m minilora.base.styles", description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, default=Path("base-data"), help="folder of the unpacked data packages")
+    parser.add_argument("--work", type=Path, default=Path(".cache/base"), help="folder of the rendered drawings")
     parser.add_argument("--output", type=Path, default=Path("dataset"), help="folder to write them into")
     args = parser.parse_args()
-    write(args.output / "fluent", fluent_pictures(args.data)[0], shrink)
-    write(args.output / "cyanotype", noto_pictures(args.data), print_in_blue)
+    write(args.output / "fluent", split(fluent_pictures(args.data, known_things()), PROMPTS)[0])
+    drawn = read_style(args.data, "noto", args.work)
+    free = [thing for thing in known_things() if not set(thing.names) & set(PROMPTS)]
+    order = draws.generator(SEED, "cyanotype", 1).permutation(len(free))[:PRINTED]
+    write(
+        args.output / "cyanotype",
+        [(print_in_blue(Image.fromarray(drawn[t.icon])), t.names) for t in (free[i] for i in order)],
+    )
 
 
 if __name__ == "__main__":
