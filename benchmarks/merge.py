@@ -38,10 +38,10 @@ def make(work: Path, dtype: str, blocks: int) -> None:
     from diffusers import UNet2DConditionModel
     from safetensors.torch import load_file, save_file
 
-    from minilora.export import write_lora
-    from minilora.formats import Change, LoRA
-    from minilora.layout import Checkpoint
-    from minilora.names import original_unet_paths
+    from minilora.files.layout import Checkpoint
+    from minilora.files.names import original_unet_paths
+    from minilora.files.read import Change, LoRA
+    from minilora.files.write import write_lora
 
     folder = work / f"{dtype}-{blocks}"
     cross = ["CrossAttnDownBlock2D"] * (blocks - 1)

@@ -19,11 +19,11 @@ from statistics import median
 import torch
 
 from minilora import inject_lora, lora_parameters
-from minilora.compiling import compile_options
-from minilora.config import SampleConfig
-from minilora.distributed import this_device
-from minilora.models import DTYPES, Base
+from minilora.models.base import DTYPES, Base
+from minilora.models.compiling import compile_options
+from minilora.models.device import this_device
 from minilora.sampling import draw, merged_at
+from minilora.settings.sample import SampleConfig
 
 
 def contender(args: argparse.Namespace, lora: bool, compiled: bool) -> Base:

@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from .live import load_lora, save_lora
+    from .files.network import load_lora, save_lora
     from .lora import (
         LoRAConv2d,
         LoRALinear,
@@ -40,7 +40,7 @@ __all__ = [
 def __getattr__(name: str):
     """Import what is asked for when it is first used: torch takes seconds, and merging files does without."""
     if name in ("load_lora", "save_lora"):
-        from . import live as home
+        from .files import network as home
     elif name in __all__:
         from . import lora as home
     else:

@@ -14,7 +14,7 @@ U-Net sees x_t, t and the caption, and predicts one of three things, whichever i
 The loss is the squared distance between prediction and target.  Any one of the three gives the
 other two through (1), so they differ only in how they weigh the timesteps against each other.
 
-Nothing here draws a random number: noise and timesteps come in as arguments (see draws.py).
+Nothing here draws a random number: noise and timesteps come in as arguments (see data/draws.py).
 
 Sources: Ho et al., "Denoising diffusion probabilistic models", 2020 (1, epsilon); Salimans & Ho,
 "Progressive distillation", 2022 (v); Hang et al., "Efficient diffusion training via min-SNR

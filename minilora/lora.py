@@ -43,7 +43,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-# The attention projections of diffusers' U-Nets; names.py has them too, but this file needs nothing but torch.
+# The attention projections of diffusers' U-Nets; files/names.py has them too, but this file needs nothing but torch.
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 SETS = {"attention": ATTENTION, "attention+ff": (*ATTENTION, "ff.net.0.proj", "ff.net.2")}
 KIND_SETS = {"linear": (nn.Linear,), "linear+conv": (nn.Linear, nn.Conv2d)}  # all of a kind inside a U-Net's blocks

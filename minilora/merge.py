@@ -1,211 +1,27 @@
-"""Fold LoRA files into a base checkpoint: W ← W + Σ sᵢ · ΔWᵢ, file to file, streaming.
+"""Fold LoRA files into a base checkpoint: W ← W + Σ sᵢ · ΔWᵢ.
 
     python -m minilora.merge BASE LORA[:SCALE] … --output OUT
 
-A checkpoint is gigabytes of tensors of which a LoRA changes some.  Nothing is loaded as a model: the
-header of a safetensors file says where each tensor's bytes are, so the bytes of the others are copied,
-and those of a changed tensor are read, changed in float32, rounded once to their own type, and written,
-a few rows at a time.  The result has the same headers, order and files as the base; with --undo the
-original bytes of what changed are kept, and --restore puts them back, byte for byte.
-
-BASE is a diffusers folder or a single file in the original layout.
+BASE is a diffusers folder or a single file in the original layout; files/fold.py does the work, streaming.
+With --undo the original bytes of what changed are kept, and --restore puts them back, byte for byte.
+LoRAs are also merged with each other, reduced, converted and extracted: --loras-only, --extract.
 """
 
-import math
-import os
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
-from typing import BinaryIO
 
-# Said before numpy is imported: the threads of its matrix products would get in the way of those of files.rewrite.
-os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+# Before numpy: it says with how many threads that may multiply.
+from .files.fold import Report, fold, read_for, split_strength  # isort: skip
 
 import numpy as np
 
-from .config import MergeConfig
-from .dtypes import DTYPES, kept, narrow, widen
-from .errors import UserError
-from .export import write_lora
-from .files import CHUNK, TensorFile, read_exactly, refuse_existing, rewrite, staging
-from .formats import Change, FormatError, LoRA, read_lora, some
-from .layout import Checkpoint
-from .lowrank import combine, extract, reduce
-from .names import Modules, split
-from .undo import keeping, name_of, restore
-
-# ---------------------------------------------------------------------------------------------- report
-
-
-@dataclass
-class Folded:
-    """What one LoRA did to one component: ‖sΔW‖ / ‖W‖ by module."""
-
-    lora: str
-    component: str
-    changes: dict[str, float] = field(default_factory=dict)
-
-    def __str__(self) -> str:
-        largest = max(self.changes, key=self.changes.get)
-        mean = sum(self.changes.values()) / len(self.changes)
-        return (
-            f"{self.lora}: {len(self.changes)} modules of {self.component}, change of the weight {mean:.2%} on "
-            f"average, {self.changes[largest]:.2%} at most ({split(largest)[1]})"
-        )
-
-
-@dataclass
-class Report:
-    """What became of LoRAs: by LoRA and component, the keys that found no home, and what else is to be known."""
-
-    folded: list[Folded]
-    homeless: dict[str, list[str]]
-    notes: list[str]
-
-    def __str__(self) -> str:
-        lines = [str(folded) for folded in self.folded]
-        lines += [f"{lora}: {key} has no home in the base" for lora, keys in self.homeless.items() for key in keys]
-        return "\n".join([*lines, *self.notes])
-
-
-# ----------------------------------------------------------------------------------------------- fold
-
-
-@dataclass(frozen=True)
-class Part:
-    """What is added to some rows of a tensor: B A, the scales being folded into B, for all LoRAs together."""
-
-    module: str
-    first_row: int
-    A: np.ndarray  # (ranks, columns)
-    B: np.ndarray  # (rows, ranks)
-
-
-def fold(
-    base: Path,
-    loras: list[tuple[Path, float]],
-    output: Path,
-    *,
-    overwrite: bool = False,
-    undo: Path | None = None,
-    allow_unmatched: bool = False,
-    dtype: type = np.float32,
-) -> Report:
-    """Write `base` with LoRAs folded in, each at its strength, to `output`, in the layout of `base`.
-
-    The sum is taken in `dtype` and rounded once to each weight's own type.  `undo` is a file that
-    then holds the original bytes of what changed.  Raises UserError, with nothing left under
-    `output`, for files that cannot be read, keys without a home in the base (unless allowed), shapes
-    that do not fit, sums that are not finite numbers, and a disk without room.
-    """
-    if undo and undo.resolve().is_relative_to(output.resolve()):
-        raise UserError(f"--undo {undo}: it would lie in the --output {output}; choose a place beside it")
-    checkpoint = Checkpoint(base)
-    read = [read_for(path, checkpoint.modules, str(base), allow_unmatched) for path, _ in loras]
-    plan, folded = _plan(checkpoint, read, loras, dtype)
-    norms: dict[str, float] = {}
-    room = checkpoint.size * (1 if undo is None else 2)
-    staged = staging(output, room, overwrite, checkpoint.content)
-    with staged as new, keeping(undo, checkpoint, plan) as kept:
-        for path, file in checkpoint.files.items():
-            changes = {}
-            for key, parts in plan.get(path, {}).items():
-                keep = partial(kept.keep, name_of(path, key)) if kept else None
-                changes[key] = partial(_added, file, key, parts, norms, keep)
-            rewrite(file, new / path, changes)
-        checkpoint.copy_others(new)
-    for part in folded:
-        part.changes = {m: n / norms[m] if norms[m] else math.inf for m, n in part.changes.items()}
-    notes = [f"left out: {path}, whose weights would be those of the base" for path in checkpoint.left_out]
-    changed = sum(len(keys) for keys in plan.values())
-    tensors = sum(len(file.entries) for file in checkpoint.files.values())
-    notes += [f"changed {changed} of {tensors} tensors"]
-    ema = sum(key.startswith("model_ema.") for file in checkpoint.files.values() for key in file.entries)
-    notes += [f"note: the {ema} tensors of the moving average (model_ema.) are those of the base"] if ema else []
-    homeless = {str(path): lora.homeless for (path, _), lora in zip(loras, read, strict=True) if lora.homeless}
-    return Report(folded, homeless, notes)
-
-
-def read_for(path: Path, modules: Modules | None, base: str, allow_unmatched: bool) -> LoRA:
-    """Read a LoRA for a base with the given modules; UserError if it does not fit."""
-    try:
-        lora = read_lora(path, modules)
-    except FormatError as error:
-        raise UserError(f"LoRA {error}") from error
-    if lora.homeless and modules is None:
-        raise UserError(
-            f"LoRA {path}: {lora.homeless[0]} does not spell out its module's name; give --base, which has it"
-        )
-    if lora.homeless and (not allow_unmatched or not lora.changes):
-        raise UserError(
-            f"LoRA {path} was not made for this base: nothing in {base} goes by the name in {some(lora.homeless, 3)}"
-        )
-    return lora
-
-
-def _plan(checkpoint: Checkpoint, read: list[LoRA], loras: list[tuple[Path, float]], dtype: type):
-    """Return what is added to which tensors, by file and key, and a report whose changes are still absolute."""
-    plan: dict[Path, dict[str, list[Part]]] = {}
-    folded: dict[tuple[int, str], Folded] = {}
-    changes: dict[str, list[tuple[Change, float]]] = {}
-    for number, (lora, (path, strength)) in enumerate(zip(read, loras, strict=True)):
-        for module, change in lora.changes.items():
-            component = split(module)[0]
-            about = folded.setdefault((number, component), Folded(f"{path} at {strength:g}", component))
-            about.changes[module] = abs(strength) * change.norm()
-            changes.setdefault(module, []).append((change, strength))
-    for module, several in changes.items():
-        a = [change.A.reshape(change.rank, -1) for change, _ in several]
-        a = np.concatenate(a, dtype=dtype)  # (ranks, columns)
-        b = [change.B.astype(dtype, copy=False) * (change.scale * strength) for change, strength in several]
-        b = np.concatenate(b, axis=1)  # (rows, ranks)
-        for home in checkpoint.homes[module]:
-            if home.shape != checkpoint.homes[module][0].shape:
-                raise UserError(f"{checkpoint.path / home.file}: {home.key} has another shape than its other variant")
-            parts = plan.setdefault(home.file, {}).setdefault(home.key, [])
-            parts.append(Part(module, home.first_row, a, b))
-    return plan, list(folded.values())
-
-
-def _added(
-    file: TensorFile, key: str, parts: list[Part], norms: dict[str, float], keep: Callable | None, source: BinaryIO
-) -> Iterator[np.ndarray]:
-    """Yield the bytes of a tensor with its parts added, some rows at a time, and note ‖W‖ by module."""
-    entry = file.entries[key]
-    stored, sum_type = DTYPES[entry.dtype], np.float64 if entry.dtype == "F64" else parts[0].A.dtype
-    columns = math.prod(entry.shape[1:])
-    rows_at_once = max(1, CHUNK // (stored.itemsize * columns))
-    shape = rows_at_once, columns
-    raw, wide = kept("raw", shape, stored), kept("wide", shape, np.dtype(sum_type))
-    product = kept("product", shape, parts[0].A.dtype)
-    squares = dict.fromkeys((part.module for part in parts), 0.0)
-    for first in range(0, entry.shape[0], rows_at_once):
-        rows = min(rows_at_once, entry.shape[0] - first)
-        original = raw[:rows].reshape(-1).view(np.uint8)
-        read_exactly(source, original, file.path)
-        weight = widen(raw[:rows], wide[:rows])  # (rows, columns)
-        for part in parts:
-            begin, end = max(first, part.first_row), min(first + rows, part.first_row + len(part.B))
-            if begin < end:
-                mine = weight[begin - first : end - first]
-                squares[part.module] += float(np.vdot(mine, mine))
-                b = part.B[begin - part.first_row : end - part.first_row]
-                with np.errstate(over="ignore", invalid="ignore"):  # it is looked for below
-                    mine += np.matmul(b, part.A, product[: len(mine)])
-        extremes = np.array([weight.min(), weight.max()])
-        if not np.isfinite(widen(narrow(extremes, entry.dtype))).all():
-            modules = ", ".join(split(part.module)[1] for part in parts)
-            raise UserError(f"{file.path}: {key} ({modules}) would not be finite numbers of type {entry.dtype}")
-        new = narrow(weight, entry.dtype).reshape(-1).view(np.uint8)
-        if keep:
-            keep(first * columns * stored.itemsize, original, new)
-        yield new
-    for module, square in squares.items():
-        norms[module] = math.sqrt(square)
-
-
-# ------------------------------------------------------------------------------------------- the command
+from .files.layout import Checkpoint
+from .files.low_rank import combine, extract, reduce
+from .files.read import FormatError
+from .files.tensors import refuse_existing
+from .files.undo import restore
+from .files.write import write_lora
+from .settings.errors import UserError
+from .settings.merge import MergeConfig
 
 
 def merge(config: MergeConfig) -> None:
@@ -261,21 +77,7 @@ def _write_lora(config: MergeConfig, output: Path) -> Report:
     return Report([], {}, [*([str(reduction)] if reduction else []), *notes])
 
 
-def split_strength(text: str) -> tuple[Path, float]:
-    """Split "out/fluent:0.8" into path and strength; without a strength it is 1."""
-    path, colon, last = text.rpartition(":")
-    try:
-        strength = float(last) if colon else None
-    except ValueError:
-        strength = None  # the colon belongs to the path
-    if strength is None:
-        return Path(text), 1.0
-    if not math.isfinite(strength):
-        raise UserError(f"LoRA {text}: the strength {last} is not a finite number")
-    return Path(path), strength
-
-
 if __name__ == "__main__":
-    from .commands import merge as command
+    from .settings.command_line import merge as command
 
     command()

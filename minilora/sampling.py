@@ -17,19 +17,18 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin
 
-from .buckets import Size
-from .compiling import check_compiler, compile_options
-from .config import SampleConfig
-from .distributed import this_device
-from .errors import UserError
-from .files import write_whole
-from .folder import Item
-from .live import components, load_lora
+from .data.buckets import Size
+from .data.folder import Item
+from .data.pictures import NO_PICTURE, cut, open_picture
+from .files.fold import split_strength
+from .files.network import components, load_lora
+from .files.tensors import write_whole
 from .lora import lora_layers, merge_lora, unmerge_lora
-from .lost import sign_of_life
-from .merge import split_strength
-from .models import DTYPES, Base
-from .pictures import NO_PICTURE, cut, open_picture
+from .models.base import DTYPES, Base
+from .models.compiling import check_compiler, compile_options
+from .models.device import this_device
+from .settings.errors import UserError
+from .settings.sample import SampleConfig
 
 TOGETHER = 4  # pictures drawn in one pass; more are faster and take more memory
 SCHEDULERS = {
@@ -48,11 +47,16 @@ def use_scheduler(base: Base, name: str) -> None:
 
 @torch.no_grad()
 def draw(
-    base: Base, prompt: str | Sequence[str], seeds: Sequence[int], size: int | Size, config: SampleConfig
+    base: Base,
+    prompt: str | Sequence[str],
+    seeds: Sequence[int],
+    size: int | Size,
+    config: SampleConfig,
+    on_step: Callable[[], None] | None = None,
 ) -> list[Image.Image]:
     """Draw a prompt, or one of its own, for each seed with the steps and guidance of `config`.
 
-    `size` is the side of a square, or width and height, in pixels.
+    `size` is the side of a square, or width and height, in pixels.  `on_step` is called after each step.
     """
     pictures, (width, height) = [], (size, size) if isinstance(size, int) else size
     prompts = [prompt] * len(seeds) if isinstance(prompt, str) else prompt
@@ -70,7 +74,7 @@ def draw(
             guidance_scale=config.guidance,
             generator=generators,
             output_type="np",
-            callback_on_step_end=_after_each_step(config.compile and start == 0),
+            callback_on_step_end=_after_each_step(config.compile and start == 0, on_step),
             **inpainting,
         ).images  # (n, h, w, 3)
         if not np.isfinite(drawn).all():
@@ -84,21 +88,28 @@ def draw(
 
 
 def draw_each(
-    base: Base, prompts: Sequence[str], seeds: Sequence[int], size: int, config: SampleConfig
+    base: Base,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    size: int,
+    config: SampleConfig,
+    on_step: Callable[[], None] | None = None,
 ) -> list[list[Image.Image]]:
     """Draw each prompt once for each seed, as many pictures at a time as go together: a list for each prompt."""
-    drawn = iter(draw(base, [prompt for prompt in prompts for _ in seeds], [*seeds] * len(prompts), size, config))
+    each = [prompt for prompt in prompts for _ in seeds]
+    drawn = iter(draw(base, each, [*seeds] * len(prompts), size, config, on_step))
     return [[next(drawn) for _ in seeds] for _ in prompts]
 
 
-def _after_each_step(compiled: bool) -> Callable:
-    """Return what the pipeline calls after each step: processes that wait are told that this one is at work."""
+def _after_each_step(compiled: bool, on_step: Callable[[], None] | None) -> Callable:
+    """Return what the pipeline calls after each step."""
     began = time.monotonic()
 
     def after_step(pipeline, step: int, timestep, tensors: dict) -> dict:
         if compiled and step == 0:
             print(f"the first step took {time.monotonic() - began:.1f} s, compiling included", flush=True)
-        sign_of_life()
+        if on_step:
+            on_step()
         return tensors
 
     return after_step
@@ -167,21 +178,25 @@ def evaluating(*modules: torch.nn.Module) -> Iterator[None]:
 # ------------------------------------------------------------------------------- during training
 
 
-def draw_prompts(base: Base, prompts: Sequence[str], size: int, config: SampleConfig) -> Image.Image:
+def draw_prompts(
+    base: Base, prompts: Sequence[str], size: int, config: SampleConfig, on_step: Callable[[], None] | None = None
+) -> Image.Image:
     """Draw each prompt with the LoRA as it is now, three seeds to a row."""
     seeds = [config.seed, config.seed + 1, config.seed + 2]
     with evaluating(*components(base.pipeline).values()):
-        rows = draw_each(base, prompts, seeds, size, config)
+        rows = draw_each(base, prompts, seeds, size, config, on_step)
     return sheet(rows, [f"seed {seed}" for seed in seeds], list(prompts))
 
 
-def before_after(base: Base, item: Item, size: Size, config: SampleConfig) -> Image.Image:
+def before_after(
+    base: Base, item: Item, size: Size, config: SampleConfig, on_step: Callable[[], None] | None = None
+) -> Image.Image:
     """Draw a training picture's caption by the base, the LoRA at 0.5 and at 1.0, and the picture itself."""
     seeds, columns = [config.seed, config.seed + 1, config.seed + 2], []
     with evaluating(*components(base.pipeline).values()):
         for strength in (0.0, 0.5, 1.0):
             with merged_at(base, {"default": strength}):
-                columns.append(draw(base, item.captions[0], seeds, size, config))
+                columns.append(draw(base, item.captions[0], seeds, size, config, on_step))
     columns.append([cut(open_picture(item.path), size)] * len(seeds))
     rows = [list(row) for row in zip(*columns, strict=True)]
     return sheet(rows, ["base", "LoRA at 0.5", "LoRA at 1.0", "training picture"], [f"seed {seed}" for seed in seeds])

@@ -4,7 +4,7 @@
 
 A run is a pure function of (base, pictures, settings).  Step s uses the positions
 s·B … s·B + B − 1 of an endless stream, B being the global batch size; all that is random at a
-position is computed from it (draws.py).  Processes and micro-batches only share out the B positions,
+position is computed from it (data/draws.py).  Processes and micro-batches only share out the B positions,
 and a run that was stopped goes on as if it had not been.
 """
 
@@ -21,14 +21,27 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from . import checkpoint, draws, sampling
-from .average import averaged, follow
-from .buckets import Size, bucket_sizes
-from .card import drawing_command, model_card
-from .compiling import check_compiler, compile_options
-from .config import SampleConfig, TrainConfig
-from .data import Examples
-from .distributed import (
+from . import sampling
+from .data import draws
+from .data.buckets import Size, bucket_sizes
+from .data.examples import Examples
+from .data.folder import Item
+from .files.names import UNET
+from .files.network import load_lora, save_lora
+from .files.read import AVERAGE_NAME, FILE_NAME
+from .files.tensors import write_whole
+from .lora import inject_lora, load_lora_state_dict, lora_layers, lora_parameters, lora_state_dict
+from .models.base import DTYPES, Base, UNetWithText, fingerprint
+from .models.compiling import check_compiler, compile_options
+from .run import checkpoint
+from .run.card import drawing_command, model_card
+from .run.dreambooth import class_pictures
+from .run.ema import averaged, follow
+from .run.encode import encoded_examples
+from .run.hub import check_login, push
+from .run.lost import rescue, sign_of_life
+from .run.objective import Denoising, Objective
+from .run.ranks import (
     Ranks,
     Shares,
     StopSignals,
@@ -38,20 +51,11 @@ from .distributed import (
     refuse_differences,
     wait_for_all,
 )
-from .dreambooth import class_pictures
-from .errors import UserError
-from .files import write_whole
-from .folder import Item
-from .formats import AVERAGE_NAME, FILE_NAME
-from .hub import check_login, push
-from .live import load_lora, save_lora
-from .lora import inject_lora, load_lora_state_dict, lora_layers, lora_parameters, lora_state_dict
-from .lost import rescue
-from .models import DTYPES, Base, UNetWithText, fingerprint
-from .names import UNET
-from .objectives import Denoising, Objective
-from .tracking import Log
-from .validation import BEST, FIGURES, Validation, read_pictures
+from .run.tracking import Log
+from .run.validation import BEST, FIGURES, Validation, read_pictures
+from .settings.errors import UserError
+from .settings.sample import SampleConfig
+from .settings.train import TrainConfig
 
 
 class Stopped(SystemExit):
@@ -213,9 +217,9 @@ def encode(
     # Pictures and captions are encoded in float32: a VAE in half precision can overflow.
     encoders = Base(config.model, ranks.device, config=config.model_config, loras=config.base_lora)
     how = resolution, encoders, len(base.schedule), ranks, sizes
-    examples = Examples(items, config, *how, others)
+    examples = encoded_examples(items, config, *how, others)
     plain = replace(config, mirror=False, crop="center")
-    held_out = Examples(unseen, plain, *how) if unseen else None
+    held_out = encoded_examples(unseen, plain, *how) if unseen else None
     encoders.release("text_encoder", "text_encoder_2", *([] if config.crop == "random" else ["vae"]))
     return examples, held_out
 
@@ -449,7 +453,7 @@ def finish(run: Run) -> Path:
             run.ranks.say(f"wrote      {also}, for programs that read {dialect}'s dialect")
         size, drawing = run.examples.size_of(item), run.drawing(item.captions[:1])
         with run.as_drawn():
-            sheet = sampling.before_after(run.base, item, size, drawing)
+            sheet = sampling.before_after(run.base, item, size, drawing, sign_of_life)
         sampling.save_picture(sheet, sheet_file)
         card = model_card(config, run.examples.items, run.base.is_xl, sheet_name)
         write_whole(run.output / "README.md", card.encode())

@@ -16,7 +16,7 @@ from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from PIL import Image
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from minilora.models import BUNDLED
+from minilora.models.base import BUNDLED
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

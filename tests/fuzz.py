@@ -17,11 +17,11 @@ from pathlib import Path
 import atheris
 
 with atheris.instrument_imports(include=["minilora"]):
-    from minilora.config import TrainConfig
-    from minilora.errors import UserError
-    from minilora.files import TensorFile
-    from minilora.folder import read_folder
-    from minilora.formats import FormatError, read_lora
+    from minilora.data.folder import read_folder
+    from minilora.files.read import FormatError, read_lora
+    from minilora.files.tensors import TensorFile
+    from minilora.settings.errors import UserError
+    from minilora.settings.train import TrainConfig
 
 from PIL import Image
 

@@ -12,14 +12,14 @@ from PIL import Image
 
 from minilora import inject_lora, lora_parameters
 from minilora.apps import morph as morphing
+from minilora.apps.ddim import Levels, ddim_draw, ddim_invert, guided
 from minilora.apps.morph import MorphConfig, between, distances, draw_frames, morph, slerp, way
 from minilora.apps.restore import RestoreConfig, learn, psnr, restore, see
-from minilora.commands import read
-from minilora.ddim import Levels, ddim_draw, ddim_invert, guided
-from minilora.errors import UserError
-from minilora.live import save_lora
-from minilora.models import Base
+from minilora.files.network import save_lora
+from minilora.models.base import Base
 from minilora.sampling import merged_at
+from minilora.settings.command_line import read
+from minilora.settings.errors import UserError
 
 CPU = torch.device("cpu")
 

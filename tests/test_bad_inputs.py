@@ -7,7 +7,7 @@ import pytest
 from bad_inputs.cases import CASES, PAGE, ROOMS, Place, page
 from conftest import make_picture
 
-from minilora import commands
+from minilora.settings import command_line as commands
 
 COMMANDS = {"train": commands.train, "sample": commands.sample, "merge": commands.merge}
 MOST_LINES = 4  # of a message

@@ -9,7 +9,7 @@ from conftest import make_picture
 from diffusers import StableDiffusionPipeline
 
 from minilora.base import build, pictures
-from minilora.config import TrainConfig
+from minilora.settings.train import TrainConfig
 from minilora.training import train
 
 COLOURS = {"noto": "red", "twemoji": "green", "openmoji": "blue"}

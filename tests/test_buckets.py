@@ -1,4 +1,4 @@
-"""buckets.py: one size per batch, little cut off, and no picture favoured."""
+"""data/buckets.py: one size per batch, little cut off, and no picture favoured."""
 
 from collections import Counter
 
@@ -8,13 +8,13 @@ from conftest import make_picture
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minilora.buckets import bucket_sizes, nearest, picture_at, share_kept
-from minilora.config import TrainConfig
-from minilora.data import Examples
-from minilora.distributed import Ranks
-from minilora.folder import read_folders
-from minilora.models import Base
-from minilora.pictures import as_tensor, cut, open_picture
+from minilora.data.buckets import bucket_sizes, nearest, picture_at, share_kept
+from minilora.data.folder import read_folders
+from minilora.data.pictures import as_tensor, cut, open_picture
+from minilora.models.base import Base
+from minilora.run.encode import encoded_examples
+from minilora.run.ranks import Ranks
+from minilora.settings.train import TrainConfig
 
 CPU = torch.device("cpu")
 
@@ -84,7 +84,7 @@ def test_training_sees_each_picture_in_its_own_size(tmp_path, tiny_base):
     base, ranks = Base(str(tiny_base), CPU), Ranks(0, 1, CPU)
     for crop in ("center", "random"):
         config = TrainConfig(**settings, buckets=True, batch_size=2, crop=crop)
-        examples = Examples(read_folders(config), config, 16, base, 1000, ranks, bucket_sizes(16, 8))
+        examples = encoded_examples(read_folders(config), config, 16, base, 1000, ranks, bucket_sizes(16, 8))
         assert {size: len(items) for size, items in examples.buckets.items()} == {(16, 16): 2, (32, 8): 2, (8, 32): 1}
         shapes = set()
         for step in range(6):
@@ -95,7 +95,7 @@ def test_training_sees_each_picture_in_its_own_size(tmp_path, tiny_base):
         assert len(shapes) == 3
     # The cache tells sizes apart: the same file as a square, and in its bucket.
     plain = TrainConfig(**settings)
-    squares = Examples(read_folders(plain), plain, 16, base, 1000, ranks)
+    squares = encoded_examples(read_folders(plain), plain, 16, base, 1000, ranks)
     wide = squares.items[1]
     mean, _ = base.encode_picture(as_tensor(cut(open_picture(wide.path), (16, 16))))
     position = next(p for p in range(5) if squares.picture_at(p) == wide)

@@ -1,4 +1,4 @@
-"""card.py: what the page of a LoRA says to type does what it says, and its table is of what was chosen."""
+"""run/card.py: what the page of a LoRA says to type does what it says, and its table is of what was chosen."""
 
 import re
 import shlex
@@ -9,11 +9,12 @@ import torch
 from huggingface_hub import ModelCard
 from PIL import Image
 
-from minilora.card import model_card
-from minilora.commands import read
-from minilora.config import SampleConfig, TrainConfig
-from minilora.folder import Item
+from minilora.data.folder import Item
+from minilora.run.card import model_card
 from minilora.sampling import sample
+from minilora.settings.command_line import read
+from minilora.settings.sample import SampleConfig
+from minilora.settings.train import TrainConfig
 from minilora.training import train
 
 

@@ -9,10 +9,11 @@ import pytest
 import torch
 from test_training import CHANGES
 
-from minilora.commands import read, run
-from minilora.config import SampleConfig, TrainConfig
-from minilora.errors import UserError
-from minilora.settings import BUNDLED
+from minilora.settings.command_line import read, run
+from minilora.settings.errors import UserError
+from minilora.settings.sample import SampleConfig
+from minilora.settings.setting import BUNDLED
+from minilora.settings.train import TrainConfig
 
 
 def parse(*argv):

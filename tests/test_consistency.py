@@ -8,14 +8,15 @@ from diffusers import LCMScheduler
 from safetensors.torch import load_file
 from torch.func import functional_call
 
-from minilora import checkpoint, inject_lora, lora_disabled, lora_parameters
+from minilora import inject_lora, lora_disabled, lora_parameters
 from minilora.apps.consistency import LatentConsistency, boundary_scalings, consistency
-from minilora.config import TrainConfig
-from minilora.data import Batch
-from minilora.ddim import ddim_step, guided
+from minilora.apps.ddim import ddim_step, guided
+from minilora.data.examples import Batch
 from minilora.diffusion import PREDICTION_TYPES, Conditioning, add_noise
-from minilora.errors import UserError
-from minilora.models import Base
+from minilora.models.base import Base
+from minilora.run import checkpoint
+from minilora.settings.errors import UserError
+from minilora.settings.train import TrainConfig
 from minilora.training import train
 
 CPU = torch.device("cpu")

@@ -1,4 +1,4 @@
-"""data.py: what a folder may look like, what is said when it is wrong, and what training sees of it."""
+"""data/examples.py: what a folder may look like, what is said when it is wrong, and what training sees of it."""
 
 import dataclasses
 import json
@@ -11,15 +11,17 @@ import torch
 from conftest import make_picture
 from PIL import Image
 
-from minilora import data, draws
-from minilora.config import TrainConfig
-from minilora.data import Batch, Examples
-from minilora.distributed import Ranks, Shares
-from minilora.errors import UserError
-from minilora.folder import read_folders
-from minilora.models import Base
-from minilora.pictures import as_tensor, cut_square, open_picture
-from minilora.validation import read_pictures
+from minilora.data import draws
+from minilora.data import examples as data
+from minilora.data.examples import Batch
+from minilora.data.folder import read_folders
+from minilora.data.pictures import as_tensor, cut_square, open_picture
+from minilora.models.base import Base
+from minilora.run.encode import encoded_examples
+from minilora.run.ranks import Ranks, Shares
+from minilora.run.validation import read_pictures
+from minilora.settings.errors import UserError
+from minilora.settings.train import TrainConfig
 
 ONE = Ranks(0, 1, torch.device("cpu"))
 
@@ -30,7 +32,7 @@ def config_for(folder, tmp_path, **settings):
 
 def examples_for(folder, tmp_path, tiny_base, ranks=ONE, **settings):
     config = config_for(folder, tmp_path, **settings)
-    return Examples(read_folders(config), config, 16, Base(str(tiny_base), ranks.device), 1000, ranks)
+    return encoded_examples(read_folders(config), config, 16, Base(str(tiny_base), ranks.device), 1000, ranks)
 
 
 # ----------------------------------------------------------------------------------------- pictures
@@ -167,7 +169,7 @@ def test_each_folder_comes_as_often_as_its_weight_says(pictures, tmp_path, tiny_
     assert config.output == "out/pictures"
     assert TrainConfig(data=(f"{other}:2",)).output == "out/with:colon"
     items = read_folders(config)
-    examples = Examples(items, config, 16, Base(str(tiny_base), ONE.device), 1000, ONE)
+    examples = encoded_examples(items, config, 16, Base(str(tiny_base), ONE.device), 1000, ONE)
     for epoch in range(3):
         names = [examples.picture_at(p).path.name for p in range(epoch * 11, epoch * 11 + 11)]
         assert sorted(names) == sorted([f"{n}.png" for n in range(5)] + [f"b{n}.png" for n in range(3)] * 2)

@@ -1,11 +1,11 @@
-"""ddim.py against diffusers' schedulers, and against itself walked both ways."""
+"""apps/ddim.py against diffusers' schedulers, and against itself walked both ways."""
 
 import pytest
 import torch
 from diffusers import DDIMInverseScheduler, DDIMScheduler
 
-from minilora.ddim import Levels, ddim_draw, ddim_invert, guided
-from minilora.models import BUNDLED, Base
+from minilora.apps.ddim import Levels, ddim_draw, ddim_invert, guided
+from minilora.models.base import BUNDLED, Base
 
 CPU = torch.device("cpu")
 SETTINGS = [

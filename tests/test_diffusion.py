@@ -19,8 +19,8 @@ from minilora.diffusion import (
     rectified,
     target,
 )
-from minilora.errors import UserError
-from minilora.models import Base
+from minilora.models.base import Base
+from minilora.settings.errors import UserError
 
 TIMES = torch.tensor([0, 10, 500, 999])
 

@@ -21,15 +21,15 @@ from minilora.apps import drawing, fewsteps, smooth
 from minilora.apps.distill import DistillConfig, distill
 from minilora.apps.drawing import draw_pictures, read_captions
 from minilora.apps.fewsteps import called_right, crossed, wasserstein
-from minilora.commands import read
-from minilora.config import SampleConfig
-from minilora.distributed import Ranks
-from minilora.errors import UserError
-from minilora.formats import FILE_NAME
+from minilora.data.pictures import as_picture
+from minilora.files.read import FILE_NAME
 from minilora.lora import ATTENTION
-from minilora.models import Base
-from minilora.pictures import as_picture
+from minilora.models.base import Base
+from minilora.run.ranks import Ranks
 from minilora.sampling import sample, save_picture
+from minilora.settings.command_line import read
+from minilora.settings.errors import UserError
+from minilora.settings.sample import SampleConfig
 
 ROOT = Path(__file__).parents[1]
 ONE = Ranks(0, 1, CPU)

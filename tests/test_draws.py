@@ -1,11 +1,11 @@
-"""draws.py: every draw is a function of (seed, purpose, position), and draws are independent."""
+"""data/draws.py: every draw is a function of (seed, purpose, position), and draws are independent."""
 
 import numpy as np
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minilora import draws
+from minilora.data import draws
 
 PURPOSES = ("noise", "posterior", "timestep")
 

@@ -1,4 +1,4 @@
-"""dreambooth.py: class pictures drawn once, counted, and seen at every other position."""
+"""run/dreambooth.py: class pictures drawn once, counted, and seen at every other position."""
 
 import re
 import subprocess
@@ -14,14 +14,16 @@ from PIL import Image
 from test_training import relative_difference
 
 from minilora import training
-from minilora.config import SampleConfig, TrainConfig
-from minilora.data import Examples
-from minilora.distributed import Ranks, this_device
-from minilora.dreambooth import class_pictures
-from minilora.errors import UserError
-from minilora.folder import read_folders
-from minilora.models import Base
+from minilora.data.folder import read_folders
+from minilora.models.base import Base
+from minilora.models.device import this_device
+from minilora.run.dreambooth import class_pictures
+from minilora.run.encode import encoded_examples
+from minilora.run.ranks import Ranks
 from minilora.sampling import sample
+from minilora.settings.errors import UserError
+from minilora.settings.sample import SampleConfig
+from minilora.settings.train import TrainConfig
 
 ONE = Ranks(0, 1, torch.device("cpu"))
 ROOT = Path(__file__).parents[1]
@@ -51,14 +53,14 @@ def test_missing_pictures_are_drawn_and_those_that_are_there_are_counted(config,
     class_pictures(config, 2, ONE)
     after = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
     assert {name for name in names if before[name] != after[name]} == {"class-00001.png"}
-    monkeypatch.setattr("minilora.dreambooth.draw", None)  # would fail, but there is nothing left to draw
+    monkeypatch.setattr("minilora.run.dreambooth.draw", None)  # would fail, but there is nothing left to draw
     assert len(class_pictures(config, 2, ONE)) == 4
 
 
 def test_the_class_stands_at_every_other_position_with_its_weight(config):
     config = replace(config, prior_weight=0.25)
     subject, dogs = read_folders(config), class_pictures(config, 5, ONE)
-    examples = Examples(subject, config, 16, Base(config.model, this_device()), 1000, ONE, (), dogs)
+    examples = encoded_examples(subject, config, 16, Base(config.model, this_device()), 1000, ONE, (), dogs)
     batch = examples.batch(range(2, 8), ONE.device)
     assert batch.weights.tolist() == [1, 0.25] * 3
     seen = [examples.picture_at(position) for position in range(2 * len(subject) * len(dogs))]

@@ -1,10 +1,10 @@
-"""dtypes.py: torch's casts as the oracle, for every pattern there is, and exact rounding from float64."""
+"""files/number_types.py: torch's casts as the oracle, for every pattern there is, and exact rounding from float64."""
 
 import numpy as np
 import pytest
 import torch
 
-from minilora.dtypes import DTYPES, EPSILON, WEIGHTS, narrow, widen
+from minilora.files.number_types import DTYPES, EPSILON, WEIGHTS, narrow, widen
 
 pytestmark = pytest.mark.filterwarnings("ignore:(invalid value|overflow) encountered")  # NaN in, as it should be
 TORCH = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}

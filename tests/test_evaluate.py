@@ -1,4 +1,4 @@
-"""evaluate.py: distances that are 0 where they must be, copies that are found, a loss that training lowers."""
+"""apps/evaluate.py: distances that are 0 where they must be, copies that are found, a loss that training lowers."""
 
 import json
 import shutil
@@ -8,13 +8,13 @@ import torch
 from conftest import make_picture
 from PIL import Image
 
-from minilora.commands import read
-from minilora.config import TrainConfig
-from minilora.distributed import this_device
-from minilora.errors import UserError
-from minilora.evaluate import EvaluateConfig, evaluate, held_out_loss, kernel_distance
-from minilora.folder import read_folders
-from minilora.models import Base
+from minilora.apps.evaluate import EvaluateConfig, evaluate, held_out_loss, kernel_distance
+from minilora.data.folder import read_folders
+from minilora.models.base import Base
+from minilora.models.device import this_device
+from minilora.settings.command_line import read
+from minilora.settings.errors import UserError
+from minilora.settings.train import TrainConfig
 from minilora.training import train
 
 

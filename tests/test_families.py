@@ -13,16 +13,19 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from test_training import relative_difference, torchrun
 
-from minilora import draws, inject_lora, lora_parameters, names, save_lora
-from minilora.config import SampleConfig, TrainConfig
-from minilora.data import Examples
-from minilora.distributed import Ranks
-from minilora.errors import UserError
-from minilora.folder import read_folders
-from minilora.models import Base, UNetWithText
-from minilora.objectives import Denoising
-from minilora.pictures import as_tensor, cut_square, open_picture
+from minilora import inject_lora, lora_parameters, save_lora
+from minilora.data import draws
+from minilora.data.folder import read_folders
+from minilora.data.pictures import as_tensor, cut_square, open_picture
+from minilora.files import names
+from minilora.models.base import Base, UNetWithText
+from minilora.run.encode import encoded_examples
+from minilora.run.objective import Denoising
+from minilora.run.ranks import Ranks
 from minilora.sampling import sample
+from minilora.settings.errors import UserError
+from minilora.settings.sample import SampleConfig
+from minilora.settings.train import TrainConfig
 from minilora.training import train
 
 ONE = Ranks(0, 1, torch.device("cpu"))
@@ -41,7 +44,7 @@ def test_the_loss_is_that_of_diffusers_own_scripts(family, family_base, pictures
     """As in examples/text_to_image/train_text_to_image_lora.py, and …_lora_sdxl.py for XL, step by step."""
     config = TrainConfig(data=(str(pictures),), model=str(family_base(family)), cache=str(tmp_path), mirror=True)
     base = Base(config.model, ONE.device)
-    examples = Examples(read_folders(config), config, 16, Base(config.model, ONE.device), 1000, ONE)
+    examples = encoded_examples(read_folders(config), config, 16, Base(config.model, ONE.device), 1000, ONE)
     positions = range(6)
     batch = examples.batch(positions, ONE.device)
     with torch.no_grad():
@@ -257,7 +260,7 @@ def test_before_they_have_learnt_it_is_the_ordinary_loss(family_base, pictures, 
     losses = []
     for each in (config, plain):
         base = Base(each.model, ONE.device)
-        examples = Examples(read_folders(each), each, 16, Base(each.model, ONE.device), 1000, ONE)
+        examples = encoded_examples(read_folders(each), each, 16, Base(each.model, ONE.device), 1000, ONE)
         network = UNetWithText(base) if each.train_text_encoder else base.unet
         with torch.no_grad():
             losses.append(Denoising().loss(network, examples.batch(range(4), ONE.device), base.schedule, each))

@@ -1,4 +1,4 @@
-"""formats.py: any dialect -> ours -> any dialect leaves every ΔW as it was; diffusers and PEFT agree."""
+"""files/read.py: any dialect -> ours -> any dialect leaves every ΔW as it was; diffusers and PEFT agree."""
 
 import hashlib
 import json
@@ -14,13 +14,13 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from minilora.dtypes import EPSILON, narrow, widen
-from minilora.export import DIALECTS, as_kohya, difference, write_lora
-from minilora.files import tensor_bytes
-from minilora.formats import FILE_NAME, Change, FormatError, LoRA, read_lora
-from minilora.live import components, live_modules
-from minilora.models import BUNDLED
-from minilora.names import full_name, kohya_names
+from minilora.files.names import full_name, kohya_names
+from minilora.files.network import components, live_modules
+from minilora.files.number_types import EPSILON, narrow, widen
+from minilora.files.read import FILE_NAME, Change, FormatError, LoRA, read_lora
+from minilora.files.tensors import tensor_bytes
+from minilora.files.write import DIALECTS, as_kohya, difference, write_lora
+from minilora.models.base import BUNDLED
 
 FAMILIES = ("sd1", "sd2", "sdxl")
 

@@ -14,16 +14,18 @@ from conftest import make_picture, make_unet
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from minilora import names
-from minilora.commands import read
-from minilora.config import SampleConfig, TrainConfig, split_weight
-from minilora.errors import UserError
-from minilora.files import TensorFile, read_checked, tensor_bytes, write_checked
-from minilora.folder import read_folder
-from minilora.formats import LoRA, read_lora
-from minilora.live import live_modules
-from minilora.merge import split_strength
-from minilora.pictures import NO_PICTURE, open_picture
+from minilora.data.folder import read_folder
+from minilora.data.pictures import NO_PICTURE, open_picture
+from minilora.files import names
+from minilora.files.fold import split_strength
+from minilora.files.network import live_modules
+from minilora.files.read import LoRA, read_lora
+from minilora.files.tensors import TensorFile, read_checked, tensor_bytes, write_checked
+from minilora.settings.command_line import read
+from minilora.settings.errors import UserError
+from minilora.settings.sample import SampleConfig
+from minilora.settings.shared import split_weight
+from minilora.settings.train import TrainConfig
 
 # A fresh folder for each example is not needed: each writes its file anew.
 many = settings(deadline=None, max_examples=80, suppress_health_check=[HealthCheck.function_scoped_fixture])

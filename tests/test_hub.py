@@ -1,4 +1,4 @@
-"""hub.py: what arrives at a server that speaks the hub's language is what lies in the output folder, byte for byte."""
+"""run/hub.py: what arrives at a server that speaks the hub's language is what lies in the output folder, byte for byte."""
 
 import base64
 import hashlib
@@ -16,11 +16,11 @@ import pytest
 from huggingface_hub import ModelCard, close_session, constants
 from PIL import Image
 
-from minilora import commands
-from minilora.config import TrainConfig
-from minilora.errors import UserError
-from minilora.formats import AVERAGE_NAME, FILE_NAME
-from minilora.validation import BEST
+from minilora.files.read import AVERAGE_NAME, FILE_NAME
+from minilora.run.validation import BEST
+from minilora.settings import command_line as commands
+from minilora.settings.errors import UserError
+from minilora.settings.train import TrainConfig
 
 REPO = "someone/my-lora"
 TOKEN = "hf_of_someone"

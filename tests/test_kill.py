@@ -13,10 +13,10 @@ from pathlib import Path
 
 import pytest
 
-from minilora import commands
-from minilora.config import TrainConfig
-from minilora.formats import FILE_NAME
-from minilora.objectives import Denoising
+from minilora.files.read import FILE_NAME
+from minilora.run.objective import Denoising
+from minilora.settings import command_line as commands
+from minilora.settings.train import TrainConfig
 from minilora.training import train
 
 ROOT = Path(__file__).parents[1]

@@ -12,7 +12,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from minilora import (
     LoRAConv2d,
     LoRALinear,
-    draws,
     inject_lora,
     load_lora_state_dict,
     lora_disabled,
@@ -24,6 +23,7 @@ from minilora import (
     set_lora_scale,
     unmerge_lora,
 )
+from minilora.data import draws
 from minilora.lora import ATTENTION, named_targets
 
 

@@ -11,7 +11,7 @@ import pytest
 from machines import DEVICE, two_machines
 from test_training import relative_difference, weights
 
-from minilora.config import TrainConfig
+from minilora.settings.train import TrainConfig
 from minilora.training import train
 
 ROOT = Path(__file__).parents[1]

@@ -1,4 +1,4 @@
-"""merge.py, lowrank.py, files.py: W + s·ΔW, exactly; nothing else changes; nothing is left half-written."""
+"""merge.py, files/low_rank.py, files/tensors.py: W + s·ΔW, exactly; nothing else changes; nothing is left half-written."""
 
 import json
 import os
@@ -17,17 +17,17 @@ from safetensors.torch import load_file, save_file
 from test_formats import random_lora
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
-from minilora import names
-from minilora.commands import merge as command
-from minilora.errors import UserError
-from minilora.export import difference, write_lora
-from minilora.files import TensorFile
-from minilora.formats import Change, LoRA, read_lora
-from minilora.layout import Checkpoint
-from minilora.live import live_modules
-from minilora.lowrank import combine, extract, reduce
-from minilora.merge import fold, split_strength
-from minilora.undo import restore
+from minilora.files import names
+from minilora.files.fold import fold, split_strength
+from minilora.files.layout import Checkpoint
+from minilora.files.low_rank import combine, extract, reduce
+from minilora.files.network import live_modules
+from minilora.files.read import Change, LoRA, read_lora
+from minilora.files.tensors import TensorFile
+from minilora.files.undo import restore
+from minilora.files.write import difference, write_lora
+from minilora.settings.command_line import merge as command
+from minilora.settings.errors import UserError
 
 FAMILIES = ("sd1", "sd2", "sdxl")
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}  # this tree's minilora, from any folder

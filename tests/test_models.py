@@ -1,4 +1,4 @@
-"""models.py and formats.py: bases by name, LoRA files in and out, and diffusers as the other reader."""
+"""models/base.py and files/read.py: bases by name, LoRA files in and out, and diffusers as the other reader."""
 
 import pytest
 import torch
@@ -8,10 +8,10 @@ from safetensors.torch import load_file, save_file
 from test_lora import MLP, TARGETS, randomize
 
 from minilora import inject_lora, load_lora, lora_state_dict, merge_lora, save_lora
-from minilora.errors import UserError
+from minilora.files.fold import fold
 from minilora.lora import lora_layers
-from minilora.merge import fold
-from minilora.models import BUNDLED, Base, fingerprint
+from minilora.models.base import BUNDLED, Base, fingerprint
+from minilora.settings.errors import UserError
 
 CPU = torch.device("cpu")
 

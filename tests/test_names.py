@@ -1,4 +1,4 @@
-"""names.py: every name of a module, with diffusers' own converter as the oracle for the original layout."""
+"""files/names.py: every name of a module, with diffusers' own converter as the oracle for the original layout."""
 
 import pytest
 import torch
@@ -6,8 +6,8 @@ from conftest import make_tiny_text_encoder, make_unet
 from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
-from minilora import names
-from minilora.live import live_modules
+from minilora.files import names
+from minilora.files.network import live_modules
 
 
 def with_weights(module: torch.nn.Module) -> list[str]:

@@ -54,7 +54,7 @@ def small(command: str, tiny_base: Path, tiny_xl: str = "") -> str:
 # Processes that python starts are forked from one that has imported already what takes seconds to import.
 FORKED = multiprocessing.get_context("forkserver")
 FORKED.set_forkserver_preload(
-    ["minilora.training", "minilora.evaluate", "minilora.apps.distill", "minilora.apps.morph"]
+    ["minilora.training", "minilora.apps.evaluate", "minilora.apps.distill", "minilora.apps.morph"]
 )
 
 

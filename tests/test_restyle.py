@@ -16,12 +16,13 @@ from minilora import inject_lora, save_lora
 from minilora.apps.canny import canny, follow
 from minilora.apps.classifier import probability, share_right, train_classifier
 from minilora.apps.restyle import RestyleConfig, restyle
-from minilora.config import SampleConfig, TrainConfig
-from minilora.errors import UserError
-from minilora.folder import read_folders
-from minilora.models import Base
-from minilora.pictures import cut_square, open_picture
+from minilora.data.folder import read_folders
+from minilora.data.pictures import cut_square, open_picture
+from minilora.models.base import Base
 from minilora.sampling import sample
+from minilora.settings.errors import UserError
+from minilora.settings.sample import SampleConfig
+from minilora.settings.train import TrainConfig
 
 CPU = torch.device("cpu")
 SCALES = (0.0, 0.5, 1.0)

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from minilora.errors import UserError
-from minilora.files import PICKLES, TensorFile
-from minilora.models import Base
+from minilora.files.tensors import PICKLES, TensorFile
+from minilora.models.base import Base
+from minilora.settings.errors import UserError
 
 SOURCES = sorted((Path(__file__).parents[1] / "minilora").rglob("*.py"))
 RUNS_CODE = {"eval", "exec", "compile", "__import__"}  # called by name

@@ -13,10 +13,10 @@ from test_models import write_a_lora
 from torch._dynamo.utils import counters
 
 from minilora import load_lora, lora_layers, set_lora_scale
-from minilora.config import SampleConfig
-from minilora.errors import UserError
-from minilora.models import Base
+from minilora.models.base import Base
 from minilora.sampling import SCHEDULERS, TOGETHER, draw, draw_each, evaluating, merged_at, sample, sheet
+from minilora.settings.errors import UserError
+from minilora.settings.sample import SampleConfig
 
 CPU = torch.device("cpu")
 

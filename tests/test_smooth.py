@@ -8,13 +8,15 @@ from conftest import make_tiny_unet
 from safetensors.torch import load_file
 from test_consistency import CONFIG, CPU
 
-from minilora import checkpoint, draws, inject_lora
+from minilora import inject_lora
 from minilora.apps.smooth import SmoothDenoising
-from minilora.config import TrainConfig
-from minilora.data import Batch
+from minilora.data import draws
+from minilora.data.examples import Batch
 from minilora.diffusion import Conditioning, Schedule, add_noise, clean_and_noise
-from minilora.models import Base
-from minilora.objectives import Denoising
+from minilora.models.base import Base
+from minilora.run import checkpoint
+from minilora.run.objective import Denoising
+from minilora.settings.train import TrainConfig
 from minilora.training import train
 
 

@@ -1,4 +1,4 @@
-"""tracking.py: wandb's files hold the numbers that TensorBoard's hold; by the real package, offline."""
+"""run/tracking.py: wandb's files hold the numbers that TensorBoard's hold; by the real package, offline."""
 
 import json
 import os
@@ -13,9 +13,9 @@ import pytest
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from minilora.config import TrainConfig
-from minilora.errors import UserError
-from minilora.formats import FILE_NAME
+from minilora.files.read import FILE_NAME
+from minilora.settings.errors import UserError
+from minilora.settings.train import TrainConfig
 from minilora.training import train
 
 ROOT = Path(__file__).parents[1]

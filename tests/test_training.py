@@ -27,18 +27,19 @@ from torch._dynamo.utils import counters
 from transformers import CLIPTextModel
 
 from minilora import training
-from minilora.config import SampleConfig, TrainConfig
-from minilora.distributed import Shares
-from minilora.errors import UserError
-from minilora.export import difference
-from minilora.formats import AVERAGE_NAME, FILE_NAME, read_lora
-from minilora.layout import Checkpoint
-from minilora.live import load_lora
+from minilora.files.fold import fold
+from minilora.files.layout import Checkpoint
+from minilora.files.network import load_lora
+from minilora.files.read import AVERAGE_NAME, FILE_NAME, read_lora
+from minilora.files.write import difference
 from minilora.lora import lora_layers, lora_parameters
-from minilora.merge import fold
-from minilora.models import DTYPES, Base
-from minilora.objectives import Denoising
+from minilora.models.base import DTYPES, Base
+from minilora.run.objective import Denoising
+from minilora.run.ranks import Shares
 from minilora.sampling import draw_prompts
+from minilora.settings.errors import UserError
+from minilora.settings.sample import SampleConfig
+from minilora.settings.train import TrainConfig
 from minilora.training import learning_rate_at, train
 
 ROOT = Path(__file__).parents[1]

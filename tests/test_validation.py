@@ -1,4 +1,4 @@
-"""validation.py: the same figures however a run is cut up, and the LoRA of the lowest."""
+"""run/validation.py: the same figures however a run is cut up, and the LoRA of the lowest."""
 
 import json
 import shutil
@@ -10,13 +10,13 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_training import torchrun
 
-from minilora.config import TrainConfig
-from minilora.errors import UserError
-from minilora.folder import read_folders
-from minilora.formats import FILE_NAME
+from minilora.data.folder import read_folders
+from minilora.files.read import FILE_NAME
+from minilora.run.validation import BEST, FIGURES, keep_apart
 from minilora.sampling import write_captions
+from minilora.settings.errors import UserError
+from minilora.settings.train import TrainConfig
 from minilora.training import train
-from minilora.validation import BEST, FIGURES, keep_apart
 
 
 @pytest.fixture

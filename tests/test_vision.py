@@ -1,4 +1,4 @@
-"""vision.py: the Fréchet distance by its formula, and models that see what they are asked to."""
+"""apps/vision.py: the Fréchet distance by its formula, and models that see what they are asked to."""
 
 import json
 from pathlib import Path
@@ -19,10 +19,10 @@ from transformers import (
     ViTModel,
 )
 
-from minilora.errors import UserError
-from minilora.evaluate import EvaluateConfig, evaluate
-from minilora.pictures import as_tensor
-from minilora.vision import frechet_distance, vectors_of
+from minilora.apps.evaluate import EvaluateConfig, evaluate
+from minilora.apps.vision import frechet_distance, vectors_of
+from minilora.data.pictures import as_tensor
+from minilora.settings.errors import UserError
 
 CPU = torch.device("cpu")
 SMALL = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}

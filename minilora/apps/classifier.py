@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .. import draws
+from ..data import draws
 
 STEPS, TOGETHER = 600, 64
 

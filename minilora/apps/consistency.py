@@ -29,14 +29,14 @@ import torch
 from torch import nn
 from torch.func import functional_call
 
-from .. import draws
-from ..config import TrainConfig
-from ..data import Batch
-from ..ddim import ddim_step, guided
+from ..data import draws
+from ..data.examples import Batch
 from ..diffusion import Schedule, add_noise, clean_and_noise, pseudo_huber
 from ..lora import lora_disabled
-from ..models import Base
-from ..objectives import Objective
+from ..models.base import Base
+from ..run.objective import Objective
+from ..settings.train import TrainConfig
+from .ddim import ddim_step, guided
 
 SIGMA = 0.5  # about the spread of the pictures' latents
 TIME_SCALING = 10.0

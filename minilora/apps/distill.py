@@ -14,15 +14,16 @@ import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from ..commands import run
-from ..config import DATA, MODEL, MODEL_HELP, OUTPUT, PRECISION_HELP, PRECISIONS, TRAINING, TrainConfig
-from ..distributed import Ranks, processes, wait_for_all
-from ..files import write_whole
-from ..live import load_lora
+from ..files.network import load_lora
+from ..files.tensors import write_whole
 from ..lora import ATTENTION
-from ..models import DTYPES, Base
+from ..models.base import DTYPES, Base
+from ..run.ranks import Ranks, processes, wait_for_all
 from ..sampling import save_picture
-from ..settings import ABOVE_0, AT_LEAST_1, SEED, ByBase, Settings, is_miniature, setting
+from ..settings.command_line import run
+from ..settings.setting import ABOVE_0, AT_LEAST_1, SEED, ByBase, Settings, is_miniature, setting
+from ..settings.shared import DATA, MODEL, MODEL_HELP, OUTPUT, PRECISION_HELP, PRECISIONS, TRAINING
+from ..settings.train import TrainConfig
 from ..training import train
 from .consistency import LatentConsistency
 from .drawing import draw_pictures, read_captions

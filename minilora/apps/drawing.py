@@ -7,17 +7,17 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from .. import draws
-from ..config import SampleConfig
-from ..ddim import Levels, ddim_draw, guided
-from ..distributed import Ranks, wait_for_all
-from ..errors import UserError
-from ..files import write_whole
-from ..lost import sign_of_life
-from ..models import DTYPES, Base
-from ..pictures import as_picture
+from ..data import draws
+from ..data.pictures import as_picture
+from ..files.tensors import write_whole
+from ..models.base import DTYPES, Base
+from ..run.lost import sign_of_life
+from ..run.ranks import Ranks, wait_for_all
 from ..sampling import save_picture, write_captions
-from ..settings import BUNDLED, is_miniature
+from ..settings.errors import UserError
+from ..settings.sample import SampleConfig
+from ..settings.setting import BUNDLED, is_miniature
+from .ddim import Levels, ddim_draw, guided
 
 HELD_OUT = 32  # one caption in so many is kept to measure with
 TOGETHER = 8  # pictures drawn in one pass

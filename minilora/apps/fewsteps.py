@@ -15,13 +15,13 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from ..config import SampleConfig
-from ..evaluate import apart, encoder_features, pooled
-from ..models import Base
-from ..pictures import as_tensor, open_picture
+from ..data.pictures import as_tensor, open_picture
+from ..models.base import Base
 from ..sampling import draw, merged_at, sheet, use_scheduler
+from ..settings.sample import SampleConfig
 from .classifier import share_right, train_classifier
 from .drawing import STYLES, TOGETHER
+from .evaluate import apart, encoder_features, pooled
 from .restore import psnr
 
 MANY, FEW = 50, (4, 2, 1)  # steps

@@ -32,19 +32,19 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from ..commands import run
-from ..config import DATA, MODEL, MODEL_HELP, OUTPUT, PICTURES, PRECISION_HELP, PRECISIONS
-from ..ddim import Levels, ddim_draw, ddim_invert
-from ..distributed import this_device
-from ..errors import UserError
-from ..evaluate import apart, encoder_features
-from ..files import write_whole
-from ..live import load_lora
+from ..data.pictures import as_picture
+from ..files.network import load_lora
+from ..files.tensors import write_whole
 from ..lora import lora_disabled, set_lora_scale
-from ..models import DTYPES, Base
-from ..pictures import as_picture
+from ..models.base import DTYPES, Base
+from ..models.device import this_device
 from ..sampling import picture_format, save_picture, sheet
-from ..settings import AT_LEAST_1, SHARE, Settings, Within, setting
+from ..settings.command_line import run
+from ..settings.errors import UserError
+from ..settings.setting import AT_LEAST_1, SHARE, Settings, Within, setting
+from ..settings.shared import DATA, MODEL, MODEL_HELP, OUTPUT, PICTURES, PRECISION_HELP, PRECISIONS
+from .ddim import Levels, ddim_draw, ddim_invert
+from .evaluate import apart, encoder_features
 from .report import folder_for, write_figures
 from .restore import learn, psnr, see
 

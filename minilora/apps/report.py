@@ -6,7 +6,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from ..files import write_whole
+from ..files.tensors import write_whole
 
 Curves = Mapping[str, tuple[Sequence[float], Sequence[float]]]  # xs and ys by name
 

@@ -17,18 +17,19 @@ from pathlib import Path
 
 import torch
 
-from ..commands import run
-from ..config import DATA, MODEL, MODEL_HELP, OUTPUT, PICTURES, PRECISION_HELP, PRECISIONS, TrainConfig
-from ..ddim import Levels, ddim_draw, ddim_invert, guided
-from ..distributed import this_device
-from ..errors import UserError
-from ..live import load_lora
+from ..data.pictures import NO_PICTURE, as_picture, as_tensor, cut_square, open_picture
+from ..files.network import load_lora
 from ..lora import lora_disabled, set_lora_scale
-from ..models import DTYPES, Base
-from ..pictures import NO_PICTURE, as_picture, as_tensor, cut_square, open_picture
+from ..models.base import DTYPES, Base
+from ..models.device import this_device
 from ..sampling import save_picture, sheet
-from ..settings import AT_LEAST_0, AT_LEAST_1, ByBase, Settings, setting
+from ..settings.command_line import run
+from ..settings.errors import UserError
+from ..settings.setting import AT_LEAST_0, AT_LEAST_1, ByBase, Settings, setting
+from ..settings.shared import DATA, MODEL, MODEL_HELP, OUTPUT, PICTURES, PRECISION_HELP, PRECISIONS
+from ..settings.train import TrainConfig
 from ..training import train
+from .ddim import Levels, ddim_draw, ddim_invert, guided
 from .report import folder_for, write_figures
 
 

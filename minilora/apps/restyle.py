@@ -25,16 +25,18 @@ import diffusers
 import torch
 from PIL import Image
 
-from ..commands import run
-from ..config import DATA, MODEL, MODEL_HELP, OUTPUT, PICTURES, PRECISION_HELP, PRECISIONS, SampleConfig, TrainConfig
-from ..distributed import this_device
-from ..errors import UserError, first_line
-from ..folder import Item, read_folder
-from ..formats import some
-from ..models import DTYPES, Base
-from ..pictures import as_tensor, cut_square, open_picture
+from ..data.folder import Item, read_folder
+from ..data.pictures import as_tensor, cut_square, open_picture
+from ..files.read import some
+from ..models.base import DTYPES, Base
+from ..models.device import this_device
 from ..sampling import TOGETHER, draw, load_loras, merged_at, save_picture, sheet
-from ..settings import AT_LEAST_1, SEED, ByBase, Settings, Within, setting
+from ..settings.command_line import run
+from ..settings.errors import UserError, first_line
+from ..settings.sample import SampleConfig
+from ..settings.setting import AT_LEAST_1, SEED, ByBase, Settings, Within, setting
+from ..settings.shared import DATA, MODEL, MODEL_HELP, OUTPUT, PICTURES, PRECISION_HELP, PRECISIONS
+from ..settings.train import TrainConfig
 from .canny import canny
 from .classifier import probability, share_right, train_classifier
 from .report import folder_for, write_figures

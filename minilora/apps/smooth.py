@@ -24,16 +24,17 @@ from diffusers.models.attention_processor import AttnProcessor
 from PIL import Image
 from torch import nn
 
-from .. import draws
-from ..config import SampleConfig, TrainConfig
-from ..data import Batch
+from ..data import draws
+from ..data.examples import Batch
+from ..data.pictures import as_picture
 from ..diffusion import Schedule, add_noise, clean_and_noise, denoising_loss
-from ..distributed import mean_over_ranks
 from ..lora import set_lora_scale
-from ..models import Base
-from ..objectives import Objective
-from ..pictures import as_picture
+from ..models.base import Base
+from ..run.objective import Objective
+from ..run.ranks import mean_over_ranks
 from ..sampling import sheet
+from ..settings.sample import SampleConfig
+from ..settings.train import TrainConfig
 from .drawing import draw_from
 from .morph import distances, slerp
 

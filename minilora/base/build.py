@@ -9,7 +9,7 @@ Four parts, in the order they are made:
     text encoder   names -> vectors  \  trained together on the latents of a few hundred
     U-Net          denoises latents  /  things, each drawn in three styles
 
-Every random draw comes from draws.py and every 200 steps the state goes to --work, so a build that
+Every random draw comes from data/draws.py and every 200 steps the state goes to --work, so a build that
 was stopped goes on where it was.  The result is an ordinary diffusers folder in half precision.
 """
 
@@ -29,10 +29,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from minilora import draws
-from minilora.checkpoint import load_optimizer_tensors, optimizer_tensors, under
+from minilora.data import draws
 from minilora.diffusion import Conditioning, Schedule, denoising_loss
-from minilora.files import write_tensors
+from minilora.files.tensors import write_tensors
+from minilora.run.checkpoint import load_optimizer_tensors, optimizer_tensors, under
 
 from .pictures import (
     DATA_HELP,

@@ -20,13 +20,14 @@ import torch.nn.functional as F
 from PIL import Image
 
 from minilora.apps.classifier import share_right, train_classifier
-from minilora.config import SampleConfig, TrainConfig
-from minilora.files import write_whole
-from minilora.live import load_lora
+from minilora.data.pictures import as_tensor, cut_square, open_picture
+from minilora.files.network import load_lora
+from minilora.files.tensors import write_whole
 from minilora.lora import remove_lora
-from minilora.models import BUNDLED, Base
-from minilora.pictures import as_tensor, cut_square, open_picture
+from minilora.models.base import BUNDLED, Base
 from minilora.sampling import draw, draw_each, merged_at, sheet
+from minilora.settings.sample import SampleConfig
+from minilora.settings.train import TrainConfig
 from minilora.training import train
 
 from .build import as_pixels

@@ -15,8 +15,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from minilora import draws
-from minilora.pictures import cut_square, open_picture
+from minilora.data import draws
+from minilora.data.pictures import cut_square, open_picture
 
 SIZE = 128  # pixels
 SEED = 0

@@ -14,9 +14,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from minilora import draws
+from minilora.data import draws
 from minilora.sampling import write_captions
-from minilora.settings import BUNDLED
+from minilora.settings.setting import BUNDLED
 
 from .pictures import PRINTED, PROMPTS, SEED, Named, fluent_pictures, read_style, read_things, split
 

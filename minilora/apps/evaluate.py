@@ -1,0 +1,233 @@
+"""What drawn pictures are worth: whether they are of a kind with others, or only copies of them.
+
+    python -m minilora.apps.evaluate PICTURES REFERENCE [--lora LORA]
+
+PICTURES is a folder of drawn pictures (`sample.py --output FOLDER` makes one), REFERENCE one of real pictures
+with their captions.  Three things are measured, with nothing but the base's own networks unless --features is given:
+
+1. The distance of the two distributions: the kernel distance of KID,
+
+       MMD² = E k(x, x′) + E k(y, y′) − 2 E k(x, y)        k(x, y) = (⟨x, y⟩ / n + 1)³
+
+   without bias, over features x of the pictures and y of the reference, n numbers each.  KID takes the
+   features from an Inception network; here they are mean and spread of each channel of the VAE's encoder,
+   in units of their spread over the reference.  So the figure compares pictures of one base with each
+   other, and is no KID of a publication.  Beside it stands that of the two halves of the reference.
+
+   --features takes a vision model for the features, too, as publications do (vision.py), and prints the Fréchet
+   and the kernel distance by it: with DINOv2 (facebook/dinov2-base) FD-DINOv2; with CLIP near CMMD, whose
+   kernel is another.  Figures compare for one model, one number of pictures and one resolution only.
+
+2. Each picture's nearest one in the reference, by their latents.  One that is less than a third as far from
+   it as from the next nearest is a copy: if the reference is what was trained on, it was learnt by heart.
+
+3. The denoising loss on the reference, at fixed timesteps and noises, without and with --lora: on pictures
+   kept out of training it tells what was learnt of their kind, and rises again where it was learnt by heart.
+
+Sources: Bińkowski et al., "Demystifying MMD GANs", 2018; Yoon et al., "Diffusion probabilistic models
+generalize when they fail to memorize", 2023 (the third).
+"""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+from ..data import draws
+from ..data.folder import Item, read_folder
+from ..data.pictures import CENTRE, as_tensor, cut_at, cut_square, open_picture
+from ..diffusion import Conditioning, denoising_loss
+from ..models.base import DTYPES, Base
+from ..models.device import this_device
+from ..sampling import load_loras, merged_at, save_picture, sheet
+from ..settings.command_line import run
+from ..settings.errors import UserError
+from ..settings.setting import Settings, setting
+from ..settings.shared import DATA, MODEL, MODEL_HELP, OUTPUT, PRECISION_HELP, PRECISIONS
+from ..settings.train import TrainConfig
+from .report import write_figures
+from .vision import frechet_distance, vectors_of
+
+TOGETHER = 8  # pictures looked at in one pass
+TIMES = 8  # timesteps of each picture, in the denoising loss
+COPY = 1 / 3  # of the distance to the next nearest
+SHOWN = 8  # pictures on the sheet, with their nearest
+
+
+@dataclass(frozen=True)
+class EvaluateConfig(Settings):
+    """Every setting of minilora.evaluate."""
+
+    folders: tuple[str, ...] = setting((), "PICTURES REFERENCE", group=DATA, bare=True)
+    caption: str | None = setting(None, "caption of every picture of REFERENCE, where it has none", group=DATA)
+    model: str | None = setting(None, MODEL_HELP, group=MODEL)
+    lora: tuple[str, ...] = setting(
+        (),
+        "LoRA, optionally with a strength, whose denoising loss is measured; may be repeated",
+        repeat=True,
+        group=MODEL,
+    )
+    features: str | None = setting(
+        None,
+        "vision model, a folder or hub id in safetensors, whose features give distances as in publications: "
+        "facebook/dinov2-base, openai/clip-vit-base-patch32",
+        group=MODEL,
+    )
+    precision: str = setting("fp32", PRECISION_HELP, choices=PRECISIONS, group=MODEL)
+    output: str = setting("out/evaluate", "folder of the figures, and of a sheet of nearest pictures", group=OUTPUT)
+
+    def problems(self) -> list[str]:
+        if len(self.folders) != 2:
+            return [f"evaluate takes two folders, PICTURES REFERENCE, not {' '.join(self.folders) or 'nothing'}"]
+        return []
+
+
+def evaluate(config: EvaluateConfig) -> dict[str, float]:
+    """Compare the pictures of two folders, write a sheet of nearest ones, and return the figures."""
+    base = Base(config.model, this_device(), DTYPES[config.precision])
+    base.refuse_inpainting()
+    items, reference = (
+        read_folder(folder, TrainConfig(data=(folder,), caption=caption), "evaluate")
+        for folder, caption in zip(config.folders, ("", config.caption), strict=True)
+    )
+    for folder, there, least in zip(config.folders, (items, reference), (2, 4), strict=True):
+        if len(there) < least:
+            raise UserError(f"{folder}: {len(there)} pictures are too few to compare; at least {least}")
+    side = base.resolution
+    drawn, real = ([cut_square(open_picture(item.path), side) for item in each] for each in (items, reference))
+    seen, wanted = features_of(base, drawn), features_of(base, real)
+    scale = wanted.std(0).clamp(min=1e-6)  # (width,)
+    figures = {"distance of distributions": kernel_distance(seen / scale, wanted / scale)}
+    figures["distance of distributions; of the halves of the reference"] = kernel_distance(
+        wanted[::2] / scale, wanted[1::2] / scale
+    )
+    if config.features:
+        figures |= distances_by(config.features, drawn, real)
+    far = torch.cdist(latents_of(base, drawn), latents_of(base, real))  # (pictures, reference)
+    near, which = far.topk(2, dim=1, largest=False)  # (pictures, 2)
+    figures["distance to the nearest in the reference, by their latents"] = near[:, 0].mean().item()
+    figures["share of copies"] = (near[:, 0] < COPY * near[:, 1]).float().mean().item()
+    figures["denoising loss on the reference; base"] = held_out_loss(base, reference, side)
+    if config.lora:
+        strengths = load_loras(base, config.lora)
+        with merged_at(base, strengths):
+            figures["denoising loss on the reference; with LoRA"] = held_out_loss(base, reference, side)
+
+    order = (near[:, 0] / near[:, 1]).argsort().tolist()
+    print("nearest in the reference, the likest copies first:")
+    for i in order:
+        first, second = (reference[number].path.name for number in which[i])
+        print(f"  {items[i].path.name} is {near[i, 0]:.3f} from {first}, {near[i, 1]:.3f} from {second}")
+    rows = [[drawn[i] for i in order[:SHOWN]], [real[which[i, 0]] for i in order[:SHOWN]]]
+    columns = [f"{near[i, 0]:.3f}" for i in order[:SHOWN]]
+    save_picture(sheet(rows, columns, ["picture", "nearest"]), Path(config.output) / "nearest.png")
+    write_figures(Path(config.output), figures)
+    return figures
+
+
+# ------------------------------------------------------------------------------------------ features
+
+
+def distances_by(model: str, drawn: Sequence[Image.Image], real: Sequence[Image.Image]) -> dict[str, float]:
+    """Return the distances by a vision model, of pictures from the reference and of its halves from each other."""
+    seen, wanted = vectors_of(model, [drawn, real], this_device())
+    if min(len(seen), len(wanted)) <= seen.shape[1]:
+        print(
+            f"warning: {len(seen)} and {len(wanted)} pictures are too few for {seen.shape[1]} features: the Fréchet "
+            "distance is then too large, and the kernel distance is the one to read",
+            file=sys.stderr,
+        )
+    pairs = {"": (seen, wanted), "; of the halves of the reference": (wanted[::2], wanted[1::2])}
+    figures = {}
+    for which, pair in pairs.items():
+        figures[f"Fréchet distance by {model}{which}"] = frechet_distance(*pair)
+        figures[f"kernel distance by {model}{which}"] = kernel_distance(*pair)
+    return figures
+
+
+@torch.no_grad()
+def encoder_features(base: Base, pixels: torch.Tensor) -> list[torch.Tensor]:
+    """Return what the VAE's encoder sees in pictures, (n, 3, h, w), layer by layer; (n, channels, h', w') each."""
+    encoder = base.vae.encoder
+    seen = [encoder.conv_in(pixels.to(base.device, base.dtype))]
+    for block in encoder.down_blocks:
+        seen.append(block(seen[-1]))
+    return seen
+
+
+def pooled(features: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Return mean and spread over each picture of each channel of the encoder's layers; (n, width)."""
+    columns = [pool for layer in features for pool in (layer.float().mean((2, 3)), layer.float().std((2, 3)))]
+    return torch.cat(columns, dim=1).cpu()
+
+
+def apart(one: Sequence[torch.Tensor], other: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Return how far pictures look apart, by their features, each of one batch from its fellow in the other; (n,).
+
+    As LPIPS does with VGG: the squared distance between the features of each place, of length 1, summed over
+    the layers and averaged over the places; and of that the root, since squares do not add up along
+    a way.  Source: Zhang et al., "The unreasonable effectiveness of deep features as a perceptual metric", 2018.
+    """
+    units = [(F.normalize(a.float(), dim=1), F.normalize(b.float(), dim=1)) for a, b in zip(one, other, strict=True)]
+    return sum((a - b).square().sum(1).mean((1, 2)).cpu() for a, b in units).sqrt()
+
+
+def features_of(base: Base, pictures: Sequence[Image.Image]) -> torch.Tensor:
+    """Return the pooled features of pictures, (n, width)."""
+    parts = [pictures[start : start + TOGETHER] for start in range(0, len(pictures), TOGETHER)]
+    return torch.cat([pooled(encoder_features(base, torch.stack([as_tensor(p) for p in part]))) for part in parts])
+
+
+def latents_of(base: Base, pictures: Sequence[Image.Image]) -> torch.Tensor:
+    """Return the latents of pictures, each a vector whose distances are root mean squares; (n, numbers)."""
+    latents = torch.stack([base.encode_picture(as_tensor(picture))[0].flatten() for picture in pictures])
+    return latents / latents.shape[1] ** 0.5
+
+
+def kernel_distance(one: torch.Tensor, other: torch.Tensor) -> float:
+    """Return the MMD² of two sets, (n, width) and (m, width), by KID's kernel, without bias: it may be below 0."""
+
+    def kernel(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return (x.double() @ y.double().T / x.shape[1] + 1) ** 3  # (n, m)
+
+    def within(x: torch.Tensor) -> torch.Tensor:
+        k = kernel(x, x)
+        return (k.sum() - k.trace()) / (len(x) * (len(x) - 1))  # of different pictures
+
+    return (within(one) + within(other) - 2 * kernel(one, other).mean()).item()
+
+
+# --------------------------------------------------------------------------------------- denoising loss
+
+
+@torch.no_grad()
+def held_out_loss(base: Base, items: Sequence[Item], resolution: int) -> float:
+    """Return the mean denoising loss over pictures, their captions, and evenly spaced timesteps with fixed noise."""
+    length, losses = len(base.schedule), []
+    times = torch.tensor([length * (2 * i + 1) // (2 * TIMES) for i in range(TIMES)], device=base.device)
+    for number, item in enumerate(items):
+        latents, _ = base.encode_picture(as_tensor(cut_square(open_picture(item.path), resolution)))
+        positions = range(number * TIMES, (number + 1) * TIMES)
+        noise = torch.stack([draws.gaussian(0, "held-out noise", p, latents.shape) for p in positions]).to(base.device)
+        prompt = base.encode_prompt(item.captions[0])
+        _, left, top = cut_at(item.size, (resolution, resolution), CENTRE)
+        sizes = torch.tensor([[*item.size[::-1], top, left, resolution, resolution]]).float() if base.is_xl else None
+        told = [None if p is None else p.to(base.device) for p in (prompt.text, prompt.pooled, sizes)]
+        told = [None if p is None else p.expand(TIMES, *p.shape[1:]) for p in told]  # (times, …) each
+        with base.autocast():
+            same = latents.to(base.device).expand_as(noise)
+            loss = denoising_loss(base.unet, same, Conditioning(*told), noise, times, base.schedule)
+        losses.append(loss.cpu())
+    return torch.cat(losses).mean().item()
+
+
+def main() -> None:
+    run(EvaluateConfig, evaluate, "Compare drawn pictures with others.")
+
+
+if __name__ == "__main__":
+    main()

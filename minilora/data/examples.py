@@ -1,0 +1,231 @@
+"""What training sees of the pictures that folder.py found.
+
+`Examples` gives the batch of any positions: which picture, mirrored or not, which caption, which
+noise, all by draws.py.
+
+Pictures are encoded once.  The VAE gives each one not a latent but a gaussian over latents; its
+mean and standard deviation are what is kept, and each draw takes a new sample from it.  They lie,
+with the captions' vectors, in a cache whose file names are hashes of all that went in: a changed
+picture, size or base is a new file, and nothing there can be stale.
+"""
+
+import hashlib
+import json
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from pathlib import Path
+
+import torch
+
+from ..diffusion import Conditioning
+from ..files.tensors import read_checked, write_checked
+from ..models.base import Base, Tokens
+from ..settings.errors import UserError
+from ..settings.train import TrainConfig
+from . import buckets, draws
+from .buckets import Size
+from .folder import Item
+from .pictures import CENTRE, as_tensor, cut, cut_at, open_picture
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What the U-Net is trained on at some positions; all on the device, first dimension the batch."""
+
+    positions: tuple[int, ...]  # for an objective that draws numbers of its own
+    latents: torch.Tensor  # (batch, channels, h, w)
+    conditioning: Conditioning | Tokens  # of the captions
+    noise: torch.Tensor  # (batch, channels, h, w)
+    noise_offset: torch.Tensor  # (batch, channels, 1, 1)
+    timesteps: torch.Tensor  # (batch,)
+    weights: torch.Tensor  # (batch,), of each picture's loss
+
+
+_CUT = 1  # to be counted up when open_picture or cut come to give other pixels
+
+
+class Examples:
+    """What training sees at each position, with pictures and captions encoded once."""
+
+    def __init__(
+        self,
+        items: list[Item],
+        config: TrainConfig,
+        resolution: int,
+        encoders: Base,
+        schedule_length: int,
+        sizes: Sequence[Size] = (),
+        class_items: Sequence[Item] = (),
+    ):
+        self.items, self.class_items = items, class_items
+        self.config = config
+        self.resolution = resolution
+        self.sizes = sizes or [(resolution, resolution)]  # the pictures are cut to
+        self.buckets: dict[Size, list[Item]] = {}
+        for item in items:
+            self.buckets.setdefault(self.size_of(item), []).append(item)
+        self.schedule_length = schedule_length
+        self.folder = Path(config.cache).expanduser()
+        self.vae, self.text_encoder = encoders.encoder_fingerprints
+        self.is_xl, self.tokens = encoders.is_xl, lru_cache(maxsize=4096)(encoders.tokens)
+        self.encoders = encoders if config.crop == "random" else None
+        self.captions = sorted({caption for item in (*items, *class_items) for caption in (*item.captions, "")})
+
+    def batch(self, positions: Sequence[int], device: torch.device) -> Batch:
+        """Return what stands at the given positions, whoever asks and in whichever order."""
+        return _together(tuple(positions), [self._row(position) for position in positions], device)
+
+    def fixed_batch(self, number: int, timesteps: dict[int, int], device: torch.device) -> Batch:
+        """Return picture `number` at timesteps, each with the noise of its own key, the same in every run."""
+        item = self.items[number]
+        latents = _load(self._picture_file(item, mirrored=False))["mean"]  # (channels, h, w)
+        told = self._told(item.captions[0], item, False, CENTRE)
+        offset, draw = torch.zeros(len(latents), 1, 1), partial(draws.gaussian, 0, f"validation {number}")
+        one = torch.tensor(1.0)
+        rows = [(latents, told, draw(n, latents.shape), offset, torch.tensor(t), one) for n, t in timesteps.items()]
+        return _together(tuple(timesteps), rows, device)
+
+    def content(self) -> str:
+        """Return a hash of the pictures and their captions."""
+        pictures = json.dumps([[item.digest, item.captions] for item in (*self.items, *self.class_items)])
+        return hashlib.sha256(pictures.encode()).hexdigest()
+
+    def picture_at(self, position: int) -> Item:
+        """Return which picture stands at a position: at every other one, with --class-prompt, one of the class."""
+        if self.class_items:
+            items = self.class_items if position % 2 else self.items
+            return items[draws.picture_at(self.config.seed, position // 2, len(items))]
+        if self.config.buckets:
+            groups = list(self.buckets.values())
+            counts = tuple(map(len, groups))
+            bucket, number = buckets.picture_at(self.config.seed, position, counts, self.config.batch_size)
+            return groups[bucket][number]
+        return self.items[draws.picture_at(self.config.seed, position, len(self.items))]
+
+    def size_of(self, item: Item) -> Size:
+        """Return the width and height that training sees a picture in, in pixels."""
+        return buckets.nearest(item.size, self.sizes)
+
+    def _row(self, position: int) -> tuple[torch.Tensor, ...]:
+        seed, item = self.config.seed, self.picture_at(position)
+        mirrored = self.config.mirror and draws.uniform(seed, "mirror", position) < 0.5
+        place = CENTRE
+        if self.encoders is None:
+            encoded = _load(self._picture_file(item, mirrored))
+            mean, std = encoded["mean"], encoded["std"]  # (channels, h, w) each
+        else:
+            place = tuple(draws.uniform(seed, f"crop {axis}", position) for axis in "xy")
+            mean, std = self.encoders.encode_picture(self._pixels(item, mirrored, place))
+        latents = mean + std * draws.gaussian(seed, "posterior", position, mean.shape)
+        noise = draws.gaussian(seed, "noise", position, mean.shape)
+        noise_offset = draws.gaussian(seed, "noise offset", position, (len(mean), 1, 1))
+        low, high = self.config.timestep_range or (0, self.schedule_length)
+        timestep = torch.tensor(draws.integer(seed, "timestep", position, low, high))
+        weight = torch.tensor(self.config.prior_weight if self.class_items and position % 2 else 1.0)
+        return (
+            latents,
+            self._told(self.caption_at(position), item, mirrored, place),
+            noise,
+            noise_offset,
+            timestep,
+            weight,
+        )
+
+    def _told(self, caption: str, item: Item, mirrored: bool, place: tuple[float, float]) -> dict[str, torch.Tensor]:
+        """Return what the U-Net is told: a caption's vectors or, where the text encoders are trained, its tokens."""
+        if self.config.train_text_encoder:
+            told = {"tokens": self.tokens(caption)}
+        else:
+            told = _load(self._caption_file(caption))
+        if not self.is_xl:
+            return told
+        # In Stable Diffusion XL also the picture's size, where it was cut, and to what size.
+        (w, h), (resized, left, top) = self.size_of(item), cut_at(item.size, self.size_of(item), place)
+        left = resized[0] - w - left if mirrored else left
+        sizes = [item.size[1], item.size[0], top, left, h, w]
+        return told | {"sizes": torch.tensor(sizes, dtype=torch.float32)}
+
+    def caption_at(self, position: int) -> str:
+        """Return the caption at a position: one of the picture's, or none at all for caption dropout."""
+        seed, captions = self.config.seed, self.picture_at(position).captions
+        if draws.uniform(seed, "caption dropout", position) < self.config.caption_dropout:
+            return ""
+        return captions[draws.integer(seed, "caption", position, 0, len(captions))]
+
+    def _pixels(self, item: Item, mirrored: bool, place: tuple[float, float] = CENTRE) -> torch.Tensor:
+        pixels = as_tensor(cut(open_picture(item.path), self.size_of(item), place))
+        return pixels.flip(-1) if mirrored else pixels
+
+    def _file(self, *ingredients) -> Path:
+        name = hashlib.sha256(json.dumps(ingredients).encode()).hexdigest()
+        return self.folder / name[:2] / f"{name}.safetensors"
+
+    def _picture_file(self, item: Item, mirrored: bool) -> Path:
+        return self._file("latents", _CUT, self.vae, item.digest, self.size_of(item), mirrored)
+
+    def _caption_file(self, caption: str) -> Path:
+        return self._file("text", self.text_encoder, caption)
+
+    def enlarged(self) -> list[str]:
+        """Return what there is to say of pictures that are smaller than training sees them."""
+        lines = []
+        for item in dict.fromkeys((*self.items, *self.class_items)):
+            (width, height), (w, h) = item.size, self.size_of(item)
+            if width < w or height < h:
+                lines.append(f"{item.path} has {width} × {height} pixels; it is enlarged to fill {w} × {h}")
+        return lines
+
+    def to_encode(self, encoders: Base) -> dict[Path, Callable[[], None]]:
+        """Return every file that the cache must have, with what makes it."""
+
+        def encode_caption(caption: str) -> dict[str, torch.Tensor]:
+            told = encoders.encode_prompt(caption)
+            return {"text": told.text[0]} | ({} if told.pooled is None else {"pooled": told.pooled[0]})
+
+        def encode_picture(item: Item, mirrored: bool) -> dict[str, torch.Tensor]:
+            mean, std = encoders.encode_picture(self._pixels(item, mirrored))
+            return {"mean": mean, "std": std}
+
+        jobs = {}
+        if not self.config.train_text_encoder:
+            jobs = {self._caption_file(caption): partial(encode_caption, caption) for caption in self.captions}
+        if self.encoders is None:
+            for item in (*self.items, *self.class_items):
+                for mirrored in (False, True) if self.config.mirror else (False,):
+                    jobs[self._picture_file(item, mirrored)] = partial(encode_picture, item, mirrored)
+        return {path: partial(_write, path, encode) for path, encode in jobs.items()}
+
+
+def _write(path: Path, encode: partial) -> None:
+    tensors = encode()
+    if not all(tensor.isfinite().all() for tensor in tensors.values()):
+        raise UserError(f"the base gives numbers that are not finite for {encode.args[0]}")
+    write_checked(path, tensors, {})
+
+
+def _together(positions: tuple[int, ...], rows: list[tuple], device: torch.device) -> Batch:
+    """Put rows as of `Examples._row` together."""
+    latents, told, *drawn = zip(*rows, strict=True)
+    conditioning = {key: torch.stack([each[key] for each in told]).to(device) for key in told[0]}
+    kind = Tokens if "tokens" in conditioning else Conditioning
+    latents, *drawn = (torch.stack(column).to(device) for column in (latents, *drawn))
+    return Batch(positions, latents, kind(**conditioning), *drawn)
+
+
+@lru_cache(maxsize=4096)
+def _load(path: Path) -> dict[str, torch.Tensor]:
+    return {key: torch.from_numpy(array) for key, array in read_checked(path)[0].items()}
+
+
+def is_whole(path: Path) -> bool:
+    """Whether a file of the cache is there and has not changed; of one that has, say so."""
+    if not path.exists():
+        return False
+    try:
+        _load(path)
+    except (OSError, UserError) as error:
+        print(f"warning: {error}; it is made again", file=sys.stderr)
+        return False
+    return True

@@ -1,0 +1,115 @@
+"""A base on disk: which files it is made of, and where in them the weight of each module lies.
+
+Two layouts: a diffusers folder, with a sub-folder for each component, and the single file in which
+Stable Diffusion was published ("original").
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from ..settings.errors import UserError
+from .names import COMPONENTS, UNET, diffusers_unet_paths, full_name, modules_of_original
+from .number_types import DTYPES, WEIGHTS, widen
+from .tensors import PICKLES, Entry, TensorFile, write_whole
+
+
+@dataclass(frozen=True)
+class Home:
+    """Where the weight of a module lies: rows `first_row` and on of a tensor of a file of a checkpoint."""
+
+    file: Path  # relative to the checkpoint
+    key: str
+    first_row: int
+    shape: tuple[int, ...]  # of the module's weight
+
+
+class Checkpoint:
+    """A base on disk: its weight files, all its other files, and where the weight of each module lies.
+
+    Raises UserError if there is no Stable Diffusion in safetensors files at `path`.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.files: dict[Path, TensorFile] = {}  # by path relative to `path`
+        self.others: list[Path] = []
+        self.left_out: list[Path] = []  # weights of other kinds, which would be those of the base
+        self.homes: dict[str, list[Home]] = {}
+        if path.is_dir():
+            self._look_through_folder()
+        elif path.is_file():
+            self.files[Path()] = TensorFile(path)
+            self._find_original_homes()
+        else:
+            raise UserError(f"{path}: there is no such file or folder")
+        if not self.homes:
+            raise UserError(
+                f"{path}: it is neither a diffusers folder with .safetensors weights nor a single file of one"
+            )
+
+    @property
+    def size(self) -> int:
+        return sum(file.size for file in self.files.values()) + sum((self.path / p).stat().st_size for p in self.others)
+
+    @property
+    def content(self) -> set[Path]:
+        """The files of a folder of this layout; empty for a single file."""
+        return {*self.files, *self.others} if self.path.is_dir() else set()
+
+    @property
+    def modules(self) -> dict[str, tuple[int, ...]]:
+        """The shapes of the weights, by the modules' full names."""
+        return {name: homes[0].shape for name, homes in self.homes.items()}
+
+    def weight(self, name: str) -> np.ndarray:
+        """Return the weight of a module, in float32 or, if it is stored so, in float64."""
+        # Of several variants the one of the widest type, and not the one from before the moving average.
+        home = min(self.homes[name], key=lambda h: (-self._width(h), "non_ema" in h.file.name))
+        rows = self.files[home.file].read(home.key)[home.first_row : home.first_row + home.shape[0]]
+        return widen(rows)
+
+    def _width(self, home: Home) -> int:
+        return DTYPES[self.files[home.file].entries[home.key].dtype].itemsize
+
+    def copy_others(self, target: Path) -> None:
+        """Copy all that is not a weight into another folder."""
+        for path in self.others:
+            write_whole(target / path, (self.path / path).read_bytes())
+
+    def _look_through_folder(self) -> None:
+        for path in sorted(p.relative_to(self.path) for p in self.path.rglob("*") if p.is_file()):
+            component = path.parts[0] if len(path.parts) == 2 else ""
+            if any(part.startswith(".") or part == "__pycache__" for part in path.parts):
+                continue  # a cache or a repository, not the base
+            if path.suffix in (*PICKLES, ".msgpack", ".onnx", ".h5"):
+                self.left_out.append(path)
+            elif path.suffix != ".safetensors" or len(path.parts) != 2:
+                (self.left_out if path.suffix == ".safetensors" else self.others).append(path)
+            else:
+                self.files[path] = TensorFile(self.path / path)
+                if component in COMPONENTS:
+                    for key, entry in self.files[path].entries.items():
+                        self._add([full_name(component, key.removesuffix(".weight"))], path, key, entry)
+
+    def _find_original_homes(self) -> None:
+        prefix, entries = "model.diffusion_model.", self.files[Path()].entries
+        originals = {key: key.removeprefix(prefix).removesuffix(".weight") for key in entries if key.startswith(prefix)}
+        paths = diffusers_unet_paths(originals.values())
+        for key, entry in entries.items():
+            if key not in originals:
+                self._add(modules_of_original(key), Path(), key, entry)
+            elif path := paths.get(originals[key]):
+                self._add([full_name(UNET, path)], Path(), key, entry)
+
+    def _add(self, names: list[str], file: Path, key: str, entry: Entry) -> None:
+        """Note that the weights of some modules lie, one below the other, under a key."""
+        if not key.endswith("weight") or len(entry.shape) not in (2, 4):
+            return
+        if entry.dtype not in WEIGHTS or any(".embeddings." in name for name in names):
+            return  # tables of vectors, and whole numbers: no layer that can carry LoRA
+        for number, name in enumerate(names):
+            rows = entry.shape[0] // len(names)
+            home = Home(file, key, number * rows, (rows, *entry.shape[1:]))
+            self.homes.setdefault(name, []).append(home)

@@ -1,0 +1,146 @@
+"""LoRA with LoRA: merge several into one, reduce the rank, extract one from two checkpoints.
+
+A sum of changes is again a product of two thin matrices, the factors standing side by side,
+
+    s·B₁A₁ + t·B₂A₂ = [s·B₁  t·B₂] · [A₁; A₂]
+
+so merging is exact and the ranks add up.  The best change of a smaller rank is what the singular value
+decomposition keeps (Eckart and Young, 1936).  The large matrix is never formed for it: with B = Q R and
+Aᵀ = P S, B A = Q (R Sᵀ) Pᵀ, and only the small core R Sᵀ is decomposed.  All in float64.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from ..settings.errors import UserError
+from .layout import Checkpoint
+from .number_types import narrow
+from .read import Change, LoRA
+
+
+@dataclass
+class Reduction:
+    """What a reduction lost: ‖ΔW − ΔW′‖ and ‖ΔW‖ by module."""
+
+    lost: dict[str, float] = field(default_factory=dict)
+    size: dict[str, float] = field(default_factory=dict)
+    ranks: dict[str, int] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        lines = [
+            f"{name}: rank {rank}, error {self.lost[name] / self.size[name] if self.size[name] else 0:.3%}"
+            for name, rank in self.ranks.items()
+        ]
+        total = math.sqrt(sum(size**2 for size in self.size.values()))
+        error = math.sqrt(sum(lost**2 for lost in self.lost.values())) / total if total else 0.0
+        return "\n".join([*lines, f"overall: error {error:.3%}"])
+
+
+def combine(loras: Sequence[tuple[LoRA, float]]) -> LoRA:
+    """Return Σ sᵢ · ΔWᵢ as one LoRA, exactly; its rank in each module is the sum of the ranks there.
+
+    Raises UserError for two LoRAs whose changes of a module have different shapes.
+    """
+    changes: dict[str, list[tuple[Change, float]]] = {}
+    for lora, strength in loras:
+        for name, change in lora.changes.items():
+            changes.setdefault(name, []).append((change, strength))
+    result = {}
+    for name, several in changes.items():
+        # (A linear layer and a convolution of 1 × 1 are the same.)
+        shapes = {(len(change.B), change.A[0].size) for change, _ in several}
+        if len(shapes) > 1:
+            raise UserError(f"{name} is {' and '.join(map(str, sorted(shapes)))}: these LoRAs are of different bases")
+        kernel = max((change.A.shape[1:] for change, _ in several), key=len)
+        a = [narrow(change.A.reshape(change.rank, *kernel), "F32") for change, _ in several]
+        b = [narrow(change.B * np.float64(change.scale * strength), "F32") for change, strength in several]
+        a, b = np.concatenate(a), np.concatenate(b, axis=1)  # (ranks, in), (out, ranks)
+        if not np.isfinite(b).all():
+            raise UserError(f"{name}: at strength {', '.join(f'{s:g}' for _, s in several)} it is not finite")
+        result[name] = Change(a, b)
+    return LoRA(result)
+
+
+def reduce(lora: LoRA, rank: int | None, energy: float | None) -> tuple[LoRA, Reduction]:
+    """Return the best LoRA of a smaller rank, or of the smallest rank that keeps a share of each change's energy."""
+    result, report = {}, Reduction()
+    for name, change in lora.changes.items():
+        q, r = np.linalg.qr(change.B.astype(np.float64))  # (out, k), (k, rank)
+        p, s = np.linalg.qr(change.A.astype(np.float64).reshape(change.rank, -1).T)  # (in, l), (l, rank)
+        u, values, vt = np.linalg.svd(change.scale * (r @ s.T), full_matrices=False)
+        result[name] = _split(q @ u, values, (p @ vt.T).T, change.A.shape[1:], rank, energy)
+        _note(report, name, values, result[name].rank)
+    return LoRA(result, lora.metadata), report
+
+
+def extract(
+    one: Checkpoint, two: Checkpoint, rank: int | None, energy: float | None
+) -> tuple[LoRA, Reduction, list[str]]:
+    """Return the best LoRA from one checkpoint to another, what it misses, and notes on what no LoRA can hold.
+
+    Raises UserError for checkpoints whose modules are not the same.
+    """
+    if one.modules != two.modules:
+        different = [n for n in one.modules | two.modules if one.modules.get(n) != two.modules.get(n)]
+        raise UserError(f"{one.path} and {two.path} differ in {len(different)} modules, as {different[0]}")
+    changes, report, equal = {}, Reduction(), 0
+    for name, shape in one.modules.items():
+        difference = (two.weight(name) - one.weight(name).astype(np.float64)).reshape(shape[0], -1)  # (out, in)
+        if not np.isfinite(difference).all():
+            raise UserError(f"{name} holds numbers that are not finite in {one.path} or {two.path}")
+        if not difference.any():
+            equal += 1
+            continue
+        # The singular vectors of the shorter side, from the square of the matrix: in float64 that
+        # loses nothing that float32 weights hold.
+        wide = difference.shape[0] <= difference.shape[1]
+        matrix = difference if wide else difference.T
+        squares, vectors = np.linalg.eigh(matrix @ matrix.T)  # rising
+        values, u = np.sqrt(np.maximum(squares[::-1], 0)), vectors[:, ::-1]
+        v = (u.T @ matrix) / np.maximum(values, values[0] * 1e-12)[:, None]  # (k, long side)
+        left, right = (u, v) if wide else (v.T, u.T)
+        changes[name] = _split(left, values, right, shape[1:], rank, energy)
+        _note(report, name, values, changes[name].rank)
+    notes = [f"{equal} modules are the same in both"] if equal else []
+    if one.files.keys() != two.files.keys():
+        notes.append("other tensors (norms, biases, embeddings) were not compared: the files are not the same")
+    elif others := sum(1 for _ in _others_that_differ(one, two)):
+        notes.append(f"{others} other tensors differ (norms, biases, embeddings); no LoRA can hold them")
+    if not changes:
+        raise UserError(f"{one.path} and {two.path} have the same weights; there is no LoRA between them")
+    return LoRA(changes), report, notes
+
+
+def _split(left, values, right, kernel, rank: int | None, energy: float | None) -> Change:
+    """Return the largest singular values and their vectors as A and B, in float32, of equal size."""
+    kept = rank
+    if energy is not None:
+        squares = np.cumsum(values**2)
+        kept = int((squares < (energy - 1e-12) * squares[-1]).sum()) + 1
+    kept = min(len(values), kept or len(values))
+    root = np.sqrt(values[:kept])
+    a = narrow(root[:, None] * right[:kept], "F32")  # (kept, in)
+    b = narrow(left[:, :kept] * root, "F32")  # (out, kept)
+    return Change(a.reshape(kept, *kernel), b)
+
+
+def _note(report: Reduction, name: str, values: np.ndarray, kept: int) -> None:
+    report.size[name] = float(np.linalg.norm(values))
+    report.lost[name] = float(np.linalg.norm(values[kept:]))
+    report.ranks[name] = kept
+
+
+def _others_that_differ(one: Checkpoint, two: Checkpoint) -> Iterator[str]:
+    """Yield the keys of the tensors that are not the weight of a module and differ."""
+    known = {(home.file, home.key) for homes in one.homes.values() for home in homes}
+    files = {home.file for homes in one.homes.values() for home in homes}
+    for path in files:
+        file, other = one.files[path], two.files[path]
+        for key in file.entries.keys() & other.entries.keys():
+            if (path, key) in known or key.startswith(("model_ema.", "first_stage_model.")):
+                continue
+            if file.read(key).tobytes() != other.read(key).tobytes():
+                yield key

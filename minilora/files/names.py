@@ -1,0 +1,236 @@
+"""One weight, many names.
+
+    diffusers         unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q     the name used in minilora
+    kohya             lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q
+    original          model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn1.to_q
+    kohya for SDXL    lora_unet_input_blocks_1_1_transformer_blocks_0_attn1_to_q
+
+A full name is a component, "unet", "text_encoder" or "text_encoder_2", and the path of a module in
+it, as diffusers and CLIP have always had it: transformers 5.6 dropped "text_model." from CLIP's own
+names, files did not.  No name is taken apart by rule: underscores cannot be undone.  Instead the
+modules of a base are listed, every name that each is known by is written down, and a file's name is
+looked up.
+
+"Original" is the layout of the single files that Stable Diffusion was published in.
+"""
+
+import re
+from collections.abc import Iterable, Mapping
+
+from ..settings.shared import ATTENTION
+
+COMPONENTS = UNET, TEXT_ENCODER, TEXT_ENCODER_2 = "unet", "text_encoder", "text_encoder_2"
+
+Modules = Mapping[str, tuple[int, ...]]  # full name -> shape of the weight, (out, in) or (out, in, height, width)
+
+
+def full_name(component: str, path: str) -> str:
+    """Return the full name of a module, given its path in a live model or a file of weights."""
+    if component.startswith(TEXT_ENCODER) and path.startswith(("encoder.", "embeddings.", "final_layer_norm")):
+        path = f"text_model.{path}"
+    return f"{component}.{path}"
+
+
+def split(name: str) -> tuple[str, str]:
+    """Split a full name into component and path."""
+    component, _, path = name.partition(".")
+    return component, path
+
+
+# ----------------------------------------------------------------------------- U-Net: diffusers <-> original
+
+
+_RESNET = {
+    **{"norm1": "in_layers.0", "conv1": "in_layers.2", "time_emb_proj": "emb_layers.1"},
+    **{"norm2": "out_layers.0", "conv2": "out_layers.3", "conv_shortcut": "skip_connection"},
+}
+_ENDS = {
+    **{"conv_in": "input_blocks.0.0", "conv_norm_out": "out.0", "conv_out": "out.2"},
+    **{"time_embedding.linear_1": "time_embed.0", "time_embedding.linear_2": "time_embed.2"},
+    **{"add_embedding.linear_1": "label_emb.0.0", "add_embedding.linear_2": "label_emb.0.2"},
+}
+
+
+def _unet_pairs(blocks: int, layers: int) -> list[tuple[str, str]]:
+    """Return (diffusers, original) for every part of a U-Net of so many blocks with so many layers each.
+
+    Diffusers has a list of blocks with resnets, attentions and samplers in each; the original has
+    one flat list down and one up, in which each place holds a resnet, its attention and a sampler.
+    """
+    pairs = [*_ENDS.items(), ("mid_block.attentions.0", "middle_block.1")]
+    resnets = [("mid_block.resnets.0", "middle_block.0"), ("mid_block.resnets.1", "middle_block.2")]
+    for i in range(blocks):
+        for j in range(layers):
+            place = f"input_blocks.{1 + i * (layers + 1) + j}"
+            resnets.append((f"down_blocks.{i}.resnets.{j}", f"{place}.0"))
+            pairs.append((f"down_blocks.{i}.attentions.{j}", f"{place}.1"))
+        pairs.append((f"down_blocks.{i}.downsamplers.0.conv", f"input_blocks.{(i + 1) * (layers + 1)}.0.op"))
+        for j in range(layers + 1):
+            place = f"output_blocks.{i * (layers + 1) + j}"
+            resnets.append((f"up_blocks.{i}.resnets.{j}", f"{place}.0"))
+            pairs.append((f"up_blocks.{i}.attentions.{j}", f"{place}.1"))
+        for k in (1, 2):  # behind an attention, if the block has any
+            sampler = f"output_blocks.{i * (layers + 1) + layers}.{k}.conv"
+            pairs.append((f"up_blocks.{i}.upsamplers.0.conv", sampler))
+    return pairs + [(f"{ours}.{a}", f"{theirs}.{b}") for ours, theirs in resnets for a, b in _RESNET.items()]
+
+
+def _renamed(path: str, renaming: Mapping[str, str]) -> str | None:
+    """Return a path with its longest known beginning renamed; None if none is known."""
+    parts = path.split(".")
+    for cut in range(len(parts), 0, -1):
+        if found := renaming.get(".".join(parts[:cut])):
+            return ".".join([found, *parts[cut:]])
+    return None
+
+
+def original_unet_paths(paths: Iterable[str]) -> dict[str, str]:
+    """Return the original path of each module of a U-Net, by its path in diffusers."""
+    paths = list(paths)
+    blocks = len({p.split(".")[1] for p in paths if p.startswith("down_blocks.")})
+    layers = len({p.split(".")[3] for p in paths if p.startswith("down_blocks.0.resnets.")})
+    with_attention = {p.split(".attentions.")[0] for p in paths if ".attentions." in p}
+    renaming = {}
+    for ours, theirs in _unet_pairs(blocks, layers):
+        if "upsamplers" in ours and (ours.split(".upsamplers")[0] in with_attention) != theirs.endswith(".2.conv"):
+            continue
+        renaming[ours] = theirs
+    return {path: theirs for path in paths if (theirs := _renamed(path, renaming))}
+
+
+def diffusers_unet_paths(originals: Iterable[str]) -> dict[str, str]:
+    """Return the diffusers path of each module of a U-Net, by its original path."""
+    originals = list(originals)
+    places = {p.split(".")[1] for p in originals if p.startswith("input_blocks.")}
+    samplers = sorted(int(p.split(".")[1]) for p in originals if re.fullmatch(r"input_blocks\.\d+\.0\.op", p))
+    layers = samplers[0] - 1 if samplers else len(places) - 1
+    renaming = {theirs: ours for ours, theirs in _unet_pairs(len(samplers) + 1, layers)}
+    return {path: ours for path in originals if (ours := _renamed(path, renaming))}
+
+
+# ------------------------------------------------------------------------- text encoders: original -> diffusers
+
+
+# Where a single file keeps a text encoder, and whether in CLIP's layout or in OpenCLIP's.
+_ORIGINAL_TEXT_ENCODERS = [
+    ("cond_stage_model.transformer.", TEXT_ENCODER, "clip"),  # Stable Diffusion 1
+    ("cond_stage_model.model.", TEXT_ENCODER, "openclip"),  # 2
+    ("conditioner.embedders.0.transformer.", TEXT_ENCODER, "clip"),  # XL
+    ("conditioner.embedders.1.model.", TEXT_ENCODER_2, "openclip"),
+]
+_OPENCLIP = {
+    "attn.in_proj": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),  # one weight, three modules
+    "attn.out_proj": ("self_attn.out_proj",),
+    "mlp.c_fc": ("mlp.fc1",),
+    "mlp.c_proj": ("mlp.fc2",),
+}
+
+
+def modules_of_original(key: str) -> list[str]:
+    """Return the full names of the text-encoder modules whose weights a single file keeps under a key.
+
+    The weights of several modules lie one below the other, each an equal number of rows.  Empty if
+    the key is no weight of a text encoder.
+    """
+    for prefix, component, layout in _ORIGINAL_TEXT_ENCODERS:
+        if not key.startswith(prefix):
+            continue
+        path = key.removeprefix(prefix)
+        if layout == "clip":
+            return [full_name(component, path.removesuffix(".weight"))] if path.endswith(".weight") else []
+        match = re.fullmatch(r"transformer\.resblocks\.(\d+)\.(.+?)[._]weight", path)
+        leaves = _OPENCLIP.get(match[2], ()) if match else ()
+        return [f"{component}.text_model.encoder.layers.{match[1]}.{leaf}" for leaf in leaves]
+    return []
+
+
+# ---------------------------------------------------------------------------------- every name of a module
+
+
+_KOHYA = {UNET: ("lora_unet",), TEXT_ENCODER: ("lora_te", "lora_te1"), TEXT_ENCODER_2: ("lora_te2",)}
+
+
+def is_sdxl(modules: Iterable[str]) -> bool:
+    return any(split(name)[0] == TEXT_ENCODER_2 or ".add_embedding." in name for name in modules)
+
+
+def kohya_names(modules: Iterable[str]) -> dict[str, str]:
+    """Return the name that kohya's trainer gives each module; for SDXL's U-Net it is the original one."""
+    modules = list(modules)
+    sdxl = is_sdxl(modules)
+    originals = original_unet_paths(path for component, path in map(split, modules) if component == UNET)
+    result = {}
+    for name in modules:
+        component, path = split(name)
+        prefix = _KOHYA.get(component, ("",))[1 if sdxl and component == TEXT_ENCODER else 0]
+        path = originals.get(path, path) if sdxl and component == UNET else path
+        result[name] = f"{prefix}_{path.replace('.', '_')}"
+    return result
+
+
+def older_paths(path: str) -> list[str]:
+    """Return the paths that an attention layer had in LoRA files of diffusers before 0.22."""
+    if found := re.fullmatch(r"(.+\.attn\d)\.(to_[qkv]|to_out)(?:\.0)?", path):
+        return [f"{found[1]}.processor.{found[2]}", f"{found[1]}.{found[2]}"]
+    if found := re.fullmatch(r"(.+\.self_attn)\.(q|k|v|out)_proj", path):
+        return [f"{found[1]}.to_{found[2]}"]
+    return []
+
+
+def known_by(modules: Iterable[str]) -> dict[str, set[str]]:
+    """Return every name that the modules are known by in LoRA files, each with the full names it may mean."""
+    modules = list(modules)
+    originals = original_unet_paths(path for component, path in map(split, modules) if component == UNET)
+    result: dict[str, set[str]] = {}
+    for name in modules:
+        component, path = split(name)
+        paths = {path, path.removeprefix("text_model.")}
+        names = {f"{prefix}{p}" for p in paths for prefix in ("", "base_model.model.")}  # bare, and PEFT's
+        names |= {f"{component}.{n}" for n in names}
+        for older in older_paths(path):
+            names |= {older, f"{component}.{older}"}
+        underscored = paths | ({originals[path]} if component == UNET and path in originals else set())
+        for prefix in _KOHYA.get(component, ()):
+            names |= {f"{prefix}_{p.replace('.', '_')}" for p in underscored}
+        for each in names:
+            result.setdefault(each, set()).add(name)
+    return result
+
+
+# ------------------------------------------------------------------------- cloneofsimo: modules by number
+
+
+# What is found below a module of each class, in the order in which a model lists its modules.
+_LEAVES = {
+    "CrossAttention": [f"{attention}.{leaf}" for attention in ("attn1", "attn2") for leaf in ATTENTION],
+    "Attention": [f"{attention}.{leaf}" for attention in ("attn1", "attn2") for leaf in ATTENTION],
+    "GEGLU": ["ff.net.0.proj"],
+    "CLIPAttention": [f"self_attn.{leaf}_proj" for leaf in ("k", "v", "q", "out")],
+}
+
+
+def numbered(modules: Iterable[str], component: str, classes: Iterable[str]) -> list[list[str]]:
+    """Return the modules below the given classes in the orders that they may be counted in.
+
+    Raises KeyError for a class whose modules are not known.
+    """
+    leaves = list(dict.fromkeys(leaf for name in sorted(classes) for leaf in _LEAVES[name]))
+    attn1, ff, attn2 = (
+        [leaf for leaf in leaves if leaf.startswith(part)] for part in (("attn1", "self_attn"), "ff", "attn2")
+    )
+
+    def place(name: str) -> tuple:
+        # Down, up, then the middle, which is made last; within them as numbered.
+        block = re.search(r"\.(down|up|mid)_block", name)
+        numbers = [int(n) for n in re.findall(r"(?<=\.)\d+(?=\.)", name)]
+        return ("down", "up", "mid").index(block[1]) if block else 0, numbers
+
+    orders = []
+    for order in (attn1 + attn2 + ff, attn1 + ff + attn2):  # of today, and of diffusers before 0.12
+        owners: dict[str, dict[str, str]] = {}
+        for name in modules:
+            for leaf in order:
+                if name.startswith(f"{component}.") and name.endswith(f".{leaf}"):
+                    owners.setdefault(name.removesuffix(leaf), {})[leaf] = name
+        orders.append([owners[o][leaf] for o in sorted(owners, key=place) for leaf in order if leaf in owners[o]])
+    return orders

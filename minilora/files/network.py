@@ -1,0 +1,97 @@
+"""LoRA files in and out of a network that is in memory: a module, or all parts of a diffusers pipeline.
+
+    a file of any dialect  <->  {full name: A, B, scale}  <->  LoRA layers in the network
+
+The names in between are those of the network's own layers (names.py), the dialects those of read.py.
+"""
+
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from ..lora import KINDS, LoRALayer, add_lora, load_lora_state_dict, lora_layers, remove_lora, set_lora_scale
+from ..settings.errors import UserError
+from .fold import Folded, Report, read_for
+from .names import COMPONENTS, TEXT_ENCODER, TEXT_ENCODER_2, UNET, full_name
+from .read import Change, LoRA
+from .write import write_lora
+
+
+def components(target) -> dict[str, nn.Module]:
+    """Return what can carry LoRA in a module, or in a diffusers pipeline, by the name it has in files."""
+    parts = {name: getattr(target, name, None) for name in COMPONENTS}
+    if not isinstance(target, nn.Module) or parts[UNET] is not None:
+        return {name: part for name, part in parts.items() if part is not None}
+    kinds = {"UNet2DConditionModel": UNET, "CLIPTextModel": TEXT_ENCODER, "CLIPTextModelWithProjection": TEXT_ENCODER_2}
+    return {next((kinds[c.__name__] for c in type(target).__mro__ if c.__name__ in kinds), "model"): target}
+
+
+def live_modules(target) -> dict[str, tuple[str, str, tuple[int, ...]]]:
+    """Return (component, path, shape of the weight) of every layer that can carry LoRA, by its full name."""
+    result = {}
+    for component, module in components(target).items():
+        inside = tuple(f"{path}." for path in lora_layers(module))
+        for path, child in module.named_modules():
+            if isinstance(child, LoRALayer):
+                child = child.base
+            elif path.startswith(inside):
+                continue
+            if isinstance(child, tuple(KINDS)):
+                result[full_name(component, path)] = (component, path, tuple(child.weight.shape))
+    return result
+
+
+def save_lora(target, path: str | Path, name: str = "default", dialect: str = "diffusers") -> None:
+    """Write the LoRA called `name` that a module or a diffusers pipeline carries; the same LoRA gives the same bytes.
+
+    `dialect` is "diffusers", "kohya" (for A1111, ComfyUI and kohya's tools) or "peft" (`path` is then a
+    folder).  The scale alpha / rank is folded into B, because not every program reads it from elsewhere.
+    """
+    live, modules = live_modules(target), components(target)
+    changes = {}
+    for full, (component, path_there, _) in live.items():
+        layer = modules[component].get_submodule(path_there)
+        if isinstance(layer, LoRALayer) and name in layer.adapters:
+            adapter = layer.adapters[name]
+            a, b = (matrix.detach().cpu().numpy() for matrix in (adapter.lora_A, adapter.lora_B))
+            changes[full] = Change(a, b, adapter.scale)
+    if not changes:
+        raise ValueError(f"this {type(target).__name__} carries no LoRA named {name!r}; inject_lora or load_lora first")
+    shapes = {full: shape for full, (_, _, shape) in live.items()}
+    write_lora(Path(path), LoRA(changes), dialect, shapes)
+
+
+def load_lora(
+    target, path: str | Path, name: str = "default", scale: float = 1.0, allow_unmatched: bool = False
+) -> Report:
+    """Put the LoRA of a file into a module or a diffusers pipeline under a name, in place, and report on it.
+
+    `path` is a file or folder of any dialect.  Raises UserError, with nothing changed, if it is not a
+    LoRA, has a shape that does not fit, or keys that have no home there (unless `allow_unmatched`).
+    """
+    live, modules = live_modules(target), components(target)
+    shapes = {full: shape for full, (_, _, shape) in live.items()}
+    where = " and ".join(modules)
+    lora = read_for(Path(path), shapes, where, allow_unmatched)
+    report = Report([], {str(path): lora.homeless} if lora.homeless else {}, [])
+    for component, module in modules.items():
+        mine = {live[full][1]: change for full, change in lora.changes.items() if live[full][0] == component}
+        if not mine:
+            continue
+        try:
+            add_lora(module, {path_there: change.rank for path_there, change in mine.items()}, name=name)
+        except ValueError as error:
+            for folded in report.folded:
+                remove_lora(modules[folded.component], name)
+            raise UserError(f"LoRA {path}: {error}") from error
+        state = {}
+        for path_there, change in mine.items():
+            state[f"{path_there}.lora_A.weight"] = torch.from_numpy(change.A)
+            state[f"{path_there}.lora_B.weight"] = torch.from_numpy(change.B).float() * change.scale
+        load_lora_state_dict(module, state, name)
+        set_lora_scale(module, scale, name)
+        weights = {path_there: module.get_submodule(path_there).base.weight for path_there in mine}
+        relative = {p: abs(scale) * mine[p].norm() / max(weights[p].float().norm().item(), 1e-30) for p in mine}
+        report.folded.append(Folded(f"{path} at {scale:g}", component, relative))
+    return report

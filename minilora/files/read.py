@@ -1,0 +1,390 @@
+"""LoRA files: read any dialect; write.py writes them.
+
+In memory a LoRA is one thing, whatever it was read from: for each module, by its full name
+(names.py), the two matrices of its change and their scale,
+
+    ΔW = scale · B A
+
+All else is a matter of naming, and of where the scale stands:
+
+    diffusers      unet.….to_q.lora_A.weight, .lora_B.weight; or .lora.down, .lora.up, and older spellings;
+                   no scale, or one in the header's lora_adapter_metadata
+    kohya          lora_unet_…_to_q.lora_down.weight, .lora_up.weight and .alpha, the scale being alpha / rank
+    PEFT           a folder with adapter_model.safetensors and the scale in adapter_config.json
+    cloneofsimo    unet:7:down, unet:7:up, counted in the order of the modules; no scale
+
+Only what is LoRA is read as LoRA; its relatives are refused by their names.  Sources: the writers of
+these files in diffusers 0.42, PEFT 0.21, kohya's sd-scripts 48d368f and cloneofsimo's lora d84074b.
+"""
+
+import math
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from ..settings.errors import UserError
+from ..settings.strict_json import parse_json
+from .names import COMPONENTS, Modules, full_name, known_by, numbered, split
+from .number_types import NAMES, WEIGHTS, widen
+from .tensors import PICKLE_HELP, PICKLES, TensorFile, refuse_more_than_memory
+
+FILE_NAME = "pytorch_lora_weights.safetensors"  # of diffusers
+AVERAGE_NAME = "pytorch_lora_weights_ema.safetensors"  # of --ema, beside it
+PEFT_CONFIG, PEFT_FILE = "adapter_config.json", "adapter_model.safetensors"
+
+Tensors = dict[str, np.ndarray]  # as they are stored (number_types.py)
+
+
+class FormatError(UserError):
+    """A file that is not what it should be; the message names the file and the keys."""
+
+
+@dataclass(frozen=True)
+class Change:
+    """The change of one module, ΔW = scale · B A.
+
+    `A` is (rank, in), or (rank, in, height, width) for a convolution; `B` is (out, rank).  Both are
+    float32 or float64, and in a file of the types in `stored`.
+    """
+
+    A: np.ndarray
+    B: np.ndarray
+    scale: float = 1.0
+    stored: tuple[str, str] = ("F32", "F32")
+
+    @property
+    def rank(self) -> int:
+        return len(self.A)
+
+    def delta(self, dtype: type = np.float32) -> np.ndarray:
+        """Return ΔW in the shape of the weight, (out, in) or (out, in, height, width)."""
+        product = self.B.astype(dtype) @ self.A.reshape(self.rank, -1).astype(dtype)  # (out, in · height · width)
+        return (self.scale * product).reshape(len(self.B), *self.A.shape[1:])
+
+    def norm(self) -> float:
+        """Return the root of the sum of ΔW's squares, without forming it: with Aᵀ = Q R, ‖B A‖ = ‖B Rᵀ‖."""
+        r = np.linalg.qr(self.A.reshape(self.rank, -1).T.astype(np.float64), mode="r")  # (rank, rank)
+        return abs(self.scale) * float(np.linalg.norm(self.B.astype(np.float64) @ r.T))
+
+
+@dataclass
+class LoRA:
+    """A LoRA: its changes by the modules' full names, and what its file said about it.
+
+    `homeless` names the file's keys that belong to no module of the base.
+    """
+
+    changes: dict[str, Change]
+    metadata: dict[str, str] = field(default_factory=dict)
+    homeless: list[str] = field(default_factory=list)
+
+
+# ------------------------------------------------------------------------------------------- reading
+
+
+_DOWN = (".lora_A.weight", ".lora_A.default.weight", ".lora.down.weight", ".lora_down.weight")
+_DOWN += (".lora_linear_layer.down.weight", "_lora.down.weight", ".lora_A")
+_UP = tuple(end.replace("lora_A", "lora_B").replace("down", "up") for end in _DOWN)
+_ENDINGS = [*((e, "A") for e in _DOWN), *((e, "B") for e in _UP), (".alpha", "alpha")]
+_ENDINGS.sort(key=lambda pair: -len(pair[0]))  # the longest first: they end alike
+_COUNTED = re.compile(r"(unet|text_encoder):(\d+):(up|down)")
+# Repetitions of repetitions, or many of them: a pattern of a stranger's that names no module any sooner.
+_SLOW = re.compile(r"\)[*+?{]|([*+{].*){4}", re.DOTALL)
+_RELATIVES = {  # what a key looks like of a kind that is not LoRA
+    r"\.hada_": "LoHa",
+    r"\.lokr_": "LoKr",
+    r"\.oft_|\.oft_R|vera_lambda|boft": "OFT or VeRA",
+    r"\.dora_scale|lora_magnitude_vector": "DoRA",
+    r"\.lora_mid\.": "LoRA with a Tucker core",
+    r"\.diff(_b)?$|\.w_norm$|\.b_norm$|\.set_weight$": "a full difference",
+    r"lora_embedding_|\.on_input$": "an embedding's LoRA or IA3",
+    r"\.[ab][12]\.weight$": "GLoRA",
+    r"\.lora_B\.bias$|\.lora_up\.bias$": "LoRA with a bias",
+}
+
+
+def read_lora(path: Path, modules: Modules | None = None) -> LoRA:
+    """Read a LoRA file or folder of any dialect, for a base with the given modules.
+
+    `path` is a .safetensors file; a folder with pytorch_lora_weights.safetensors; or a PEFT adapter
+    folder, or one with PEFT folders `unet`, `text_encoder` and so on in it.  Without `modules` only
+    dialects that spell names out can be read.  Raises FormatError, naming the file and every key,
+    for what is no LoRA, is incomplete, or does not fit the base; keys that have no home in the base
+    are left to the caller, in `homeless`.
+    """
+    if path.is_dir() and not (path / FILE_NAME).exists():
+        return _read_peft(path, modules)
+    path = path / FILE_NAME if path.is_dir() else path
+    tensors, metadata = _read_tensors(path)
+    configs = _configs_in(path, metadata)
+
+    def scale_of(name: str, rank: int) -> float:
+        component, module = split(name)
+        if configs and component not in configs:
+            raise FormatError(f"{path}: its lora_adapter_metadata says nothing of {component}, as of {name}")
+        return _peft_scale(configs[component], module, rank) if configs else 1.0
+
+    nowhere: list[str] = []
+    if any(_COUNTED.fullmatch(key) for key in tensors):
+        tensors, nowhere = _named_from_counted(path, tensors, metadata, modules)
+    lora = _gather(path, tensors, modules, scale_of)
+    lora.homeless.extend(nowhere)
+    lora.metadata.update(metadata)
+    return lora
+
+
+def _read_tensors(path: Path) -> tuple[Tensors, dict[str, str]]:
+    pickle = path if path.suffix in PICKLES else path.with_suffix(".bin")
+    if pickle == path or (pickle.exists() and not path.exists()):
+        raise FormatError(f"{pickle}: {PICKLE_HELP}")
+    try:
+        file = TensorFile(path)
+        refuse_more_than_memory([file], 8)  # as they are stored, and in float32
+        return {key: file.read(key) for key in sorted(file.entries)}, file.metadata
+    except (OSError, UserError) as error:
+        reason = str(error).removeprefix(f"{path}: ")
+        raise FormatError(f"{path}: not a safetensors file that can be read ({reason})") from error
+
+
+def _gather(path: Path, tensors: Tensors, modules: Modules | None, scale_of: Callable[[str, int], float]) -> LoRA:
+    """Put A, B and alpha of each module together; `scale_of(name, rank)` is for those without alpha."""
+    known = known_by(modules) if modules is not None else None
+    parts: dict[str, dict[str, tuple[str, np.ndarray]]] = {}  # module -> "A", "B", "alpha" -> key, tensor
+    homeless, problems = [], []
+    for key, tensor in tensors.items():
+        if key.startswith("bundle_emb."):  # a learned word that came along with a LoRA
+            homeless.append(key)
+            continue
+        if kind := next((kind for look, kind in _RELATIVES.items() if re.search(look, key)), None):
+            problems.append(f"{key} belongs to {kind}, which is not LoRA and is not read")
+            continue
+        name, part = next(((key.removesuffix(e), part) for e, part in _ENDINGS if key.endswith(e)), (key, None))
+        if part is None:
+            problems.append(f"{key} is no key of a LoRA")
+            continue
+        meant = _spelt_out(name) if known is None else known.get(name, set())
+        if len(meant) > 1:
+            problems.append(f"{key} may mean any of {', '.join(sorted(meant))}; put it under its component's name")
+        elif not meant:
+            homeless.append(key)
+        else:
+            [module] = meant
+            if part in parts.setdefault(module, {}):
+                problems.append(f"{key} and {parts[module][part][0]} are the same part of {module}")
+            parts[module][part] = (key, tensor)
+    changes = {}
+    for module, found in parts.items():
+        change = _change(
+            found, modules[module] if modules else None, problems, lambda rank, m=module: scale_of(m, rank)
+        )
+        if change is not None:
+            changes[module] = change
+    if not tensors:
+        problems.append("it holds no tensors")
+    if problems:
+        raise FormatError(f"{path}: {some(problems)}")
+    order = {name: place for place, name in enumerate(modules or sorted(changes))}
+    return LoRA(dict(sorted(changes.items(), key=lambda item: order[item[0]])), homeless=homeless)
+
+
+def some(problems: Iterable[str], most: int = 5) -> str:
+    """Return the first problems in one line, and how many more there are."""
+    problems = list(problems)
+    more = f"; and {len(problems) - most} more" if len(problems) > most else ""
+    return "; ".join(problems[:most]) + more
+
+
+def _change(found: dict, shape: tuple[int, ...] | None, problems: list[str], scale_of: Callable) -> Change | None:
+    """Return the change that three tensors make, or add to `problems` why they make none."""
+    for part in "AB":
+        if part not in found:
+            key = next(iter(found.values()))[0]
+            problems.append(f"{key} is alone: {'A, the down' if part == 'A' else 'B, the up'} matrix is missing")
+            return None
+    (key, a), (key_b, b) = found["A"], found["B"]
+    shapes = f"{key} and its partner are {a.shape} and {b.shape}"
+    if (
+        a.ndim not in (2, 4)
+        or b.ndim not in (2, 4)
+        or any(n != 1 for n in b.shape[2:])
+        or a.shape[0] != b.shape[1]
+        or not len(a)
+    ):
+        problems.append(f"{shapes}, which do not make a LoRA")
+        return None
+    types = NAMES[a.dtype], NAMES[b.dtype]
+    if not all(name in WEIGHTS for name in types):
+        problems.append(f"{shapes}, of types {' and '.join(types)}")
+        return None
+    a, b = widen(a), widen(b.reshape(b.shape[:2]))  # b: (out, rank)
+    types = tuple("F32" if name.startswith("F8") else name for name in types)
+    if shape is not None:
+        flat = a.ndim == 2 or a.shape[2:] == (1, 1)
+        fitting = [(len(b), *a.shape[1:]), *([(len(b), a.shape[1]), (len(b), a.shape[1], 1, 1)] if flat else [])]
+        if tuple(shape) not in fitting:
+            problems.append(f"{shapes} but the base's weight is {tuple(shape)}")
+            return None
+        a = a.reshape(len(a), *shape[1:])  # a linear layer and a 1 × 1 convolution are the same
+    if "alpha" in found:
+        key_alpha, alpha = found["alpha"]
+        if alpha.size != 1:
+            problems.append(f"{key_alpha} is {alpha.shape} and should be one number")
+            return None
+        scale = (widen(alpha) if NAMES[alpha.dtype] in WEIGHTS else alpha).item() / len(a)
+    else:
+        scale = scale_of(len(a))
+    if not (np.isfinite(a).all() and np.isfinite(b).all() and math.isfinite(scale)):
+        problems.append(f"{key}, {key_b} or their scale {scale:g} holds numbers that are not finite")
+        return None
+    return Change(a, b, scale, types)
+
+
+def _spelt_out(name: str) -> set[str]:
+    """Return the full name that a key spells out, without a base to look it up in."""
+    component, path = split(name)
+    if component not in COMPONENTS:
+        return set()
+    path = re.sub(r"\.to_out$", ".to_out.0", path.removeprefix("base_model.model.").replace(".processor.", "."))
+    path = re.sub(r"\.self_attn\.to_(q|k|v|out)(\.0)?$", r".self_attn.\1_proj", path)
+    return {full_name(component, path)}
+
+
+# ---------------------------------------------------------------------- scales that stand beside, and PEFT
+
+
+def _configs_in(path: Path, metadata: dict[str, str]) -> dict[str, dict]:
+    """Return PEFT's settings by component, as diffusers writes them into a header; empty if there are none."""
+    if "lora_adapter_metadata" not in metadata:
+        return {}
+    try:
+        flat = parse_json(metadata["lora_adapter_metadata"])
+        configs: dict[str, dict] = {}
+        for key, value in flat.items():
+            component, name = split(key)
+            configs.setdefault(component, {})[name] = value
+    except (ValueError, AttributeError) as error:
+        raise FormatError(f"{path}: its lora_adapter_metadata is no JSON object ({error})") from error
+    for component, config in configs.items():
+        _check_peft(f"{path}, {component}", config)
+    return configs
+
+
+def _check_peft(where: str, config: dict) -> None:
+    """Refuse PEFT settings under which ΔW is not scale · B A."""
+    if not isinstance(config, dict):
+        raise FormatError(f"{where}: its settings are no JSON object")
+    problems = [
+        f"{name} is {config[name]!r}"
+        for name in ("use_dora", "lora_bias", "modules_to_save", "fan_in_fan_out", "layer_replication", "use_qalora")
+        if config.get(name)
+    ]
+    if config.get("peft_type", "LORA") != "LORA":
+        problems.append(f"peft_type is {config['peft_type']!r}")
+    if config.get("bias", "none") != "none":
+        problems.append(f"bias is {config['bias']!r}")
+    if str(config.get("init_lora_weights")).startswith(("pissa", "olora", "corda", "loftq", "lora_ga")):
+        problems.append(f"init_lora_weights is {config['init_lora_weights']!r}, which changes the base too")
+    alphas = config.get("alpha_pattern") or {}
+    if not isinstance(alphas, dict):
+        problems.append(f"alpha_pattern is {alphas!r}")
+        alphas = {}
+    for name, alpha in {"lora_alpha": config.get("lora_alpha", 8), **alphas}.items():
+        if not isinstance(alpha, (int, float)) or not abs(alpha) < 1e30:
+            problems.append(f"the alpha of {name} is {alpha!r}")
+    for pattern in alphas:
+        try:
+            re.compile(pattern)
+        except (re.error, OverflowError, RecursionError) as error:
+            problems.append(f"a pattern in alpha_pattern cannot be read ({error})")
+        if _SLOW.search(pattern):
+            problems.append(f"alpha_pattern has {pattern!r}, which could take for ever to look for")
+    if problems:
+        raise FormatError(f"{where}: {some(problems)}; only plain LoRA is read")
+
+
+def _peft_scale(config: dict, path: str, rank: int) -> float:
+    """Return the scale of a module under PEFT's settings: alpha / rank, or alpha / √rank for rsLoRA."""
+    alpha = config.get("lora_alpha", 8)  # PEFT's default
+    for pattern, value in (config.get("alpha_pattern") or {}).items():
+        if any(re.match(rf"(.*\.)?({pattern})$", p) for p in (path, path.removeprefix("text_model."))):
+            alpha = value
+            break
+    return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+
+
+def _read_peft(folder: Path, modules: Modules | None) -> LoRA:
+    """Read a PEFT adapter folder, or one PEFT folder for each component."""
+    if (folder / PEFT_CONFIG).exists():
+        component = folder.name if folder.name in COMPONENTS else None
+        folders = [(folder, component)]
+    else:
+        inside = [(folder / component, component) for component in COMPONENTS]
+        folders = [(sub, component) for sub, component in inside if (sub / PEFT_CONFIG).exists()]
+    if not folders:
+        raise FormatError(f"{folder}: it holds neither {FILE_NAME} nor {PEFT_CONFIG}")
+    whole = LoRA({})
+    for sub, component in folders:
+        try:
+            config = parse_json((sub / PEFT_CONFIG).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise FormatError(f"{sub / PEFT_CONFIG}: {error}") from error
+        _check_peft(str(sub), config)
+        tensors, _ = _read_tensors(sub / PEFT_FILE)
+        if component is not None:
+            tensors = {f"{component}.{key}": tensor for key, tensor in tensors.items()}
+
+        def scale_of(name: str, rank: int, config: dict = config) -> float:
+            return _peft_scale(config, split(name)[1], rank)
+
+        part = _gather(sub / PEFT_FILE, tensors, modules, scale_of)
+        whole.changes.update(part.changes)
+        whole.homeless.extend(part.homeless)
+    return whole
+
+
+# --------------------------------------------------------------------------------------- cloneofsimo
+
+
+def _named_from_counted(
+    path: Path, tensors: Tensors, metadata: dict[str, str], modules: Modules | None
+) -> tuple[Tensors, list[str]]:
+    """Give the tensors of a file that only counts its modules the names of diffusers; return the other keys too."""
+    if modules is None:
+        raise FormatError(f"{path}: its modules are only counted; give the base that it was trained for")
+    named: Tensors = {}
+    homeless = [key for key in tensors if metadata.get(key) == "<embed>"]  # learned words
+    counted: dict[str, dict[tuple[int, str], np.ndarray]] = {}
+    for key, tensor in tensors.items():
+        if match := _COUNTED.fullmatch(key):
+            counted.setdefault(match[1], {})[int(match[2]), match[3]] = tensor
+        elif key not in homeless:
+            raise FormatError(f"{path}: {key} is no key of a LoRA")
+    for component, parts in counted.items():
+        if not any(name.startswith(f"{component}.") for name in modules):
+            homeless += [f"{component}:{number}:{direction}" for number, direction in parts]
+            continue
+        try:
+            classes = parse_json(metadata[component])
+            orders = numbered(modules, component, classes)
+        except (KeyError, TypeError, ValueError) as error:
+            raise FormatError(f"{path}: which modules of {component} it counts is not known ({error})") from error
+        fitting = [order for order in orders if _fits(order, parts, modules)]
+        if not fitting:
+            raise FormatError(f"{path}: its {len(parts) // 2} modules of {component} are not those of this base")
+        for (number, direction), tensor in parts.items():
+            named[f"{fitting[0][number]}.lora.{direction}.weight"] = tensor
+    return named, homeless
+
+
+def _fits(order: list[str], parts: dict[tuple[int, str], np.ndarray], modules: Modules) -> bool:
+    """Whether the tensors have the shapes of the modules, counted in this order."""
+    if {number for number, _ in parts} != set(range(len(order))):
+        return False
+    return all(
+        tensor.ndim > 1
+        and tensor.shape[0 if direction == "up" else 1] == modules[order[number]][0 if direction == "up" else 1]
+        for (number, direction), tensor in parts.items()
+    )

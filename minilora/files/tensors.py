@@ -1,0 +1,309 @@
+"""Files on disk: written whole or not at all, never unpickled; and safetensors files without loading them.
+
+A file first goes under a temporary name, is flushed to the disk, and only then takes its final name
+by a rename, which the file system does at once.  So a file that is there is whole, whenever the
+program or the machine stopped.
+
+A safetensors file is 8 bytes with the length of a header, the header (JSON: the type, shape and place
+of each tensor), and the tensors' bytes.  So a file can be rewritten with some of its tensors changed
+by reading its header only and streaming the rest, in memory that does not grow with the file.
+"""
+
+import errno
+import hashlib
+import json
+import math
+import os
+import shutil
+import struct
+import sys
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import contextmanager
+from dataclasses import dataclass
+from operator import index
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+
+from ..settings.errors import UserError
+from ..settings.strict_json import parse_json
+from .number_types import DTYPES, NAMES
+
+CHUNK = 1 << 20  # bytes that are worked on at a time: few enough to stay in a processor's cache
+COMPUTING = 2  # threads that change tensors, beside the one that copies
+UNCACHED = 0x80 if sys.platform == "linux" else 0  # RWF_DONTCACHE of Linux 6.14, which Python has no name for yet
+PICKLES = (".pt", ".pth", ".ckpt", ".bin")
+PICKLE_HELP = (
+    "a pickle, which can run code when it is opened, is not read; where you trust it, convert it with "
+    "safetensors.torch.save_file(torch.load(file, weights_only=True), 'new.safetensors')"
+)
+
+
+# --------------------------------------------------------------------------------- written whole
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a file so that it is found under its name only when all of it is on the disk."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        raise UserError(f"{path}: it cannot be written ({error.strerror}); what was there before is whole") from error
+    finally:
+        temporary.unlink(missing_ok=True)  # gone already, unless something went wrong
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """See to it that the names in a folder are on the disk, so that a rename outlives a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_tensors(path: Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> None:
+    """Write arrays, or torch's tensors on the CPU, as a safetensors file; equal arguments give equal bytes."""
+    write_whole(path, tensor_bytes(tensors, metadata))
+
+
+def tensor_bytes(tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> bytes:
+    """Return a safetensors file, with its tensors in the order that safetensors itself gives them."""
+    arrays = {key: np.asarray(tensor) for key, tensor in tensors.items()}
+    places, order = {}, list(NAMES)
+    pieces, position = [], 0
+    for key, array in sorted(arrays.items(), key=lambda item: (order.index(item[1].dtype), item[0])):
+        offsets = [position, position := position + array.nbytes]
+        places[key] = {"dtype": NAMES[array.dtype], "shape": array.shape, "data_offsets": offsets}
+        pieces.append(array.tobytes())
+    header = {"__metadata__": dict(sorted(metadata.items())), **places}
+    text = json.dumps(dict(sorted(header.items())), separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return b"".join([struct.pack("<Q", len(text)), text, *pieces])
+
+
+def write_checked(path: Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> None:
+    """Write tensors as `write_tensors` does, with a checksum of them and the metadata for `read_checked`."""
+    write_tensors(path, tensors, {**metadata, "checksum": _checksum(tensors, metadata)})
+
+
+def read_checked(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """Return the tensors and the metadata that `write_checked` wrote; UserError if any bit of them has changed."""
+    file = TensorFile(path)
+    tensors, metadata = {key: file.read(key) for key in file.entries}, file.metadata
+    if metadata.pop("checksum", None) != _checksum(tensors, metadata):
+        raise UserError(f"{path}: its checksum is not that of its content, so it is damaged")
+    return tensors, metadata
+
+
+def _checksum(tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> str:
+    return hashlib.sha256(tensor_bytes(tensors, metadata)).hexdigest()
+
+
+def refuse_existing(output: Path, overwrite: bool) -> None:
+    """Raise UserError if there is something at `output` that may not be overwritten."""
+    if output.exists() and not overwrite:
+        raise UserError(f"{output}: it exists; choose another name, or --overwrite")
+
+
+@contextmanager
+def staging(output: Path, size: int, overwrite: bool, content: Collection[Path] = ()) -> Iterator[Path]:
+    """Give a temporary path to write to, which takes the name `output` once the block is done, or goes away.
+
+    Raises UserError if there is something at `output` already, unless it may be overwritten, or if
+    the disk has no room for `size` bytes.  A folder is overwritten only if all files in it are among
+    `content`, the files of the new one: others may be what nobody means to lose.
+    """
+    refuse_existing(output, overwrite)
+    if output.is_dir():
+        there = {path.relative_to(output) for path in output.rglob("*") if path.is_file()}
+        if lost := sorted(there - set(content)):
+            raise UserError(f"{output}: a folder with {lost[0]} in it, which is not overwritten; choose another name")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(output.parent).free
+    if free < size:
+        raise UserError(f"{output}: it needs {size:,} bytes and the disk has {free:,} left")
+    new = output.with_name(f".{output.name}.{os.getpid()}.part")
+    old = output.with_name(f".{output.name}.{os.getpid()}.old")
+    try:
+        yield new
+        if output.is_dir():
+            output.rename(old)
+        try:
+            os.replace(new, output)
+        except OSError:
+            if old.exists():
+                old.rename(output)
+            raise
+        sync_folder(output.parent)
+    finally:
+        for path in (new, old):
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
+
+
+# ------------------------------------------------------------------------- tensor by tensor
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Where one tensor lies in a safetensors file: bytes `begin` to `end`, counted from the file's start."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+
+
+class TensorFile:
+    """The header of a safetensors file: which tensors are in it and where, in the order of their bytes.
+
+    The file is 8 bytes with the header's length, the header (JSON), the tensors' bytes.  Raises
+    UserError, naming the key, for a header that does not describe the file exactly.
+    """
+
+    def __init__(self, path: Path):
+        if path.suffix in PICKLES:
+            raise UserError(f"{path}: {PICKLE_HELP}")
+        self.path = path
+        self.size = path.stat().st_size
+        with open(path, "rb") as file:
+            start = file.read(8)
+            length = struct.unpack("<Q", start)[0] if len(start) == 8 else self.size
+            if length > self.size - 8 or length > 100_000_000:
+                raise UserError(f"{path}: not a whole safetensors file; its header would be {length:,} bytes")
+            self.first = 8 + length  # of the tensors' bytes
+            try:
+                header = parse_json(file.read(length))
+                self.metadata = dict(header.pop("__metadata__", None) or {})
+                if not all(isinstance(value, str) for value in self.metadata.values()):
+                    raise ValueError("its metadata are not all texts")
+                entries = {
+                    key: Entry(str(e["dtype"]), tuple(e["shape"]), *(self.first + index(n) for n in e["data_offsets"]))
+                    for key, e in header.items()
+                }
+            except (ValueError, TypeError, KeyError, AttributeError) as error:
+                raise UserError(f"{path}: its safetensors header cannot be read ({error!r})") from error
+        self.entries = dict(sorted(entries.items(), key=lambda item: (item[1].begin, item[1].end)))
+        end = self.first
+        for key, entry in self.entries.items():
+            if entry.dtype not in DTYPES or any(type(n) is not int or n < 0 for n in entry.shape):
+                raise UserError(f"{path}: {key} has type {entry.dtype} and shape {entry.shape}, which is not known")
+            if entry.begin != end or entry.end - entry.begin != math.prod(entry.shape) * DTYPES[entry.dtype].itemsize:
+                raise UserError(
+                    f"{path}: {key}, {entry.dtype} {entry.shape}, should begin at byte {end} and be of that size, "
+                    f"but lies at {entry.begin} to {entry.end}"
+                )
+            end = entry.end
+        if end != self.size:
+            raise UserError(f"{path}: it has {self.size:,} bytes and should have {end:,}; it was cut off or added to")
+
+    def read(self, key: str) -> np.ndarray:
+        """Return one tensor as it is stored."""
+        entry = self.entries[key]
+        content = bytearray(entry.end - entry.begin)
+        with open(self.path, "rb", buffering=0) as file:
+            file.seek(entry.begin)
+            read_exactly(file, memoryview(content), self.path)
+        return np.frombuffer(content, DTYPES[entry.dtype]).reshape(entry.shape)
+
+
+def refuse_more_than_memory(files: Iterable[TensorFile], bytes_of_a_number: int) -> None:
+    """Raise UserError if all numbers of some files are more than fits into the memory that is free, swap included.
+
+    Where the system does not tell how much is free (Linux does), nothing is refused.
+    """
+    needed = sum(math.prod(entry.shape) for file in files for entry in file.entries.values()) * bytes_of_a_number
+    try:
+        told = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+        free = sum(int(told[name].split()[0]) * 1024 for name in ("MemAvailable", "SwapFree"))
+    except (OSError, KeyError):
+        return
+    if needed > free:
+        raise UserError(f"its numbers need {needed / 1e9:,.1f} GB of memory, and {free / 1e9:,.1f} GB are free")
+
+
+def rewrite(file: TensorFile, target: Path, changes: Mapping[str, Callable[[BinaryIO], Iterator]]) -> None:
+    """Write a checkpoint file anew: for the keys in `changes` the bytes that these give, the others as they are.
+
+    Each of `changes` is called, in a thread of a few, with the open file at the tensor's first byte, and
+    reads all of it.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with open(file.path, "rb", buffering=0) as source, open(target, "wb", buffering=0) as out:
+        pool = ThreadPoolExecutor(1 + COMPUTING)  # copying and computing do not wait for each other
+        try:
+            jobs = [pool.submit(_copy_unchanged, file, changes.keys(), source.fileno(), out.fileno())]
+            jobs += [pool.submit(_write_change, file, key, change, out.fileno()) for key, change in changes.items()]
+            for job in as_completed(jobs):
+                job.result()
+        finally:
+            pool.shutdown(cancel_futures=True)
+        os.fsync(out.fileno())
+
+
+def _write_change(file: TensorFile, key: str, change: Callable[[BinaryIO], Iterator], out: int) -> None:
+    """Write the bytes of a tensor anew at their place."""
+    place = file.entries[key].begin
+    with open(file.path, "rb", buffering=0) as source:
+        source.seek(place)
+        for piece in change(source):
+            write_at(out, piece, place)
+            place += len(piece)
+
+
+def _copy_unchanged(file: TensorFile, changed: Collection[str], source: int, out: int) -> None:
+    """Copy all bytes of a file but those of the changed tensors to the same places of another."""
+    begin = 0
+    for key, entry in file.entries.items():
+        if key in changed:
+            copy_bytes(source, out, begin, entry.begin, file.path)
+            begin = entry.end
+    copy_bytes(source, out, begin, file.size, file.path)
+
+
+def copy_bytes(source: int, out: int, begin: int, end: int, path: Path) -> None:
+    """Copy the bytes from `begin` to `end` of one open file to the same place of another."""
+    buffer = memoryview(bytearray(min(CHUNK, end - begin)))
+    while begin < end:
+        count = os.preadv(source, [buffer[: end - begin]], begin)
+        if not count:
+            raise UserError(f"{path}: it became shorter while it was read")
+        write_at(out, buffer[:count], begin)
+        begin += count
+
+
+def read_exactly(source: BinaryIO, piece: memoryview | np.ndarray, path: Path) -> None:
+    """Fill `piece` from an unbuffered file, or raise UserError if the file ends before."""
+    done = 0
+    while done < len(piece):
+        count = source.readinto(piece[done:])
+        if not count:
+            raise UserError(f"{path}: it became shorter while it was read")
+        done += count
+
+
+def write_at(out: int, piece, place: int) -> None:
+    """Write all of some bytes to a place in an open file, not to stay in the page cache if the system can do that.
+
+    Nobody reads them again soon, and finding fresh pages for them takes longer than all else that is done to them.
+    """
+    done = 0
+    while done < len(piece):
+        rest = [piece[done:]]
+        try:
+            done += os.pwritev(out, rest, place + done, UNCACHED)
+        except OSError as error:
+            if not UNCACHED or error.errno != errno.EOPNOTSUPP:  # an older system, or another file system
+                raise
+            done += os.pwritev(out, rest, place + done)

@@ -1,0 +1,159 @@
+"""Write a LoRA in any dialect that read.py reads, and read it back before it takes its name.
+
+No clock, path or random value enters a file: the same LoRA gives the same bytes.
+"""
+
+import hashlib
+import json
+import math
+import re
+from pathlib import Path
+
+import numpy as np
+
+from .names import TEXT_ENCODER, Modules, is_sdxl, kohya_names, split
+from .number_types import EPSILON, NAMES, narrow, widen
+from .read import FILE_NAME, PEFT_CONFIG, PEFT_FILE, Change, FormatError, LoRA, Tensors, read_lora
+from .tensors import staging, tensor_bytes, write_tensors, write_whole
+
+DIALECTS = ("diffusers", "kohya", "peft")
+
+
+def write_lora(path: Path, lora: LoRA, dialect: str, modules: Modules | None) -> None:
+    """Write a LoRA in a dialect, whole or not at all: a file, for PEFT a folder with one for each component.
+
+    It takes its name only after it was read back and every ΔW found to be what it was, up to the
+    rounding of B.  Raises FormatError if that is not so.
+    """
+    if dialect == "peft":
+        files = as_peft(lora)
+    else:
+        files = as_kohya(lora, modules) if dialect == "kohya" else as_diffusers(lora)
+    written = [Path(name) for name in files] + [Path(name).with_name(PEFT_CONFIG) for name in files]
+    with staging(path, 0, overwrite=True, content=written if dialect == "peft" else ()) as new:
+        for name, (tensors, about) in files.items():
+            if dialect == "peft":
+                write_tensors(new / name, tensors, {"format": "pt"})
+                write_whole((new / name).with_name(PEFT_CONFIG), json.dumps(about, indent=2, sort_keys=True).encode())
+            else:
+                write_tensors(new, tensors, about)
+        if (apart := difference(lora, read_lora(new, modules))) > 1:
+            raise FormatError(f"{path}: read back, it differs by {apart:.2g} times what rounding can do")
+
+
+def difference(one: LoRA, two: LoRA) -> float:
+    """Return the largest ‖ΔW₁ − ΔW₂‖ of any module, relative to the largest that rounding B could make it.
+
+    The unit is what rounding each number of B to the coarser of the two types can do; infinite if the
+    modules are not the same.
+    """
+    if one.changes.keys() != two.changes.keys():
+        return math.inf
+    largest = 0.0
+    for name, a in one.changes.items():
+        b = two.changes[name]
+        up = [change.B.astype(np.float64) * sign * change.scale for change, sign in ((a, 1), (b, -1))]
+        apart = Change(np.concatenate([a.A, b.A]), np.concatenate(up, axis=1))
+        unit = max(EPSILON[change.stored[1]] for change in (a, b))
+        size = abs(a.scale) * float(np.linalg.norm(a.B) * np.linalg.norm(a.A))
+        largest = max(largest, apart.norm() / (unit * size) if size else apart.norm())
+    return largest
+
+
+def as_diffusers(lora: LoRA) -> dict[str, tuple[Tensors, dict[str, str]]]:
+    """Return the file of the diffusers dialect, as tensors and metadata by file name.
+
+    The scale is folded into B: programs disagree on where else to look for it.
+    """
+    tensors = {}
+    for name, change in lora.changes.items():
+        tensors[f"{name}.lora_A.weight"], tensors[f"{name}.lora_B.weight"] = _stored(name, change)
+    return {FILE_NAME: (tensors, {"format": "pt"})}
+
+
+def as_kohya(lora: LoRA, modules: Modules) -> dict[str, tuple[Tensors, dict[str, str]]]:
+    """Return the file of kohya's dialect, which A1111 and ComfyUI read, as tensors and metadata by file name.
+
+    The scale is folded into B, and alpha says so by being the rank.
+    """
+    names, tensors = kohya_names(modules), {}
+    for name, change in lora.changes.items():
+        a, b = _stored(name, change)
+        tensors[f"{names[name]}.lora_down.weight"] = a
+        tensors[f"{names[name]}.lora_up.weight"] = b
+        tensors[f"{names[name]}.alpha"] = narrow(np.array(float(change.rank)), NAMES[b.dtype])
+    ranks = sorted({change.rank for change in lora.changes.values()})
+    rank = str(ranks[0]) if len(ranks) == 1 else "Dynamic"
+    about = {"ss_v2": "False"}
+    if family := _family(modules):
+        known, architecture, resolution = family
+        about |= {"ss_base_model_version": known, "ss_v2": str(known.startswith("sd_v2"))}
+        about |= {"modelspec.architecture": f"{architecture}/lora", "modelspec.resolution": resolution}
+    # What a file from kohya's trainer says of itself wins over that; what follows is so for any LoRA written here.
+    about |= {k: v for k, v in lora.metadata.items() if k.startswith(("ss_", "modelspec."))}
+    about |= {"ss_network_module": "networks.lora", "ss_network_args": "{}"}
+    about |= {"ss_network_dim": rank, "ss_network_alpha": rank, "modelspec.sai_model_spec": "1.0.1"}
+    about |= {"modelspec.implementation": "diffusers", "modelspec.title": "LoRA"}
+    # The two hashes that user interfaces know a file by: of the tensors' bytes, and of 64 kB at a fixed place.
+    content = tensor_bytes(tensors, {key: value for key, value in about.items() if key.startswith("ss_")})
+    first = 8 + int.from_bytes(content[:8], "little")
+    about |= {"sshs_model_hash": hashlib.sha256(content[first:]).hexdigest()}
+    about |= {"sshs_legacy_hash": hashlib.sha256(content[0x100000:0x110000]).hexdigest()[:8]}
+    return {"lora.safetensors": (tensors, about)}
+
+
+def _family(modules: Modules) -> tuple[str, str, str] | None:
+    """Return what kohya's tools call the base, version, architecture and resolution; None if unknown.
+
+    Two Stable Diffusion 2 have the same modules, of 512 and of 768 pixels; it is the one of 512 unless
+    the LoRA's own metadata says otherwise.
+    """
+    if is_sdxl(modules):
+        return "sdxl_base_v1-0", "stable-diffusion-xl-v1-base", "1024x1024"
+    widths = {shape[1] for name, shape in modules.items() if name.endswith("attn2.to_k")}
+    if widths == {768}:
+        return "sd_v1", "stable-diffusion-v1", "512x512"
+    if widths == {1024}:
+        return "sd_v2", "stable-diffusion-v2-512", "512x512"
+    return None
+
+
+def as_peft(lora: LoRA) -> dict[str, tuple[Tensors, dict]]:
+    """Return PEFT's files, a folder for each component, as tensors and settings by file name.
+
+    PEFT knows modules by the names of the live model only, and CLIPTextModel's are without "text_model."
+    from transformers 5.6 on; so the folder is for the transformers that is installed.
+    """
+    from importlib.metadata import version  # here: it takes as long to import as half of numpy
+
+    flat_text_encoder = tuple(map(int, version("transformers").split(".")[:2])) >= (5, 6)
+    files: dict[str, tuple[Tensors, dict]] = {}
+    for component in dict.fromkeys(split(name)[0] for name in lora.changes):
+        tensors, ranks = {}, {}
+        for name, change in lora.changes.items():
+            owner, path = split(name)
+            if owner != component:
+                continue
+            if owner == TEXT_ENCODER and flat_text_encoder:
+                path = path.removeprefix("text_model.")
+            ours = f"base_model.model.{path}"
+            tensors[f"{ours}.lora_A.weight"], tensors[f"{ours}.lora_B.weight"] = _stored(name, change)
+            ranks[path] = change.rank
+        most = max(ranks.values())
+        pattern = {f"^{re.escape(path)}": rank for path, rank in ranks.items() if rank != most}
+        config = {"peft_type": "LORA", "r": most, "lora_alpha": most, "target_modules": sorted(ranks), "bias": "none"}
+        config |= {"rank_pattern": pattern, "alpha_pattern": pattern, "inference_mode": True, "use_rslora": False}
+        files[f"{component}/{PEFT_FILE}"] = (tensors, config)
+    return files
+
+
+def _stored(name: str, change: Change) -> tuple[np.ndarray, np.ndarray]:
+    """Return A and scale · B in their own types, B in float32 where that cannot hold it; shaped as the weight is."""
+    type_a, type_b = change.stored
+    exact = change.B * np.float64(change.scale)  # (out, rank)
+    b = narrow(exact, type_b)
+    if (np.abs(widen(b) - exact) > EPSILON[type_b] * np.abs(exact)).any():  # too small or large for its type
+        b = narrow(exact, "F32")
+    if not np.isfinite(widen(b)).all():
+        raise FormatError(f"{name}: its scale {change.scale:g} does not fit into {NAMES[b.dtype]}")
+    return narrow(change.A, type_a), b.reshape(*b.shape, *(1 for _ in change.A.shape[2:]))

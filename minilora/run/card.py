@@ -1,0 +1,102 @@
+"""The page that goes with a LoRA: README.md in its folder, as the Hugging Face hub shows it.
+
+Its head is YAML that the hub reads: the base, what kind of model it is, a picture.  Below stand what
+was trained on, what to type, and with which settings it was made.  The same run gives the same page.
+"""
+
+import dataclasses
+import json
+import os
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+
+from ..data.folder import Item
+from ..files.fold import split_strength
+from ..files.read import FILE_NAME
+from ..settings.shared import ATTENTION, split_weight
+from ..settings.train import TrainConfig
+
+SHOWN = 5  # captions
+TOLD = ("rank", "alpha", "targets", "steps", "batch_size", "learning_rate")  # settings; others if not the default
+
+
+def drawing_command(config: TrainConfig, prompt: str, lora: str) -> str:
+    """Return what to type to draw a prompt with the LoRA of a run, on the base as it was trained on."""
+    words = ["python", "sample.py", "--prompt", prompt]
+    words += [word for each in (lora, *config.base_lora) for word in ("--lora", each)]
+    words += ["--model", config.model] if config.model else []
+    words += ["--model-config", config.model_config] if config.model_config else []
+    return shlex.join(words + (["--zero-terminal-snr"] if config.zero_terminal_snr else []))
+
+
+def model_card(config: TrainConfig, items: Sequence[Item], is_xl: bool, picture: str) -> str:
+    """Return the page of a finished run, in Markdown; `picture` is the path of one that it shows, from the page."""
+    captions = list(dict.fromkeys(caption for item in items for caption in item.captions))[:SHOWN]
+    head = {
+        "base_model": config.model if config.model and not os.path.exists(config.model) else None,
+        "library_name": "diffusers",
+        "tags": ["text-to-image", "lora", "stable-diffusion-xl" if is_xl else "stable-diffusion", "minilora"],
+        "license": "other",
+        "license_name": "that-of-base-and-pictures",
+        "widget": [{"text": captions[0], "output": {"url": picture}}],
+    }
+    repo = config.push_to_hub
+    name = repo.split("/")[1] if repo else Path(config.output).resolve().name
+    folder = f"out/{name}" if repo else config.output
+    fetch = shlex.join(["hf", "download", repo, "--local-dir", folder]) + "\n" if repo else ""
+    # JSON is YAML, and needs no rules of its own for what is to be quoted.
+    yaml = [f"{key}: {json.dumps(value, ensure_ascii=False)}" for key, value in head.items() if value is not None]
+    base = config.model or "the miniature Stable Diffusion that is bundled with minilora"
+    base += f", with {' and '.join(f'`{text}`' for text in config.base_lora)} in it" if config.base_lora else ""
+    folders = ", ".join(f"`{Path(split_weight(text)[0]).name}`" for text in config.data)
+    rows = "\n".join(f"| {key} | {_told(value)} |" for key, value in _settings(config).items())
+    paragraphs = [
+        "\n".join(["---", *yaml, "---"]),
+        f"# {name}",
+        f"A LoRA for {base}, trained on {len(items)} picture{'s' if len(items) > 1 else ''} of "
+        f"{folders}. The licences of the base and of the pictures apply to it.",
+        f"![samples]({picture})",
+        "Words that it was trained with: " + "; ".join(f"“{caption}”" for caption in captions) + ".",
+        f"To draw with it, with minilora:\n\n```bash\n{fetch}{drawing_command(config, captions[0], folder)}\n```",
+        "Or with diffusers (and peft, which it needs for LoRA):\n\n"
+        f"```python\n{_in_diffusers(config, is_xl, repo or folder, captions[0])}\n```",
+        f"How it was trained; what is not listed is minilora's default:\n\n| setting | value |\n|---|---|\n{rows}",
+    ]
+    return "\n\n".join(paragraphs) + "\n"
+
+
+def _in_diffusers(config: TrainConfig, is_xl: bool, lora: str, prompt: str) -> str:
+    kind = "StableDiffusionXLPipeline" if is_xl else "StableDiffusionPipeline"
+    model = config.model or "minilora/base"
+    load = f"from_pretrained({model!r})"
+    if os.path.isfile(model):
+        load = f"from_single_file({model!r}" + (f", config={config.model_config!r})" if config.model_config else ")")
+    lines = [f"from diffusers import {kind}", "", f"pipeline = {kind}.{load}"]
+    if config.zero_terminal_snr:
+        options = "rescale_betas_zero_snr=True, timestep_spacing='trailing'"
+        lines[0] = f"from diffusers import DDIMScheduler, {kind}"
+        lines.append(f"pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, {options})")
+    for path, strength in map(split_strength, config.base_lora):
+        lines += [f"pipeline.load_lora_weights({str(path)!r})", f"pipeline.fuse_lora(lora_scale={strength:g})"]
+        lines.append("pipeline.unload_lora_weights()")
+    lines.append(f"pipeline.load_lora_weights({lora!r}, weight_name={FILE_NAME!r})")
+    lines.append(f"pipeline({prompt!r}).images[0].save('drawn.png')")
+    return "\n".join(lines)
+
+
+def _settings(config: TrainConfig) -> dict:
+    """Return the settings that are told, by name, as JSON values: the best known, and what is not the default."""
+    defaults = {field.name: field.metadata["default"] for field in dataclasses.fields(config)}
+    defaults = json.loads(json.dumps(defaults, default=str))
+    settings = {"steps": config.steps} | config.identity()
+    told = {name: value for name, value in settings.items() if name in TOLD or value != defaults.get(name, value)}
+    if config.init_from:  # whose own these are
+        told = {name: value for name, value in told.items() if name not in ("rank", "alpha", "targets")}
+        told["init_from"] = Path(config.init_from).name
+    return told
+
+
+def _told(value) -> str:
+    words = ",".join(map(str, value)) if isinstance(value, list) else str(value)
+    return "attention" if words == ",".join(ATTENTION) else words.replace("|", "\\|")

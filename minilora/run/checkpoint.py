@@ -1,0 +1,181 @@
+"""Training state on disk: a checkpoint after every so many steps, from which a run goes on as if never stopped."""
+
+import fcntl
+import json
+import os
+import sys
+import tempfile
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from ..files.read import FILE_NAME
+from ..files.tensors import read_checked, write_checked
+from ..settings.errors import UserError
+from .ranks import decided_by_main
+
+
+def under(tensors: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
+    """Return the tensors whose names begin with `prefix`, by the rest of their names."""
+    return {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+
+
+def path_of(output: Path, step: int) -> Path:
+    """Return where the checkpoint after `step` steps of a run is, given the run's output folder."""
+    return output / "checkpoints" / f"step-{step:08d}.safetensors"
+
+
+def all_in(output: Path) -> list[Path]:
+    """Return the checkpoints of a run, the newest last."""
+    return sorted((output / "checkpoints").glob("step-*.safetensors"))
+
+
+class OneRun:
+    """Hold an output folder, within a block, for one run alone.
+
+    The kernel keeps the lock and frees it when the process ends, in whichever way.  Raises UserError, on all
+    processes, if another run holds the folder or if nothing can be written there.
+    """
+
+    def __init__(self, output: Path):
+        self.output = output
+        self.folder: int | None = None  # the open folder; on the main process
+
+    def __enter__(self) -> "OneRun":
+        decided_by_main(self._take)
+        return self
+
+    def _take(self) -> None:
+        try:
+            self.output.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=self.output).close()
+            folder = os.open(self.output, os.O_RDONLY)
+        except OSError as error:
+            raise UserError(f"--output {self.output}: nothing can be written there ({error.strerror})") from error
+        try:
+            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            os.close(folder)
+            raise UserError(
+                f"--output {self.output}: another run writes there; wait for it, or choose another"
+            ) from error
+        except OSError as error:
+            lacking = f"its file system has no locks ({error.strerror})"
+            print(
+                f"warning: --output {self.output}: {lacking}; see to it that no other run writes there", file=sys.stderr
+            )
+        self.folder = folder
+        # What a run was writing when it was killed: with the folder held, no other run writes it now.
+        for inside in ("", "checkpoints", "samples"):
+            for left in (self.output / inside).glob(".*.[0-9]*.part"):
+                if left.is_file():
+                    left.unlink()
+
+    def refuse_if_gone(self) -> None:
+        """Raise UserError if the folder was deleted or moved away: a new one would hold half a run."""
+        if self.folder is not None:
+            there = os.path.exists(self.output) and os.path.samestat(os.stat(self.output), os.fstat(self.folder))
+            if not there:
+                raise UserError(f"--output {self.output}: the folder was deleted or moved while the run wrote to it")
+
+    def __exit__(self, *error) -> None:
+        if self.folder is not None:
+            with suppress(OSError):
+                self.output.rmdir()  # if it is empty: of a run that never began, nothing stays
+            os.close(self.folder)
+
+
+def refuse_unfinished(output: Path) -> None:
+    """Raise UserError if a run there was not finished: its checkpoints may be hours of work."""
+    old = all_in(output)
+    if old and not (output / FILE_NAME).exists():
+        raise UserError(
+            f"{output} holds a run that was not finished, {old[-1].name}; go on with --resume, "
+            "choose another --output, or delete its checkpoints"
+        )
+
+
+@dataclass(frozen=True)
+class State:
+    """All that a run needs to go on: its random draws are functions of the step, so they need nothing."""
+
+    step: int  # optimizer steps done
+    lora: dict[str, torch.Tensor]
+    optimizer: dict[str, torch.Tensor]
+    average: dict[str, torch.Tensor]  # of the LoRA, for --ema; mostly nothing
+    objective: dict[str, torch.Tensor]  # what the objective keeps from step to step; mostly nothing
+    scaler: dict[str, float]  # of the gradient scaler; empty without one
+
+
+def save_checkpoint(output: Path, state: State, fingerprint: dict, kept: int) -> None:
+    """Write a checkpoint and delete all but the newest `kept`.
+
+    `fingerprint` says what the run is a function of, as JSON values; only a run with an equal one
+    may go on from here.
+    """
+    tensors = {f"lora.{key}": value for key, value in state.lora.items()}
+    tensors |= {f"optimizer.{key}": value for key, value in state.optimizer.items()}
+    tensors |= {f"average.{key}": value for key, value in state.average.items()}
+    tensors |= {f"objective.{key}": value for key, value in state.objective.items()}
+    about = {"step": state.step, "scaler": state.scaler, "fingerprint": fingerprint}
+    tensors = {key: value.cpu() for key, value in tensors.items()}
+    write_checked(path_of(output, state.step), tensors, {"minilora": json.dumps(about, sort_keys=True)})
+    for old in all_in(output)[:-kept]:
+        old.unlink()
+
+
+def load_newest_checkpoint(output: Path, fingerprint: dict) -> State | None:
+    """Return the newest whole checkpoint of a run, or None if there is none at all.
+
+    One that cannot be read is passed over with a warning.  Raises ValueError if that leaves none, or,
+    naming what differs, if the checkpoint belongs to another run.
+    """
+    broken = []
+    for path in reversed(all_in(output)):
+        try:
+            arrays, metadata = read_checked(path)
+            about = json.loads(metadata["minilora"])
+            break
+        except (OSError, UserError, KeyError) as error:
+            reason = str(error).removeprefix(f"{path}: ")
+            broken.append(f"{path} is not a checkpoint that can be read ({reason})")
+    else:
+        if broken:
+            raise ValueError("; ".join(broken) + "; delete it to begin anew")
+        return None
+    for complaint in broken:
+        print(f"warning: {complaint}; going on from {path.name}", file=sys.stderr)
+    there = about["fingerprint"]
+    different = [
+        f"{key} was {there.get(key)!r} and is {fingerprint.get(key)!r}"
+        for key in sorted(there.keys() | fingerprint.keys())
+        if there.get(key) != fingerprint.get(key)
+    ]
+    if different:
+        raise ValueError(f"{path} belongs to another run: " + "; ".join(different))
+
+    tensors = {key: torch.from_numpy(array) for key, array in arrays.items()}
+    parts = [under(tensors, prefix) for prefix in ("lora.", "optimizer.", "average.", "objective.")]
+    return State(about["step"], *parts, about["scaler"])
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    """Flatten an optimizer's state into named tensors: `0.exp_avg`, `0.exp_avg_sq`, `0.step`, …
+
+    (`state_dict` would do, but that of the 8-bit optimizer is nested, for the sake of other programs.)
+    """
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    states = {i: optimizer.state[parameter] for i, parameter in enumerate(parameters) if parameter in optimizer.state}
+    return {f"{i}.{name}": torch.as_tensor(value) for i, state in states.items() for name, value in state.items()}
+
+
+def load_optimizer_tensors(optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Tensor]) -> None:
+    """Put back what `optimizer_tensors` gave, into an optimizer over the same parameters."""
+    state: dict[int, dict[str, torch.Tensor]] = {}
+    for key, value in tensors.items():
+        index, name = key.split(".", 1)
+        # A whole number is one that the optimizer counts with: 8-bit AdamW's step, where torch's is a float.
+        state.setdefault(int(index), {})[name] = value.item() if value.dtype == torch.int64 else value
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})

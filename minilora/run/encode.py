@@ -1,0 +1,35 @@
+"""Encode once: what the cache lacks of pictures and captions, shared out over the processes."""
+
+import sys
+
+from tqdm import tqdm
+
+from ..data.examples import Examples, is_whole
+from ..models.base import Base
+from .lost import sign_of_life
+from .ranks import Ranks, wait_for_all
+
+
+def encoded_examples(items, config, resolution: int, encoders: Base, length: int, ranks: Ranks, *more) -> Examples:
+    """Return the examples of a run once all that they read lies in the cache; `more` is as `Examples` takes it."""
+    examples = Examples(items, config, resolution, encoders, length, *more)
+    if examples.encoders:
+        ranks.say("note: --crop random shows no crop twice, so the VAE stays in memory and encodes each draw")
+    if ranks.is_main:
+        for line in examples.enlarged():
+            print(f"warning: {line}", file=sys.stderr)
+        encoders.warn_of_cuts(examples.captions, "caption")
+    fill_cache(examples, encoders, ranks)
+    return examples
+
+
+def fill_cache(examples: Examples, encoders: Base, ranks: Ranks) -> None:
+    """Encode what the cache lacks, each process its share of the files."""
+    jobs = examples.to_encode(encoders)
+    # Shared out over all processes; then, where machines do not share the folder, each makes the rest.
+    for rank, world in ((ranks.rank, ranks.world), (ranks.local_rank, ranks.local_world)):
+        share = [path for path in list(jobs)[rank::world] if not is_whole(path)]
+        for path in tqdm(share, "encode", disable=not (ranks.is_main and share)):
+            jobs[path]()
+            sign_of_life()
+        wait_for_all()

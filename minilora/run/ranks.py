@@ -1,0 +1,225 @@
+"""Several processes that train one LoRA together: start, stop, who am I, and means over all.
+
+`torchrun` starts the processes and tells each its rank and their number (the world) in the
+environment.  Without it there is one process, of rank 0 in a world of 1, and nothing here
+communicates.
+"""
+
+import itertools
+import os
+import signal
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
+
+from ..models.device import this_device
+from ..settings.errors import UserError, first_line
+from ..settings.shared import TIMEOUT
+from .lost import absent, is_loss, tell_loss
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among all: `rank` counts from 0 to `world` - 1; `device` is where it computes.
+
+    `local_rank` and `local_world` count the processes of one machine only.
+    """
+
+    rank: int
+    world: int
+    device: torch.device
+    local_rank: int = 0
+    local_world: int = 1
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is the one process that prints and writes files."""
+        return self.rank == 0
+
+    def say(self, text: str) -> None:
+        """Print a line, once for all processes."""
+        if self.is_main:
+            with suppress(OSError):  # of a terminal that was closed; a run is not lost for want of a reader
+                print(text, flush=True)
+
+
+@contextmanager
+def processes(timeout: float = TIMEOUT) -> Iterator[Ranks]:
+    """Join the processes that torchrun started, for as long as the block runs.
+
+    A block within another finds them joined: to join again after leaving can hang, since torchrun's store
+    still has the addresses of the first time.  Raises UserError, naming those that are missing, if others are
+    lost or let themselves be waited for longer than `timeout`, in minutes.
+    """
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    device = this_device()
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        # NCCL ends a process that waited too long by itself; so it says for whom.
+        os.environ.setdefault("TORCH_NCCL_DESYNC_DEBUG", "1")
+    joining = world > 1 and not dist.is_initialized()
+    if joining:
+        backend, wait = "nccl" if device.type == "cuda" else "gloo", timedelta(minutes=timeout)
+        try:
+            store = _store(timedelta(minutes=TIMEOUT))
+            store.set_timeout(wait)
+            dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=wait)
+        except dist.DistError as error:
+            raise UserError(f"the {world} processes did not find each other: {first_line(error)}") from error
+    local_rank, local_world = (int(os.environ.get(f"LOCAL_{name}", n)) for name, n in (("RANK", 0), ("WORLD_SIZE", 1)))
+    try:
+        yield Ranks(rank, world, device, local_rank, local_world)
+    except RuntimeError as error:
+        if not joining or not is_loss(error):
+            raise
+        raise UserError(tell_loss(error)) from error
+    finally:
+        if joining:
+            dist.destroy_process_group()
+
+
+def _store(timeout: timedelta) -> dist.Store:
+    """Return a store of keys that all processes of this start share, and that holds nothing of an earlier start.
+
+    torchrun has one store over all its restarts, with the addresses of the dead in it, and to join by these
+    hangs (torch 2.13).  So each process says a word of its own, and process 0 answers it with the word of the start.
+    """
+    store, rank, world = next(rendezvous("env://", timeout=timeout))
+    word = start = uuid.uuid4().hex
+    store.set(f"hello {rank}", word)
+    if rank:
+        store.wait([f"welcome {word}"])
+        start = store.get(f"welcome {word}").decode()
+        store.add(f"joined {start}", 1)
+    until = time.monotonic() + timeout.total_seconds()
+    while not rank and store.add(f"joined {start}", 0) < world - 1:
+        there = [other for other in range(1, world) if store.check([f"hello {other}"])]
+        for other in there:
+            store.set(f"welcome {store.get(f'hello {other}').decode()}", start)
+        if time.monotonic() > until:
+            missing = sorted({*range(1, world)} - {*there}) or there
+            raise dist.DistStoreError(f"process {', '.join(map(str, missing))} did not come")
+        time.sleep(0.02)
+    return dist.PrefixStore(start, store)
+
+
+_places = itertools.count()
+
+
+def wait_for_all() -> None:
+    """Return once every process is here."""
+    if dist.is_initialized():
+        store = dist.group.WORLD.get_group_store()
+        if absent(f"place {next(_places)}", store.timeout):
+            raise dist.DistError(f"waited for longer than {store.timeout.total_seconds() / 60:g} minutes")
+
+
+def decided_by_main(work: Callable):
+    """Do `work` on the main process only and return its result, or raise its UserError, on every process.
+
+    What is on the main process's disk is so seen by all, whether or not they share that disk.
+    """
+    if not dist.is_initialized():
+        return work()
+    outcome: list = [None, None]  # result, what the user did wrong
+    if dist.get_rank() == 0:
+        try:
+            outcome[0] = work()
+        except UserError as error:
+            outcome[1] = str(error)
+    dist.broadcast_object_list(outcome, src=0)
+    if outcome[1] is not None:
+        raise UserError(outcome[1])
+    return outcome[0]
+
+
+def refuse_differences(identity: dict) -> None:
+    """Raise UserError, naming what differs, unless all processes train the same: they exchange gradients only."""
+    if not dist.is_initialized():
+        return
+    everywhere: list = [None] * dist.get_world_size()
+    dist.all_gather_object(everywhere, identity)
+    first = everywhere[0]
+    for rank, other in enumerate(everywhere):
+        if differing := sorted(key for key in first | other if first.get(key) != other.get(key)):
+            raise UserError(f"processes 0 and {rank} do not train the same; what differs: {', '.join(differing)}")
+
+
+class Shares:
+    """How the positions of a step are shared out: over rounds, processes, and the places of a micro-batch.
+
+    `batch` is the number of positions of a step over all processes; `micro` how many a process takes
+    at a time (all of its share if None).  Raises UserError, with the numbers, if that cannot be.
+    """
+
+    def __init__(self, batch: int, micro: int | None, rank: int, world: int):
+        self.batch, self.rank, self.world = batch, rank, world
+        self.micro = micro or max(1, batch // world)
+        self.rounds, left_over = divmod(batch, self.micro * world)
+        if left_over or not self.rounds:
+            raise UserError(
+                f"--batch-size is {batch}; it cannot be divided into micro-batches of {self.micro} "
+                f"on each of {world} processes"
+            )
+
+    def all_positions(self, step: int) -> range:
+        """Return the positions of a step, over all processes."""
+        return range(step * self.batch, (step + 1) * self.batch)
+
+    def positions(self, step: int) -> list[range]:
+        """Return this process's micro-batches of a step, each a range of positions."""
+        starts = (step * self.batch + (n * self.world + self.rank) * self.micro for n in range(self.rounds))
+        return [range(start, start + self.micro) for start in starts]
+
+    def __str__(self) -> str:
+        return f"{self.micro} pictures × {self.rounds} rounds × {self.world} processes"
+
+
+class StopSignals:
+    """Notice SIGTERM, SIGINT and SIGHUP (the terminal was closed), within a block, instead of dying of them.
+
+    A second SIGINT is obeyed at once: somebody types Ctrl-C again.  The others come more than once for one
+    reason, since Slurm and shells tell all processes, and torchrun tells its own of what it was told.
+    """
+
+    def __enter__(self) -> "StopSignals":
+        self.number: int | None = None
+        numbers = [signal.SIGTERM, signal.SIGINT]
+        if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as nohup has it
+            numbers.append(signal.SIGHUP)
+        self.before = {number: signal.signal(number, self._notice) for number in numbers}
+        return self
+
+    def _notice(self, number: int, frame) -> None:
+        self.number = number
+        if number == signal.SIGINT:
+            signal.signal(number, self.before[number])
+
+    def __exit__(self, *error) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def seen_by_any(self, ranks: Ranks) -> bool:
+        """Whether any process was told to stop; all get the same answer, and then all stop together."""
+        if not dist.is_initialized():
+            return self.number is not None
+        seen = torch.tensor(float(self.number or 0), device=ranks.device)
+        dist.all_reduce(seen, dist.ReduceOp.MAX)
+        if seen:
+            self.number = int(seen)
+        return bool(seen)
+
+
+def mean_over_ranks(values: torch.Tensor) -> torch.Tensor:
+    """Return the mean of `values` over all processes, the same on each."""
+    if dist.is_initialized():
+        dist.all_reduce(values)
+        values /= dist.get_world_size()
+    return values

@@ -1,0 +1,98 @@
+"""A run's numbers and pictures, in TensorBoard and, with `train.py --wandb PROJECT`, in Weights & Biases, too."""
+
+import dataclasses
+import hashlib
+import json
+import threading
+
+import numpy as np
+from torch.utils.tensorboard import SummaryWriter
+
+from .. import sampling
+from ..settings.errors import UserError
+from ..settings.train import TrainConfig
+from .lost import sign_of_life
+from .ranks import decided_by_main
+
+
+class Log:
+    """Numbers and pictures of a run, for TensorBoard and --wandb; only the main process writes them."""
+
+    def __init__(self, run, first_step: int):
+        self.run, self.excepthook = run, threading.excepthook
+        folder = str(run.output / "tensorboard")
+        self.writer = SummaryWriter(folder, purge_step=first_step + 1) if run.ranks.is_main else None
+        self.wandb = None
+        if run.config.wandb:
+            decided_by_main(lambda: self._join_wandb(first_step > 0))
+
+    def _join_wandb(self, resumed: bool) -> None:
+        self.wandb = join_wandb(self.run.config, self.run.identity, resumed)
+
+    def __enter__(self) -> "Log":
+        threading.excepthook = self._told_elsewhere
+        return self
+
+    def _told_elsewhere(self, about: threading.ExceptHookArgs) -> None:
+        """Print what ended a thread, but not that its disk is full: that is raised by the next call to it, too."""
+        if not issubclass(about.exc_type, OSError):
+            self.excepthook(about)
+
+    def __exit__(self, kind: type | None, *error) -> None:
+        try:
+            if self.writer:
+                self.writer.close()
+        except OSError:
+            if kind is None:  # else it is of the same cause as the error that ends the run, or later
+                raise
+        finally:
+            threading.excepthook = self.excepthook
+            if self.wandb:
+                self.wandb.finish(exit_code=1 if kind else 0)
+
+    def numbers(self, step: int, **values: float) -> None:
+        if self.writer:
+            for name, value in values.items():
+                self.writer.add_scalar(name, value, step)
+        if self.wandb:
+            self.wandb.log(values, step=step)
+
+    def samples(self, step: int) -> None:
+        """Draw every --sample-prompt with the LoRA as it is now."""
+        if self.writer:
+            run = self.run
+            prompts = run.config.sample_prompt
+            with run.as_drawn():
+                sheet = sampling.draw_prompts(
+                    run.base, prompts, run.examples.resolution, run.drawing(prompts), sign_of_life
+                )
+            sampling.save_picture(sheet, run.output / "samples" / f"step-{step:08d}.png")
+            self.writer.add_image("samples", np.array(sheet), step, dataformats="HWC")
+            if self.wandb:
+                from wandb import Image
+
+                self.wandb.log({"samples": Image(sheet)}, step=step)
+            idle = () if run.config.train_text_encoder else ("text_encoder", "text_encoder_2")
+            run.base.release("pipeline", "vae", *idle)  # memory is for training
+
+
+def join_wandb(config: TrainConfig, identity: dict, resumed: bool):
+    """Return the wandb run of a run; one that is resumed goes on in the same, whose id is a hash of the identity.
+
+    Raises UserError if wandb refuses or cannot be reached.
+    """
+    import wandb
+
+    name = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
+    try:
+        return wandb.init(
+            project=config.wandb,
+            id=name,
+            resume="allow" if resumed else None,  # None: what there is under this id is written anew
+            config=dataclasses.asdict(config),
+            dir=config.output,
+            settings=wandb.Settings(console="off"),  # the terminal stays ours
+        )
+    except wandb.Error as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"--wandb {config.wandb}: {reason} (type `wandb login`, or set WANDB_MODE=offline)") from error

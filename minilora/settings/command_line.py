@@ -1,0 +1,205 @@
+"""The commands: settings from the command line and a JSON file, the work, a user's mistake in one line.
+
+`read` makes the command line from a settings class, reads `--config file.json` with the
+same names, and lets the command line win.  A name that is not a setting is an error wherever it is
+found.
+"""
+
+import argparse
+import dataclasses
+import difflib
+import importlib
+import json
+import os
+import re
+import sys
+import types
+import typing
+from collections.abc import Callable
+from pathlib import Path
+
+from .errors import UserError, first_line
+from .setting import ByBase, option
+from .strict_json import parse_json
+
+
+def train() -> None:
+    """Train a LoRA on a folder of pictures."""
+    run("minilora.settings.train:TrainConfig", "minilora.training:train", train.__doc__)
+
+
+def sample() -> None:
+    """Draw pictures with a base and any mix of LoRAs."""
+    run("minilora.settings.sample:SampleConfig", "minilora.sampling:sample", sample.__doc__)
+
+
+def merge() -> None:
+    """Fold LoRA files into a base, file to file; or merge, resize, convert and extract LoRAs."""
+    run("minilora.settings.merge:MergeConfig", "minilora.merge:merge", merge.__doc__)
+
+
+def run(settings: str | type, work: str | Callable, description: str) -> None:
+    """Do `work` on the settings of the command line; for a mistake of the user's exit with 2.
+
+    Both may be named, "module:name", and `work` is then imported after the settings were read: torch takes
+    seconds, and --help and a misspelt setting do without.
+    """
+    rank = int(os.environ.get("RANK", 0))
+
+    def fail(text: str) -> None:
+        print(f"error: {text}" if rank == 0 else f"error (process {rank}): {text}", file=sys.stderr)
+        sys.exit(2)
+
+    try:
+        config = read(_named(settings), sys.argv[1:], description)
+        _named(work)(config)
+    except (UserError, OSError) as error:  # an OSError: a disk that is full, a folder that is not ours
+        fail(str(error))
+    except (MemoryError, RuntimeError) as error:  # as torch calls it, on a GPU and on a CPU
+        if not isinstance(error, MemoryError) and not re.search("out of memory|can't allocate memory", str(error)):
+            raise
+        advice = 'smaller pictures, fewer at a time and --precision bf16 take less; see "little memory" in the README'
+        fail(f"not enough memory ({first_line(error)}); {advice}")
+    except KeyboardInterrupt:
+        sys.exit(130)  # as a shell counts it; nothing was begun that would have to be saved
+
+
+def _named(what):
+    """Return what "module:name" names; all else as it is."""
+    if not isinstance(what, str):
+        return what
+    module, _, name = what.partition(":")
+    return getattr(importlib.import_module(module), name)
+
+
+# ------------------------------------------------------------------------------ command line and file
+
+
+def read(cls: type, argv: list[str], description: str):
+    """Return the settings given on a command line, and in the `--config` file that it may name.
+
+    Raises UserError for an unknown setting, with the nearest name, and for a value that does not fit.
+    With --print-config the settings are printed, and the program ends.
+    """
+    if broken := [word for word in argv if word != word.encode(errors="replace").decode()]:
+        raise UserError(f"{broken[0]!r} on the command line holds bytes that are not UTF-8; spell it in UTF-8")
+    parser = _parser(cls, description)
+    bare = any(field.metadata["bare"] for field in dataclasses.fields(cls))
+    given, unknown = (parser.parse_known_intermixed_args if bare else parser.parse_known_args)(argv)
+    names = {field.name for field in dataclasses.fields(cls)}
+    if unknown:
+        options = {option(name) for name in names} | {"--config", "--print-config"}
+        wrong = [word for word in unknown if word.startswith("-")] or unknown
+        raise UserError("; ".join(_unknown(word, options) for word in wrong))
+    # (Values that stand without an option are an empty list when there are none.)
+    given = {k: tuple(v) if isinstance(v, list) else v for k, v in vars(given).items() if v != []}
+    show, path = given.pop("print_config", False), given.pop("config", None)
+    values = _read_file(cls, Path(path)) if path else {}
+    # What follows from other settings anyway goes on following them: with another --data on the
+    # command line, the file's output folder would be that of the other run.
+    follows = cls.following(values)
+    values = {name: value for name, value in values.items() if name not in follows or value != follows[name]}
+    settings = cls(**values | given)
+    if show:
+        print(settings.to_json(), end="")
+        sys.exit(0)
+    return settings
+
+
+def _parser(cls: type, description: str) -> argparse.ArgumentParser:
+    """Make the command line of a settings class: an option per field, grouped."""
+
+    class Parser(argparse.ArgumentParser):
+        def error(self, message):
+            raise UserError(message)
+
+    parser = Parser(
+        description=description,
+        allow_abbrev=False,
+        argument_default=argparse.SUPPRESS,  # so that only what was typed wins over the file
+        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=34, width=110),
+    )
+    parser.add_argument("--config", metavar="FILE", help="JSON file of settings; the command line wins over it")
+    parser.add_argument("--print-config", action="store_true", help="print all settings as such a file, and do no more")
+    groups: dict[str, argparse._ArgumentGroup] = {}
+    for field in dataclasses.fields(cls):
+        title = field.metadata["group"]
+        group = groups.get(title) or groups.setdefault(title, parser.add_argument_group(title))
+        kind, is_tuple, _ = _kind(cls, field.name)
+        words = {"help": field.metadata["help"] + _default_words(field)}
+        if field.metadata["bare"]:
+            group.add_argument(field.name, nargs="*", metavar="FILE", **words)
+            continue
+        if kind is bool:
+            words["action"] = argparse.BooleanOptionalAction
+        elif field.metadata["repeat"]:
+            words |= {"action": "append", "type": kind, "metavar": "TEXT"}
+        else:
+            choices = ("," if is_tuple else "|").join(field.metadata["choices"])
+            metavar = choices or {int: "N", float: "X", str: "TEXT"}[kind]
+            words |= {"type": _comma_list(kind) if is_tuple else kind, "metavar": metavar}
+        names = [option(field.name), field.metadata["alias"]]
+        group.add_argument(*filter(None, names), dest=field.name, **words)
+    return parser
+
+
+def _default_words(field) -> str:
+    default = field.metadata["default"]
+    if isinstance(default, ByBase):
+        return f" (default {default.usual}; {default.bundled} on the bundled base)"
+    if default is None or default is False or default in ((), ""):
+        return ""
+    return f" (default {','.join(map(str, default)) if isinstance(default, tuple) else default})"
+
+
+def _comma_list(kind: type):
+    def parse(text: str) -> tuple:
+        return tuple(kind(part.strip()) for part in text.split(","))
+
+    parse.__name__ = f"comma-separated {kind.__name__}"  # what argparse names in its error
+    return parse
+
+
+def _kind(cls: type, name: str) -> tuple[type, bool, bool]:
+    """Return the type of one value of a setting, whether the setting holds several, and whether it may be None."""
+    hint = typing.get_type_hints(cls)[name]
+    optional = isinstance(hint, types.UnionType)
+    if optional:
+        hint = next(arm for arm in typing.get_args(hint) if arm is not type(None))
+    if typing.get_origin(hint) is tuple:
+        return typing.get_args(hint)[0], True, optional
+    return hint, False, optional
+
+
+def _read_file(cls: type, path: Path) -> dict:
+    """Read settings from a JSON file, checking every name and type."""
+    try:
+        values = parse_json(path.read_text(encoding="utf-8-sig"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"--config {path}: {error}") from error
+    if not isinstance(values, dict):
+        raise UserError(f"--config {path}: it holds a {type(values).__name__} and should hold one object of settings")
+    fields = {field.name: field for field in dataclasses.fields(cls)}
+    problems, result = [], {}
+    for name, value in values.items():
+        if name not in fields:
+            problems.append(_unknown(name, set(fields)))
+            continue
+        kind, is_tuple, optional = _kind(cls, name)
+        parts = value if is_tuple and isinstance(value, list) else [value]
+        # (JSON's whole numbers have no end, but floats have.)
+        right = all(type(part) is kind or (kind is float and type(part) is int and abs(part) < 1e300) for part in parts)
+        once = fields[name].metadata["repeat"]  # what may be repeated may also stand there once, without a list
+        if right and (once or is_tuple == isinstance(value, list)):
+            result[name] = tuple(kind(part) for part in parts) if is_tuple else kind(value)
+        elif not (value is None and optional):  # null is what a setting that is not given is written as
+            wanted = f"a list of {kind.__name__}" if is_tuple else kind.__name__
+            problems.append(f"{name} is {json.dumps(value)} and should be {wanted}")
+    if problems:
+        raise UserError(f"--config {path}: " + "; ".join(problems))
+    return result
+
+
+def _unknown(word: str, known: set[str]) -> str:
+    nearest = difflib.get_close_matches(word.split("=")[0], known, n=1)
+    return f"unknown setting {word}" + (f"; did you mean {nearest[0]}?" if nearest else "")

@@ -1,0 +1,134 @@
+"""What a setting is, and what the settings of every command share.
+
+A setting is written once, in its command's dataclass, with its unit and its allowed values.  command_line.py makes
+the command line from it and reads the same names from a JSON file.
+"""
+
+import dataclasses
+import json
+import math
+from collections.abc import Collection
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+
+from .errors import UserError
+
+BUNDLED = Path(__file__).parent.parent / "base"
+
+
+def is_installed(package: str) -> bool:
+    """Whether a package can be imported; a mere folder of that name, as runs of wandb leave behind, is none."""
+    spec = find_spec(package)
+    return spec is not None and spec.origin is not None
+
+
+@dataclass(frozen=True)
+class ByBase:
+    """A default that depends on the base: `bundled` for the bundled one, `usual` for all others."""
+
+    usual: object
+    bundled: object
+
+
+def is_miniature(model: str | None) -> bool:
+    """Whether a base is the bundled one, or one with its U-Net's settings, as that with LoRAs merged into it."""
+    ours, theirs = (Path(base, "unet", "config.json") for base in (BUNDLED, model or BUNDLED))
+    try:
+        return ours.read_bytes() == theirs.read_bytes()
+    except (OSError, ValueError):  # there is no such folder, or no path is called so
+        return False
+
+
+@dataclass(frozen=True)
+class Within:
+    """The numbers that a setting can be: from `low` to `high`, and not `low` itself if `above` is true."""
+
+    low: float
+    high: float = math.inf
+    above: bool = False
+
+    def complaint(self, value: float) -> str:
+        """Return what a value must be, if it is not; else nothing."""
+        if (self.low < value if self.above else self.low <= value) and value <= self.high and value != math.inf:
+            return ""
+        limit = f"greater than {self.low}" if self.above else f"at least {self.low}"
+        limit += "" if self.high == math.inf else f" and at most {self.high}"
+        return limit + (", and finite" if value == math.inf else "")
+
+
+AT_LEAST_0, AT_LEAST_1, ABOVE_0, SHARE = Within(0), Within(1), Within(0, above=True), Within(0, 1)
+SEED = Within(0, 2**63 - 1)  # what torch takes, with room to count up
+
+
+def setting(
+    default,
+    text: str,
+    *,
+    group: str,
+    choices: tuple = (),
+    within: Within | None = None,
+    needs: tuple[str, str] | None = None,
+    repeat: bool = False,
+    bare: bool = False,
+    alias: str = "",
+):
+    """Declare one setting.
+
+    `choices` are all values that it can be, `within` says which numbers; `needs` is another setting that it has
+    no effect without, and what that is.  `repeat`: its option may be given several times; `bare`: its values
+    stand without option; `alias` is another option for it.
+    """
+    metadata = {"help": text, "group": group, "choices": choices, "within": within, "needs": needs}
+    metadata |= {"default": default, "repeat": repeat, "bare": bare, "alias": alias}
+    by_base = isinstance(default, ByBase)
+    return dataclasses.field(default=None if by_base else default, metadata=metadata)
+
+
+def option(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+class Settings:
+    """What the settings of every command share: defaults that follow other settings, and checks."""
+
+    def __post_init__(self):
+        follows = self.following(vars(self))
+        for name, value in follows.items():
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, value)
+        defaults = {field.name: follows.get(field.name, field.default) for field in dataclasses.fields(self)}
+        given = {name for name, default in defaults.items() if getattr(self, name) != default}
+        problems = [problem for field in dataclasses.fields(self) for problem in self._problems_of(field, given)]
+        problems += self.problems()
+        if problems:
+            raise UserError("; ".join(problems))
+
+    def _problems_of(self, field: dataclasses.Field, given: Collection[str]) -> list[str]:
+        """Return what is wrong with one setting by what was declared of it; `given` are those not as by default."""
+        value, wrong, about = getattr(self, field.name), [], field.metadata
+        if about["choices"]:
+            values = value if isinstance(value, tuple) else (value,)
+            can_be = f"it can be {', '.join(about['choices'])}"
+            wrong += [f"{option(field.name)} is {v!r}; {can_be}" for v in values if v not in about["choices"]]
+        if about["within"] and value is not None and (must := about["within"].complaint(value)):
+            wrong.append(f"{option(field.name)} is {value}; it must be {must}")
+        if about["needs"] and field.name in given:
+            other, what = about["needs"]
+            wrong += [] if getattr(self, other) else [f"{option(field.name)} needs {option(other)}, {what}"]
+        return wrong
+
+    @classmethod
+    def following(cls, values: dict) -> dict:
+        """Return the defaults that follow from other settings, given those, by name."""
+        defaults = {field.name: field.metadata["default"] for field in dataclasses.fields(cls)}
+        by_base = {name: default for name, default in defaults.items() if isinstance(default, ByBase)}
+        bundled = is_miniature(values.get("model"))
+        return {name: default.bundled if bundled else default.usual for name, default in by_base.items()}
+
+    def problems(self) -> list[str]:
+        """Return what is wrong that cannot be declared of one setting."""
+        raise NotImplementedError
+
+    def to_json(self) -> str:
+        return json.dumps(dataclasses.asdict(self), indent=2) + "\n"

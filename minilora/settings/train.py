@@ -1,0 +1,350 @@
+"""The settings of train.py, and their checks."""
+
+import dataclasses
+import json
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from .setting import (
+    ABOVE_0,
+    AT_LEAST_0,
+    AT_LEAST_1,
+    SEED,
+    SHARE,
+    ByBase,
+    Settings,
+    Within,
+    is_installed,
+    option,
+    setting,
+)
+from .shared import (
+    ATTENTION,
+    CLASS,
+    COMPILE_HELP,
+    DATA,
+    MODEL,
+    MODEL_CONFIG_HELP,
+    MODEL_HELP,
+    OUTPUT,
+    PRECISION_HELP,
+    PRECISIONS,
+    TEXT_ATTENTION,
+    TEXT_ENCODERS,
+    TIMEOUT,
+    TRAINING,
+    ZERO_SNR_HELP,
+    split_weight,
+)
+
+
+@dataclass(frozen=True)
+class TrainConfig(Settings):
+    """Every setting of train.py."""
+
+    data: tuple[str, ...] = setting(
+        (),
+        "folder of pictures, with metadata.jsonl, metadata.csv or a .txt beside each; or one picture; may be repeated, "
+        "and with a weight, folder:2, each picture comes so many times per epoch",
+        repeat=True,
+        group=DATA,
+    )
+    caption: str | None = setting(
+        None, "caption of every picture, where the folder has none", group=DATA, alias="--instance-prompt"
+    )
+    caption_column: str = setting("text", "key of the caption in metadata.jsonl or metadata.csv", group=DATA)
+    trigger: str | None = setting(None, "word to put before every caption: 'sks, a dog'", group=DATA)
+    resolution: int | None = setting(
+        None, "side of the training pictures, in pixels; the base's own if not given", group=DATA, within=AT_LEAST_1
+    )
+    crop: str = setting(
+        "center",
+        "which square of a picture is seen; random turns the latent cache off",
+        choices=("center", "random"),
+        group=DATA,
+    )
+    buckets: bool = setting(
+        False, "cut pictures not to squares, but to the size of about that area that loses least", group=DATA
+    )
+    mirror: bool = setting(False, "show each picture mirrored half of the time", group=DATA)
+    caption_dropout: float = setting(
+        ByBase(0.0, 0.1), "share of draws whose caption is left empty, 0 to 1", group=DATA, within=SHARE
+    )
+    class_prompt: str | None = setting(
+        None, "what the pictures' subject is one of: train on pictures of that, too (DreamBooth)", group=DATA
+    )
+    class_data: str | None = setting(
+        None,
+        "folder of pictures of the class, drawn as far as missing; out/class-<prompt> if not given",
+        group=DATA,
+        needs=CLASS,
+    )
+    class_pictures: int = setting(
+        ByBase(200, 8), "pictures of the class for each of --data", group=DATA, within=AT_LEAST_1, needs=CLASS
+    )
+    prior_weight: float = setting(
+        1.0, "weight of the class's pictures in the loss", group=DATA, within=ABOVE_0, needs=CLASS
+    )
+    cache: str = setting(
+        "~/.cache/minilora", "folder of the encoded pictures and captions, shared by all runs", group=DATA
+    )
+
+    validation: str | None = setting(
+        None,
+        "folder of pictures to measure the loss on and not to train on, or a share of --data, as 0.1, to keep from "
+        "training for it; the LoRA of the lowest is kept",
+        group=DATA,
+    )
+    validate_every: int | None = setting(
+        None,
+        "steps between the measurements of --validation, besides the first and the last step",
+        group=DATA,
+        needs=("validation", "the pictures to look at"),
+        within=AT_LEAST_1,
+    )
+
+    model: str | None = setting(None, MODEL_HELP, group=MODEL)
+    model_config: str | None = setting(None, MODEL_CONFIG_HELP, group=MODEL)
+    base_lora: tuple[str, ...] = setting(
+        (),
+        "LoRA to merge into the base and train on top of, optionally with a strength: out/fluent:0.8; may be repeated",
+        repeat=True,
+        group=MODEL,
+    )
+    rank: int = setting(8, "rank of the change of each weight", group=MODEL, within=AT_LEAST_1)
+    alpha: float | None = setting(
+        None, "the change is scaled by alpha / rank; the rank if not given", group=MODEL, within=ABOVE_0
+    )
+    rank_for: tuple[str, ...] = setting(
+        (), "other ranks for layers with a part of their name, at the same scale: attn2=16,ff=4", group=MODEL
+    )
+    alpha_for: tuple[str, ...] = setting((), "other alphas for such layers: attn2=8,ff=4", group=MODEL)
+    targets: tuple[str, ...] = setting(
+        ATTENTION,
+        "layers of the U-Net to adapt: attention, attention+ff, linear, linear+conv, or ends of names with commas",
+        group=MODEL,
+    )
+    init_from: str | None = setting(
+        None, "LoRA to start from, in its own layers and ranks, instead of a new one", group=MODEL
+    )
+
+    train_text_encoder: bool = setting(False, "put a LoRA into the text encoders, too", group=MODEL)
+    text_encoder_targets: tuple[str, ...] = setting(
+        TEXT_ATTENTION,
+        "as --targets, for the text encoders; fc1 and fc2 are their other layers",
+        group=MODEL,
+        needs=TEXT_ENCODERS,
+    )
+
+    steps: int = setting(ByBase(1000, 400), "optimizer steps in all", group=TRAINING, within=AT_LEAST_1)
+    batch_size: int = setting(
+        ByBase(1, 8), "pictures per optimizer step, over all processes", group=TRAINING, within=AT_LEAST_1
+    )
+    micro_batch_size: int | None = setting(
+        None,
+        "pictures per forward pass and process; gradients are accumulated over the rest",
+        group=TRAINING,
+        within=AT_LEAST_1,
+    )
+    optimizer: str = setting(
+        "adamw",
+        "adamw8bit keeps its state in 8 bits, and needs the package bitsandbytes",
+        choices=("adamw", "adamw8bit"),
+        group=TRAINING,
+    )
+    learning_rate: float = setting(ByBase(1e-4, 2e-3), "highest learning rate of AdamW", group=TRAINING, within=ABOVE_0)
+    text_encoder_learning_rate: float | None = setting(
+        None,
+        "highest learning rate of the text encoders; the same if not given",
+        group=TRAINING,
+        needs=TEXT_ENCODERS,
+        within=ABOVE_0,
+    )
+    lr_schedule: str = setting(
+        "constant", "learning rate after the warm-up", choices=("constant", "linear", "cosine"), group=TRAINING
+    )
+    warmup_steps: int = setting(0, "steps over which the learning rate rises from 0", group=TRAINING, within=AT_LEAST_0)
+    max_grad_norm: float = setting(1.0, "gradients are scaled down to this norm", group=TRAINING, within=ABOVE_0)
+    noise_offset: float = setting(
+        0.0,
+        "strength of a constant added to the noise per picture and channel; 0.05 is common",
+        group=TRAINING,
+        within=AT_LEAST_0,
+    )
+    snr_gamma: float | None = setting(
+        None,
+        "cap of the signal-to-noise ratio in the loss's weight (min-SNR); 5 is common",
+        group=TRAINING,
+        within=ABOVE_0,
+    )
+    huber_c: float | None = setting(
+        None,
+        "errors above this count by their size, not by its square (Huber); 0.1 is common",
+        group=TRAINING,
+        within=ABOVE_0,
+    )
+    dream: float | None = setting(
+        None,
+        "train on the U-Net's own errors too, keeping details by this power (DREAM); 1 is common",
+        group=TRAINING,
+        within=AT_LEAST_0,
+    )
+    dropout: float = setting(
+        0.0,
+        "share of each adapted layer's input that a picture's change does without, below 1",
+        group=TRAINING,
+        within=Within(0, 0.99),
+    )
+    timestep_range: tuple[int, ...] | None = setting(
+        None, "lowest timestep that is trained, and the first above the highest; all if not given", group=TRAINING
+    )
+    zero_terminal_snr: bool = setting(False, ZERO_SNR_HELP, group=TRAINING)
+    ema: float | None = setting(
+        None,
+        "keep a moving average of the LoRA with this decay, and write it, too; 0.999 is common",
+        group=TRAINING,
+        within=Within(0, 1, above=True),
+    )
+    precision: str = setting("fp32", PRECISION_HELP, choices=PRECISIONS, group=TRAINING)
+    gradient_checkpointing: bool = setting(False, "compute activations twice to need less memory", group=TRAINING)
+    compile: bool = setting(False, COMPILE_HELP, group=TRAINING)
+    seed: int = setting(0, "seed of every random draw", group=TRAINING, within=SEED)
+
+    output: str | None = setting(
+        None, "folder of the results; out/<name of the data folder> if not given", group=OUTPUT
+    )
+    also: tuple[str, ...] = setting(
+        (),
+        "other dialects to write the LoRA in, too: kohya (for A1111 and ComfyUI), peft",
+        group=OUTPUT,
+        choices=("kohya", "peft"),
+    )
+    push_to_hub: str | None = setting(
+        None, "OWNER/NAME of the repository on the Hugging Face hub that the results go to at the end", group=OUTPUT
+    )
+    wandb: str | None = setting(
+        None, "project of Weights & Biases that shows the run, beside TensorBoard", group=OUTPUT
+    )
+    checkpoint_every: int = setting(ByBase(500, 100), "steps between checkpoints", group=OUTPUT, within=AT_LEAST_1)
+    checkpoints_kept: int = setting(1, "how many of the newest checkpoints stay", group=OUTPUT, within=AT_LEAST_1)
+    resume: bool = setting(False, "go on from the newest checkpoint in the output folder", group=OUTPUT)
+    timeout: float = setting(
+        TIMEOUT,
+        "minutes that a process waits for another, before the run ends and says for which",
+        group=OUTPUT,
+        within=ABOVE_0,
+    )
+    sample_prompt: tuple[str, ...] = setting(
+        (),
+        "prompt to draw during training; may be repeated",
+        repeat=True,
+        group=OUTPUT,
+        needs=("sample_every", "how often it is drawn"),
+    )
+    sample_every: int | None = setting(
+        None,
+        "steps between the drawings of --sample-prompt",
+        group=OUTPUT,
+        needs=("sample_prompt", "what to draw"),
+        within=AT_LEAST_1,
+    )
+    sample_average: bool = setting(
+        False,
+        "draw with the average of --ema, instead of the LoRA as it is",
+        group=OUTPUT,
+        needs=("ema", "which keeps the average"),
+    )
+
+    @classmethod
+    def following(cls, values: dict) -> dict:
+        data, rank = values.get("data"), values.get("rank", cls.rank)
+        path = Path(os.path.abspath(split_weight(data[0])[0] if data else ""))
+        output = str(Path("out") / (path.stem if path.is_file() else path.name)) if data else None
+        follows = super().following(values) | {"output": output, "alpha": float(max(rank, 1))}
+        if words := re.findall(r"\w+", values.get("class_prompt") or ""):
+            follows["class_data"] = str(Path("out") / "-".join(["class", *words]))
+        return follows
+
+    def by_part(self) -> dict[str, dict[str, float]]:
+        """Return --rank-for and --alpha-for as mappings, as `inject_lora` takes them."""
+        pairs = {"rank_for": int, "alpha_for": float}
+        return {
+            name: {part: kind(value) for part, value in (text.split("=") for text in getattr(self, name))}
+            for name, kind in pairs.items()
+        }
+
+    @property
+    def validation_share(self) -> float | None:
+        """The share of --data that --validation keeps from training; None where it names a folder or is not given."""
+        try:
+            return float(self.validation) if self.validation and not os.path.exists(self.validation) else None
+        except ValueError:
+            return None
+
+    def identity(self) -> dict:
+        """Return the settings that what is learnt is a function of, as JSON values.
+
+        The others say where things are or how work is shared out; of what they name, pictures and
+        base, it is the content that counts.
+        """
+        no_part = {"data", "caption", "caption_column", "cache", "model", "model_config", "output", "resume", "also"}
+        no_part |= {"init_from", "base_lora", "class_data", "class_pictures", "validation", "validate_every"}
+        no_part |= {"micro_batch_size", "gradient_checkpointing", "compile", "checkpoint_every", "checkpoints_kept"}
+        no_part |= {"sample_prompt", "sample_every", "sample_average", "push_to_hub", "wandb", "timeout"}
+        if self.lr_schedule == "constant":
+            no_part.add("steps")  # a longer run begins as a shorter one
+        settings = {name: value for name, value in dataclasses.asdict(self).items() if name not in no_part}
+        return json.loads(json.dumps(settings))  # tuples become lists, as in a checkpoint
+
+    def problems(self) -> list[str]:
+        wrong = [] if self.data else ["--data is needed: a folder of pictures, for example dataset/mountain"]
+        wrong += [
+            f"--data {path}: the weight {weight:g} is not a whole number of at least 1"
+            for path, weight in map(split_weight, self.data)
+            if weight < 1 or weight % 1
+        ]
+        low_high = self.timestep_range
+        if low_high is not None and not (len(low_high) == 2 and 0 <= low_high[0] < low_high[1]):
+            given = ",".join(map(str, low_high))
+            wrong.append(f"--timestep-range is {given}; it takes two numbers, the lowest and one above the highest")
+        share = self.validation_share
+        if share is not None and not 0 < share < 1:
+            wrong.append(f"--validation {self.validation}: there is no such folder, and a share is between 0 and 1")
+        if self.class_prompt and self.buckets:
+            wrong.append("--class-prompt and --buckets cannot be given at once: a batch holds both kinds, of one size")
+        if self.class_prompt and self.class_data is None:
+            wrong.append(f"--class-prompt {self.class_prompt!r} has no word to call a folder by; give a --class-data")
+        if self.compile and self.buckets:
+            wrong.append("--compile and --buckets cannot be given at once: each size would be compiled for minutes")
+        if self.push_to_hub is not None and not re.fullmatch("[^/]+/[^/]+", self.push_to_hub):
+            wrong.append(f"--push-to-hub is {self.push_to_hub!r}; it takes OWNER/NAME, as the hub calls a repository")
+        for package, extra, what, asked in (
+            ("bitsandbytes", "8bit", "--optimizer adamw8bit", self.optimizer == "adamw8bit"),
+            ("wandb", "wandb", "--wandb", self.wandb is not None),
+        ):
+            if asked and not is_installed(package):
+                wrong.append(f"{what} needs the package {package}; type: pip install -e '.[{extra}]'")
+        return wrong + self._problems_of_layers()
+
+    def _problems_of_layers(self) -> list[str]:
+        """Return what is wrong with where the LoRA goes, and with its ranks."""
+        wrong = [f"{option(name)} is empty" for name in ("targets", "text_encoder_targets") if not getattr(self, name)]
+        for name, number, example in (
+            ("rank_for", r"[1-9]\d*", "a rank, as attn2=16"),
+            ("alpha_for", r"(?=.*[1-9])\d*\.?\d+", "an alpha above 0, as attn2=8"),
+        ):
+            wrong += [
+                f"{option(name)} {text}: it takes a part of names and {example}"
+                for text in getattr(self, name)
+                if not re.fullmatch(rf"[\w.]+={number}", text)
+            ]
+        if self.init_from:
+            given = {"rank": 8, "alpha": float(self.rank), "targets": ATTENTION, "rank_for": (), "alpha_for": ()}
+            wrong += [
+                f"{option(name)} has no effect with --init-from, whose layers and ranks are the file's"
+                for name, default in given.items()
+                if getattr(self, name) != default
+            ]
+        return wrong
