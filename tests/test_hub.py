@@ -1,4 +1,4 @@
-"""run/hub.py: what arrives at a server that speaks the hub's language is what lies in the output folder, byte for byte."""
+"""run/hub.py: what arrives at a stand-in of the hub is what lies in the output folder, byte for byte."""
 
 import base64
 import hashlib

@@ -1,4 +1,4 @@
-"""merge.py, files/low_rank.py, files/tensors.py: W + s·ΔW, exactly; nothing else changes; nothing is left half-written."""
+"""merge.py and files/: W + s·ΔW, exactly; nothing else changes, nothing is left half-written."""
 
 import json
 import os
