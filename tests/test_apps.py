@@ -75,7 +75,7 @@ def test_restoring_prints_and_writes_its_figures(tiny_base, two_pictures, tmp_pa
     printed = capsys.readouterr().out
     assert all(f"{name}: {value:.4g}" in printed for name, value in figures.items())
     assert all(math.isfinite(value) for value in figures.values())
-    assert Image.open(output / "restored.png").width > 5 * 192  # picture, VAE, base, LoRA, edit
+    assert Image.open(output / "restored.png").width > 5 * 128  # picture, VAE, base, LoRA, edit
 
 
 def test_restoring_with_a_lora_that_changes_nothing_is_restoring_by_the_base(tiny_base, two_pictures, tmp_path):

@@ -55,7 +55,7 @@ def test_it_leaves_a_lora_its_figures_and_its_sheet(config, objective, capsys):
     assert load_file(output / FILE_NAME)
     assert json.loads((output / "figures.json").read_text())["figures"] == figures
     assert all(math.isfinite(value) for value in figures.values())
-    assert Image.open(output / f"{objective}.png").width > 2 * 192
+    assert Image.open(output / f"{objective}.png").width > 2 * 128
     assert all(f"{name}: {value:.4g}" in capsys.readouterr().out for name, value in list(figures.items())[:1])
 
 

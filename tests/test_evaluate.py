@@ -58,7 +58,7 @@ def test_a_copy_is_found(config, tmp_path, capsys):
     assert "copy.png is 0.000 from 3.png" in printed.splitlines()[1]  # the most alike first
     assert figures["share of copies"] == 0.25
     assert json.loads((tmp_path / "out" / "figures.json").read_text())["figures"] == figures
-    assert Image.open(tmp_path / "out" / "nearest.png").width > 4 * 192
+    assert Image.open(tmp_path / "out" / "nearest.png").width > 4 * 128
 
 
 def test_what_was_learnt_lowers_the_loss_and_the_loss_is_that_of_the_same_draws(config, pictures, tmp_path, tiny_base):

@@ -230,10 +230,10 @@ def test_a_grid_mixes_two_loras(drawing, tmp_path):
     sheet = np.array(Image.open(grid)).astype(int)
     for row, first in enumerate((0.0, 1.0)):
         for column, second in enumerate((0.0, 1.0)):
-            left, top = place["left"] + column * 196, place["top"] + row * 196
+            left, top = place["left"] + column * 132, place["top"] + row * 132
             alone = Image.open(drawing(lora=(f"{loras[0]}:{first}", f"{tmp_path / 'other'}:{second * 0.5}")))
-            large = np.array(alone.resize((192, 192), Image.Resampling.BICUBIC))
-            assert np.abs(sheet[top : top + 192, left : left + 192] - large).max() == 0
+            large = np.array(alone.resize((128, 128), Image.Resampling.BICUBIC))
+            assert np.abs(sheet[top : top + 128, left : left + 128] - large).max() == 0
 
 
 @pytest.mark.parametrize(
