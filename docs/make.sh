@@ -10,7 +10,7 @@ torchrun train.py --data dataset/mountain
 cp out/mountain/samples/before_after.png $pictures/mountain.png
 torchrun train.py --data dataset/fluent
 python sample.py --prompt "tomato" --prompt "smile" --prompt "sunflower" --lora out/fluent \
-    --scales 0,0.25,0.5,0.75,1 --output $pictures/fluent.png
+    --strengths 0,0.25,0.5,0.75,1 --output $pictures/fluent.png
 
 # docs/restore.md
 python -m minilora.apps.restore dataset/mountain/mountain.jpg --prompt "mountain" \
@@ -27,7 +27,7 @@ torchrun train.py --data dataset/cyanotype
 python sample.py --prompt "apple" --prompt "dog" --prompt "cat" --prompt "house" --prompt "car" --prompt "rocket" \
     --prompt "mushroom" --prompt "guitar" --prompt "heart" --prompt "penguin" --prompt "tulip" --prompt "hamburger" \
     --count 2 --output out/things
-python -m minilora.apps.restyle out/things --lora out/fluent --scales 0,0.25,0.5,0.75,1 --strength 0.6 \
+python -m minilora.apps.restyle out/things --lora out/fluent --strengths 0,0.25,0.5,0.75,1 --strength 0.6 \
     --style dataset/fluent
 cp out/restyle-things/restyled.png $pictures/restyle.png
 python sample.py --prompt "tomato" --lora out/fluent --lora out/cyanotype --grid 0,0.25,0.5,0.75,1 \

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
         lora_state_dict,
         merge_lora,
         remove_lora,
-        set_lora_scale,
+        set_lora_strength,
         unmerge_lora,
     )
 
@@ -32,7 +32,7 @@ __all__ = [
     "merge_lora",
     "remove_lora",
     "save_lora",
-    "set_lora_scale",
+    "set_lora_strength",
     "unmerge_lora",
 ]
 

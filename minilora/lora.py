@@ -1,7 +1,7 @@
-"""LoRA: fine-tune a large network by training a small change to a few of its weights.
+"""LoRA: fine-tune a large network by training a low-rank change of a few of its weights.
 
 A linear layer computes y = W x with a weight W of shape (out, in).  Fine-tuning would change all of
-W.  LoRA freezes W and learns a change that is a product of two thin matrices,
+W.  LoRA freezes W and learns a change ΔW that is a product of two thin matrices,
 
     y = W x + (alpha / rank) · B A x            A: (rank, in)   B: (out, rank)
 
@@ -21,16 +21,16 @@ which has rank · (in + out) numbers instead of in · out.  At rank 8 and in = o
                 │
                 y (out)
 
-B starts at zero, so training starts from exactly the base.  Since the change is itself a matrix,
-ΔW = (alpha / rank) · B A, it can be added to W once training is done (`merge_lora`), and the
-network is then as fast as before.
+B starts at zero, so training starts from exactly the base.  ΔW = (alpha / rank) · B A is itself a
+matrix, so it can be added to W once training is done (`merge_lora`).  The network is then as fast
+as before.
 
     inject_lora(unet, rank=8)            # wrap the attention projections, freeze everything else
     train(lora_parameters(unet))
     merge_lora(unet); …; unmerge_lora(unet)
     remove_lora(unet)                    # the original layers are back, untouched
 
-A layer can carry several changes at once, each with a name and a strength s that can be set at any
+A layer can carry several adapters at once, each with a name and a strength s that can be set at any
 time:  y = W x + Σ sᵢ · ΔWᵢ x.
 
 Source: Hu et al., "LoRA: low-rank adaptation of large language models", 2021.
@@ -43,46 +43,52 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-# The attention projections of diffusers' U-Nets; files/names.py has them too, but this file needs nothing but torch.
-ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
-SETS = {"attention": ATTENTION, "attention+ff": (*ATTENTION, "ff.net.0.proj", "ff.net.2")}
-KIND_SETS = {"linear": (nn.Linear,), "linear+conv": (nn.Linear, nn.Conv2d)}  # all of a kind inside a U-Net's blocks
-BLOCKS = ("down_blocks.", "mid_block.", "up_blocks.")
+ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")  # the attention projections of diffusers' U-Nets
 
 
 class Adapter(nn.Module):
-    """One low-rank change, ΔW = (alpha / rank) · B A, and the strength it is applied with.
+    """One low-rank change of a linear layer: x -> strength · (alpha / rank) · B (A x).
 
-    `lora_A` is (rank, in), for a convolution (rank, in, height, width), gaussian with standard deviation
-    1 / rank; `lora_B` is (out, rank), zero.  Both are float32 whatever the base is: half precision would
-    round the small steps of training away.
+    `lora_A` is (rank, in), gaussian with standard deviation 1 / rank; `lora_B` is (out, rank), zero.
+    Both are float32 whatever the base is: half precision would round the small steps of training away.
     """
 
-    def __init__(self, weight: torch.Tensor, rank: int, alpha: float, generator=None):
+    features = -1  # the dimension of x that A maps from
+
+    def __init__(self, base: nn.Module, rank: int, alpha: float, generator: torch.Generator | None = None):
         super().__init__()
         self.rank = rank
         self.alpha = alpha
-        self.strength: float | torch.Tensor = 1.0  # a tensor: one for each picture of a batch, (batch,)
-        # In training, what each picture's input features are multiplied with, (batch, in); None: all stay.  Dropout
-        # is 0 for some of them and 1 / (1 − p) for the others.
-        self.keep: torch.Tensor | None = None
+        self.strength = 1.0
+        self.dropout_mask: torch.Tensor | None = None  # in training: (batch, in), of mean 1; None: no dropout
+        weight = base.weight
         # Drawn on the CPU, so that a seed means the same numbers on every device.
         gaussian = torch.randn(rank, *weight.shape[1:], generator=generator) / rank
-        zeros = torch.zeros(len(weight), rank)
         self.lora_A = nn.Parameter(gaussian.to(weight.device))  # (rank, in)
-        self.lora_B = nn.Parameter(zeros.to(weight.device))  # (out, rank)
+        self.lora_B = nn.Parameter(torch.zeros(len(weight), rank, device=weight.device))  # (out, rank)
 
     @property
     def scale(self) -> float:
         return self.alpha / self.rank
 
-    def delta(self) -> torch.Tensor:
-        """Return strength · ΔW in float32 and in the shape of the weight, (out, in).
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return strength · ΔW x without ever forming ΔW; (…, in) -> (…, out)."""
+        if not torch.is_autocast_enabled(x.device.type):
+            x = x.to(self.lora_A.dtype)
+        if self.training and self.dropout_mask is not None:
+            shape = [len(x), *[1] * (x.ndim - 1)]
+            shape[self.features] = -1
+            x = x * self.dropout_mask.view(shape)  # (batch, …, in)
+        return self.up(self.down(x) * (self.strength * self.scale))  # scaled where it is small: (…, rank)
 
-        Raises ValueError where each picture has a strength of its own: there is no one ΔW then.
-        """
-        if isinstance(self.strength, torch.Tensor):
-            raise ValueError("each picture of the batch has a strength of its own; merging needs one number")
+    def down(self, x: torch.Tensor) -> torch.Tensor:
+        return F.linear(x, self.lora_A)  # (…, rank)
+
+    def up(self, x: torch.Tensor) -> torch.Tensor:
+        return F.linear(x, self.lora_B)  # (…, out)
+
+    def delta(self) -> torch.Tensor:
+        """Return strength · ΔW in float32 and in the shape of the weight, (out, in)."""
         product = self.lora_B.detach() @ self.lora_A.detach().flatten(1)
         return (self.strength * self.scale * product).unflatten(1, self.lora_A.shape[1:])
 
@@ -90,13 +96,35 @@ class Adapter(nn.Module):
         return f"rank={self.rank}, alpha={self.alpha}, strength={self.strength}"
 
 
-class LoRALayer(nn.Module):
-    """A layer with low-rank changes beside it: y = base(x) + Σ sᵢ · (alphaᵢ / rankᵢ) · Bᵢ (Aᵢ x).
+class ConvAdapter(Adapter):
+    """One low-rank change of a convolution: A is a convolution to `rank` channels, B one of 1 × 1.
+
+    A, (rank, in, height, width), has the stride, padding and dilation of the base, so B A is a change
+    of the base's weight: ΔW[o, i, h, w] = (alpha / rank) · Σᵣ B[o, r] A[r, i, h, w].
+    """
+
+    features = 1
+
+    def __init__(self, base: nn.Conv2d, rank: int, alpha: float, generator: torch.Generator | None = None):
+        super().__init__(base, rank, alpha, generator)
+        self.convolve = base._conv_forward  # with the base's own padding and stride
+
+    def down(self, x: torch.Tensor) -> torch.Tensor:
+        return self.convolve(x, self.lora_A, None)  # (batch, rank, h, w)
+
+    def up(self, x: torch.Tensor) -> torch.Tensor:
+        return F.conv2d(x, self.lora_B[..., None, None])  # (batch, out, h, w)
+
+
+class LoRALinear(nn.Module):
+    """A linear layer with adapters beside it: y = base(x) + Σ adapterᵢ(x).
 
     `base` is the original layer itself, not a copy.  `adapters` maps a name to an Adapter.  Those whose
     names are in `merged` are in the base's weight and not in the sum.  The rank may be above min(in, out),
     as in some files, though nothing is gained by it.
     """
+
+    kind = Adapter
 
     def __init__(
         self,
@@ -114,43 +142,31 @@ class LoRALayer(nn.Module):
         self.register_buffer("original_weight", None, persistent=False)  # kept while anything is merged
         self.add(rank, alpha, name, generator)
 
-    def add(self, rank: int, alpha: float | None, name: str, generator=None) -> None:
-        """Add one more change, under a new name; alpha defaults to the rank."""
+    def add(
+        self, rank: int, alpha: float | None = None, name: str = "default", generator: torch.Generator | None = None
+    ) -> None:
+        """Add an adapter under a new name; alpha defaults to the rank, a scale of 1."""
         alpha = rank if alpha is None else alpha
-        self.adapters[name] = Adapter(self.base.weight, rank, alpha, generator).train(self.training)
+        self.adapters[name] = self.kind(self.base, rank, alpha, generator).train(self.training)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y = self.base(x)  # (…, out)
         if self.enabled:
             for name, adapter in self.adapters.items():
                 if name not in self.merged:
-                    y = y + self.branch(x, adapter).to(y.dtype)
+                    y = y + adapter(x).to(y.dtype)
         return y
-
-    def branch(self, x: torch.Tensor, adapter: Adapter) -> torch.Tensor:
-        """Return strength · ΔW x without ever forming ΔW; (…, in) -> (…, out)."""
-        if not torch.is_autocast_enabled(x.device.type):
-            x = x.to(adapter.lora_A.dtype)
-        if self.training and adapter.keep is not None:
-            shape = [len(x), *[1] * (x.ndim - 1)]
-            shape[self.features] = -1
-            x = x * adapter.keep.view(shape)  # (batch, …, in)
-        down = self.down(x, adapter.lora_A)  # (…, rank)
-        strength = adapter.strength
-        if isinstance(strength, torch.Tensor):
-            strength = strength.to(down).view(-1, *[1] * (down.ndim - 1))  # (batch, 1, …)
-        return self.up(down * (strength * adapter.scale), adapter.lora_B)  # (…, out)
 
     @torch.no_grad()
     def merged_weight(self, names: Iterable[str]) -> torch.Tensor:
         """Return W + Σ sᵢ · ΔWᵢ over the names, summed in float32 and rounded once to W's own type; (out, in)."""
         weight = self.base.weight if self.original_weight is None else self.original_weight
-        chosen = [adapter.delta() for name, adapter in self.adapters.items() if name in names]
-        return (weight.float() + sum(chosen)).to(weight.dtype)
+        deltas = [adapter.delta() for name, adapter in self.adapters.items() if name in names]
+        return (weight.float() + sum(deltas)).to(weight.dtype)
 
     @torch.no_grad()
     def merge(self, names: Iterable[str]) -> None:
-        """Put these changes into the base's weight too, and keep the original."""
+        """Put these adapters into the base's weight too, and keep the original."""
         if self.original_weight is None:
             self.original_weight = self.base.weight.detach().clone()
         self.merged.update(names)
@@ -158,36 +174,17 @@ class LoRALayer(nn.Module):
 
     @torch.no_grad()
     def unmerge(self, names: Iterable[str]) -> None:
-        """Take these changes out of the base's weight; without any it is the original, bit for bit."""
+        """Take these adapters out of the base's weight; without any it is the original, bit for bit."""
         self.merged.difference_update(names)
         self.base.weight.copy_(self.merged_weight(self.merged) if self.merged else self.original_weight)
         if not self.merged:
             self.original_weight = None
 
 
-class LoRALinear(LoRALayer):
-    """A linear layer with low-rank changes beside it; A is (rank, in), B is (out, rank)."""
+class LoRAConv2d(LoRALinear):
+    """A convolution with adapters beside it."""
 
-    features = -1  # the dimension of x that W and A map from
-    down = staticmethod(F.linear)
-    up = staticmethod(F.linear)
-
-
-class LoRAConv2d(LoRALayer):
-    """A convolution with low-rank changes beside it: A is a convolution to `rank` channels, B one of 1 × 1.
-
-    A, (rank, in, height, width), has the stride, padding and dilation of the base, so B A is a change
-    of the base's weight: ΔW[o, i, h, w] = (alpha / rank) · Σᵣ B[o, r] A[r, i, h, w].
-    """
-
-    features = 1
-
-    def down(self, x: torch.Tensor, a: torch.Tensor) -> torch.Tensor:
-        return self.base._conv_forward(x, a, None)  # (batch, rank, h, w); with the base's own padding and stride
-
-    @staticmethod
-    def up(x: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-        return F.conv2d(x, b[..., None, None])  # (batch, out, h, w)
+    kind = ConvAdapter
 
 
 KINDS = {nn.Linear: LoRALinear, nn.Conv2d: LoRAConv2d}
@@ -196,9 +193,32 @@ KINDS = {nn.Linear: LoRALinear, nn.Conv2d: LoRAConv2d}
 # ------------------------------------------------------------------------- putting it in, taking it out
 
 
-def lora_layers(module: nn.Module) -> dict[str, LoRALayer]:
+def lora_layers(module: nn.Module) -> dict[str, LoRALinear]:
     """Return the layers that carry LoRA, by full name; empty if there are none."""
-    return {name: child for name, child in module.named_modules() if isinstance(child, LoRALayer)}
+    return {name: child for name, child in module.named_modules() if isinstance(child, LoRALinear)}
+
+
+def original_layers(module: nn.Module) -> dict[str, nn.Module]:
+    """Return every layer of `module` by full name, as if there were no LoRA in it."""
+    layers = lora_layers(module)
+    inside = tuple(f"{path}." for path in layers)
+    named = [(path, child) for path, child in module.named_modules() if not path.startswith(inside)]
+    return {path: layers[path].base if path in layers else child for path, child in named}
+
+
+def matching(module: nn.Module, targets: Sequence[str]) -> dict[str, nn.Module]:
+    """Return the layers whose full name is a target, or ends with "." and a target; the first target's come first.
+
+    "to_q" means …attn1.to_q, not …foo_to_q.  Raises ValueError for a target that matches nothing.
+    """
+    layers, found = original_layers(module), {}
+    missing = []
+    for target in targets:
+        fitting = {path: layer for path, layer in layers.items() if f".{path}".endswith(f".{target}")}
+        missing += [] if fitting else [f"target {target!r} matches no module"]
+        found |= {path: layer for path, layer in fitting.items() if path not in found}
+    _refuse("inject", missing)
+    return found
 
 
 def inject_lora(
@@ -208,110 +228,56 @@ def inject_lora(
     targets: Sequence[str] = ATTENTION,
     name: str = "default",
     generator: torch.Generator | None = None,
-    rank_for: Mapping[str, int] | None = None,
-    alpha_for: Mapping[str, float] | None = None,
-) -> dict[str, LoRALayer]:
+) -> dict[str, LoRALinear]:
     """Put a new LoRA into `module`, in place, and freeze everything else; return its layers by full name.
 
-    A linear layer or convolution is a target if its full name is one of `targets` or ends with "." and
-    one of them: "to_q" means …attn1.to_q, not …foo_to_q.  Some names stand for many: see `named_targets`.
-    `alpha` defaults to the rank, a scale of 1.  `rank_for` gives layers with a part of their name, as
-    "attn2" or "ff.net.2", another rank, at the same scale; of several that fit the last counts.  `alpha_for`
-    gives such layers another alpha.  Another `name` puts a second LoRA beside the first.
+    `targets` are as `matching` takes them; `alpha` defaults to the rank, a scale of 1.  Another `name` puts a
+    second LoRA beside the first.  (Targets that stand for many, and other ranks for some: models/targets.py.)
 
     Raises ValueError, naming every module concerned, for a target that matches nothing or matches
     something else, a convolution in groups, a rank that does not fit, a name that is in use.
     """
-    targets = named_targets(module, targets)
-    layers = lora_layers(module)
-    inside = {f"{path}.{inner}" for path, layer in layers.items() for inner, _ in layer.named_modules() if inner}
-    paths = [path for path, _ in module.named_modules() if path not in inside]
-    matches = {target: [path for path in paths if f".{path}".endswith(f".{target}")] for target in targets}
-    problems = [f"target {target!r} matches no module" for target, found in matches.items() if not found]
-    found = list(dict.fromkeys(path for found in matches.values() for path in found))
-
-    def for_parts(what: str, given: Mapping[str, float] | None) -> dict[str, float]:
-        result = {}
-        for part, value in (given or {}).items():
-            mine = [path for path in found if f".{part}." in f".{path}."]
-            problems.extend([] if mine else [f"{what} for {part!r} fits none of the layers"])
-            result |= dict.fromkeys(mine, value)
-        return result
-
-    ranks = dict.fromkeys(found, rank) | for_parts("rank", rank_for)
-    alphas = {} if alpha is None else {path: alpha * there / rank for path, there in ranks.items()}
-    alphas |= for_parts("alpha", alpha_for)
-    for path, rank_there in ranks.items():
-        layer = layers[path].base if path in layers else module.get_submodule(path)
-        if isinstance(layer, tuple(KINDS)):
-            inputs, outputs = layer.weight[0].numel(), len(layer.weight)
-            if not 1 <= rank_there <= min(inputs, outputs):
-                wrong = f"rank {rank_there} is not between 1 and the smaller of them"
-                problems.append(f"{path} maps {inputs} to {outputs} features; {wrong}")
-    return add_lora(module, ranks, alphas, name, generator, problems)
-
-
-def named_targets(module: nn.Module, targets: Sequence[str]) -> list[str]:
-    """Return targets with those that stand for many replaced by what they stand for.
-
-    attention      the projections of the attention layers: to_q, to_k, to_v, to_out.0
-    attention+ff   and the two layers behind each: ff.net.0.proj, ff.net.2
-    linear         every linear layer inside the blocks of a U-Net
-    linear+conv    and every convolution there, but those in groups
-
-    The layers before and behind the blocks, which all bases of a family nearly share, are in none.
-    """
-    layers, result = lora_layers(module), []
-    inside = tuple(f"{path}." for path in layers)
-    there = {p: layers[p].base if p in layers else c for p, c in module.named_modules() if not p.startswith(inside)}
-    for target in targets:
-        kinds = KIND_SETS.get(target, ())
-        found = [
-            path
-            for path, child in there.items()
-            if path.startswith(BLOCKS) and isinstance(child, kinds) and getattr(child, "groups", 1) == 1
-        ]
-        result += found or SETS.get(target, (target,))
-    return list(dict.fromkeys(result))
+    found = matching(module, targets)
+    return add_lora(module, dict.fromkeys(found, rank), dict.fromkeys(found, alpha), name, generator, fitting=True)
 
 
 def add_lora(
     module: nn.Module,
     ranks: Mapping[str, int],
-    alphas: Mapping[str, float] | None = None,
+    alphas: Mapping[str, float | None] | None = None,
     name: str = "default",
     generator: torch.Generator | None = None,
-    problems: Sequence[str] = (),
-) -> dict[str, LoRALayer]:
+    fitting: bool = False,
+) -> dict[str, LoRALinear]:
     """Do what `inject_lora` does at exactly the layers in `ranks`, by full name, each with its own rank and alpha.
 
-    Raises ValueError, with nothing changed, for `problems` found before and all that are found here.
+    With `fitting` a rank above min(in, out) is refused; files may hold such.  Raises ValueError, with nothing changed.
     """
-    problems = list(problems)
+    layers, carrying, problems = original_layers(module), lora_layers(module), []
     if "." in name or not name:
         problems.append(f"name {name!r} is empty or has a dot in it")
-    found = {path: module.get_submodule(path) for path in ranks}
-    for path, child in found.items():
-        layer = child.base if isinstance(child, LoRALayer) else child
+    for path, rank in ranks.items():
+        layer = layers[path]
         if not isinstance(layer, tuple(KINDS)):
             problems.append(f"{path} is a {type(layer).__name__}; only Linear and Conv2d can take a LoRA")
         elif getattr(layer, "groups", 1) != 1:
-            problems.append(f"{path} is a convolution in {layer.groups} groups, of which A B is no change")
-        elif isinstance(child, LoRALayer) and name in child.adapters:
-            problems.append(f"{path} has a LoRA {name!r} already, of rank {child.adapters[name].rank}")
-    if problems:
-        more = f"; and {len(problems) - 5} more" if len(problems) > 5 else ""
-        raise ValueError("cannot inject LoRA: " + "; ".join(problems[:5]) + more)
+            problems.append(f"{path} is a convolution in {layer.groups} groups, of which B A is no change")
+        elif path in carrying and name in carrying[path].adapters:
+            problems.append(f"{path} has a LoRA {name!r} already, of rank {carrying[path].adapters[name].rank}")
+        elif fitting and not 1 <= rank <= min(layer.weight[0].numel(), len(layer.weight)):
+            sizes = f"{layer.weight[0].numel()} to {len(layer.weight)} features"
+            problems.append(f"{path} maps {sizes}; rank {rank} is not between 1 and the smaller of them")
+    _refuse("inject", problems)
 
     module.requires_grad_(False)
-    for path, child in found.items():
-        if isinstance(child, LoRALayer):
-            child.add(ranks[path], (alphas or {}).get(path), name, generator)
+    for path, rank in ranks.items():
+        layer, alpha = layers[path], (alphas or {}).get(path)
+        if path in carrying:
+            carrying[path].add(rank, alpha, name, generator)
         else:
-            kind = next(kind for layer, kind in KINDS.items() if isinstance(child, layer))
-            layer = kind(child, ranks[path], (alphas or {}).get(path), name, generator)
-            module.set_submodule(path, layer.train(child.training))
-    return {path: module.get_submodule(path) for path in found}
+            wrapper = next(kind for base, kind in KINDS.items() if isinstance(layer, base))
+            module.set_submodule(path, wrapper(layer, rank, alpha, name, generator).train(layer.training))
+    return {path: module.get_submodule(path) for path in ranks}
 
 
 def remove_lora(module: nn.Module, name: str | None = None) -> None:
@@ -339,13 +305,10 @@ def lora_parameters(module: nn.Module, name: str | None = None) -> list[nn.Param
 # --------------------------------------------------------------------------------- strength and merging
 
 
-def set_lora_scale(module: nn.Module, strength: float | torch.Tensor, name: str | None = None) -> None:
-    """Set how strongly the LoRA called `name` (all by default) acts: 0 is the base, 1 is as trained.
-
-    A tensor, (batch,), gives each picture of a batch a strength of its own.
-    """
+def set_lora_strength(module: nn.Module, strength: float, name: str | None = None) -> None:
+    """Set how strongly the LoRA called `name` (all by default) acts: 0 is the base, 1 is as trained."""
     layers = _layers_with(module, name)
-    _require(layers, merged=False, what="set_lora_scale", name=name)
+    _require(layers, merged=False, what="set_lora_strength", name=name)
     for layer in layers.values():
         for adapter_name, adapter in layer.adapters.items():
             if name in (None, adapter_name):
@@ -423,13 +386,12 @@ def load_lora_state_dict(module: nn.Module, state: dict[str, torch.Tensor], name
         for key in own
         if key in state and state[key].shape != own[key].shape
     ]
-    if problems:
-        raise ValueError("cannot load LoRA: " + "; ".join(problems))
+    _refuse("load", problems)
     for key, tensor in own.items():
         tensor.copy_(state[key])
 
 
-def _layers_with(module: nn.Module, name: str | None = None) -> dict[str, LoRALayer]:
+def _layers_with(module: nn.Module, name: str | None = None) -> dict[str, LoRALinear]:
     """Return the layers that carry the LoRA called `name` (any by default), or raise if none does."""
     layers = {p: layer for p, layer in lora_layers(module).items() if name is None or name in layer.adapters}
     if not layers:
@@ -438,10 +400,17 @@ def _layers_with(module: nn.Module, name: str | None = None) -> dict[str, LoRALa
     return layers
 
 
-def _require(layers: dict[str, LoRALayer], merged: bool, what: str, name: str | None = None) -> None:
+def _require(layers: dict[str, LoRALinear], merged: bool, what: str, name: str | None = None) -> None:
     """Raise RuntimeError unless in every layer the LoRA called `name` (any by default) is merged, or is not."""
     there = {path: name in layer.merged if name else bool(layer.merged) for path, layer in layers.items()}
     wrong = [path for path in layers if there[path] != merged]
     if wrong:
         state, remedy = ("not merged", "merge_lora") if merged else ("merged", "unmerge_lora")
         raise RuntimeError(f"{what}: {', '.join(wrong[:3])} … is {state}; call {remedy} first")
+
+
+def _refuse(what: str, problems: Sequence[str]) -> None:
+    """Raise ValueError for problems, the first five of them, if there are any."""
+    if problems:
+        more = f"; and {len(problems) - 5} more" if len(problems) > 5 else ""
+        raise ValueError(f"cannot {what} LoRA: " + "; ".join(problems[:5]) + more)

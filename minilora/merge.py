@@ -1,6 +1,6 @@
 """Fold LoRA files into a base checkpoint: W ← W + Σ sᵢ · ΔWᵢ.
 
-    python -m minilora.merge BASE LORA[:SCALE] … --output OUT
+    python -m minilora.merge BASE LORA[:STRENGTH] … --output OUT
 
 BASE is a diffusers folder or a single file in the original layout; files/fold.py does the work, streaming.
 With --undo the original bytes of what changed are kept, and --restore puts them back, byte for byte.

@@ -233,11 +233,11 @@ def sample(config: SampleConfig) -> Path:
         drawing = replace(config, compile=False)  # it is compiled by now, and said how long that took
         return rows
 
-    if config.scales:
-        columns = [[p for row in draw_all(*[scale] * len(strengths)) for p in row] for scale in config.scales]
+    if config.strengths:
+        columns = [[p for row in draw_all(*[factor] * len(strengths)) for p in row] for factor in config.strengths]
         rows = [list(row) for row in zip(*columns, strict=True)]
         labels = [f"{prompt}, seed {seed}" for prompt in config.prompt for seed in seeds]
-        result = sheet(rows, [f"scale {scale:g}" for scale in config.scales], labels)
+        result = sheet(rows, [f"strength {factor:g}" for factor in config.strengths], labels)
     elif config.grid:
         first, second = (split_strength(text)[0].name for text in config.lora)
         rows = [[draw_all(one, other)[0][0] for other in config.grid] for one in config.grid]

@@ -30,9 +30,10 @@ from .files.names import UNET
 from .files.network import load_lora, save_lora
 from .files.read import AVERAGE_NAME, FILE_NAME
 from .files.tensors import write_whole
-from .lora import inject_lora, load_lora_state_dict, lora_layers, lora_parameters, lora_state_dict
+from .lora import add_lora, load_lora_state_dict, lora_layers, lora_parameters, lora_state_dict
 from .models.base import DTYPES, Base, UNetWithText, fingerprint
 from .models.compiling import check_compiler, compile_options
+from .models.targets import ranks_and_alphas
 from .run import checkpoint
 from .run.card import drawing_command, model_card
 from .run.dreambooth import class_pictures
@@ -280,8 +281,8 @@ def put_lora(network: nn.Module, unet: nn.Module, config: TrainConfig) -> dict:
         return {"init_from": hashlib.sha256(numbers).hexdigest()}
     generator = torch.Generator().manual_seed(config.seed)
     try:
-        settings = config.rank, config.alpha, config.targets
-        inject_lora(unet, *settings, generator=generator, **config.by_part())
+        ranks, alphas = ranks_and_alphas(unet, config.targets, config.rank, config.alpha, **config.by_part())
+        add_lora(unet, ranks, alphas, generator=generator, fitting=True)
         if config.train_text_encoder:
             network.inject(config.rank, config.alpha, config.text_encoder_targets, generator=generator)
     except ValueError as error:
@@ -358,13 +359,13 @@ def optimizer_step(run: Run, step: int, learning_rate: float) -> tuple[float, fl
 
 
 def drop_features(run: Run, positions: Sequence[int]) -> None:
-    """Let each picture's change do without some of the input of each layer, others at each position: --dropout."""
+    """Draw the dropout masks of this micro-batch, one per picture and layer."""
     if dropout := run.config.dropout:
         for path, layer in lora_layers(run.network).items():
             adapter, what = layer.adapters["default"], f"dropout of {path}"
             count = adapter.lora_A.shape[1]
-            keep = [draws.kept(run.config.seed, what, position, count, dropout) for position in positions]
-            adapter.keep = torch.stack(keep).to(run.ranks.device)  # (batch, in)
+            masks = [draws.dropout_mask(run.config.seed, what, position, count, dropout) for position in positions]
+            adapter.dropout_mask = torch.stack(masks).to(run.ranks.device)  # (batch, in)
 
 
 def learning_rate_at(step: int, config: TrainConfig) -> float:

@@ -10,10 +10,10 @@ import torch
 from conftest import make_picture
 from PIL import Image
 
-from minilora import inject_lora, lora_parameters
+from minilora import inject_lora, lora_parameters, set_lora_strength
 from minilora.apps import morph as morphing
 from minilora.apps.ddim import Levels, ddim_draw, ddim_invert, guided
-from minilora.apps.morph import MorphConfig, between, distances, draw_frames, morph, slerp, way
+from minilora.apps.morph import MorphConfig, between, distances, draw_frames, loras_between, morph, slerp, way
 from minilora.apps.restore import RestoreConfig, learn, psnr, restore, see
 from minilora.files.network import save_lora
 from minilora.models.base import Base
@@ -247,3 +247,21 @@ def test_settings_that_do_not_fit_are_refused():
         MorphConfig(("a.png", "b.png"), prompt_a="a", prompt_b="b", attention=2)
     with pytest.raises(UserError, match="restore takes one picture, not 2; --prompt is needed"):
         RestoreConfig(("a.png", "b.png"))
+
+
+def test_each_frame_of_a_batch_has_its_own_mixture_of_the_loras(tiny_unet):
+    for name in "ab":
+        inject_lora(tiny_unet, rank=2, targets=("to_q", "to_out.0", "conv1", "time_emb_proj"), name=name)
+    for parameter in lora_parameters(tiny_unet):
+        torch.nn.init.normal_(parameter, std=0.1)
+    x, text, t = torch.randn(3, 4, 8, 8), torch.randn(3, 5, 16), torch.tensor(7)
+    strengths = (0.0, 0.3, 1.0)
+    with torch.no_grad():
+        with loras_between(tiny_unet, torch.tensor(strengths)):
+            together = tiny_unet(x, t, text).sample
+        for number, strength in enumerate(strengths):
+            set_lora_strength(tiny_unet, 1 - strength, "a")
+            set_lora_strength(tiny_unet, strength, "b")
+            alone = tiny_unet(x[number : number + 1], t, text[number : number + 1]).sample
+            # A batch of three and one of one differ by the order of sums.
+            torch.testing.assert_close(together[number : number + 1], alone, rtol=1e-4, atol=1e-5)

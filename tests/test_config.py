@@ -158,7 +158,7 @@ SHOWN = {  # which test shows what a setting does, but for the CHANGES of test_t
         "model": "test_families.py::test_a_lora_trained_here_draws_the_same_in_diffusers",
         "model_config": "test_families.py::test_loras_are_folded_into_a_single_file_as_into_a_folder",
         "lora": "test_sampling.py::test_several_loras_add_up",
-        "scales": "test_sampling.py::test_scales_make_one_row_per_seed_and_one_column_per_scale",
+        "strengths": "test_sampling.py::test_strengths_make_one_row_per_seed_and_one_column_per_strength",
         "grid": "test_restyle.py::test_a_grid_mixes_two_loras",
         "precision": "test_sampling.py::test_half_precision_draws_nearly_the_same",
         "compile": "test_sampling.py::test_what_is_traced_for_compiling_draws_the_same",
@@ -238,17 +238,17 @@ def test_mistakes_in_the_file_are_named(text, message, tmp_path):
 
 
 def test_sampling_settings():
-    config = read(SampleConfig, ["--prompt", "a", "--prompt", "b", "--lora", "x:0.5", "--scales", "0,0.5,1"], "")
+    config = read(SampleConfig, ["--prompt", "a", "--prompt", "b", "--lora", "x:0.5", "--strengths", "0,0.5,1"], "")
     assert config.prompt == ("a", "b")
-    assert config.scales == (0.0, 0.5, 1.0)
+    assert config.strengths == (0.0, 0.5, 1.0)
     with pytest.raises(UserError, match="--prompt is needed"):
         read(SampleConfig, [], "")
-    with pytest.raises(UserError, match="--scales needs --lora, whose strength"):
-        read(SampleConfig, ["--prompt", "a", "--scales", "1"], "")
+    with pytest.raises(UserError, match="--strengths needs --lora, whose strength"):
+        read(SampleConfig, ["--prompt", "a", "--strengths", "1"], "")
     with pytest.raises(UserError, match="--negative has no effect at --guidance 1"):
         read(SampleConfig, ["--prompt", "a", "--negative", "b", "--guidance", "1"], "")
-    with pytest.raises(UserError, match=r"--scales is 0\.0,nan; each must be a finite number"):
-        read(SampleConfig, ["--prompt", "a", "--lora", "x", "--scales", "0,nan"], "")
+    with pytest.raises(UserError, match=r"--strengths is 0\.0,nan; each must be a finite number"):
+        read(SampleConfig, ["--prompt", "a", "--lora", "x", "--strengths", "0,nan"], "")
 
 
 @pytest.mark.parametrize(

@@ -114,10 +114,10 @@ def test_any_strength_weight_and_scales(path, number):
             start, value = split(f"{path}:{number}")
             assert np.isfinite(value)
             assert str(start) in (path, f"{path}:{number}", ".") or split is split_strength  # which normalises paths
-    for word in (f"--scales={number}", f"--scales=0,{number}", f"--grid={number}", f"--seed={number}"):
+    for word in (f"--strengths={number}", f"--strengths=0,{number}", f"--grid={number}", f"--seed={number}"):
         with suppress(UserError):
             config = read(SampleConfig, ["--prompt=x", "--lora=a", "--lora=b", word], "")
-            assert np.isfinite([*config.scales, *config.grid, config.seed]).all()
+            assert np.isfinite([*config.strengths, *config.grid, config.seed]).all()
 
 
 # ------------------------------------------------------------------------------------ safetensors

@@ -20,11 +20,10 @@ from minilora import (
     lora_state_dict,
     merge_lora,
     remove_lora,
-    set_lora_scale,
+    set_lora_strength,
     unmerge_lora,
 )
 from minilora.data import draws
-from minilora.lora import ATTENTION, named_targets
 
 
 class MLP(nn.Module):
@@ -217,15 +216,15 @@ def test_several_adapters_add_up_and_their_strengths_are_free():
     layer = module[0]
     deltas = {name: adapter.delta() for name, adapter in layer.adapters.items()}
     for one, two in [(1.0, 1.0), (0.3, -2.0), (0.0, 0.5)]:
-        set_lora_scale(module, one, "one")
-        set_lora_scale(module, two, "two")
+        set_lora_strength(module, one, "one")
+        set_lora_strength(module, two, "two")
         expected = base(x) + x @ (one * deltas["one"] + two * deltas["two"]).T
         torch.testing.assert_close(module(x), expected, atol=1e-5, rtol=1e-5)  # the order of float32 sums
         merge_lora(module)
         torch.testing.assert_close(module(x), expected, atol=1e-5, rtol=1e-5)
         unmerge_lora(module)
     remove_lora(module, "one")
-    set_lora_scale(module, 1.0)
+    set_lora_strength(module, 1.0)
     torch.testing.assert_close(module(x), base(x) + x @ deltas["two"].T, atol=1e-5, rtol=1e-5)
     remove_lora(module, "two")
     assert module[0] is base
@@ -256,19 +255,21 @@ def test_dropout_leaves_out_features_of_a_picture_in_training_only(kind):
     x = torch.randn(shape)
     whole, adapter = module(x), layer.adapters["default"]
 
-    adapter.keep = torch.stack([draws.kept(0, "a", position, 6, 0.0) for position in range(3)])
+    adapter.dropout_mask = torch.stack([draws.dropout_mask(0, "a", position, 6, 0.0) for position in range(3)])
     assert torch.equal(module(x), whole)
-    adapter.keep = torch.stack([draws.kept(0, "a", position, 6, 0.5) for position in range(3)])  # (batch, in)
-    assert set(adapter.keep.unique().tolist()) == {0.0, 2.0}
+    adapter.dropout_mask = torch.stack(
+        [draws.dropout_mask(0, "a", position, 6, 0.5) for position in range(3)]
+    )  # (batch, in)
+    assert set(adapter.dropout_mask.unique().tolist()) == {0.0, 2.0}
     dropped = module(x)
-    seen = x * adapter.keep.view(fitting)
+    seen = x * adapter.dropout_mask.view(fitting)
     with torch.no_grad():
-        adapter.keep = None
+        adapter.dropout_mask = None
         expected = base(x) + module(seen) - base(seen)
     torch.testing.assert_close(dropped, expected, rtol=1e-5, atol=1e-5)  # the order of float32 sums
     assert not torch.allclose(dropped, whole)
 
-    adapter.keep = torch.zeros(3, 6)
+    adapter.dropout_mask = torch.zeros(3, 6)
     assert torch.equal(module(x), base(x))
     module.eval()
     assert torch.equal(module(x), whole)
@@ -279,7 +280,9 @@ def test_dropout_changes_nothing_on_average():
     [layer] = inject_lora(module, rank=2, targets=["0"]).values()
     randomize(module)
     x = torch.randn(6)
-    layer.adapters["default"].keep = torch.stack([draws.kept(0, "a", position, 6, 0.3) for position in range(n)])
+    layer.adapters["default"].dropout_mask = torch.stack(
+        [draws.dropout_mask(0, "a", position, 6, 0.3) for position in range(n)]
+    )
     outputs = module(x.expand(n, 6))  # (n, out)
     # The mean of n draws is within 5 deviations of itself.
     assert ((outputs.mean(0) - module.eval()(x)).abs() < 5 * outputs.std(0) / n**0.5).all()
@@ -346,7 +349,12 @@ def test_wrong_order_of_calls_is_refused():
     with pytest.raises(RuntimeError, match="not merged"):
         unmerge_lora(module)
     merge_lora(module)
-    for function in (merge_lora, remove_lora, lambda m: set_lora_scale(m, 0.5), lambda m: lora_disabled(m).__enter__()):
+    for function in (
+        merge_lora,
+        remove_lora,
+        lambda m: set_lora_strength(m, 0.5),
+        lambda m: lora_disabled(m).__enter__(),
+    ):
         with pytest.raises(RuntimeError, match="unmerge_lora first"):
             function(module)
 
@@ -480,68 +488,6 @@ def test_live_and_merged_adapters_side_by_side():
     live = module(x)
     merge_lora(module, "a")
     torch.testing.assert_close(module(x), live, rtol=1e-5, atol=1e-5)  # float32 rounding
-    set_lora_scale(module, 0.0, "b")
-    with pytest.raises(RuntimeError, match="set_lora_scale"):
-        set_lora_scale(module, 0.0, "a")
-
-
-def test_each_picture_of_a_batch_can_have_a_strength_of_its_own(tiny_unet):
-    inject_lora(tiny_unet, rank=2, targets=("to_q", "to_out.0", "conv1", "time_emb_proj"))
-    for parameter in lora_parameters(tiny_unet):
-        torch.nn.init.normal_(parameter, std=0.1)
-    x, text, t = torch.randn(3, 4, 8, 8), torch.randn(3, 5, 16), torch.tensor(7)
-    strengths = (0.0, 0.3, 1.0)
-    with torch.no_grad():
-        set_lora_scale(tiny_unet, torch.tensor(strengths))
-        together = tiny_unet(x, t, text).sample
-        with pytest.raises(ValueError, match="strength of its own"):
-            merge_lora(tiny_unet)
-        for number, strength in enumerate(strengths):
-            set_lora_scale(tiny_unet, strength)
-            alone = tiny_unet(x[number : number + 1], t, text[number : number + 1]).sample
-            # A batch of three and one of one differ by the order of sums.
-            torch.testing.assert_close(together[number : number + 1], alone, rtol=1e-4, atol=1e-5)
-
-
-# ------------------------------------------------------------------------------------ sets and ranks
-
-
-def test_sets_stand_for_what_is_said(tiny_unet):
-    sets = {name: set(named_targets(tiny_unet, [name])) for name in ("linear", "linear+conv")}
-    inside = {path: child for path, child in tiny_unet.named_modules() if path.startswith(("down", "mid", "up"))}
-    linear = {path for path, child in inside.items() if isinstance(child, nn.Linear)}
-    assert sets["linear"] == linear
-    assert sets["linear+conv"] == linear | {path for path, child in inside.items() if isinstance(child, nn.Conv2d)}
-    assert named_targets(tiny_unet, ["attention"]) == list(ATTENTION)
-    assert named_targets(tiny_unet, ["attention+ff", "to_q", "conv1"]) == [
-        *ATTENTION,
-        *("ff.net.0.proj", "ff.net.2", "conv1"),
-    ]
-    for name in ("attention", "attention+ff", "linear", "linear+conv"):
-        count = len(inject_lora(tiny_unet, 2, targets=[name], name=name))
-        assert count == len(inject_lora(tiny_unet, 2, targets=[name], name=f"{name} again"))  # beside the first
-    with pytest.raises(ValueError, match="target 'linear' matches no module"):
-        inject_lora(nn.Sequential(nn.Linear(2, 2)), 1, targets=["linear"])
-
-
-def test_ranks_by_parts_of_names(tiny_unet):
-    layers = inject_lora(tiny_unet, 4, 2.0, ["attention+ff"], rank_for={"attn2": 2, "ff": 6, "mid_block": 3})
-    for path, layer in layers.items():
-        adapter = layer.adapters["default"]
-        expected = 3 if path.startswith("mid_block") else 2 if ".attn2." in path else 6 if ".ff." in path else 4
-        assert adapter.rank == expected, path
-        assert adapter.scale == pytest.approx(0.5), path  # the same everywhere
-    with pytest.raises(ValueError, match="rank for 'attn' fits none of the layers"):
-        inject_lora(tiny_unet, 4, name="other", rank_for={"attn": 2})  # a part of a part is none
-
-
-def test_alphas_by_parts_of_names(tiny_unet):
-    parts = {"rank_for": {"attn2": 2}, "alpha_for": {"attn2": 6, "mid_block": 1.5}}
-    layers = inject_lora(tiny_unet, 4, 2.0, **parts)
-    inject_lora(tiny_unet, 4, name="other", **parts)
-    for path, layer in layers.items():
-        expected = 1.5 if path.startswith("mid_block") else 6 if ".attn2." in path else 2.0
-        assert layer.adapters["default"].alpha == expected, path
-        assert layer.adapters["other"].alpha == (4 if expected == 2.0 else expected), path  # the rank, as ever
-    with pytest.raises(ValueError, match="rank for 'ff' fits none of the layers; alpha for 'conv1' fits none"):
-        inject_lora(tiny_unet, 4, name="third", rank_for={"ff": 2}, alpha_for={"conv1": 1})
+    set_lora_strength(module, 0.0, "b")
+    with pytest.raises(RuntimeError, match="set_lora_strength"):
+        set_lora_strength(module, 0.0, "a")

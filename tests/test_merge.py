@@ -175,7 +175,7 @@ def test_the_merged_folder_is_the_live_module_merged(tmp_path):
     lora_for(tmp_path / "base", tmp_path / "l.safetensors")
     fold(tmp_path / "base", [(tmp_path / "l.safetensors", 0.7)], tmp_path / "out")
     live = make_unet("sd1")
-    load_lora(live, tmp_path / "l.safetensors", scale=0.7)
+    load_lora(live, tmp_path / "l.safetensors", strength=0.7)
     merge_lora(live)
     merged = type(live).from_pretrained(tmp_path / "out" / "unet").state_dict()
     for name, tensor in live.state_dict().items():
@@ -480,7 +480,7 @@ finally:
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["base"], "a merge takes BASE LORA[:SCALE] …, not base; --output is needed"),
+        (["base"], "a merge takes BASE LORA[:STRENGTH] …, not base; --output is needed"),
         (["base", "l", "--output", "o", "--rank", "4"], "--rank has no effect on a merge"),
         (["--extract", "a", "b", "--output", "o"], "--extract needs a --rank or an --energy"),
         (["--extract", "a", "b", "--output", "o", "--rank", "2", "--undo", "u"], "--undo has no effect on --extract"),

@@ -40,11 +40,11 @@ def outputs(unet):
 def test_a_saved_lora_loads_with_the_same_effect(lora_file):
     unet, path = lora_file
     other = make_tiny_unet()
-    load_lora(other, path.parent, name="style", scale=1.0)
+    load_lora(other, path.parent, name="style", strength=1.0)
     # The scale 6 / 4 was folded into B: one more rounding.
     torch.testing.assert_close(outputs(other), outputs(unet), atol=1e-5, rtol=1e-4)
     weaker = make_tiny_unet()
-    load_lora(weaker, path, scale=0.0)
+    load_lora(weaker, path, strength=0.0)
     assert torch.equal(outputs(weaker), outputs(make_tiny_unet()))
 
 
@@ -136,7 +136,7 @@ def test_a_file_that_does_not_fit_is_refused_with_the_key(kind, lora_file, tmp_p
 def test_what_has_no_home_can_be_left_out_and_is_reported(lora_file, tmp_path):
     tensors = load_file(lora_file[1]) | {f"unet.x.lora_{m}.weight": torch.zeros(2, 2) for m in "AB"}
     save_file(tensors, tmp_path / "more.safetensors")
-    report = load_lora(make_tiny_unet(), tmp_path / "more.safetensors", scale=0.5, allow_unmatched=True)
+    report = load_lora(make_tiny_unet(), tmp_path / "more.safetensors", strength=0.5, allow_unmatched=True)
     assert report.homeless == {str(tmp_path / "more.safetensors"): ["unet.x.lora_A.weight", "unet.x.lora_B.weight"]}
     [folded] = report.folded
     assert len(folded.changes) == len(lora_layers(lora_file[0]))
@@ -188,7 +188,7 @@ def test_a_base_with_loras_is_the_one_that_they_were_merged_into(family, family_
         assert part == "vae" or any(not torch.equal(tensor, original[name]) for name, tensor in expected.items())
 
     half, rounded = Base(str(folder), CPU, torch.bfloat16, loras=texts[:1]), Base(str(folder), CPU, torch.bfloat16)
-    load_lora(rounded.unet, loras[0][0], scale=0.5)
+    load_lora(rounded.unet, loras[0][0], strength=0.5)
     merge_lora(rounded.unet)  # which rounds once, too
     for path, layer in lora_layers(rounded.unet).items():
         torch.testing.assert_close(half.unet.get_submodule(path).weight, layer.base.weight, rtol=2**-7, atol=0)

@@ -25,7 +25,7 @@ from minilora.settings.sample import SampleConfig
 from minilora.settings.train import TrainConfig
 
 CPU = torch.device("cpu")
-SCALES = (0.0, 0.5, 1.0)
+STRENGTHS = (0.0, 0.5, 1.0)
 
 
 @pytest.fixture
@@ -36,19 +36,19 @@ def lora(tmp_path) -> str:
 
 @pytest.fixture
 def command(tiny_base, pictures, lora, tmp_path):
-    """Run restyle with settings for the tiny base; return the pictures that it drew, one array for each scale."""
+    """Run restyle with settings for the tiny base; return the pictures that it drew, one array for each strength."""
 
     def command(**settings) -> list[np.ndarray]:
         output = tmp_path / "out"
-        given = {"model": str(tiny_base), "lora": (lora,), "scales": SCALES, "steps": 4, "output": str(output)}
+        given = {"model": str(tiny_base), "lora": (lora,), "strengths": STRENGTHS, "steps": 4, "output": str(output)}
         restyle(RestyleConfig(**({"data": (str(pictures),)} | given | settings)))
-        folders = [output / f"scale-{scale:g}" for scale in (given | settings)["scales"]]
+        folders = [output / f"strength-{factor:g}" for factor in (given | settings)["strengths"]]
         return [np.stack([np.array(Image.open(p)) for p in sorted(folder.glob("*.png"))]) for folder in folders]
 
     return command
 
 
-def test_at_scale_0_it_is_the_base_as_diffusers_has_it(command, tiny_base, pictures, tmp_path):
+def test_at_strength_0_it_is_the_base_as_diffusers_has_it(command, tiny_base, pictures, tmp_path):
     ours = command()[0]
     pipeline = StableDiffusionImg2ImgPipeline.from_pretrained(tiny_base)
     for number, item in enumerate(read_folders(TrainConfig(data=(str(pictures),)))):
@@ -84,25 +84,27 @@ def test_the_figures_are_those_of_the_pictures_that_are_written(command, picture
     drawn = command(style=str(pictures))
     content = json.loads((tmp_path / "out" / "figures.json").read_text())
     inputs = np.stack([np.array(cut_square(open_picture(p), 16)) for p in sorted(pictures.glob("*.png"))])
-    for scale, there in zip(SCALES, drawn, strict=True):
+    for factor, there in zip(STRENGTHS, drawn, strict=True):
         far = np.sqrt(((there.astype(float) - inputs) ** 2).mean((1, 2, 3))).mean()
-        assert content["figures"][f"distance to the pictures, in levels of 255; scale {scale:g}"] == pytest.approx(far)
-        assert 0 <= content["figures"][f"probability of the style; scale {scale:g}"] <= 1
+        assert content["figures"][f"distance to the pictures, in levels of 255; strength {factor:g}"] == pytest.approx(
+            far
+        )
+        assert 0 <= content["figures"][f"probability of the style; strength {factor:g}"] <= 1
     assert content["curves"].keys() == {"distance to the pictures", "probability of the style"}
-    assert len({there.tobytes() for there in drawn}) == len(SCALES)
+    assert len({there.tobytes() for there in drawn}) == len(STRENGTHS)
 
 
 def test_less_strength_leaves_more_of_the_picture(command, pictures):
     inputs = np.stack([np.array(cut_square(open_picture(p), 16)) for p in sorted(pictures.glob("*.png"))])
     little, much = (
-        np.abs(command(scales=(1.0,), strength=s, steps=20)[0].astype(float) - inputs).mean() for s in (0.1, 1.0)
+        np.abs(command(strengths=(1.0,), strength=s, steps=20)[0].astype(float) - inputs).mean() for s in (0.1, 1.0)
     )
     assert little < much
 
 
 def test_one_picture_takes_its_prompt(command, pictures):
-    [one] = command(data=(str(pictures / "0.png"),), prompt="picture 0", scales=(1.0,))
-    assert np.abs(one[0].astype(int) - command(scales=(1.0,))[0][0]).max() <= 1  # alone and among others
+    [one] = command(data=(str(pictures / "0.png"),), prompt="picture 0", strengths=(1.0,))
+    assert np.abs(one[0].astype(int) - command(strengths=(1.0,))[0][0]).max() <= 1  # alone and among others
     with pytest.raises(UserError, match=r"0\.png: one picture needs its --prompt"):
         command(data=(str(pictures / "0.png"),))
 
@@ -123,12 +125,12 @@ def make_controlnet(tiny_base: Path, folder: Path, random: bool) -> str:
 
 
 def test_a_controlnet_of_zeros_changes_nothing_and_another_does(command, tiny_base, tmp_path):
-    plain = command(scales=(1.0,))[0].astype(int)
+    plain = command(strengths=(1.0,))[0].astype(int)
     zeros = make_controlnet(tiny_base, tmp_path / "zeros", random=False)
     # The two pipelines add and resize in another order: one level of 255.
-    assert np.abs(command(scales=(1.0,), controlnet=zeros)[0] - plain).max() <= 1
+    assert np.abs(command(strengths=(1.0,), controlnet=zeros)[0] - plain).max() <= 1
     net = make_controlnet(tiny_base, tmp_path / "net", random=True)
-    assert np.abs(command(scales=(1.0,), controlnet=net)[0] - plain).max() > 1
+    assert np.abs(command(strengths=(1.0,), controlnet=net)[0] - plain).max() > 1
 
 
 def test_a_controlnet_that_does_not_fit_is_refused(command, tiny_base, tmp_path):
@@ -241,9 +243,9 @@ def test_a_grid_mixes_two_loras(drawing, tmp_path):
     [
         ({"lora": ("a",), "grid": (0.0, 1.0)}, "--grid mixes two --lora, not 1"),
         ({"lora": ("a", "b"), "grid": (0.0,), "count": 2}, "--grid takes one --prompt and one --count"),
-        ({"lora": ("a", "b"), "grid": (0.0,), "scales": (0.0,)}, "--grid and --scales cannot be given at once"),
+        ({"lora": ("a", "b"), "grid": (0.0,), "strengths": (0.0,)}, "--grid and --strengths cannot be given at once"),
         ({"lora": ("a", "b"), "grid": (float("nan"),)}, "--grid is nan; each must be a finite number"),
-        ({"lora": ("a", "b"), "grid": (0.0,), "output": "folder"}, "--output folder: --scales and --grid make one"),
+        ({"lora": ("a", "b"), "grid": (0.0,), "output": "folder"}, "--output folder: --strengths and --grid make one"),
     ],
 )
 def test_grids_that_cannot_be_are_refused(drawing, settings, message):

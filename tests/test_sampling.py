@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from test_models import write_a_lora
 from torch._dynamo.utils import counters
 
-from minilora import load_lora, lora_layers, set_lora_scale
+from minilora import load_lora, lora_layers, set_lora_strength
 from minilora.models.base import Base
 from minilora.sampling import SCHEDULERS, TOGETHER, draw, draw_each, evaluating, merged_at, sample, sheet
 from minilora.settings.errors import UserError
@@ -64,7 +64,7 @@ def test_after_each_step_of_a_drawing_the_caller_is_told(tiny_base):
 def test_merged_equals_live(tiny_base, lora):
     base = Base(str(tiny_base), CPU)
     load_lora(base.unet, lora, "a")
-    set_lora_scale(base.unet, 0.5, "a")
+    set_lora_strength(base.unet, 0.5, "a")
     three_steps = SampleConfig(prompt=("a dog",), steps=3)
     live = draw(base, "a dog", [1, 2], 16, three_steps)
     with merged_at(base, {"a": 0.5}):
@@ -115,8 +115,8 @@ def test_several_loras_add_up(command, lora):
     assert not np.array_equal(both, command())
 
 
-def test_scales_make_one_row_per_seed_and_one_column_per_scale(command, lora):
-    picture = command(lora=(str(lora),), scales=(0.0, 0.5, 1.0), count=2)
+def test_strengths_make_one_row_per_seed_and_one_column_per_strength(command, lora):
+    picture = command(lora=(str(lora),), strengths=(0.0, 0.5, 1.0), count=2)
     assert picture.shape[0] == 28 + 2 * 132
     cells = [picture[28 : 28 + 128, -132 * (3 - i) : -132 * (3 - i) + 128] for i in range(3)]
     plain = Image.fromarray(command()).resize((128, 128), Image.Resampling.BICUBIC)
@@ -143,7 +143,7 @@ def test_prompts_seeds_and_guidance_go_through_the_unet_together(tiny_base):
 
 
 def test_what_is_traced_for_compiling_draws_the_same(command, lora):
-    settings = {"lora": (str(lora),), "scales": (0.5, 1.0), "prompt": ("red apple", "a dog"), "count": 3}
+    settings = {"lora": (str(lora),), "strengths": (0.5, 1.0), "prompt": ("red apple", "a dog"), "count": 3}
     plain = command(**settings)
     torch.compiler.reset()
     counters.clear()

@@ -609,8 +609,8 @@ def test_each_layer_and_position_does_without_other_features(run):
     def watch(unet, batch, schedule, config):
         for path, layer in lora_layers(unet).items():
             adapter = layer.adapters["default"]
-            assert adapter.keep.shape == (len(batch.positions), adapter.lora_A.shape[1])
-            for position, keep in zip(batch.positions, adapter.keep, strict=True):
+            assert adapter.dropout_mask.shape == (len(batch.positions), adapter.lora_A.shape[1])
+            for position, keep in zip(batch.positions, adapter.dropout_mask, strict=True):
                 seen[path, position] = tuple(keep.tolist())
         return Denoising().loss(unet, batch, schedule, config)
 

@@ -23,7 +23,7 @@ morphing", 2023, which mixes the factors.
 
 import io
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -35,7 +35,7 @@ from PIL import Image
 from ..data.pictures import as_picture
 from ..files.network import load_lora
 from ..files.tensors import write_whole
-from ..lora import lora_disabled, set_lora_scale
+from ..lora import lora_disabled, lora_layers
 from ..models.base import DTYPES, Base
 from ..models.device import this_device
 from ..sampling import picture_format, save_picture, sheet
@@ -183,18 +183,35 @@ def draw_frames(
 def between(base: Base, times: Sequence[float], text: torch.Tensor, levels: Levels, attention: float):
     """Return what predicts for a batch of frames at their times, each with its own mixture of the two LoRAs."""
     t = torch.tensor(times, dtype=torch.float32, device=base.device)  # (batch,)
-    set_lora_scale(base.unet, 1 - t, "a")
-    set_lora_scale(base.unet, t, "b")
     mixed = round(attention * len(levels.timesteps))  # steps
     last_mixed = levels.timesteps[mixed - 1] if mixed else len(base.schedule)
 
     def predict(x: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
-        if timestep < last_mixed:
-            return base.unet(x, timestep, text).sample
-        with self_attention_between(base.unet, t):
+        attending = nullcontext() if timestep < last_mixed else self_attention_between(base.unet, t)
+        with loras_between(base.unet, t), attending:
             return base.unet(x, timestep, text).sample
 
     return predict
+
+
+@contextmanager
+def loras_between(unet, times: torch.Tensor) -> Iterator[None]:
+    """Within the block each picture of a batch has LoRA a at 1 − t and b at t; `times` holds their t, (batch,)."""
+
+    def times_its_own(strengths: torch.Tensor):
+        return lambda adapter, inputs, y: y * strengths.to(y).view(-1, *[1] * (y.ndim - 1))  # (batch, …, out)
+
+    hooks = [
+        layer.adapters[name].register_forward_hook(times_its_own(strengths))
+        for name, strengths in (("a", 1 - times), ("b", times))
+        for layer in lora_layers(unet).values()
+        if name in layer.adapters
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 class Between:

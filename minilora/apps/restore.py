@@ -19,7 +19,7 @@ import torch
 
 from ..data.pictures import NO_PICTURE, as_picture, as_tensor, cut_square, open_picture
 from ..files.network import load_lora
-from ..lora import lora_disabled, set_lora_scale
+from ..lora import lora_disabled, set_lora_strength
 from ..models.base import DTYPES, Base
 from ..models.device import this_device
 from ..sampling import save_picture, sheet
@@ -86,7 +86,7 @@ def restore(config: RestoreConfig) -> dict[str, float]:
         with lora_disabled(base.unet):
             without = ddim_draw(predict, ddim_invert(predict, latents, levels), levels)
         restored = ddim_draw(predict, ddim_invert(predict, latents, levels), levels)
-        set_lora_scale(base.unet, config.strength)
+        set_lora_strength(base.unet, config.strength)
         noise = ddim_invert(predict, latents, levels)
         edited = [ddim_draw(guided(base.unet, edit, empty, config.guidance), noise, levels) for edit in edits]
 

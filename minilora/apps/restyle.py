@@ -1,14 +1,14 @@
 """Restyle: draw a picture again, in the style of a LoRA.
 
     python -m minilora.apps.restyle PICTURE --prompt TEXT --lora out/fluent:0.8 --strength 0.5
-    python -m minilora.apps.restyle FOLDER --lora out/fluent --scales 0,0.25,0.5,0.75,1 --style dataset/fluent
+    python -m minilora.apps.restyle FOLDER --lora out/fluent --strengths 0,0.25,0.5,0.75,1 --style dataset/fluent
 
 The picture gets noise, but not all the way, and is drawn from there with the LoRA: x_t at t = strength · T,
 
     x_t = √ᾱ_t · x₀ + √(1 − ᾱ_t) · ε          W + s · ΔW
 
 so large shapes stay, and what is drawn last, the style, is new.  More strength leaves less of the picture;
-more scale s gives more of the style.  A ControlNet can hold on to the picture's edges (canny.py).
+more strength s gives more of the style.  A ControlNet can hold on to the picture's edges (canny.py).
 
 With --style, a folder of pictures in the style, a classifier (classifier.py) says how much of it has come in:
 it learns to tell them from what the base draws for the same captions, both as the VAE shows them.
@@ -74,7 +74,7 @@ class RestyleConfig(Settings):
     lora: tuple[str, ...] = setting(
         (), "LoRA, optionally with a strength: out/fluent:0.8; may be repeated", repeat=True, group=MODEL
     )
-    scales: tuple[float, ...] = setting(
+    strengths: tuple[float, ...] = setting(
         (1.0,), "factors on the strengths of --lora to compare, with commas between: one row each", group=MODEL
     )
     precision: str = setting("fp32", PRECISION_HELP, choices=PRECISIONS, group=MODEL)
@@ -95,7 +95,7 @@ class RestyleConfig(Settings):
 
 
 def restyle(config: RestyleConfig) -> dict[str, float]:
-    """Draw pictures again at each scale of the LoRAs, write them, and return the figures."""
+    """Draw pictures again at each strength of the LoRAs, write them, and return the figures."""
     output, [data] = Path(config.output), config.data
     items = read_pictures(data, config.prompt, "")
     base = Base(config.model, this_device(), DTYPES[config.precision])
@@ -110,21 +110,23 @@ def restyle(config: RestyleConfig) -> dict[str, float]:
     if config.style:
         style, figures["style told right in pictures kept from the classifier"] = learn_style(base, config)
     rows, likely, far = [], [], []
-    for scale in config.scales:
-        with merged_at(base, {name: scale * strength for name, strength in strengths.items()}):
+    for factor in config.strengths:
+        with merged_at(base, {name: factor * strength for name, strength in strengths.items()}):
             drawn = draw_again(pictures, captions)
         for number, (item, picture) in enumerate(zip(items, drawn, strict=True), start=1):
-            save_picture(picture, output / f"scale-{scale:g}" / f"{number:04d}-{item.path.stem}.png")
+            save_picture(picture, output / f"strength-{factor:g}" / f"{number:04d}-{item.path.stem}.png")
         rows.append(drawn)
         far.append(distance(pictures, drawn))
-        figures[f"distance to the pictures, in levels of 255; scale {scale:g}"] = far[-1]
+        figures[f"distance to the pictures, in levels of 255; strength {factor:g}"] = far[-1]
         if style is not None:
             likely.append(probability(style, pixels_of(drawn), kind=1).mean().item())
-            figures[f"probability of the style; scale {scale:g}"] = likely[-1]
-    curves = {"distance to the pictures": (config.scales, far)}
-    write_figures(output, figures, curves | ({"probability of the style": (config.scales, likely)} if likely else {}))
+            figures[f"probability of the style; strength {factor:g}"] = likely[-1]
+    curves = {"distance to the pictures": (config.strengths, far)}
+    write_figures(
+        output, figures, curves | ({"probability of the style": (config.strengths, likely)} if likely else {})
+    )
     shown = [row[:SHOWN] for row in ([pictures, *rows])]
-    labels = ["the pictures", *(f"scale {scale:g}" for scale in config.scales)]
+    labels = ["the pictures", *(f"strength {factor:g}" for factor in config.strengths)]
     save_picture(sheet(shown, captions[:SHOWN], labels), output / "restyled.png")
     print(f"wrote {output / 'restyled.png'}, and every picture beside it")
     return figures

@@ -28,7 +28,7 @@ from ..data import draws
 from ..data.examples import Batch
 from ..data.pictures import as_picture
 from ..diffusion import Schedule, add_noise, clean_and_noise, denoising_loss
-from ..lora import set_lora_scale
+from ..lora import set_lora_strength
 from ..models.base import Base
 from ..run.objective import Objective
 from ..run.ranks import mean_over_ranks
@@ -99,7 +99,7 @@ def smoothness(base: Base, captions: Sequence[str], learnt: Path, config) -> tup
     times = torch.linspace(0, 1, FRAMES).tolist()
     figures, rows, labels = {}, [], []
     for name, strength in (("base", 0.0), ("LoRA", 1.0)):
-        set_lora_scale(base.unet, strength)
+        set_lora_strength(base.unet, strength)
         ways = []
         for number, caption in enumerate(captions[:WAYS]):
             a, b = (draws.gaussian(config.seed, f"end {end}", number, shape) for end in "ab")

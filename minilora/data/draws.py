@@ -49,7 +49,7 @@ def integer(seed: int, purpose: str, position: int, low: int, high: int) -> int:
     return int(generator(seed, purpose, position).integers(low, high))
 
 
-def kept(seed: int, purpose: str, position: int, count: int, dropout: float) -> torch.Tensor:
+def dropout_mask(seed: int, purpose: str, position: int, count: int, dropout: float) -> torch.Tensor:
     """Return 0 for what is dropped, with probability p = `dropout`, and 1 / (1 − p) else; (count,), of mean 1."""
     drawn = generator(seed, purpose, position).random(count, dtype=np.float32)
     return torch.from_numpy(drawn >= dropout) / (1 - dropout)

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from ..lora import KINDS, LoRALayer, add_lora, load_lora_state_dict, lora_layers, remove_lora, set_lora_scale
+from ..lora import KINDS, LoRALinear, add_lora, load_lora_state_dict, lora_layers, remove_lora, set_lora_strength
 from ..settings.errors import UserError
 from .fold import Folded, Report, read_for
 from .names import COMPONENTS, TEXT_ENCODER, TEXT_ENCODER_2, UNET, full_name
@@ -33,7 +33,7 @@ def live_modules(target) -> dict[str, tuple[str, str, tuple[int, ...]]]:
     for component, module in components(target).items():
         inside = tuple(f"{path}." for path in lora_layers(module))
         for path, child in module.named_modules():
-            if isinstance(child, LoRALayer):
+            if isinstance(child, LoRALinear):
                 child = child.base
             elif path.startswith(inside):
                 continue
@@ -52,7 +52,7 @@ def save_lora(target, path: str | Path, name: str = "default", dialect: str = "d
     changes = {}
     for full, (component, path_there, _) in live.items():
         layer = modules[component].get_submodule(path_there)
-        if isinstance(layer, LoRALayer) and name in layer.adapters:
+        if isinstance(layer, LoRALinear) and name in layer.adapters:
             adapter = layer.adapters[name]
             a, b = (matrix.detach().cpu().numpy() for matrix in (adapter.lora_A, adapter.lora_B))
             changes[full] = Change(a, b, adapter.scale)
@@ -63,7 +63,7 @@ def save_lora(target, path: str | Path, name: str = "default", dialect: str = "d
 
 
 def load_lora(
-    target, path: str | Path, name: str = "default", scale: float = 1.0, allow_unmatched: bool = False
+    target, path: str | Path, name: str = "default", strength: float = 1.0, allow_unmatched: bool = False
 ) -> Report:
     """Put the LoRA of a file into a module or a diffusers pipeline under a name, in place, and report on it.
 
@@ -90,8 +90,8 @@ def load_lora(
             state[f"{path_there}.lora_A.weight"] = torch.from_numpy(change.A)
             state[f"{path_there}.lora_B.weight"] = torch.from_numpy(change.B).float() * change.scale
         load_lora_state_dict(module, state, name)
-        set_lora_scale(module, scale, name)
+        set_lora_strength(module, strength, name)
         weights = {path_there: module.get_submodule(path_there).base.weight for path_there in mine}
-        relative = {p: abs(scale) * mine[p].norm() / max(weights[p].float().norm().item(), 1e-30) for p in mine}
-        report.folded.append(Folded(f"{path} at {scale:g}", component, relative))
+        relative = {p: abs(strength) * mine[p].norm() / max(weights[p].float().norm().item(), 1e-30) for p in mine}
+        report.folded.append(Folded(f"{path} at {strength:g}", component, relative))
     return report

@@ -10,11 +10,13 @@ from .shared import MODEL, OTHER, OUTPUT
 class MergeConfig(Settings):
     """Every setting of minilora.merge."""
 
-    files: tuple[str, ...] = setting((), "BASE LORA[:SCALE] …, or what the options below say", group=MODEL, bare=True)
+    files: tuple[str, ...] = setting(
+        (), "BASE LORA[:STRENGTH] …, or what the options below say", group=MODEL, bare=True
+    )
     allow_unmatched: bool = setting(False, "leave out keys of a LoRA that have no home in the base", group=MODEL)
     float64: bool = setting(False, "compute in float64 instead of float32", group=MODEL)
 
-    loras_only: bool = setting(False, "LORA[:SCALE] …: merge LoRAs into one LoRA, without a base", group=OTHER)
+    loras_only: bool = setting(False, "LORA[:STRENGTH] …: merge LoRAs into one LoRA, without a base", group=OTHER)
     extract: bool = setting(False, "BASE TUNED: write the LoRA that leads from one to the other", group=OTHER)
     restore: bool = setting(False, "MERGED UNDO: write the base that was merged into", group=OTHER)
     rank: int | None = setting(
@@ -40,9 +42,9 @@ class MergeConfig(Settings):
         exact = what in ("--extract", "--restore")
         wrong = [f"{' and '.join(chosen)} cannot be done at once"] if len(chosen) > 1 else []
         if len(self.files) < needed or (exact and len(self.files) > 2):
-            names = {"--loras-only": "LORA[:SCALE] …", "--extract": "BASE TUNED", "--restore": "MERGED UNDO"}
+            names = {"--loras-only": "LORA[:STRENGTH] …", "--extract": "BASE TUNED", "--restore": "MERGED UNDO"}
             wrong.append(
-                f"{what} takes {names.get(what, 'BASE LORA[:SCALE] …')}, not {' '.join(self.files) or 'nothing'}"
+                f"{what} takes {names.get(what, 'BASE LORA[:STRENGTH] …')}, not {' '.join(self.files) or 'nothing'}"
             )
         if self.output is None:
             wrong.append("--output is needed: the file or folder to write")

@@ -56,9 +56,9 @@ class SampleConfig(Settings):
         repeat=True,
         group=MODEL,
     )
-    scales: tuple[float, ...] = setting(
+    strengths: tuple[float, ...] = setting(
         (),
-        "factors on the strengths of --lora to compare, with commas between (--scales=-1,0,1): one column each",
+        "factors on the strengths of --lora to compare, with commas between (--strengths=-1,0,1): one column each",
         group=MODEL,
         needs=("lora", "whose strength they change"),
     )
@@ -82,14 +82,14 @@ class SampleConfig(Settings):
             wrong.append(f"--grid mixes two --lora, not {len(self.lora)}")
         if self.grid and (len(self.prompt) > 1 or self.count > 1):
             wrong.append("--grid takes one --prompt and one --count: it fills a sheet with it")
-        if self.grid and self.scales:
-            wrong.append("--grid and --scales cannot be given at once")
-        for name in ("scales", "grid"):
+        if self.grid and self.strengths:
+            wrong.append("--grid and --strengths cannot be given at once")
+        for name in ("strengths", "grid"):
             if not all(math.isfinite(factor) for factor in getattr(self, name)):
                 wrong.append(f"--{name} is {','.join(map(str, getattr(self, name)))}; each must be a finite number")
-        if (self.scales or self.grid) and not Path(self.output).suffix:
+        if (self.strengths or self.grid) and not Path(self.output).suffix:
             wrong.append(
-                f"--output {self.output}: --scales and --grid make one sheet, whose name ends as a picture's does"
+                f"--output {self.output}: --strengths and --grid make one sheet, whose name ends as a picture's does"
             )
         if self.negative and self.guidance == 1:
             wrong.append("--negative has no effect at --guidance 1, which is without guidance")
