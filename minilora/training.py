@@ -84,7 +84,7 @@ def train(config: TrainConfig, objective: Objective | None = None) -> Path:
         if ranks.is_main:
             write_whole(run.output / "config.json", config.to_json().encode())
         bar = tqdm(total=config.steps, initial=first_step, desc="train", unit="step", disable=not ranks.is_main)
-        validation = Validation(run) if config.validation else None
+        validation = Validation(run, first_step) if config.validation else None
 
         def save_done() -> None:
             ranks.say(f"\nsaved {save_state(run, done)}; go on with --resume")
@@ -400,13 +400,9 @@ def save_state(run: Run, step: int) -> Path:
 
 
 def start(run: Run) -> int:
-    """Clear away what a finished run left in the output folder, and return the number of steps done, 0."""
+    """Begin in the output folder, and return the number of steps done, 0."""
     if run.ranks.is_main:
-        for path in (
-            *checkpoint.all_in(run.output),
-            *(run.output / name for name in (FILE_NAME, AVERAGE_NAME, FIGURES, BEST)),
-        ):
-            path.unlink(missing_ok=True)
+        checkpoint.begin(run.output)
     return 0
 
 
@@ -414,6 +410,7 @@ def resume(run: Run) -> int:
     """Take up the newest checkpoint, if there is one, and return the number of steps already done."""
 
     def load() -> checkpoint.State | None:
+        checkpoint.take_up(run.output)
         try:
             return checkpoint.load_newest_checkpoint(run.output, run.identity)
         except ValueError as error:
@@ -432,6 +429,8 @@ def resume(run: Run) -> int:
     for key, tensor in run.objective.state().items():
         tensor.copy_(state.objective[key])
     run.scaler.load_state_dict(state.scaler)
+    if run.ranks.is_main:
+        (run.output / checkpoint.UNFINISHED).mkdir(exist_ok=True)
     run.ranks.say(f"resume     after step {state.step}")
     return state.step
 
@@ -448,6 +447,8 @@ def finish(run: Run) -> Path:
             with averaged(run.network, run.average):
                 save_lora(run.network, run.output / AVERAGE_NAME)
             run.ranks.say(f"wrote      {run.output / AVERAGE_NAME}, the moving average")
+        made = {AVERAGE_NAME: config.ema, FIGURES: config.validation, BEST: config.validation}
+        checkpoint.publish(run.output, made, [name for name, asked in made.items() if not asked])
         for dialect in config.also:
             also = run.output / in_dialects[dialect]
             save_lora(run.network, also, dialect=dialect)

@@ -36,6 +36,7 @@ from minilora.lora import lora_layers, lora_parameters
 from minilora.models.base import DTYPES, Base
 from minilora.run.objective import Denoising
 from minilora.run.ranks import Shares
+from minilora.run.validation import BEST, FIGURES
 from minilora.sampling import draw_prompts
 from minilora.settings.errors import UserError
 from minilora.settings.sample import SampleConfig
@@ -409,6 +410,39 @@ def test_a_new_run_clears_a_finished_one_away_and_refuses_an_unfinished_one(run)
         UserError, match=r"a run that was not finished, step-00000002\.safetensors; go on with --resume"
     ):
         run("a")
+
+
+def test_what_a_finished_run_left_stays_until_the_next_is_finished(run, monkeypatch):
+    more = {"checkpoint_every": 2, "ema": 0.9, "validation": "0.4", "validate_every": 2}
+    folder = run("a", **more)
+    results = (FILE_NAME, AVERAGE_NAME, BEST, FIGURES, "checkpoints/step-00000006.safetensors")
+    before = {name: (folder / name).read_bytes() for name in results}
+    real = training.optimizer_step
+
+    def stop(at: int):
+        def step(run, step, learning_rate):
+            if step == at:
+                raise KeyboardInterrupt
+            return real(run, step, learning_rate)
+
+        monkeypatch.setattr(training, "optimizer_step", step)
+        with pytest.raises(KeyboardInterrupt):
+            run("a", **more, seed=1)
+        monkeypatch.setattr(training, "optimizer_step", real)
+
+    stop(1)  # before its first checkpoint: the finished run can even be gone on with
+    assert all((folder / name).read_bytes() == content for name, content in before.items() if "check" not in name)
+    run("a", **more, resume=True)
+    assert all((folder / name).read_bytes() == content for name, content in before.items())
+    stop(3)
+    assert all((folder / name).read_bytes() == content for name, content in before.items() if "check" not in name)
+    with pytest.raises(UserError, match=r"not finished, step-00000002"):
+        run("a", **more)
+    assert (run("a", **more, seed=1, resume=True) / FILE_NAME).read_bytes() != before[FILE_NAME]
+    run("a", checkpoint_every=2)
+    assert not any(
+        (folder / name).exists() for name in (AVERAGE_NAME, BEST, FIGURES, "unfinished", "checkpoints.before")
+    )
 
 
 def test_only_the_newest_checkpoints_stay(run):

@@ -3,8 +3,10 @@
 import fcntl
 import json
 import os
+import shutil
 import sys
 import tempfile
+from collections.abc import Collection
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +17,8 @@ from ..files.read import FILE_NAME
 from ..files.tensors import read_checked, write_checked
 from ..settings.errors import UserError
 from .ranks import decided_by_main
+
+UNFINISHED = "unfinished"  # folder of what a run has so far; while it is there, the run is not finished
 
 
 def under(tensors: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
@@ -68,7 +72,7 @@ class OneRun:
             )
         self.folder = folder
         # What a run was writing when it was killed: with the folder held, no other run writes it now.
-        for inside in ("", "checkpoints", "samples"):
+        for inside in ("", "checkpoints", "samples", UNFINISHED):
             for left in (self.output / inside).glob(".*.[0-9]*.part"):
                 if left.is_file():
                     left.unlink()
@@ -90,11 +94,46 @@ class OneRun:
 def refuse_unfinished(output: Path) -> None:
     """Raise UserError if a run there was not finished: its checkpoints may be hours of work."""
     old = all_in(output)
-    if old and not (output / FILE_NAME).exists():
+    if old and ((output / UNFINISHED).exists() or not (output / FILE_NAME).exists()):
         raise UserError(
             f"{output} holds a run that was not finished, {old[-1].name}; go on with --resume, "
             "choose another --output, or delete its checkpoints"
         )
+
+
+def begin(output: Path) -> None:
+    """Begin a run from the first step: what a finished one left stays until `publish`, its checkpoints aside."""
+    shutil.rmtree(output / UNFINISHED, ignore_errors=True)
+    if all_in(output):
+        shutil.rmtree(_aside(output), ignore_errors=True)
+        (output / "checkpoints").rename(_aside(output))
+    (output / UNFINISHED).mkdir()
+
+
+def take_up(output: Path) -> None:
+    """Go on with a run; if the last one was stopped before its first checkpoint, with the one before it."""
+    if not all_in(output) and _aside(output).exists():
+        for folder in ("checkpoints", UNFINISHED):  # the one is empty, and the other of the run that was stopped
+            shutil.rmtree(output / folder, ignore_errors=True)
+        _aside(output).rename(output / "checkpoints")
+
+
+def publish(output: Path, names: Collection[str], others: Collection[str]) -> None:
+    """End a run: put what it has so far of `names` in place, and delete what is left of the finished run before it.
+
+    `others` are the names of results that this run has not made.
+    """
+    for name in names:
+        if (output / UNFINISHED / name).exists():
+            (output / UNFINISHED / name).replace(output / name)
+    for name in others:
+        (output / name).unlink(missing_ok=True)
+    for folder in (_aside(output), output / UNFINISHED):
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _aside(output: Path) -> Path:
+    return output / "checkpoints.before"
 
 
 @dataclass(frozen=True)

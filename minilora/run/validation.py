@@ -23,6 +23,7 @@ from ..files.network import save_lora
 from ..files.tensors import write_whole
 from ..settings.errors import UserError
 from ..settings.train import TrainConfig
+from .checkpoint import UNFINISHED
 from .objective import Denoising
 from .ranks import Ranks, decided_by_main, mean_over_ranks
 
@@ -64,19 +65,20 @@ def keep_apart(items: Sequence[Item], share: float, seed: int) -> tuple[list[Ite
 
 
 class Validation:
-    """The figures of a run by step, kept in the output folder, and the LoRA of the lowest."""
+    """The figures of a run by step, and the LoRA of the lowest; in the output folder once the run is finished."""
 
-    def __init__(self, run):
-        self.run, self.file = run, Path(run.config.output) / FIGURES
+    def __init__(self, run, first_step: int):
+        self.run, self.file = run, Path(run.config.output) / UNFINISHED / FIGURES
         self.pictures = run.held_out.content()
-        kept = decided_by_main(self._read)
+        kept = decided_by_main(self._read) if first_step else {}
         # A run is a function of its identity, so its figures hold wherever it goes on from; those of
         # other pictures do not.
         self.losses = {int(step): loss for step, loss in kept.get("losses", {}).items()}
 
     def _read(self) -> dict:
+        file = self.file if self.file.exists() else Path(self.run.config.output) / FIGURES  # of a run that was finished
         try:
-            kept = json.loads(self.file.read_text())
+            kept = json.loads(file.read_text())
         except (OSError, ValueError):
             return {}
         return kept if kept.get("pictures") == self.pictures else {}
