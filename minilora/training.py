@@ -163,7 +163,7 @@ def prepare(config: TrainConfig, objective: Objective, ranks: Ranks) -> Run:
     """Read the pictures, encode them by the base, put the LoRA in, make the optimizer, and say so."""
     shares = Shares(config.batch_size, config.micro_batch_size, ranks.rank, ranks.world)
     items, unseen = read_pictures(config, ranks)
-    others = class_pictures(config, len(items), ranks) if config.class_prompt else []
+    others = class_pictures(config, ranks) if config.class_prompt else []
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     base = load_base(config, ranks.device)
     examples, held_out = encode(config, base, ranks, items, others, unseen)

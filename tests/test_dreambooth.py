@@ -31,7 +31,7 @@ ROOT = Path(__file__).parents[1]
 
 @pytest.fixture
 def config(pictures, tmp_path, tiny_base) -> TrainConfig:
-    settings = {"steps": 4, "batch_size": 4, "learning_rate": 0.01, "class_pictures": 2}
+    settings = {"steps": 4, "batch_size": 4, "learning_rate": 0.01, "class_pictures": 4}
     places = {"cache": str(tmp_path / "cache"), "output": str(tmp_path / "run"), "class_data": str(tmp_path / "dogs")}
     return TrainConfig(data=(str(pictures),), model=str(tiny_base), class_prompt="a dog", **settings, **places)
 
@@ -40,7 +40,7 @@ def test_missing_pictures_are_drawn_and_those_that_are_there_are_counted(config,
     folder = tmp_path / "dogs"
     folder.mkdir()
     make_picture(7).save(folder / "mine.png")
-    items = class_pictures(config, 2, ONE)
+    items = class_pictures(config, ONE)
     names = ["class-00000.png", "class-00001.png", "class-00002.png", "mine.png"]
     assert [item.path.name for item in items] == names
     assert {item.captions for item in items} == {("a dog",)}
@@ -50,16 +50,16 @@ def test_missing_pictures_are_drawn_and_those_that_are_there_are_counted(config,
     # Stopped on the way: only the missing one is drawn.
     before = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
     (folder / "class-00001.png").unlink()
-    class_pictures(config, 2, ONE)
+    class_pictures(config, ONE)
     after = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
     assert {name for name in names if before[name] != after[name]} == {"class-00001.png"}
     monkeypatch.setattr("minilora.run.dreambooth.draw", None)  # would fail, but there is nothing left to draw
-    assert len(class_pictures(config, 2, ONE)) == 4
+    assert len(class_pictures(config, ONE)) == 4
 
 
 def test_the_class_stands_at_every_other_position_with_its_weight(config):
     config = replace(config, prior_weight=0.25)
-    subject, dogs = read_folders(config), class_pictures(config, 5, ONE)
+    subject, dogs = read_folders(config), class_pictures(config, ONE)
     examples = encoded_examples(subject, config, 16, Base(config.model, this_device()), 1000, ONE, (), dogs)
     batch = examples.batch(range(2, 8), ONE.device)
     assert batch.weights.tolist() == [1, 0.25] * 3
@@ -100,8 +100,8 @@ def test_two_processes_share_the_drawing_and_learn_what_one_does(config, tmp_pat
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     done = subprocess.run([*command, "train.py", "--config", str(file)], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert re.search(r"class +0 of 10 pictures of 'a dog'", done.stdout)
-    assert len(list((tmp_path / "dogs").iterdir())) == 10
+    assert re.search(r"class +0 of 4 pictures of 'a dog'", done.stdout)
+    assert len(list((tmp_path / "dogs").iterdir())) == 4
     training.train(replace(config, output=str(tmp_path / "one")))
     # The order of a float32 sum, magnified by Adam where a gradient is nearly zero.
     assert relative_difference(tmp_path / "one", tmp_path / "run") < 1e-4

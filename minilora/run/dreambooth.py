@@ -13,6 +13,8 @@ Source: Ruiz et al., "DreamBooth: fine tuning text-to-image diffusion models for
 generation", 2022.
 """
 
+import time
+from dataclasses import replace
 from pathlib import Path
 
 from tqdm import tqdm
@@ -26,13 +28,13 @@ from .lost import sign_of_life
 from .ranks import Ranks, decided_by_main, wait_for_all
 
 
-def class_pictures(config: TrainConfig, subjects: int, ranks: Ranks) -> list[Item]:
-    """Return pictures of the class, --class-pictures for each of the subject's.
+def class_pictures(config: TrainConfig, ranks: Ranks) -> list[Item]:
+    """Return pictures of the class, at least --class-pictures.
 
     Each process draws its share of the missing ones.  Raises UserError for a folder that holds what
     cannot be read.
     """
-    folder, needed = Path(config.class_data), subjects * config.class_pictures
+    folder, needed = Path(config.class_data), config.class_pictures
     what = TrainConfig(data=(str(folder),), caption=config.class_prompt, caption_column=config.caption_column)
 
     def look() -> list[Item]:
@@ -43,22 +45,30 @@ def class_pictures(config: TrainConfig, subjects: int, ranks: Ranks) -> list[Ite
     missing = [path for path in names if not path.exists()][: max(0, needed - there)]
     wait_for_all()  # before the first one is drawn, all must have counted
     if missing:
-        ranks.say(
-            f"class      {there} of {needed} pictures of {config.class_prompt!r} are in {folder}; drawing the others"
-        )
         precision = DTYPES[config.precision]
         terminal = config.zero_terminal_snr
         base = Base(config.model, ranks.device, precision, config.model_config, terminal, config.base_lora)
         about = {"model": config.model, "model_config": config.model_config, "zero_terminal_snr": terminal}
         drawing = SampleConfig(prompt=(config.class_prompt,), **about)
-        share = missing[ranks.rank :: ranks.world]
+        share, side = missing[ranks.rank :: ranks.world], config.resolution or base.resolution
+        minutes = seconds_per_picture(base, side, drawing) * len(share) / 60
+        found = f"{there} of {needed} pictures of {config.class_prompt!r} are in {folder}"
+        ranks.say(f"class      {found}; drawing {len(missing)}, about {minutes:.1f} minutes")
         for start in tqdm(range(0, len(share), TOGETHER), "draw", disable=not ranks.is_main):
             part = share[start : start + TOGETHER]
             seeds = [int(path.stem.split("-")[1]) for path in part]
-            side = config.resolution or base.resolution
-            for path, picture in zip(
-                part, draw(base, config.class_prompt, seeds, side, drawing, sign_of_life), strict=True
-            ):
+            drawn = draw(base, config.class_prompt, seeds, side, drawing, sign_of_life)
+            for path, picture in zip(part, drawn, strict=True):
                 save_picture(picture, path)
         wait_for_all()
     return look()
+
+
+def seconds_per_picture(base: Base, side: int, drawing: SampleConfig) -> float:
+    """Return about how long drawing takes, by drawing in one step and in two: what is more is a step's share."""
+    times = []
+    for steps in (1, 1, 2):  # the first time is slower
+        began = time.perf_counter()
+        draw(base, drawing.prompt[0], range(TOGETHER), side, replace(drawing, steps=steps), sign_of_life)
+        times.append((time.perf_counter() - began) / TOGETHER)
+    return times[1] + (drawing.steps - 1) * max(0.0, times[2] - times[1])

@@ -77,12 +77,12 @@ class TrainConfig(Settings):
     )
     class_data: str | None = setting(
         None,
-        "folder of pictures of the class, drawn as far as missing; out/class-<prompt> if not given",
+        "folder of pictures of the class, missing ones are generated; out/class-<prompt> if not given",
         group=DATA,
         needs=CLASS,
     )
     class_pictures: int = setting(
-        ByBase(200, 8), "pictures of the class for each of --data", group=DATA, within=AT_LEAST_1, needs=CLASS
+        ByBase(200, 16), "pictures of the class in all", group=DATA, within=AT_LEAST_1, needs=CLASS
     )
     prior_weight: float = setting(
         1.0, "weight of the class's pictures in the loss", group=DATA, within=ABOVE_0, needs=CLASS
