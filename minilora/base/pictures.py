@@ -163,12 +163,18 @@ Named = tuple[Image.Image, tuple[str, ...]]  # a picture and the names of what i
 LEARNT, PRINTED = 64, 48  # pictures in dataset/fluent and in dataset/cyanotype
 
 
+def fluent_files(data: Path) -> dict[str, Path]:
+    """Return where Fluent 3D's pictures are, by the names that things.txt has for them."""
+    files = {path.stem.replace("-fe0f", ""): path for path in (data / "fluent-emoji-3d" / "assets").glob("*.webp")}
+    names = json.loads((data / "noto" / "chars.json").read_text())  # by code point
+    return {icon: files[plain] for code, icon in names.items() if (plain := code.replace("-fe0f", "")) in files}
+
+
 def fluent_pictures(data: Path, things: Sequence[Thing]) -> list[Named]:
     """Return Fluent 3D's pictures of things, on white, 128 pixels."""
-    codes = {icon: code for code, icon in json.loads((data / "noto" / "chars.json").read_text()).items()}
-    files = {path.stem.replace("-fe0f", ""): path for path in (data / "fluent-emoji-3d" / "assets").glob("*.webp")}
-    found = [(files.get(codes.get(thing.icon, "").replace("-fe0f", "")), thing.names) for thing in things]
-    return [(cut_square(open_picture(path), SIZE), names) for path, names in found if path]
+    files = fluent_files(data)
+    named = [(files[thing.icon], thing.names) for thing in things if thing.icon in files]
+    return [(cut_square(open_picture(path), SIZE), names) for path, names in named]
 
 
 def split(named: Sequence[Named], shown: Sequence[str]) -> tuple[list[Named], list[Named]]:

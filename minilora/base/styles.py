@@ -1,27 +1,30 @@
-"""The styles that LoRA is shown to learn, neither of which the bundled base has ever seen.
+"""The styles and the subject that LoRA is shown to learn, none of which the bundled base has ever seen.
 
     python -m minilora.base.styles --data base-data
 
 writes dataset/fluent, 64 pictures of Fluent 3D (all the others stay out, to measure with), and
 dataset/cyanotype, 48 drawings that the base knows in colour, printed in blue: a style and nothing else.
-Both show things that the base can draw in its own styles, so that only the style is new.
+Both show things that the base can draw in its own styles, so that only the style is new.  And it writes
+dataset/robot, one subject: the robot of Fluent 3D twelve times, at other places, in other sizes and colours.
 """
 
 import argparse
+import colorsys
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
 from minilora.data import draws
 from minilora.sampling import write_captions
 from minilora.settings.setting import BUNDLED
 
-from .pictures import PRINTED, PROMPTS, SEED, Named, fluent_pictures, read_style, read_things, split
+from .pictures import PRINTED, PROMPTS, SEED, SIZE, Named, fluent_files, fluent_pictures, read_style, read_things, split
 
 INK, PAPER = (10, 42, 92), (236, 241, 238)  # Prussian blue; paper that is not quite white
 TONES = 64  # steps between the two
+SUBJECT = 12  # pictures of the robot
 MIT = """\
 Permission is hereby granted, free of charge, to any person obtaining a copy of this software and
 associated documentation files (the "Software"), to deal in the Software without restriction,
@@ -44,6 +47,11 @@ The pictures are from Microsoft's Fluent Emoji (3D), Copyright (c) Microsoft Cor
 as packed by LobeHub in `@lobehub/fluent-emoji-3d` 1.1.0, put on white and resized to 128 pixels.
 
 {MIT}""",
+    "robot": f"""\
+The pictures show the robot of Microsoft's Fluent Emoji (3D), Copyright (c) Microsoft Corporation, MIT licence,
+as packed by LobeHub in `@lobehub/fluent-emoji-3d` 1.1.0, resized, turned, mirrored and put on plain colours.
+
+{MIT}""",
     "cyanotype": """\
 The pictures are from Noto Emoji, Copyright Google LLC, Apache-2.0, http://www.apache.org/licenses/LICENSE-2.0, as
 packed in `@iconify-json/noto` 1.2.9.  They were changed: put on white, their brightness printed in one blue ink.
@@ -59,19 +67,41 @@ def print_in_blue(picture: Image.Image) -> Image.Image:
     return result
 
 
+def subject_pictures(path: Path) -> list[Image.Image]:
+    """Return one drawing on twelve plain colours: at other places, smaller or larger, turned and mirrored."""
+    with Image.open(path) as file:
+        drawing = file.convert("RGBA")
+    pictures = []
+    for number in range(SUBJECT):
+        random = draws.generator(SEED, "subject", number)
+        side = int(random.integers(round(SIZE * 0.6), round(SIZE * 0.95)))
+        shown = drawing.resize((side, side), Image.Resampling.LANCZOS)
+        shown = ImageOps.mirror(shown) if number % 2 else shown
+        shown = shown.rotate(float(random.uniform(-12, 12)), Image.Resampling.BICUBIC)
+        colour = tuple(round(255 * c) for c in colorsys.hsv_to_rgb(number / SUBJECT, 0.35, 0.95))
+        picture = Image.new("RGB", (SIZE, SIZE), colour)
+        left, top = (int(n) for n in random.integers(0, SIZE - side + 1, 2))
+        picture.paste(shown, (left, top), shown)
+        pictures.append(picture)
+    return pictures
+
+
 def known_things() -> list:
     """Return the things that the bundled base has learnt, as its captions.txt says."""
     known = set((BUNDLED / "captions.txt").read_text().splitlines())
     return [thing for thing in read_things() if thing.names[0] in known]
 
 
-def write(folder: Path, named: Sequence[Named]) -> None:
-    """Write a dataset folder: the pictures with metadata.jsonl and LICENSE.md; what was there before is deleted."""
+def write(folder: Path, named: Sequence[Named], files: Sequence[str] = ()) -> None:
+    """Write a dataset folder: pictures, metadata.jsonl and LICENSE.md; pictures that were there are deleted.
+
+    The files are called after what they show, if no names are given.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     for path in folder.glob("*.png"):
         path.unlink()
-    named = sorted(named, key=lambda pair: pair[1])
-    files = [names[0].replace(" ", "_") + ".png" for _, names in named]
+    named = list(named) if files else sorted(named, key=lambda pair: pair[1])
+    files = files or [names[0].replace(" ", "_") + ".png" for _, names in named]
     for (picture, _), file_name in zip(named, files, strict=True):
         picture.save(folder / file_name, optimize=True)
     write_captions(folder, files, [names for _, names in named])
@@ -86,6 +116,9 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("dataset"), help="folder to write them into")
     args = parser.parse_args()
     write(args.output / "fluent", split(fluent_pictures(args.data, known_things()), PROMPTS)[0])
+    robots = subject_pictures(fluent_files(args.data)["robot"])
+    files = [f"robot_{number:02d}.png" for number in range(1, SUBJECT + 1)]
+    write(args.output / "robot", [(robot, ("sks robot",)) for robot in robots], files)
     drawn = read_style(args.data, "noto", args.work)
     free = [thing for thing in known_things() if not set(thing.names) & set(PROMPTS)]
     order = draws.generator(SEED, "cyanotype", 1).permutation(len(free))[:PRINTED]
