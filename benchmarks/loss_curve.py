@@ -28,12 +28,12 @@ RESOLUTION = 64  # pixels, of the bundled base
 
 def make_pictures(folder: Path, data: Path) -> None:
     """Write the pictures of a folder in the size that is trained on, so that nobody has to cut or shrink them."""
-    from minilora.data.pictures import cut, open_picture
+    from minilora.data.pictures import crop, open_picture
 
     folder.mkdir(parents=True)
     shutil.copy(data / "metadata.jsonl", folder)
     for path in data.glob("*.png"):
-        cut(open_picture(path), (RESOLUTION, RESOLUTION)).save(folder / path.name)
+        crop(open_picture(path), (RESOLUTION, RESOLUTION)).save(folder / path.name)
 
 
 def losses(output: Path, name: str) -> list[float]:

@@ -60,12 +60,12 @@ class Schedule:
 
 @dataclass(frozen=True)
 class Conditioning:
-    """What a U-Net is told beside x_t and t: the caption, and in Stable Diffusion XL two things more."""
+    """What the U-Net gets beside x_t and t: the caption, and in Stable Diffusion XL two things more."""
 
     text: torch.Tensor  # (batch, tokens, width)
     pooled: torch.Tensor | None = None  # (batch, width'): the whole caption in one vector
     sizes: torch.Tensor | None = (
-        None  # (batch, 6): height and width of the picture, top and left of its cut, of the cut
+        None  # (batch, 6): height and width of the picture, top and left of the crop, height and width of the crop
     )
 
     def inputs(self) -> dict:

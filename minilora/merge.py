@@ -61,7 +61,7 @@ def _write_lora(config: MergeConfig, output: Path) -> Report:
         for text in config.files:
             path, strength = split_strength(text)
             loras.append((read_for(path, modules, config.base or "it", config.allow_unmatched), strength))
-            notes += [f"left out: {key} of {path}" for key in loras[-1][0].homeless]
+            notes += [f"left out: {key} of {path}" for key in loras[-1][0].unmatched]
         lora = combine(loras)
         lora.metadata = loras[0][0].metadata if len(loras) == 1 else {}
         if config.rank or config.energy:

@@ -19,7 +19,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin
 
 from .data.buckets import Size
 from .data.folder import Item
-from .data.pictures import NO_PICTURE, cut, open_picture
+from .data.pictures import NO_PICTURE, crop, open_picture
 from .files.fold import split_strength
 from .files.network import components, load_lora
 from .files.tensors import write_whole
@@ -64,7 +64,7 @@ def draw(
     for start in range(0, len(seeds), TOGETHER):
         generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds[start : start + TOGETHER]]
         some = list(prompts[start : start + TOGETHER])
-        drawn = base.pipeline(  # with guidance, what is told and what is not are one batch there, too
+        drawn = base.pipeline(  # it runs the conditional and the unconditional pass as one batch
             some,
             # None and not "": what is kept away from then is what the base was trained with.
             negative_prompt=[config.negative] * len(generators) if config.negative else None,
@@ -125,7 +125,7 @@ def _inpainting(base: Base, size: Size, config: SampleConfig) -> dict:
     inputs = {}
     for name, path in (("image", config.image), ("mask_image", config.mask)):
         try:
-            inputs[name] = cut(open_picture(Path(path)), size)
+            inputs[name] = crop(open_picture(Path(path)), size)
         except NO_PICTURE as error:
             raise UserError(f"--{name.removesuffix('_image')} {path}: it cannot be opened ({error})") from error
     return inputs | {"strength": 1.0}
@@ -197,7 +197,7 @@ def before_after(
         for strength in (0.0, 0.5, 1.0):
             with merged_at(base, {"default": strength}):
                 columns.append(draw(base, item.captions[0], seeds, size, config, on_step))
-    columns.append([cut(open_picture(item.path), size)] * len(seeds))
+    columns.append([crop(open_picture(item.path), size)] * len(seeds))
     rows = [list(row) for row in zip(*columns, strict=True)]
     return sheet(rows, ["base", "LoRA at 0.5", "LoRA at 1.0", "training picture"], [f"seed {seed}" for seed in seeds])
 

@@ -37,14 +37,14 @@ from .models.targets import ranks_and_alphas
 from .run import checkpoint
 from .run.card import drawing_command, model_card
 from .run.dreambooth import class_pictures
-from .run.ema import averaged, follow
+from .run.ema import ema_update, ema_weights
 from .run.encode import encoded_examples
 from .run.hub import check_login, push
-from .run.lost import rescue, sign_of_life
+from .run.lost import heartbeat, rescue
 from .run.objective import Denoising, Objective
 from .run.ranks import (
+    BatchPlan,
     Ranks,
-    Shares,
     StopSignals,
     decided_by_main,
     mean_over_ranks,
@@ -72,7 +72,7 @@ def train(config: TrainConfig, objective: Objective | None = None) -> Path:
     Raises UserError for anything wrong with the settings, the base, the pictures or a checkpoint,
     and Stopped, after saving, when the process is told to stop.
     """
-    with processes(config.timeout) as ranks, checkpoint.OneRun(Path(config.output)) as here:
+    with processes(config.timeout) as ranks, checkpoint.OutputLock(Path(config.output)) as here:
         if not config.resume:
             decided_by_main(lambda: checkpoint.refuse_unfinished(Path(config.output)))
         if config.push_to_hub:
@@ -129,7 +129,7 @@ class Run:
     config: TrainConfig
     objective: Objective
     ranks: Ranks
-    shares: Shares
+    plan: BatchPlan
     base: Base
     examples: Examples
     held_out: Examples | None  # the pictures of --validation
@@ -153,7 +153,7 @@ class Run:
 
     def as_drawn(self) -> AbstractContextManager:
         """Return within what pictures are drawn: the LoRA is its average, with --sample-average, or stays as it is."""
-        return averaged(self.network, self.average) if self.config.sample_average else nullcontext()
+        return ema_weights(self.network, self.average) if self.config.sample_average else nullcontext()
 
 
 # ------------------------------------------------------------------------------ before the first step
@@ -161,12 +161,12 @@ class Run:
 
 def prepare(config: TrainConfig, objective: Objective, ranks: Ranks) -> Run:
     """Read the pictures, encode them by the base, put the LoRA in, make the optimizer, and say so."""
-    shares = Shares(config.batch_size, config.micro_batch_size, ranks.rank, ranks.world)
-    items, unseen = read_pictures(config, ranks)
+    plan = BatchPlan(config.batch_size, config.micro_batch_size, ranks.rank, ranks.world)
+    items, held_out_items = read_pictures(config, ranks)
     others = class_pictures(config, ranks) if config.class_prompt else []
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     base = load_base(config, ranks.device)
-    examples, held_out = encode(config, base, ranks, items, others, unseen)
+    examples, held_out = encode(config, base, ranks, items, others, held_out_items)
     identity = _identity(config, base, examples) | {"objective": objective.name()}
 
     unet = base.unet
@@ -189,7 +189,7 @@ def prepare(config: TrainConfig, objective: Objective, ranks: Ranks) -> Run:
     model = DistributedDataParallel(model, **alone) if ranks.world > 1 else model
     average = {name: tensor.clone() for name, tensor in lora_state_dict(network).items()} if config.ema else {}
     trained = network, model, parameters, average, optimizer, scaler
-    run = Run(config, objective, ranks, shares, base, examples, held_out, identity, *trained)
+    run = Run(config, objective, ranks, plan, base, examples, held_out, identity, *trained)
     introduce(run)
     return run
 
@@ -208,9 +208,9 @@ def load_base(config: TrainConfig, device: torch.device) -> Base:
 
 
 def encode(
-    config: TrainConfig, base: Base, ranks: Ranks, items: list[Item], others: list[Item], unseen: list[Item]
+    config: TrainConfig, base: Base, ranks: Ranks, items: list[Item], others: list[Item], held_out_items: list[Item]
 ) -> tuple[Examples, Examples | None]:
-    """Return what training sees of its pictures and of those of the class, and of those kept from it, if any."""
+    """Return what training sees of its pictures and of those of the class, and of held-out pictures, if any."""
     resolution = config.resolution or base.resolution
     sizes = _sizes_for(base, resolution) if config.buckets else ()
     if config.train_text_encoder:
@@ -220,7 +220,7 @@ def encode(
     how = resolution, encoders, len(base.schedule), ranks, sizes
     examples = encoded_examples(items, config, *how, others)
     plain = replace(config, mirror=False, crop="center")
-    held_out = encoded_examples(unseen, plain, *how) if unseen else None
+    held_out = encoded_examples(held_out_items, plain, *how) if held_out_items else None
     encoders.release("text_encoder", "text_encoder_2", *([] if config.crop == "random" else ["vae"]))
     return examples, held_out
 
@@ -258,12 +258,12 @@ def introduce(run: Run) -> None:
     )
     say(f"pictures   {len(examples.items)} of {', '.join(config.data)}, at {seen_at} pixels")
     if config.validation_share is not None:
-        say(f"validation {len(run.held_out.items)} other pictures of them, kept from training")
+        say(f"validation {len(run.held_out.items)} held-out pictures of them")
     if examples.class_items:
         say(f"class      {len(examples.class_items)} pictures of {config.class_prompt!r}, every other one that is seen")
     say(f"LoRA       rank {rank}, alpha {alpha}, in {len(layers)} layers")
     say(f"trained    {numbers:,} of {total:,} parameters")
-    say(f"batch      {config.batch_size} = {run.shares}")
+    say(f"batch      {config.batch_size} = {run.plan}")
 
 
 def put_lora(network: nn.Module, unet: nn.Module, config: TrainConfig) -> dict:
@@ -323,7 +323,7 @@ def optimizer_step(run: Run, step: int, learning_rate: float) -> tuple[float, fl
     for group in run.optimizer.param_groups:
         group["lr"] = learning_rate * group["ratio"]
     loss_sum = torch.zeros((), device=device)
-    micro_batches = run.shares.positions(step)
+    micro_batches = run.plan.positions(step)
     for number, positions in enumerate(micro_batches, start=1):
         batch = run.examples.batch(positions, device)
         drop_features(run, positions)
@@ -343,9 +343,7 @@ def optimizer_step(run: Run, step: int, learning_rate: float) -> tuple[float, fl
     # In fp16 a gradient that overflows is ordinary: the scaler skips the step and scales less, down to 1.
     overflow = run.scaler.is_enabled() and run.scaler.get_scale() > 1
     if not math.isfinite(loss_mean) or not (math.isfinite(grad_norm) or overflow):
-        pictures = ", ".join(
-            dict.fromkeys(run.examples.picture_at(p).path.name for p in run.shares.all_positions(step))
-        )
+        pictures = ", ".join(dict.fromkeys(run.examples.picture_at(p).path.name for p in run.plan.all_positions(step)))
         raise UserError(
             f"step {step + 1}: loss {loss_mean}, norm of the gradient {grad_norm}; its pictures: {pictures}"
         )
@@ -354,7 +352,7 @@ def optimizer_step(run: Run, step: int, learning_rate: float) -> tuple[float, fl
     run.optimizer.zero_grad()
     run.objective.after_step()
     if config.ema:
-        follow(run.network, run.average, step, config.ema)
+        ema_update(run.network, run.average, step, config.ema)
     return loss_mean, grad_norm
 
 
@@ -444,7 +442,7 @@ def finish(run: Run) -> Path:
     if run.ranks.is_main:
         save_lora(run.network, lora_file)
         if run.average:
-            with averaged(run.network, run.average):
+            with ema_weights(run.network, run.average):
                 save_lora(run.network, run.output / AVERAGE_NAME)
             run.ranks.say(f"wrote      {run.output / AVERAGE_NAME}, the moving average")
         made = {AVERAGE_NAME: config.ema, FIGURES: config.validation, BEST: config.validation}
@@ -455,12 +453,12 @@ def finish(run: Run) -> Path:
             run.ranks.say(f"wrote      {also}, for programs that read {dialect}'s dialect")
         size, drawing = run.examples.size_of(item), run.drawing(item.captions[:1])
         with run.as_drawn():
-            sheet = sampling.before_after(run.base, item, size, drawing, sign_of_life)
+            sheet = sampling.before_after(run.base, item, size, drawing, heartbeat)
         sampling.save_picture(sheet, sheet_file)
         card = model_card(config, run.examples.items, run.base.is_xl, sheet_name)
         write_whole(run.output / "README.md", card.encode())
         run.ranks.say(f"wrote      {lora_file} and {sheet_file}")
-    wait_for_all()  # a drawing may take long; here, and not in what follows, it gives signs of life
+    wait_for_all()  # a drawing may take long; here, and not in what follows, it gives heartbeats
     if config.push_to_hub:
         results = [FILE_NAME, *([AVERAGE_NAME] if config.ema else []), *([BEST] if config.validation else [])]
         results += [in_dialects[dialect] for dialect in config.also]

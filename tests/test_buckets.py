@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from minilora.data.buckets import bucket_sizes, nearest, picture_at, share_kept
 from minilora.data.folder import read_folders
-from minilora.data.pictures import as_tensor, cut, open_picture
+from minilora.data.pictures import as_tensor, open_picture
 from minilora.models.base import Base
 from minilora.run.encode import encoded_examples
 from minilora.run.ranks import Ranks
@@ -82,8 +82,8 @@ def test_training_sees_each_picture_in_its_own_size(tmp_path, tiny_base):
         make_picture(number, *size).save(tmp_path / f"{number}.png")
     settings = {"data": (str(tmp_path),), "caption": "x", "cache": str(tmp_path / "cache")}
     base, ranks = Base(str(tiny_base), CPU), Ranks(0, 1, CPU)
-    for crop in ("center", "random"):
-        config = TrainConfig(**settings, buckets=True, batch_size=2, crop=crop)
+    for how in ("center", "random"):
+        config = TrainConfig(**settings, buckets=True, batch_size=2, crop=how)
         examples = encoded_examples(read_folders(config), config, 16, base, 1000, ranks, bucket_sizes(16, 8))
         assert {size: len(items) for size, items in examples.buckets.items()} == {(16, 16): 2, (32, 8): 2, (8, 32): 1}
         shapes = set()
@@ -97,6 +97,6 @@ def test_training_sees_each_picture_in_its_own_size(tmp_path, tiny_base):
     plain = TrainConfig(**settings)
     squares = encoded_examples(read_folders(plain), plain, 16, base, 1000, ranks)
     wide = squares.items[1]
-    mean, _ = base.encode_picture(as_tensor(cut(open_picture(wide.path), (16, 16))))
+    mean, _ = base.encode_picture(as_tensor(crop(open_picture(wide.path), (16, 16))))
     position = next(p for p in range(5) if squares.picture_at(p) == wide)
     assert squares.batch([position], CPU).latents.shape[1:] == mean.shape

@@ -15,10 +15,10 @@ from minilora.data import draws
 from minilora.data import examples as data
 from minilora.data.examples import Batch
 from minilora.data.folder import read_folders
-from minilora.data.pictures import as_tensor, cut_square, open_picture
+from minilora.data.pictures import as_tensor, crop_square, open_picture
 from minilora.models.base import Base
 from minilora.run.encode import encoded_examples
-from minilora.run.ranks import Ranks, Shares
+from minilora.run.ranks import BatchPlan, Ranks
 from minilora.run.validation import read_pictures
 from minilora.settings.errors import UserError
 from minilora.settings.train import TrainConfig
@@ -70,11 +70,11 @@ def test_every_mode_becomes_rgb(mode, tmp_path):
 
 def test_a_square_is_cut_out_at_its_place():
     picture = Image.fromarray(np.arange(40, dtype=np.uint8)[None].repeat(20, 0)).convert("RGB")  # 40 wide, 20 high
-    columns = {p: as_tensor(cut_square(picture, 20, (p, 0.5)))[0, 0] for p in (0.0, 0.5, 1.0)}
+    columns = {p: as_tensor(crop_square(picture, 20, (p, 0.5)))[0, 0] for p in (0.0, 0.5, 1.0)}
     for place, first in [(0.0, 0), (0.5, 10), (1.0, 20)]:
         torch.testing.assert_close(columns[place], torch.arange(first, first + 20) / 127.5 - 1)
-    assert cut_square(make_picture(0, 31, 17), 8).size == (8, 8)
-    assert cut_square(make_picture(0, 5, 9), 16).size == (16, 16)  # enlarged
+    assert crop_square(make_picture(0, 31, 17), 8).size == (8, 8)
+    assert crop_square(make_picture(0, 5, 9), 16).size == (16, 16)  # enlarged
 
 
 # ------------------------------------------------------------------------------------------- folder
@@ -277,7 +277,7 @@ def test_a_batch_is_the_draws_put_together(pictures, tmp_path, tiny_base):
     batch = examples.batch(range(10, 14), ONE.device)
     for row, position in enumerate(range(10, 14)):
         item = examples.items[draws.picture_at(3, position, 5)]
-        mean, std = base.encode_picture(as_tensor(cut_square(open_picture(item.path), 16)))
+        mean, std = base.encode_picture(as_tensor(crop_square(open_picture(item.path), 16)))
         assert torch.equal(batch.latents[row], mean + std * draws.gaussian(3, "posterior", position, mean.shape))
         assert torch.equal(batch.noise[row], draws.gaussian(3, "noise", position, mean.shape))
         assert batch.timesteps[row] == draws.integer(3, "timestep", position, 0, 1000)
@@ -297,7 +297,7 @@ def test_however_the_positions_are_shared_out_the_draws_are_the_same(pictures, t
     for world, micro in [(1, 1), (1, 4), (2, 3), (3, 2), (4, 1), (4, 3)]:
         seen = 0
         for rank in range(world):
-            for positions in Shares(12, micro, rank, world).positions(step=1):
+            for positions in BatchPlan(12, micro, rank, world).positions(step=1):
                 part = examples.batch(positions, ONE.device)
                 for name in columns(part):
                     rows = columns(whole)[name][positions.start - 12 : positions.stop - 12]
@@ -319,7 +319,7 @@ def test_mirror_shows_the_mirror_image_half_of_the_time(pictures, tmp_path, tiny
     assert 70 < sum(same) < 130  # 200 fair coins: four deviations are 28
     base = Base(str(tiny_base), ONE.device)
     position = same.index(False)
-    flipped = as_tensor(cut_square(open_picture(plain.picture_at(position).path), 16)).flip(-1)
+    flipped = as_tensor(crop_square(open_picture(plain.picture_at(position).path), 16)).flip(-1)
     mean, std = base.encode_picture(flipped)
     assert torch.equal(mirrored._row(position)[0], mean + std * draws.gaussian(0, "posterior", position, mean.shape))
 
@@ -353,7 +353,7 @@ def test_the_cache_is_filled_once_and_follows_the_content(pictures, tmp_path, ti
     examples = examples_for(pictures, tmp_path, tiny_base)
     assert len(files()) == len(first) + 1
     position = next(p for p in range(5) if examples.picture_at(p).path.name == "0.png")
-    mean, std = Base(str(tiny_base), ONE.device).encode_picture(as_tensor(cut_square(make_picture(77), 16)))
+    mean, std = Base(str(tiny_base), ONE.device).encode_picture(as_tensor(crop_square(make_picture(77), 16)))
     assert torch.equal(examples._row(position)[0], mean + std * draws.gaussian(0, "posterior", position, mean.shape))
 
 

@@ -76,6 +76,12 @@ def test_drawing_is_what_the_pipeline_does():
     ours = ddim_draw(guided(base.unet, *texts, 3.0), noise, levels)
     base.scheduler.set_timesteps(5)
     theirs = base.pipeline(
-        "red apple", num_inference_steps=5, guidance_scale=3.0, latents=noise, height=128, width=128, output_type="latent"
+        "red apple",
+        num_inference_steps=5,
+        guidance_scale=3.0,
+        latents=noise,
+        height=128,
+        width=128,
+        output_type="latent",
     ).images
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-4)  # five steps of a guided U-Net in float32

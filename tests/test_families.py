@@ -16,7 +16,7 @@ from test_training import relative_difference, torchrun
 from minilora import inject_lora, lora_parameters, save_lora
 from minilora.data import draws
 from minilora.data.folder import read_folders
-from minilora.data.pictures import as_tensor, cut_square, open_picture
+from minilora.data.pictures import as_tensor, crop_square, open_picture
 from minilora.files import names
 from minilora.models.base import Base, UNetWithText
 from minilora.run.encode import encoded_examples
@@ -58,7 +58,7 @@ def test_the_loss_is_that_of_diffusers_own_scripts(family, family_base, pictures
         item = examples.picture_at(position)
         picture = open_picture(item.path)  # 24 × 20
         # 1. the latents
-        pixels = as_tensor(cut_square(picture, 16))[None]
+        pixels = as_tensor(crop_square(picture, 16))[None]
         pixels = pixels.flip(-1) if mirrored[row] else pixels
         with torch.no_grad():
             posterior = pipeline.vae.encode(pixels).latent_dist
@@ -114,7 +114,7 @@ def test_an_inpainting_base_draws_as_in_diffusers_and_is_not_trained(family, fam
     where = {"image": str(tmp_path / "picture.png"), "mask": str(tmp_path / "mask.png")}
     config = SampleConfig(prompt=("a dog",), model=model, steps=3, output=str(tmp_path / "ours.png"), **where)
     ours = np.array(Image.open(sample(config)), int)
-    picture, mask = (cut_square(open_picture(tmp_path / f"{name}.png"), 16) for name in ("picture", "mask"))
+    picture, mask = (crop_square(open_picture(tmp_path / f"{name}.png"), 16) for name in ("picture", "mask"))
     options = {"num_inference_steps": 3, "guidance_scale": 7.5, "height": 16, "width": 16, "strength": 1.0}
     generator = torch.Generator().manual_seed(0)
     [theirs] = pipeline_of(model)("a dog", image=picture, mask_image=mask, generator=generator, **options).images

@@ -76,7 +76,7 @@ def test_through_any_dialects_every_change_stays(family, through, stored, seed, 
         path = path_for(folder, f"{dialect}") if dialect == "peft" else folder / f"{step}.safetensors"
         write_lora(path, now, dialect, MODULES[family])
         now = read_lora(path, MODULES[family])
-        assert not now.homeless
+        assert not now.unmatched
     # The scale is folded into B once, which rounds it once; after that nothing changes any more.
     assert difference(lora, now) <= 1
     for name, change in lora.changes.items():
@@ -181,9 +181,9 @@ def test_counted_modules_of_a_text_encoder_and_of_older_diffusers(old, tmp_path)
     save_file(tensors, tmp_path / "c.safetensors", about)
     lora = read_lora(tmp_path / "c.safetensors", MODULES["sd1"])
     assert difference(LoRA(wanted), lora) < 1e-6
-    assert lora.homeless == ["<cat>"]
+    assert lora.unmatched == ["<cat>"]
     only_unet = {n: s for n, s in MODULES["sd1"].items() if n.startswith("unet.")}
-    assert len(read_lora(tmp_path / "c.safetensors", only_unet).homeless) == 1 + 2 * len(encoder)
+    assert len(read_lora(tmp_path / "c.safetensors", only_unet).unmatched) == 1 + 2 * len(encoder)
 
 
 def test_float8_and_small_scales_survive(tmp_path):
@@ -386,7 +386,7 @@ def test_what_is_wrong_with_a_file_is_said_with_the_key(tmp_path):
 
 def read_lora_homeless(path, tensors):
     save_file(tensors, path)
-    return read_lora(path, MODULES["sd1"]).homeless
+    return read_lora(path, MODULES["sd1"]).unmatched
 
 
 def test_files_that_are_not_safetensors_are_refused(tmp_path):

@@ -265,7 +265,7 @@ def test_what_cannot_be_merged_leaves_nothing(folder, tmp_path):
     save_file(tensors | stray, lora)
     refused("was not made for this base: nothing in .*base goes by the name in lora_unet_nowhere.lora_down.weight")
     report = fold(folder, [(lora, 1.0)], out, allow_unmatched=True)
-    assert report.homeless == {str(lora): sorted(stray)}
+    assert report.unmatched == {str(lora): sorted(stray)}
     shutil.rmtree(out)
     save_file(stray, lora)
     refused("was not made for this base", allow_unmatched=True)

@@ -137,7 +137,7 @@ def test_what_has_no_home_can_be_left_out_and_is_reported(lora_file, tmp_path):
     tensors = load_file(lora_file[1]) | {f"unet.x.lora_{m}.weight": torch.zeros(2, 2) for m in "AB"}
     save_file(tensors, tmp_path / "more.safetensors")
     report = load_lora(make_tiny_unet(), tmp_path / "more.safetensors", strength=0.5, allow_unmatched=True)
-    assert report.homeless == {str(tmp_path / "more.safetensors"): ["unet.x.lora_A.weight", "unet.x.lora_B.weight"]}
+    assert report.unmatched == {str(tmp_path / "more.safetensors"): ["unet.x.lora_A.weight", "unet.x.lora_B.weight"]}
     [folded] = report.folded
     assert len(folded.changes) == len(lora_layers(lora_file[0]))
 

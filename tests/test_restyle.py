@@ -17,7 +17,7 @@ from minilora.apps.canny import canny, follow
 from minilora.apps.classifier import probability, share_right, train_classifier
 from minilora.apps.restyle import RestyleConfig, restyle
 from minilora.data.folder import read_folders
-from minilora.data.pictures import cut_square, open_picture
+from minilora.data.pictures import crop_square, open_picture
 from minilora.models.base import Base
 from minilora.sampling import sample
 from minilora.settings.errors import UserError
@@ -54,7 +54,7 @@ def test_at_strength_0_it_is_the_base_as_diffusers_has_it(command, tiny_base, pi
     for number, item in enumerate(read_folders(TrainConfig(data=(str(pictures),)))):
         [theirs] = pipeline(
             item.captions[0],
-            image=cut_square(open_picture(item.path), 16),
+            image=crop_square(open_picture(item.path), 16),
             strength=0.5,
             num_inference_steps=4,
             guidance_scale=7.5,
@@ -72,7 +72,10 @@ def test_xl_draws_again_as_in_diffusers_and_an_inpainting_base_is_refused(comman
     pipeline = StableDiffusionXLImg2ImgPipeline.from_pretrained(family_base("sdxl"))
     options = {"strength": 0.5, "num_inference_steps": 4, "guidance_scale": 7.5}
     for number, item in enumerate(read_folders(TrainConfig(data=(str(pictures),)))):
-        picture, generator = cut_square(open_picture(item.path), base.resolution), torch.Generator().manual_seed(number)
+        picture, generator = (
+            crop_square(open_picture(item.path), base.resolution),
+            torch.Generator().manual_seed(number),
+        )
         [theirs] = pipeline(item.captions[0], image=picture, generator=generator, **options).images
         # One level of 255: ours are drawn together, and a batch's float32 sums are rounded otherwise.
         assert np.abs(np.array(theirs).astype(int) - ours[number]).max() <= 1
@@ -83,7 +86,7 @@ def test_xl_draws_again_as_in_diffusers_and_an_inpainting_base_is_refused(comman
 def test_the_figures_are_those_of_the_pictures_that_are_written(command, pictures, tmp_path):
     drawn = command(style=str(pictures))
     content = json.loads((tmp_path / "out" / "figures.json").read_text())
-    inputs = np.stack([np.array(cut_square(open_picture(p), 16)) for p in sorted(pictures.glob("*.png"))])
+    inputs = np.stack([np.array(crop_square(open_picture(p), 16)) for p in sorted(pictures.glob("*.png"))])
     for factor, there in zip(STRENGTHS, drawn, strict=True):
         far = np.sqrt(((there.astype(float) - inputs) ** 2).mean((1, 2, 3))).mean()
         assert content["figures"][f"distance to the pictures, in levels of 255; strength {factor:g}"] == pytest.approx(
@@ -95,7 +98,7 @@ def test_the_figures_are_those_of_the_pictures_that_are_written(command, picture
 
 
 def test_less_strength_leaves_more_of_the_picture(command, pictures):
-    inputs = np.stack([np.array(cut_square(open_picture(p), 16)) for p in sorted(pictures.glob("*.png"))])
+    inputs = np.stack([np.array(crop_square(open_picture(p), 16)) for p in sorted(pictures.glob("*.png"))])
     little, much = (
         np.abs(command(strengths=(1.0,), strength=s, steps=20)[0].astype(float) - inputs).mean() for s in (0.1, 1.0)
     )

@@ -35,7 +35,7 @@ from minilora.files.write import difference
 from minilora.lora import lora_layers, lora_parameters
 from minilora.models.base import DTYPES, Base
 from minilora.run.objective import Denoising
-from minilora.run.ranks import Shares
+from minilora.run.ranks import BatchPlan
 from minilora.run.validation import BEST, FIGURES
 from minilora.sampling import draw_prompts
 from minilora.settings.errors import UserError
@@ -593,11 +593,11 @@ def test_what_cannot_be_is_refused_with_the_numbers(run, change, message):
 @pytest.mark.parametrize("world", [1, 2, 3, 4])
 @pytest.mark.parametrize("micro", [1, 2, None])
 def test_ranks_and_micro_batches_partition_the_positions(world, micro):
-    shares = [Shares(24, micro, rank, world) for rank in range(world)]
+    plans = [BatchPlan(24, micro, rank, world) for rank in range(world)]
     for step in (0, 7):
-        positions = sorted(p for share in shares for part in share.positions(step) for p in part)
+        positions = sorted(p for share in plans for part in share.positions(step) for p in part)
         assert positions == list(range(step * 24, step * 24 + 24))
-        assert len({len(share.positions(step)) for share in shares}) == 1
+        assert len({len(share.positions(step)) for share in plans}) == 1
 
 
 def test_the_learning_rate_is_a_function_of_the_step():

@@ -125,7 +125,7 @@ def test_a_share_of_the_pictures_is_kept_from_training(run, settings, tmp_path, 
     one = run("one", validation="0.4")
     said = capsys.readouterr().out
     assert "pictures   3 of" in said
-    assert "validation 2 other pictures of them, kept from training" in said
+    assert "validation 2 held-out pictures of them" in said
     other = run("other", data=(str(parts["train"]),), validation=str(parts["kept"]))
     for name in (FIGURES, FILE_NAME):
         assert (one / name).read_bytes() == (other / name).read_bytes()

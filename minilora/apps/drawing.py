@@ -11,7 +11,7 @@ from ..data import draws
 from ..data.pictures import as_picture
 from ..files.tensors import write_whole
 from ..models.base import DTYPES, Base
-from ..run.lost import sign_of_life
+from ..run.lost import heartbeat
 from ..run.ranks import Ranks, wait_for_all
 from ..sampling import save_picture, write_captions
 from ..settings.errors import UserError
@@ -73,7 +73,7 @@ def draw_pictures(config, captions: Sequence[str], folder: Path, ranks: Ranks) -
         pictures = draw_from(base, noise, [chosen[p] for p in positions], steps, config.middle_guidance)
         for position, picture in zip(positions, pictures, strict=True):
             save_picture(as_picture(picture), files[position])
-            sign_of_life()
+            heartbeat()
     wait_for_all()
     return folder
 

@@ -39,7 +39,7 @@ from PIL import Image
 
 from ..data import draws
 from ..data.folder import Item, read_folder
-from ..data.pictures import CENTRE, as_tensor, cut_at, cut_square, open_picture
+from ..data.pictures import CENTRE, as_tensor, crop_at, crop_square, open_picture
 from ..diffusion import Conditioning, denoising_loss
 from ..models.base import DTYPES, Base
 from ..models.device import this_device
@@ -98,7 +98,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, float]:
         if len(there) < least:
             raise UserError(f"{folder}: {len(there)} pictures are too few to compare; at least {least}")
     side = base.resolution
-    drawn, real = ([cut_square(open_picture(item.path), side) for item in each] for each in (items, reference))
+    drawn, real = ([crop_square(open_picture(item.path), side) for item in each] for each in (items, reference))
     seen, wanted = features_of(base, drawn), features_of(base, real)
     scale = wanted.std(0).clamp(min=1e-6)  # (width,)
     figures = {"distance of distributions": kernel_distance(seen / scale, wanted / scale)}
@@ -210,17 +210,17 @@ def held_out_loss(base: Base, items: Sequence[Item], resolution: int) -> float:
     length, losses = len(base.schedule), []
     times = torch.tensor([length * (2 * i + 1) // (2 * TIMES) for i in range(TIMES)], device=base.device)
     for number, item in enumerate(items):
-        latents, _ = base.encode_picture(as_tensor(cut_square(open_picture(item.path), resolution)))
+        latents, _ = base.encode_picture(as_tensor(crop_square(open_picture(item.path), resolution)))
         positions = range(number * TIMES, (number + 1) * TIMES)
         noise = torch.stack([draws.gaussian(0, "held-out noise", p, latents.shape) for p in positions]).to(base.device)
         prompt = base.encode_prompt(item.captions[0])
-        _, left, top = cut_at(item.size, (resolution, resolution), CENTRE)
+        _, left, top = crop_at(item.size, (resolution, resolution), CENTRE)
         sizes = torch.tensor([[*item.size[::-1], top, left, resolution, resolution]]).float() if base.is_xl else None
-        told = [None if p is None else p.to(base.device) for p in (prompt.text, prompt.pooled, sizes)]
-        told = [None if p is None else p.expand(TIMES, *p.shape[1:]) for p in told]  # (times, …) each
+        conditioning = [None if p is None else p.to(base.device) for p in (prompt.text, prompt.pooled, sizes)]
+        conditioning = [None if p is None else p.expand(TIMES, *p.shape[1:]) for p in conditioning]  # (times, …) each
         with base.autocast():
             same = latents.to(base.device).expand_as(noise)
-            loss = denoising_loss(base.unet, same, Conditioning(*told), noise, times, base.schedule)
+            loss = denoising_loss(base.unet, same, Conditioning(*conditioning), noise, times, base.schedule)
         losses.append(loss.cpu())
     return torch.cat(losses).mean().item()
 

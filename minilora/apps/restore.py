@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from ..data.pictures import NO_PICTURE, as_picture, as_tensor, cut_square, open_picture
+from ..data.pictures import NO_PICTURE, as_picture, as_tensor, crop_square, open_picture
 from ..files.network import load_lora
 from ..lora import lora_disabled, set_lora_strength
 from ..models.base import DTYPES, Base
@@ -112,7 +112,7 @@ def see(path: Path, model: str | None) -> torch.Tensor:
         picture = open_picture(path)
     except NO_PICTURE as error:
         raise UserError(f"{path}: it cannot be opened as a picture ({error})") from error
-    return as_tensor(cut_square(picture, Base(model, torch.device("cpu")).resolution))
+    return as_tensor(crop_square(picture, Base(model, torch.device("cpu")).resolution))
 
 
 def learn(path: Path, prompt: str, output: Path, config) -> Path:

@@ -58,9 +58,15 @@ class SmoothDenoising(Objective):
     def loss(self, unet: nn.Module, batch: Batch, schedule: Schedule, config: TrainConfig) -> torch.Tensor:
         noise = batch.noise.clone().requires_grad_()
         noisy = add_noise(batch.latents, noise, batch.timesteps, schedule)
-        output, told = unet(noisy, batch.timesteps, **batch.conditioning.inputs()), batch.conditioning
+        output, conditioning = unet(noisy, batch.timesteps, **batch.conditioning.inputs()), batch.conditioning
         loss = denoising_loss(
-            lambda *_, **__: output, batch.latents, told, batch.noise, batch.timesteps, schedule, config.snr_gamma
+            lambda *_, **__: output,
+            batch.latents,
+            conditioning,
+            batch.noise,
+            batch.timesteps,
+            schedule,
+            config.snr_gamma,
         )
         variation = self.variation(output.sample.float(), noise, batch, schedule, config.seed)
         self.seen.append(variation.detach().mean())

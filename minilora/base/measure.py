@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 from minilora.apps.classifier import share_right, train_classifier
-from minilora.data.pictures import as_tensor, cut_square, open_picture
+from minilora.data.pictures import as_tensor, crop_square, open_picture
 from minilora.files.network import load_lora
 from minilora.files.tensors import write_whole
 from minilora.lora import remove_lora
@@ -70,7 +70,7 @@ def psnr(pixels: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
 
 
 def photograph(path: Path) -> torch.Tensor:
-    return as_tensor(cut_square(open_picture(path), SIZE))[None]  # (1, 3, 128, 128)
+    return as_tensor(crop_square(open_picture(path), SIZE))[None]  # (1, 3, 128, 128)
 
 
 def measure_vae(base: Base, styles: dict, fluent: list[Named], photographs: list[Path], note: Note) -> None:
@@ -155,7 +155,7 @@ def measure_style(
     test = torch.arange(len(kinds)) % 5 == 0
     classifier = train_classifier(pixels[~test], kinds[~test], SEED)
     note(
-        f"style classifier, right on {int(test.sum())} pictures kept from it",
+        f"style classifier, right on {int(test.sum())} held-out pictures",
         f"{share_right(classifier, pixels[test], kinds[test]):.1%}",
     )
     for strength in (0.0, 0.5, 1.0):

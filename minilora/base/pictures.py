@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image
 
 from minilora.data import draws
-from minilora.data.pictures import cut_square, open_picture
+from minilora.data.pictures import crop_square, open_picture
 
 SIZE = 128  # pixels
 SEED = 0
@@ -174,7 +174,7 @@ def fluent_pictures(data: Path, things: Sequence[Thing]) -> list[Named]:
     """Return Fluent 3D's pictures of things, on white, 128 pixels."""
     files = fluent_files(data)
     named = [(files[thing.icon], thing.names) for thing in things if thing.icon in files]
-    return [(cut_square(open_picture(path), SIZE), names) for path, names in named]
+    return [(crop_square(open_picture(path), SIZE), names) for path, names in named]
 
 
 def split(named: Sequence[Named], shown: Sequence[str]) -> tuple[list[Named], list[Named]]:

@@ -27,7 +27,7 @@ from ..settings.train import TrainConfig
 from . import buckets, draws
 from .buckets import Size
 from .folder import Item
-from .pictures import CENTRE, as_tensor, cut, cut_at, open_picture
+from .pictures import CENTRE, as_tensor, crop, crop_at, open_picture
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Batch:
     weights: torch.Tensor  # (batch,), of each picture's loss
 
 
-_CUT = 1  # to be counted up when open_picture or cut come to give other pixels
+_CROP = 1  # to be counted up when open_picture or crop come to give other pixels
 
 
 class Examples:
@@ -75,17 +75,19 @@ class Examples:
 
     def batch(self, positions: Sequence[int], device: torch.device) -> Batch:
         """Return what stands at the given positions, whoever asks and in whichever order."""
-        return _together(tuple(positions), [self._row(position) for position in positions], device)
+        return _collate(tuple(positions), [self._row(position) for position in positions], device)
 
     def fixed_batch(self, number: int, timesteps: dict[int, int], device: torch.device) -> Batch:
         """Return picture `number` at timesteps, each with the noise of its own key, the same in every run."""
         item = self.items[number]
         latents = _load(self._picture_file(item, mirrored=False))["mean"]  # (channels, h, w)
-        told = self._told(item.captions[0], item, False, CENTRE)
+        conditioning = self._conditioning(item.captions[0], item, False, CENTRE)
         offset, draw = torch.zeros(len(latents), 1, 1), partial(draws.gaussian, 0, f"validation {number}")
         one = torch.tensor(1.0)
-        rows = [(latents, told, draw(n, latents.shape), offset, torch.tensor(t), one) for n, t in timesteps.items()]
-        return _together(tuple(timesteps), rows, device)
+        rows = [
+            (latents, conditioning, draw(n, latents.shape), offset, torch.tensor(t), one) for n, t in timesteps.items()
+        ]
+        return _collate(tuple(timesteps), rows, device)
 
     def content(self) -> str:
         """Return a hash of the pictures and their captions."""
@@ -126,26 +128,28 @@ class Examples:
         weight = torch.tensor(self.config.prior_weight if self.class_items and position % 2 else 1.0)
         return (
             latents,
-            self._told(self.caption_at(position), item, mirrored, place),
+            self._conditioning(self.caption_at(position), item, mirrored, place),
             noise,
             noise_offset,
             timestep,
             weight,
         )
 
-    def _told(self, caption: str, item: Item, mirrored: bool, place: tuple[float, float]) -> dict[str, torch.Tensor]:
+    def _conditioning(
+        self, caption: str, item: Item, mirrored: bool, place: tuple[float, float]
+    ) -> dict[str, torch.Tensor]:
         """Return what the U-Net is told: a caption's vectors or, where the text encoders are trained, its tokens."""
         if self.config.train_text_encoder:
-            told = {"tokens": self.tokens(caption)}
+            conditioning = {"tokens": self.tokens(caption)}
         else:
-            told = _load(self._caption_file(caption))
+            conditioning = _load(self._caption_file(caption))
         if not self.is_xl:
-            return told
-        # In Stable Diffusion XL also the picture's size, where it was cut, and to what size.
-        (w, h), (resized, left, top) = self.size_of(item), cut_at(item.size, self.size_of(item), place)
+            return conditioning
+        # In Stable Diffusion XL also the picture's size, where it was cropped, and to what size.
+        (w, h), (resized, left, top) = self.size_of(item), crop_at(item.size, self.size_of(item), place)
         left = resized[0] - w - left if mirrored else left
         sizes = [item.size[1], item.size[0], top, left, h, w]
-        return told | {"sizes": torch.tensor(sizes, dtype=torch.float32)}
+        return conditioning | {"sizes": torch.tensor(sizes, dtype=torch.float32)}
 
     def caption_at(self, position: int) -> str:
         """Return the caption at a position: one of the picture's, or none at all for caption dropout."""
@@ -155,7 +159,7 @@ class Examples:
         return captions[draws.integer(seed, "caption", position, 0, len(captions))]
 
     def _pixels(self, item: Item, mirrored: bool, place: tuple[float, float] = CENTRE) -> torch.Tensor:
-        pixels = as_tensor(cut(open_picture(item.path), self.size_of(item), place))
+        pixels = as_tensor(crop(open_picture(item.path), self.size_of(item), place))
         return pixels.flip(-1) if mirrored else pixels
 
     def _file(self, *ingredients) -> Path:
@@ -163,7 +167,7 @@ class Examples:
         return self.folder / name[:2] / f"{name}.safetensors"
 
     def _picture_file(self, item: Item, mirrored: bool) -> Path:
-        return self._file("latents", _CUT, self.vae, item.digest, self.size_of(item), mirrored)
+        return self._file("latents", _CROP, self.vae, item.digest, self.size_of(item), mirrored)
 
     def _caption_file(self, caption: str) -> Path:
         return self._file("text", self.text_encoder, caption)
@@ -181,8 +185,10 @@ class Examples:
         """Return every file that the cache must have, with what makes it."""
 
         def encode_caption(caption: str) -> dict[str, torch.Tensor]:
-            told = encoders.encode_prompt(caption)
-            return {"text": told.text[0]} | ({} if told.pooled is None else {"pooled": told.pooled[0]})
+            conditioning = encoders.encode_prompt(caption)
+            return {"text": conditioning.text[0]} | (
+                {} if conditioning.pooled is None else {"pooled": conditioning.pooled[0]}
+            )
 
         def encode_picture(item: Item, mirrored: bool) -> dict[str, torch.Tensor]:
             mean, std = encoders.encode_picture(self._pixels(item, mirrored))
@@ -205,10 +211,10 @@ def _write(path: Path, encode: partial) -> None:
     write_checked(path, tensors, {})
 
 
-def _together(positions: tuple[int, ...], rows: list[tuple], device: torch.device) -> Batch:
+def _collate(positions: tuple[int, ...], rows: list[tuple], device: torch.device) -> Batch:
     """Put rows as of `Examples._row` together."""
-    latents, told, *drawn = zip(*rows, strict=True)
-    conditioning = {key: torch.stack([each[key] for each in told]).to(device) for key in told[0]}
+    latents, conditionings, *drawn = zip(*rows, strict=True)
+    conditioning = {key: torch.stack([each[key] for each in conditionings]).to(device) for key in conditionings[0]}
     kind = Tokens if "tokens" in conditioning else Conditioning
     latents, *drawn = (torch.stack(column).to(device) for column in (latents, *drawn))
     return Batch(positions, latents, kind(**conditioning), *drawn)

@@ -32,21 +32,21 @@ def open_picture(path: Path) -> Image.Image:
             return picture.convert("RGB")
 
 
-def cut_square(picture: Image.Image, side: int, place: tuple[float, float] = CENTRE) -> Image.Image:
-    """Resize the short side to `side` pixels and cut out the square at `place`, as `cut` does."""
-    return cut(picture, (side, side), place)
+def crop_square(picture: Image.Image, side: int, place: tuple[float, float] = CENTRE) -> Image.Image:
+    """Resize the short side to `side` pixels and cut out the square at `place`, as `crop` does."""
+    return crop(picture, (side, side), place)
 
 
-def cut(picture: Image.Image, size: tuple[int, int], place: tuple[float, float] = CENTRE) -> Image.Image:
+def crop(picture: Image.Image, size: tuple[int, int], place: tuple[float, float] = CENTRE) -> Image.Image:
     """Resize a picture so that it just fills a size, width and height in pixels, and cut that out at `place`.
 
     `place` is 0 for left or top, 1 for right or bottom, 0.5 for the centre.
     """
-    resized, left, top = cut_at(picture.size, size, place)
+    resized, left, top = crop_at(picture.size, size, place)
     return picture.resize(resized, Image.Resampling.LANCZOS).crop((left, top, left + size[0], top + size[1]))
 
 
-def cut_at(
+def crop_at(
     picture: tuple[int, int], size: tuple[int, int], place: tuple[float, float]
 ) -> tuple[tuple[int, int], int, int]:
     """Return the size that a picture of one size is resized to for another, and left and top of the cut in it."""

@@ -22,7 +22,7 @@ import numpy as np
 from ..settings.errors import UserError
 from .layout import Checkpoint
 from .names import Modules, split
-from .number_types import DTYPES, kept, narrow, widen
+from .number_types import DTYPES, narrow, scratch, widen
 from .read import Change, FormatError, LoRA, read_lora, some
 from .tensors import CHUNK, TensorFile, read_exactly, rewrite, staging
 from .undo import keeping, name_of
@@ -49,15 +49,15 @@ class Folded:
 
 @dataclass
 class Report:
-    """What became of LoRAs: by LoRA and component, the keys that found no home, and what else is to be known."""
+    """What became of LoRAs: by LoRA and component, the unmatched keys, and what else is to be known."""
 
     folded: list[Folded]
-    homeless: dict[str, list[str]]
+    unmatched: dict[str, list[str]]
     notes: list[str]
 
     def __str__(self) -> str:
         lines = [str(folded) for folded in self.folded]
-        lines += [f"{lora}: {key} has no home in the base" for lora, keys in self.homeless.items() for key in keys]
+        lines += [f"{lora}: {key} matches nothing in the base" for lora, keys in self.unmatched.items() for key in keys]
         return "\n".join([*lines, *self.notes])
 
 
@@ -88,7 +88,7 @@ def fold(
 
     The sum is taken in `dtype` and rounded once to each weight's own type.  `undo` is a file that
     then holds the original bytes of what changed.  Raises UserError, with nothing left under
-    `output`, for files that cannot be read, keys without a home in the base (unless allowed), shapes
+    `output`, for files that cannot be read, unmatched keys (unless allowed), shapes
     that do not fit, sums that are not finite numbers, and a disk without room.
     """
     if undo and undo.resolve().is_relative_to(output.resolve()):
@@ -115,8 +115,8 @@ def fold(
     notes += [f"changed {changed} of {tensors} tensors"]
     ema = sum(key.startswith("model_ema.") for file in checkpoint.files.values() for key in file.entries)
     notes += [f"note: the {ema} tensors of the moving average (model_ema.) are those of the base"] if ema else []
-    homeless = {str(path): lora.homeless for (path, _), lora in zip(loras, read, strict=True) if lora.homeless}
-    return Report(folded, homeless, notes)
+    unmatched = {str(path): lora.unmatched for (path, _), lora in zip(loras, read, strict=True) if lora.unmatched}
+    return Report(folded, unmatched, notes)
 
 
 def read_for(path: Path, modules: Modules | None, base: str, allow_unmatched: bool) -> LoRA:
@@ -125,13 +125,13 @@ def read_for(path: Path, modules: Modules | None, base: str, allow_unmatched: bo
         lora = read_lora(path, modules)
     except FormatError as error:
         raise UserError(f"LoRA {error}") from error
-    if lora.homeless and modules is None:
+    if lora.unmatched and modules is None:
         raise UserError(
-            f"LoRA {path}: {lora.homeless[0]} does not spell out its module's name; give --base, which has it"
+            f"LoRA {path}: {lora.unmatched[0]} does not spell out its module's name; give --base, which has it"
         )
-    if lora.homeless and (not allow_unmatched or not lora.changes):
+    if lora.unmatched and (not allow_unmatched or not lora.changes):
         raise UserError(
-            f"LoRA {path} was not made for this base: nothing in {base} goes by the name in {some(lora.homeless, 3)}"
+            f"LoRA {path} was not made for this base: nothing in {base} goes by the name in {some(lora.unmatched, 3)}"
         )
     return lora
 
@@ -169,8 +169,8 @@ def _added(
     columns = math.prod(entry.shape[1:])
     rows_at_once = max(1, CHUNK // (stored.itemsize * columns))
     shape = rows_at_once, columns
-    raw, wide = kept("raw", shape, stored), kept("wide", shape, np.dtype(sum_type))
-    product = kept("product", shape, parts[0].A.dtype)
+    raw, wide = scratch("raw", shape, stored), scratch("wide", shape, np.dtype(sum_type))
+    product = scratch("product", shape, parts[0].A.dtype)
     squares = dict.fromkeys((part.module for part in parts), 0.0)
     for first in range(0, entry.shape[0], rows_at_once):
         rows = min(rows_at_once, entry.shape[0] - first)

@@ -68,13 +68,13 @@ def load_lora(
     """Put the LoRA of a file into a module or a diffusers pipeline under a name, in place, and report on it.
 
     `path` is a file or folder of any dialect.  Raises UserError, with nothing changed, if it is not a
-    LoRA, has a shape that does not fit, or keys that have no home there (unless `allow_unmatched`).
+    LoRA, has a shape that does not fit, or unmatched keys (unless `allow_unmatched`).
     """
     live, modules = live_modules(target), components(target)
     shapes = {full: shape for full, (_, _, shape) in live.items()}
     where = " and ".join(modules)
     lora = read_for(Path(path), shapes, where, allow_unmatched)
-    report = Report([], {str(path): lora.homeless} if lora.homeless else {}, [])
+    report = Report([], {str(path): lora.unmatched} if lora.unmatched else {}, [])
     for component, module in modules.items():
         mine = {live[full][1]: change for full, change in lora.changes.items() if live[full][0] == component}
         if not mine:

@@ -39,7 +39,7 @@ WEIGHTS = tuple(EPSILON)  # the types that a weight can have
 _kept = threading.local()
 
 
-def kept(name: str, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+def scratch(name: str, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
     """Return an array over memory that this thread keeps: pages that are new cost as much as the sums on them."""
     size = math.prod(shape) * dtype.itemsize
     if len(getattr(_kept, name, b"")) < size:
@@ -86,7 +86,9 @@ def narrow(wide: np.ndarray, name: str) -> np.ndarray:
 
 def _from_f16(stored: np.ndarray, out: np.ndarray) -> None:
     """Put the bits where float32 has them, and multiply by what the exponents then lack, 2^(127 - 15)."""
-    exponents = np.bitwise_and(stored.view(np.int16), 0x7C00, out=kept("exponents", stored.shape, np.dtype(np.int16)))
+    exponents = np.bitwise_and(
+        stored.view(np.int16), 0x7C00, out=scratch("exponents", stored.shape, np.dtype(np.int16))
+    )
     if (exponents == 0x7C00).any():  # infinity or NaN, which would become numbers
         out[...] = stored
         return
@@ -102,7 +104,7 @@ def _to_f16(wide: np.ndarray) -> np.ndarray:
     2^-14 the last place stays that of e = −14.  In float32 the last place of 2^(e + 13) is the same 2^(e − 10), so
     the sum |x| + 2^(e + 13) is rounded to it, and has n in its lowest bits.
     """
-    size, power = (kept(name, wide.shape, np.dtype(np.float32)) for name in ("size", "power"))
+    size, power = (scratch(name, wide.shape, np.dtype(np.float32)) for name in ("size", "power"))
     np.abs(wide, out=size)
     if not size.max(initial=0) < 65520:  # infinite when rounded, or NaN
         with np.errstate(over="ignore"):
@@ -117,7 +119,7 @@ def _to_f16(wide: np.ndarray) -> np.ndarray:
     result = bits.astype(np.int16)  # n + (e + 140) · 2^10, of which the lower half is kept
     result += 2048  # -126 · 2^10, in the lower half
     np.right_shift(wide.view(np.int32), 16, out=bits)
-    sign = kept("sign", wide.shape, np.dtype(np.int16))
+    sign = scratch("sign", wide.shape, np.dtype(np.int16))
     np.copyto(sign, bits, casting="unsafe")
     sign &= -0x8000
     result |= sign
@@ -127,7 +129,7 @@ def _to_f16(wide: np.ndarray) -> np.ndarray:
 def _to_bf16(wide: np.ndarray) -> np.ndarray:
     """Round to the upper halves of float32 numbers: half of the last place is added, and the lower half cut off."""
     bits = (_to_odd(wide) if wide.dtype == np.float64 else wide).view(np.uint32)
-    half = np.right_shift(bits, 16, out=kept("half", bits.shape, bits.dtype))
+    half = np.right_shift(bits, 16, out=scratch("half", bits.shape, bits.dtype))
     half &= 1  # just under half of the last place for an even number, half for an odd one
     half += 0x7FFF
     half += bits

@@ -74,12 +74,12 @@ class Change:
 class LoRA:
     """A LoRA: its changes by the modules' full names, and what its file said about it.
 
-    `homeless` names the file's keys that belong to no module of the base.
+    `unmatched` names the file's keys that belong to no module of the base.
     """
 
     changes: dict[str, Change]
     metadata: dict[str, str] = field(default_factory=dict)
-    homeless: list[str] = field(default_factory=list)
+    unmatched: list[str] = field(default_factory=list)
 
 
 # ------------------------------------------------------------------------------------------- reading
@@ -112,8 +112,8 @@ def read_lora(path: Path, modules: Modules | None = None) -> LoRA:
     `path` is a .safetensors file; a folder with pytorch_lora_weights.safetensors; or a PEFT adapter
     folder, or one with PEFT folders `unet`, `text_encoder` and so on in it.  Without `modules` only
     dialects that spell names out can be read.  Raises FormatError, naming the file and every key,
-    for what is no LoRA, is incomplete, or does not fit the base; keys that have no home in the base
-    are left to the caller, in `homeless`.
+    for what is no LoRA, is incomplete, or does not fit the base; unmatched keys
+    are left to the caller, in `unmatched`.
     """
     if path.is_dir() and not (path / FILE_NAME).exists():
         return _read_peft(path, modules)
@@ -131,7 +131,7 @@ def read_lora(path: Path, modules: Modules | None = None) -> LoRA:
     if any(_COUNTED.fullmatch(key) for key in tensors):
         tensors, nowhere = _named_from_counted(path, tensors, metadata, modules)
     lora = _gather(path, tensors, modules, scale_of)
-    lora.homeless.extend(nowhere)
+    lora.unmatched.extend(nowhere)
     lora.metadata.update(metadata)
     return lora
 
@@ -153,10 +153,10 @@ def _gather(path: Path, tensors: Tensors, modules: Modules | None, scale_of: Cal
     """Put A, B and alpha of each module together; `scale_of(name, rank)` is for those without alpha."""
     known = known_by(modules) if modules is not None else None
     parts: dict[str, dict[str, tuple[str, np.ndarray]]] = {}  # module -> "A", "B", "alpha" -> key, tensor
-    homeless, problems = [], []
+    unmatched, problems = [], []
     for key, tensor in tensors.items():
         if key.startswith("bundle_emb."):  # a learned word that came along with a LoRA
-            homeless.append(key)
+            unmatched.append(key)
             continue
         if kind := next((kind for look, kind in _RELATIVES.items() if re.search(look, key)), None):
             problems.append(f"{key} belongs to {kind}, which is not LoRA and is not read")
@@ -169,7 +169,7 @@ def _gather(path: Path, tensors: Tensors, modules: Modules | None, scale_of: Cal
         if len(meant) > 1:
             problems.append(f"{key} may mean any of {', '.join(sorted(meant))}; put it under its component's name")
         elif not meant:
-            homeless.append(key)
+            unmatched.append(key)
         else:
             [module] = meant
             if part in parts.setdefault(module, {}):
@@ -187,7 +187,7 @@ def _gather(path: Path, tensors: Tensors, modules: Modules | None, scale_of: Cal
     if problems:
         raise FormatError(f"{path}: {some(problems)}")
     order = {name: place for place, name in enumerate(modules or sorted(changes))}
-    return LoRA(dict(sorted(changes.items(), key=lambda item: order[item[0]])), homeless=homeless)
+    return LoRA(dict(sorted(changes.items(), key=lambda item: order[item[0]])), unmatched=unmatched)
 
 
 def some(problems: Iterable[str], most: int = 5) -> str:
@@ -341,7 +341,7 @@ def _read_peft(folder: Path, modules: Modules | None) -> LoRA:
 
         part = _gather(sub / PEFT_FILE, tensors, modules, scale_of)
         whole.changes.update(part.changes)
-        whole.homeless.extend(part.homeless)
+        whole.unmatched.extend(part.unmatched)
     return whole
 
 
@@ -355,16 +355,16 @@ def _named_from_counted(
     if modules is None:
         raise FormatError(f"{path}: its modules are only counted; give the base that it was trained for")
     named: Tensors = {}
-    homeless = [key for key in tensors if metadata.get(key) == "<embed>"]  # learned words
+    unmatched = [key for key in tensors if metadata.get(key) == "<embed>"]  # learned words
     counted: dict[str, dict[tuple[int, str], np.ndarray]] = {}
     for key, tensor in tensors.items():
         if match := _COUNTED.fullmatch(key):
             counted.setdefault(match[1], {})[int(match[2]), match[3]] = tensor
-        elif key not in homeless:
+        elif key not in unmatched:
             raise FormatError(f"{path}: {key} is no key of a LoRA")
     for component, parts in counted.items():
         if not any(name.startswith(f"{component}.") for name in modules):
-            homeless += [f"{component}:{number}:{direction}" for number, direction in parts]
+            unmatched += [f"{component}:{number}:{direction}" for number, direction in parts]
             continue
         try:
             classes = parse_json(metadata[component])
@@ -376,7 +376,7 @@ def _named_from_counted(
             raise FormatError(f"{path}: its {len(parts) // 2} modules of {component} are not those of this base")
         for (number, direction), tensor in parts.items():
             named[f"{fitting[0][number]}.lora.{direction}.weight"] = tensor
-    return named, homeless
+    return named, unmatched
 
 
 def _fits(order: list[str], parts: dict[tuple[int, str], np.ndarray], modules: Modules) -> bool:

@@ -7,7 +7,7 @@ The parts and what they do:
     unet                       noisy latents, timestep, vectors -> what is noise in them
     scheduler                  how much noise each timestep has
 
-The families differ in what the U-Net predicts (1.x the noise, 2.x at 768 pixels v) and in what it is told:
+The families differ in what the U-Net predicts (1.x the noise, 2.x at 768 pixels v) and in its conditioning:
 
     1.x, 2.x       the last layer of one text encoder
     XL             the last but one of two, side by side; the second one's summary of the whole prompt; and
@@ -53,7 +53,7 @@ from ..settings.setting import BUNDLED
 from ..settings.strict_json import parse_json
 
 transformers.logging.disable_progress_bar()
-diffusers.utils.logging.set_verbosity_error()  # what it warns of, as of a prompt that is cut, is told here, and shorter
+diffusers.utils.logging.set_verbosity_error()  # we say it ourselves, and shorter
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 PIPELINES = {  # that a base may be, and the parts of each beside U-Net, VAE and scheduler
@@ -255,7 +255,7 @@ class Base:
 
     @cached_property
     def _changes(self) -> dict[str, Change]:
-        """What the LoRAs change together, by full name; UserError for keys that have no home in any part."""
+        """What the LoRAs change together, by full name; UserError for unmatched keys."""
         parts = {}
         with torch.device("meta"):  # the shapes only: the weights are not needed at once
             with self._loading(UNET):
@@ -333,13 +333,13 @@ class Base:
 
     @torch.no_grad()
     def encode_prompt(self, prompt: str) -> Conditioning:
-        """Return what the U-Net is told of a prompt, float32, on the CPU; a batch of one, without sizes."""
-        told = encode_tokens(self.text_encoders, self.tokens(prompt)[None].to(self.device))
-        pooled = None if told.pooled is None else told.pooled.float().cpu()
-        return Conditioning(told.text.float().cpu(), pooled)
+        """Return the conditioning of a prompt, float32, on the CPU; a batch of one, without sizes."""
+        conditioning = encode_tokens(self.text_encoders, self.tokens(prompt)[None].to(self.device))
+        pooled = None if conditioning.pooled is None else conditioning.pooled.float().cpu()
+        return Conditioning(conditioning.text.float().cpu(), pooled)
 
     def encode_text(self, prompt: str) -> torch.Tensor:
-        """Return the vectors of a prompt, (tokens, width), float32, on the CPU, for a U-Net that is told nothing else.
+        """Return the vectors of a prompt, (tokens, width), float32, on the CPU, for a U-Net without other conditioning.
 
         Raises UserError for Stable Diffusion XL, which is.
         """
@@ -369,7 +369,7 @@ class Base:
 
 
 def encode_tokens(text_encoders: list[nn.Module], tokens: torch.Tensor, sizes=None) -> Conditioning:
-    """Return what a U-Net is told of tokens, (batch, encoders, tokens)."""
+    """Return the conditioning of tokens, (batch, encoders, tokens)."""
     if len(text_encoders) == 1:
         return Conditioning(text_encoders[0](tokens[:, 0]).last_hidden_state)
     seen = [encoder(tokens[:, i], output_hidden_states=True) for i, encoder in enumerate(text_encoders)]
@@ -379,7 +379,7 @@ def encode_tokens(text_encoders: list[nn.Module], tokens: torch.Tensor, sizes=No
 
 @dataclass(frozen=True)
 class Tokens:
-    """What a U-Net is told where its text encoders are trained, too: the captions before they are encoded."""
+    """The conditioning where the text encoders are trained, too: the captions before they are encoded."""
 
     tokens: torch.Tensor  # (batch, encoders, tokens)
     sizes: torch.Tensor | None = None  # (batch, 6), as in Conditioning
@@ -402,8 +402,8 @@ class UNetWithText(nn.Module):
         return [child for name, child in self.named_children() if name != UNET]
 
     def forward(self, x: torch.Tensor, timesteps: torch.Tensor, tokens: torch.Tensor, sizes=None):
-        told = encode_tokens(self.text_encoders(), tokens, sizes)
-        return self.unet(x, timesteps, **told.inputs())
+        conditioning = encode_tokens(self.text_encoders(), tokens, sizes)
+        return self.unet(x, timesteps, **conditioning.inputs())
 
     def inject(self, *args, **kwargs) -> None:
         """Do `inject_lora` in each text encoder."""
@@ -411,7 +411,7 @@ class UNetWithText(nn.Module):
         for encoder in encoders:
             inject_lora(encoder, *args, **kwargs)
         if len(encoders) > 1:
-            # The U-Net of XL is told the last layer but one of the first encoder: nothing is learnt behind it.
+            # The U-Net of XL gets the last layer but one of the first encoder: nothing is learnt behind it.
             last = f"layers.{encoders[0].config.num_hidden_layers - 1}"
             [behind] = [child for path, child in encoders[0].named_modules() if path.endswith(last)]
             if lora_layers(behind):
@@ -430,8 +430,8 @@ def fingerprint(module: nn.Module, *more: str) -> str:
     """Return a hash of a module's config, of every name, type, shape and number in its state, and of more text."""
     config = module.config if isinstance(module.config, dict) else module.config.to_dict()
     # What does not change what is computed: where it was loaded from, by which version, as which type.
-    told = {key: value for key, value in config.items() if not key.startswith("_") and key not in _ABOUT_THE_FILE}
-    digest = hashlib.sha256("\0".join((json.dumps(told, sort_keys=True, default=str), *more)).encode())
+    computing = {key: value for key, value in config.items() if not key.startswith("_") and key not in _ABOUT_THE_FILE}
+    digest = hashlib.sha256("\0".join((json.dumps(computing, sort_keys=True, default=str), *more)).encode())
 
     def hashed(named: tuple[str, torch.Tensor]) -> bytes:
         name, tensor = named

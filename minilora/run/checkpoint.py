@@ -36,7 +36,7 @@ def all_in(output: Path) -> list[Path]:
     return sorted((output / "checkpoints").glob("step-*.safetensors"))
 
 
-class OneRun:
+class OutputLock:
     """Hold an output folder, within a block, for one run alone.
 
     The kernel keeps the lock and frees it when the process ends, in whichever way.  Raises UserError, on all
@@ -47,7 +47,7 @@ class OneRun:
         self.output = output
         self.folder: int | None = None  # the open folder; on the main process
 
-    def __enter__(self) -> "OneRun":
+    def __enter__(self) -> "OutputLock":
         decided_by_main(self._take)
         return self
 

@@ -24,7 +24,7 @@ from ..models.base import DTYPES, Base
 from ..sampling import TOGETHER, draw, save_picture
 from ..settings.sample import SampleConfig
 from ..settings.train import TrainConfig
-from .lost import sign_of_life
+from .lost import heartbeat
 from .ranks import Ranks, decided_by_main, wait_for_all
 
 
@@ -57,7 +57,7 @@ def class_pictures(config: TrainConfig, ranks: Ranks) -> list[Item]:
         for start in tqdm(range(0, len(share), TOGETHER), "draw", disable=not ranks.is_main):
             part = share[start : start + TOGETHER]
             seeds = [int(path.stem.split("-")[1]) for path in part]
-            drawn = draw(base, config.class_prompt, seeds, side, drawing, sign_of_life)
+            drawn = draw(base, config.class_prompt, seeds, side, drawing, heartbeat)
             for path, picture in zip(part, drawn, strict=True):
                 save_picture(picture, path)
         wait_for_all()
@@ -69,6 +69,6 @@ def seconds_per_picture(base: Base, side: int, drawing: SampleConfig) -> float:
     times = []
     for steps in (1, 1, 2):  # the first time is slower
         began = time.perf_counter()
-        draw(base, drawing.prompt[0], range(TOGETHER), side, replace(drawing, steps=steps), sign_of_life)
+        draw(base, drawing.prompt[0], range(TOGETHER), side, replace(drawing, steps=steps), heartbeat)
         times.append((time.perf_counter() - began) / TOGETHER)
     return times[1] + (drawing.steps - 1) * max(0.0, times[2] - times[1])

@@ -15,15 +15,15 @@ from ..lora import load_lora_state_dict, lora_state_dict
 
 
 @torch.no_grad()
-def follow(network: nn.Module, average: Mapping[str, torch.Tensor], step: int, decay: float) -> None:
-    """Let the average follow the LoRA in a network, with a d that rises to `decay` over the first steps."""
+def ema_update(network: nn.Module, average: Mapping[str, torch.Tensor], step: int, decay: float) -> None:
+    """Move the average towards the LoRA in a network, with a decay that rises to `decay` over the first steps."""
     decay = min(decay, (1 + step) / (10 + step))
     for name, tensor in lora_state_dict(network).items():
         average[name].lerp_(tensor, 1 - decay)
 
 
 @contextmanager
-def averaged(network: nn.Module, average: Mapping[str, torch.Tensor]) -> Iterator[None]:
+def ema_weights(network: nn.Module, average: Mapping[str, torch.Tensor]) -> Iterator[None]:
     """Within the block the LoRA is its average; afterwards it is as it was found."""
     now = {name: tensor.clone() for name, tensor in lora_state_dict(network).items()}
     try:

@@ -6,7 +6,7 @@ from tqdm import tqdm
 
 from ..data.examples import Examples, is_whole
 from ..models.base import Base
-from .lost import sign_of_life
+from .lost import heartbeat
 from .ranks import Ranks, wait_for_all
 
 
@@ -31,5 +31,5 @@ def fill_cache(examples: Examples, encoders: Base, ranks: Ranks) -> None:
         share = [path for path in list(jobs)[rank::world] if not is_whole(path)]
         for path in tqdm(share, "encode", disable=not (ranks.is_main and share)):
             jobs[path]()
-            sign_of_life()
+            heartbeat()
         wait_for_all()

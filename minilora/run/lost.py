@@ -3,7 +3,7 @@
 Processes meet in collective operations, which say that they waited too long or that a connection broke, and
 not who is missing.  So there is a roll call by way of the store, a small table of keys that all can reach: each
 writes that it has come to a place, and whoever has not is named.  A process that works on alone for long,
-as one that encodes, gives signs of life meanwhile.
+as one that encodes, gives heartbeats meanwhile.
 """
 
 import re
@@ -32,7 +32,7 @@ def tell_loss(error: RuntimeError) -> str:
 
     def ask() -> None:
         with suppress(RuntimeError):
-            answers.append(absent("after a loss", ROLL_CALL))
+            answers.append(missing_ranks("after a loss", ROLL_CALL))
 
     # The store is on the machine of process 0: where that is gone, a question to it may wait for ever.
     asking = threading.Thread(target=ask, daemon=True)
@@ -57,15 +57,15 @@ def rescue(save: Callable) -> Iterator[None]:
         raise
 
 
-def absent(place: str, patience: timedelta) -> list[int]:
-    """Come to a place, wait for all others, and return those without a sign of life for as long as `patience`."""
+def missing_ranks(place: str, patience: timedelta) -> list[int]:
+    """Come to a place, wait for all others, and return those without a heartbeat for as long as `patience`."""
     store, world = dist.group.WORLD.get_group_store(), dist.get_world_size()
     store.set(f"{place}: {dist.get_rank()}", "")
     if store.add(place, 1) == world:
         store.set(f"{place}: all", "")
     signs, until, pause = None, 0.0, 0.01
     while not store.check([f"{place}: all"]):
-        before, signs = signs, store.add("signs of life", 0)
+        before, signs = signs, store.add("heartbeats", 0)
         if signs != before:
             until = time.monotonic() + patience.total_seconds()
         elif time.monotonic() > until:
@@ -75,7 +75,7 @@ def absent(place: str, patience: timedelta) -> list[int]:
     return []
 
 
-def sign_of_life() -> None:
+def heartbeat() -> None:
     """Tell those that wait for this process that it is at work, for as long as that may take."""
     if dist.is_initialized():
-        dist.group.WORLD.get_group_store().add("signs of life", 1)
+        dist.group.WORLD.get_group_store().add("heartbeats", 1)

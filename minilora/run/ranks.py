@@ -22,7 +22,7 @@ from torch.distributed.rendezvous import rendezvous
 from ..models.device import this_device
 from ..settings.errors import UserError, first_line
 from ..settings.shared import TIMEOUT
-from .lost import absent, is_loss, tell_loss
+from .lost import is_loss, missing_ranks, tell_loss
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,7 @@ def wait_for_all() -> None:
     """Return once every process is here."""
     if dist.is_initialized():
         store = dist.group.WORLD.get_group_store()
-        if absent(f"place {next(_places)}", store.timeout):
+        if missing_ranks(f"place {next(_places)}", store.timeout):
             raise dist.DistError(f"waited for longer than {store.timeout.total_seconds() / 60:g} minutes")
 
 
@@ -152,7 +152,7 @@ def refuse_differences(identity: dict) -> None:
             raise UserError(f"processes 0 and {rank} do not train the same; what differs: {', '.join(differing)}")
 
 
-class Shares:
+class BatchPlan:
     """How the positions of a step are shared out: over rounds, processes, and the places of a micro-batch.
 
     `batch` is the number of positions of a step over all processes; `micro` how many a process takes

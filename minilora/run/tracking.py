@@ -11,7 +11,7 @@ from torch.utils.tensorboard import SummaryWriter
 from .. import sampling
 from ..settings.errors import UserError
 from ..settings.train import TrainConfig
-from .lost import sign_of_life
+from .lost import heartbeat
 from .ranks import decided_by_main
 
 
@@ -64,7 +64,7 @@ class Log:
             prompts = run.config.sample_prompt
             with run.as_drawn():
                 sheet = sampling.draw_prompts(
-                    run.base, prompts, run.examples.resolution, run.drawing(prompts), sign_of_life
+                    run.base, prompts, run.examples.resolution, run.drawing(prompts), heartbeat
                 )
             sampling.save_picture(sheet, run.output / "samples" / f"step-{step:08d}.png")
             self.writer.add_image("samples", np.array(sheet), step, dataformats="HWC")

@@ -33,21 +33,21 @@ FIGURES, BEST = "validation.json", "pytorch_lora_weights_best.safetensors"
 
 def read_pictures(config: TrainConfig, ranks: Ranks) -> tuple[list[Item], list[Item]]:
     """Return the pictures that are trained on, and those of --validation."""
-    items, unseen = read_folders(config), []
+    items, held_out = read_folders(config), []
     if config.validation and config.validation_share is None:
-        unseen = read_folder(config.validation, config, "--validation")
+        held_out = read_folder(config.validation, config, "--validation")
     if config.caption is not None:
         given = (with_trigger(config.caption, config),)
-        if all(item.captions != given for item in (*items, *unseen)):
+        if all(item.captions != given for item in (*items, *held_out)):
             raise UserError(
                 f"--caption (or --instance-prompt) is {config.caption!r}, and has no effect: all pictures have "
                 "captions of their own; go without it, or take those away"
             )
     if config.validation_share is not None:
         return keep_apart(items, config.validation_share, config.seed)
-    if ranks.is_main and (both := {item.digest for item in items} & {item.digest for item in unseen}):
+    if ranks.is_main and (both := {item.digest for item in items} & {item.digest for item in held_out}):
         print(f"warning: {len(both)} pictures of --validation {config.validation} are trained on", file=sys.stderr)
-    return items, unseen
+    return items, held_out
 
 
 def keep_apart(items: Sequence[Item], share: float, seed: int) -> tuple[list[Item], list[Item]]:
@@ -108,8 +108,8 @@ class Validation:
         count, loss_sum = len(run.held_out.items), torch.zeros((), dtype=torch.float64, device=device)
         with sampling.evaluating(network), run.base.autocast():
             for number in range(run.ranks.rank, count, run.ranks.world):
-                for start in range(0, TIMESTEPS, run.shares.micro):
-                    some = range(start, min(start + run.shares.micro, TIMESTEPS))
+                for start in range(0, TIMESTEPS, run.plan.micro):
+                    some = range(start, min(start + run.plan.micro, TIMESTEPS))
                     batch = run.held_out.fixed_batch(number, {n: timesteps[n] for n in some}, device)
                     loss_sum += Denoising().loss(network, batch, schedule, plain).double().sum()
         return mean_over_ranks(loss_sum).item() * run.ranks.world / (count * TIMESTEPS)

@@ -13,7 +13,7 @@ class MergeConfig(Settings):
     files: tuple[str, ...] = setting(
         (), "BASE LORA[:STRENGTH] …, or what the options below say", group=MODEL, bare=True
     )
-    allow_unmatched: bool = setting(False, "leave out keys of a LoRA that have no home in the base", group=MODEL)
+    allow_unmatched: bool = setting(False, "leave out unmatched keys of a LoRA", group=MODEL)
     float64: bool = setting(False, "compute in float64 instead of float32", group=MODEL)
 
     loras_only: bool = setting(False, "LORA[:STRENGTH] …: merge LoRAs into one LoRA, without a base", group=OTHER)
