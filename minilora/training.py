@@ -8,54 +8,38 @@ position is computed from it (data/draws.py).  Processes and micro-batches only 
 and a run that was stopped goes on as if it had not been.
 """
 
-import hashlib
 import math
 import time
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from . import sampling
 from .data import draws
-from .data.buckets import Size, bucket_sizes
-from .data.examples import Examples
-from .data.folder import Item
-from .files.names import UNET
-from .files.network import load_lora, save_lora
-from .files.read import AVERAGE_NAME, FILE_NAME
 from .files.tensors import write_whole
-from .lora import add_lora, load_lora_state_dict, lora_layers, lora_parameters, lora_state_dict
-from .models.base import DTYPES, Base, UNetWithText, fingerprint
-from .models.compiling import check_compiler, compile_options
-from .models.targets import ranks_and_alphas
+from .lora import load_lora_state_dict, lora_layers, lora_state_dict
+from .models.base import DTYPES
+from .models.compiling import check_compiler
 from .run import checkpoint
-from .run.card import drawing_command, model_card
-from .run.dreambooth import class_pictures
-from .run.ema import ema_update, ema_weights
-from .run.encode import encoded_examples
-from .run.hub import check_login, push
-from .run.lost import heartbeat, rescue
+from .run.ema import ema_update
+from .run.hub import check_login
+from .run.lost import rescue
 from .run.objective import Denoising, Objective
 from .run.ranks import (
-    BatchPlan,
-    Ranks,
     StopSignals,
     decided_by_main,
     mean_over_ranks,
     processes,
-    refuse_differences,
     wait_for_all,
 )
+from .run.results import finish
+from .run.setup import Run, prepare
 from .run.tracking import Log
-from .run.validation import BEST, FIGURES, Validation, read_pictures
+from .run.validation import Validation
 from .settings.errors import UserError
-from .settings.sample import SampleConfig
 from .settings.train import TrainConfig
 
 
@@ -120,195 +104,6 @@ def train(config: TrainConfig, objective: Objective | None = None) -> Path:
             ranks.say(f"validation {validation}")
         here.refuse_if_gone()
         return finish(run)
-
-
-@dataclass(frozen=True)
-class Run:
-    """What a run is made of, once everything is loaded, checked and encoded."""
-
-    config: TrainConfig
-    objective: Objective
-    ranks: Ranks
-    plan: BatchPlan
-    base: Base
-    examples: Examples
-    held_out: Examples | None  # the pictures of --validation
-    identity: dict  # what the run is a function of, as JSON values
-    network: nn.Module  # what carries the LoRA: the U-Net, or it and its text encoders
-    model: nn.Module  # the network; compiled if asked for, and wrapped so that several processes average gradients
-    parameters: list[nn.Parameter]  # all that is trained; the one list for optimizer, clipping and counting
-    average: dict[str, torch.Tensor]  # of what is trained, over the steps; empty without --ema
-    optimizer: torch.optim.Optimizer
-    scaler: torch.amp.GradScaler  # keeps fp16 gradients from vanishing; does nothing otherwise
-
-    @property
-    def output(self) -> Path:
-        return Path(self.config.output)
-
-    def drawing(self, prompts: tuple[str, ...]) -> SampleConfig:
-        """Return the settings that sample.py has for these prompts by default, so that it draws the same."""
-        config = self.config
-        same = {name: getattr(config, name) for name in ("model", "model_config", "seed", "zero_terminal_snr")}
-        return SampleConfig(prompt=prompts, **same)
-
-    def as_drawn(self) -> AbstractContextManager:
-        """Return within what pictures are drawn: the LoRA is its average, with --sample-average, or stays as it is."""
-        return ema_weights(self.network, self.average) if self.config.sample_average else nullcontext()
-
-
-# ------------------------------------------------------------------------------ before the first step
-
-
-def prepare(config: TrainConfig, objective: Objective, ranks: Ranks) -> Run:
-    """Read the pictures, encode them by the base, put the LoRA in, make the optimizer, and say so."""
-    plan = BatchPlan(config.batch_size, config.micro_batch_size, ranks.rank, ranks.world)
-    items, held_out_items = read_pictures(config, ranks)
-    others = class_pictures(config, ranks) if config.class_prompt else []
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
-    base = load_base(config, ranks.device)
-    examples, held_out = encode(config, base, ranks, items, others, held_out_items)
-    identity = _identity(config, base, examples) | {"objective": objective.name()}
-
-    unet = base.unet
-    if ranks.device.type == "cuda":  # before the LoRA: what the optimizer keeps of it has no order of its own
-        unet.to(memory_format=torch.channels_last)
-    network = (UNetWithText(base) if config.train_text_encoder else unet).train()
-    identity |= put_lora(network, unet, config)
-    refuse_differences(identity)
-    if config.gradient_checkpointing:
-        unet.enable_gradient_checkpointing()
-    objective.begin(network, config)
-    parameters = lora_parameters(network)
-    assert all(parameter.dtype == torch.float32 for parameter in parameters)
-    assert sum(parameter.requires_grad for parameter in network.parameters()) == len(parameters)
-    optimizer = make_optimizer(config, parameters, len(lora_parameters(unet)))
-    scaler = torch.amp.GradScaler(ranks.device.type, enabled=config.precision == "fp16")
-    model = torch.compile(network, **compile_options(ranks.device)) if config.compile else network
-    # Each process has loaded the base and drawn the LoRA itself, so that nothing but gradients has to travel.
-    alone = {"init_sync": False, "forward_sync_buffers": False}
-    model = DistributedDataParallel(model, **alone) if ranks.world > 1 else model
-    average = {name: tensor.clone() for name, tensor in lora_state_dict(network).items()} if config.ema else {}
-    trained = network, model, parameters, average, optimizer, scaler
-    run = Run(config, objective, ranks, plan, base, examples, held_out, identity, *trained)
-    introduce(run)
-    return run
-
-
-def load_base(config: TrainConfig, device: torch.device) -> Base:
-    """Return the base; UserError if the settings do not fit it."""
-    names = config.model_config, config.zero_terminal_snr, config.base_lora
-    base = Base(config.model, device, DTYPES[config.precision], *names)
-    if config.timestep_range and config.timestep_range[1] > len(base.schedule):
-        given = ",".join(map(str, config.timestep_range))
-        raise UserError(f"--timestep-range is {given}; this base has the timesteps 0 to {len(base.schedule) - 1}")
-    base.refuse_inpainting()
-    if config.resolution and config.resolution % base.side_multiple:
-        raise UserError(f"--resolution is {config.resolution}; this base needs a multiple of {base.side_multiple}")
-    return base
-
-
-def encode(
-    config: TrainConfig, base: Base, ranks: Ranks, items: list[Item], others: list[Item], held_out_items: list[Item]
-) -> tuple[Examples, Examples | None]:
-    """Return what training sees of its pictures and of those of the class, and of held-out pictures, if any."""
-    resolution = config.resolution or base.resolution
-    sizes = _sizes_for(base, resolution) if config.buckets else ()
-    if config.train_text_encoder:
-        ranks.say("note: --train-text-encoder changes what captions mean, so they are encoded anew at each step")
-    # Pictures and captions are encoded in float32: a VAE in half precision can overflow.
-    encoders = Base(config.model, ranks.device, config=config.model_config, loras=config.base_lora)
-    how = resolution, encoders, len(base.schedule), ranks, sizes
-    examples = encoded_examples(items, config, *how, others)
-    plain = replace(config, mirror=False, crop="center")
-    held_out = encoded_examples(held_out_items, plain, *how) if held_out_items else None
-    encoders.release("text_encoder", "text_encoder_2", *([] if config.crop == "random" else ["vae"]))
-    return examples, held_out
-
-
-def make_optimizer(config: TrainConfig, parameters: list[nn.Parameter], of_unet: int) -> torch.optim.Optimizer:
-    """Return AdamW over all that is trained; those behind the U-Net's have the text encoders' learning rate."""
-    text_ratio = (config.text_encoder_learning_rate or config.learning_rate) / config.learning_rate
-    groups = [{"params": parameters[:of_unet], "ratio": 1.0}, {"params": parameters[of_unet:], "ratio": text_ratio}]
-    groups = [group for group in groups if group["params"]]
-    options = {"betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 1e-2}
-    if config.optimizer == "adamw":
-        return torch.optim.AdamW(groups, **options, fused=True)
-    from bitsandbytes.optim import AdamW8bit  # which need not be there
-
-    # By default it leaves smaller ones than 4,096 numbers in float32, as most matrices of a LoRA are.
-    return AdamW8bit(groups, **options, min_8bit_size=256)
-
-
-def introduce(run: Run) -> None:
-    """Say what is trained, on what, and how."""
-    config, examples, say = run.config, run.examples, run.ranks.say
-    seen_at = f"{examples.resolution} × {examples.resolution}"
-    if config.buckets:
-        seen_at = " and ".join(f"{w} × {h} ({len(inside)})" for (w, h), inside in examples.buckets.items())
-    layers = lora_layers(run.network)
-    each = {(a.rank, a.alpha) for layer in layers.values() for a in layer.adapters.values()}
-    rank, alpha = (
-        f"{min(some):g}" if len({*some}) == 1 else f"{min(some):g} to {max(some):g}" for some in zip(*each, strict=True)
-    )
-    numbers, total = (sum(p.numel() for p in some) for some in (run.parameters, run.network.parameters()))
-    on_top = "".join(f" + {lora}" for lora in config.base_lora)
-    say(
-        f"base       {run.base.source}{on_top}, {run.base.schedule.prediction_type}, {config.precision} on "
-        f"{run.ranks.device.type}"
-    )
-    say(f"pictures   {len(examples.items)} of {', '.join(config.data)}, at {seen_at} pixels")
-    if config.validation_share is not None:
-        say(f"validation {len(run.held_out.items)} held-out pictures of them")
-    if examples.class_items:
-        say(f"class      {len(examples.class_items)} pictures of {config.class_prompt!r}, every other one that is seen")
-    say(f"LoRA       rank {rank}, alpha {alpha}, in {len(layers)} layers")
-    say(f"trained    {numbers:,} of {total:,} parameters")
-    say(f"batch      {config.batch_size} = {run.plan}")
-
-
-def put_lora(network: nn.Module, unet: nn.Module, config: TrainConfig) -> dict:
-    """Put the LoRA that is trained into the network; return what the run is a function of by it, as JSON values."""
-    if config.init_from:
-        try:
-            parts = [folded.component for folded in load_lora(network, config.init_from).folded]
-        except UserError as error:
-            hint = "" if config.train_text_encoder else " (one of text encoders, too, needs --train-text-encoder)"
-            raise UserError(f"--init-from: {error}{hint}") from error
-        if UNET not in parts or (config.train_text_encoder and len(parts) == 1):
-            lacks = "U-Net" if UNET not in parts else "text encoders, which --train-text-encoder would train"
-            raise UserError(f"--init-from {config.init_from}: it changes nothing in the {lacks}")
-        numbers = b"".join(parameter.detach().cpu().numpy().tobytes() for parameter in lora_parameters(network))
-        return {"init_from": hashlib.sha256(numbers).hexdigest()}
-    generator = torch.Generator().manual_seed(config.seed)
-    try:
-        ranks, alphas = ranks_and_alphas(unet, config.targets, config.rank, config.alpha, **config.by_part())
-        add_lora(unet, ranks, alphas, generator=generator, fitting=True)
-        if config.train_text_encoder:
-            network.inject(config.rank, config.alpha, config.text_encoder_targets, generator=generator)
-    except ValueError as error:
-        raise UserError(str(error)) from error
-    return {}
-
-
-def _sizes_for(base: Base, resolution: int) -> list[Size]:
-    """Return the sizes of --buckets on a base; UserError if there is none."""
-    # Steps of 64 pixels, as is usual, would be too coarse for a miniature.
-    multiple = max(64, base.side_multiple) if base.resolution >= 256 else base.side_multiple
-    if sizes := bucket_sizes(resolution, multiple):
-        return sizes
-    raise UserError(f"--resolution is {resolution}; --buckets needs at least {multiple} on this base")
-
-
-def _identity(config: TrainConfig, base: Base, examples: Examples) -> dict:
-    """Return what the run is a function of, as JSON values: settings, pictures with captions, base."""
-    return config.identity() | {
-        "resolution": examples.resolution,
-        "schedule": [base.schedule.prediction_type, *base.schedule.alphas_cumprod[[0, -1]].tolist()],
-        "pictures": examples.content(),
-        "unet": fingerprint(base.unet),
-        "vae": examples.vae,
-        "text_encoder": examples.text_encoder,
-    }
 
 
 # -------------------------------------------------------------------------------------- the step
@@ -431,39 +226,3 @@ def resume(run: Run) -> int:
         (run.output / checkpoint.UNFINISHED).mkdir(exist_ok=True)
     run.ranks.say(f"resume     after step {state.step}")
     return state.step
-
-
-def finish(run: Run) -> Path:
-    """Write the LoRA file, draw the sheet that shows what it does, push them if asked to, and say what to type next."""
-    config, item = run.config, run.examples.items[0]
-    lora_file, sheet_file = run.output / FILE_NAME, run.output / "samples" / "before_after.png"
-    sheet_name = sheet_file.relative_to(run.output).as_posix()
-    in_dialects = {"kohya": f"{run.output.resolve().name}.safetensors", "peft": "peft"}
-    if run.ranks.is_main:
-        save_lora(run.network, lora_file)
-        if run.average:
-            with ema_weights(run.network, run.average):
-                save_lora(run.network, run.output / AVERAGE_NAME)
-            run.ranks.say(f"wrote      {run.output / AVERAGE_NAME}, the moving average")
-        made = {AVERAGE_NAME: config.ema, FIGURES: config.validation, BEST: config.validation}
-        checkpoint.publish(run.output, made, [name for name, asked in made.items() if not asked])
-        for dialect in config.also:
-            also = run.output / in_dialects[dialect]
-            save_lora(run.network, also, dialect=dialect)
-            run.ranks.say(f"wrote      {also}, for programs that read {dialect}'s dialect")
-        size, drawing = run.examples.size_of(item), run.drawing(item.captions[:1])
-        with run.as_drawn():
-            sheet = sampling.before_after(run.base, item, size, drawing, heartbeat)
-        sampling.save_picture(sheet, sheet_file)
-        card = model_card(config, run.examples.items, run.base.is_xl, sheet_name)
-        write_whole(run.output / "README.md", card.encode())
-        run.ranks.say(f"wrote      {lora_file} and {sheet_file}")
-    wait_for_all()  # a drawing may take long; here, and not in what follows, it gives heartbeats
-    if config.push_to_hub:
-        results = [FILE_NAME, *([AVERAGE_NAME] if config.ema else []), *([BEST] if config.validation else [])]
-        results += [in_dialects[dialect] for dialect in config.also]
-        results += ["README.md", "config.json", sheet_name]
-        url = decided_by_main(lambda: push(config.push_to_hub, run.output, results))
-        run.ranks.say(f"pushed     to {url}")
-    run.ranks.say(f"next       {drawing_command(config, item.captions[0], config.output)}")
-    return lora_file

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from minilora.data.buckets import bucket_sizes, nearest, picture_at, share_kept
 from minilora.data.folder import read_folders
-from minilora.data.pictures import as_tensor, open_picture
+from minilora.data.pictures import as_tensor, crop, open_picture
 from minilora.models.base import Base
 from minilora.run.encode import encoded_examples
 from minilora.run.ranks import Ranks

@@ -39,7 +39,7 @@ ONE = Ranks(0, 1, CPU)
 def config(tiny_base, tmp_path, monkeypatch) -> DistillConfig:
     monkeypatch.setattr(fewsteps, "MANY", 4)
     monkeypatch.setattr(smooth, "FRAMES", 5)
-    monkeypatch.setattr("minilora.training.sampling.before_after", lambda *_: Image.new("RGB", (8, 8)))
+    monkeypatch.setattr("minilora.sampling.before_after", lambda *_: Image.new("RGB", (8, 8)))
     (tmp_path / "captions.txt").write_text("".join(f"thing {number}\n" for number in range(34)))
     words = {"captions": str(tmp_path / "captions.txt"), "output": str(tmp_path / "out"), "model": str(tiny_base)}
     return DistillConfig(**words, pictures=5, train_steps=2, batch_size=4, rank=2)

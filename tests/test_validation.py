@@ -39,7 +39,7 @@ def settings(pictures, unseen, tmp_path, tiny_base) -> dict:
 
 @pytest.fixture
 def run(settings, tmp_path, monkeypatch):
-    monkeypatch.setattr("minilora.training.sampling.before_after", lambda *_: Image.new("RGB", (8, 8)))  # slow
+    monkeypatch.setattr("minilora.sampling.before_after", lambda *_: Image.new("RGB", (8, 8)))  # slow
 
     def run(name: str, **changes) -> Path:
         train(TrainConfig(**(settings | {"output": str(tmp_path / name)} | changes)))
