@@ -10,7 +10,7 @@ LoRAs are also merged with each other, reduced, converted and extracted: --loras
 from pathlib import Path
 
 # Before numpy: it says with how many threads that may multiply.
-from .files.fold import Report, fold, read_for, split_strength  # isort: skip
+from .files.fold import Report, fold, read_for  # isort: skip
 
 import numpy as np
 
@@ -22,6 +22,7 @@ from .files.undo import restore
 from .files.write import write_lora
 from .settings.errors import UserError
 from .settings.merge import MergeConfig
+from .settings.shared import path_and_number
 
 
 def merge(config: MergeConfig) -> None:
@@ -36,7 +37,7 @@ def merge(config: MergeConfig) -> None:
         base, *loras = config.files
         report = fold(
             Path(base),
-            [split_strength(lora) for lora in loras],
+            [(Path(path), strength) for path, strength in map(path_and_number, loras)],
             output,
             overwrite=config.overwrite,
             undo=Path(config.undo) if config.undo else None,
@@ -59,8 +60,8 @@ def _write_lora(config: MergeConfig, output: Path) -> Report:
         modules = Checkpoint(Path(config.base)).modules if config.base else None
         loras = []
         for text in config.files:
-            path, strength = split_strength(text)
-            loras.append((read_for(path, modules, config.base or "it", config.allow_unmatched), strength))
+            path, strength = path_and_number(text)
+            loras.append((read_for(Path(path), modules, config.base or "it", config.allow_unmatched), strength))
             notes += [f"left out: {key} of {path}" for key in loras[-1][0].unmatched]
         lora = combine(loras)
         lora.metadata = loras[0][0].metadata if len(loras) == 1 else {}

@@ -20,7 +20,6 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin
 from .data.buckets import Size
 from .data.folder import Item
 from .data.pictures import NO_PICTURE, crop, open_picture
-from .files.fold import split_strength
 from .files.network import components, load_lora
 from .files.tensors import write_whole
 from .lora import lora_layers, merge_lora, unmerge_lora
@@ -29,6 +28,7 @@ from .models.compiling import check_compiler, compile_options
 from .models.device import this_device
 from .settings.errors import UserError
 from .settings.sample import SampleConfig
+from .settings.shared import path_and_number
 
 TOGETHER = 4  # pictures drawn in one pass; more are faster and take more memory
 SCHEDULERS = {
@@ -239,7 +239,7 @@ def sample(config: SampleConfig) -> Path:
         labels = [f"{prompt}, seed {seed}" for prompt in config.prompt for seed in seeds]
         result = sheet(rows, [f"strength {factor:g}" for factor in config.strengths], labels)
     elif config.grid:
-        first, second = (split_strength(text)[0].name for text in config.lora)
+        first, second = (Path(path_and_number(text)[0]).name for text in config.lora)
         rows = [[draw_all(one, other)[0][0] for other in config.grid] for one in config.grid]
         result = sheet(rows, [f"{second} {f:g}" for f in config.grid], [f"{first} {f:g}" for f in config.grid])
     else:
@@ -261,7 +261,7 @@ def load_loras(base: Base, texts: Sequence[str]) -> dict[str, float]:
     """Put LoRAs, each "path" or "path:strength", into a base; return their strengths by the names they got there."""
     strengths = {}
     for number, text in enumerate(texts):
-        path, strength = split_strength(text)
+        path, strength = path_and_number(text)
         load_lora(base.pipeline, path, f"lora{number}", strength)
         strengths[f"lora{number}"] = strength
     return strengths

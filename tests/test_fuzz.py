@@ -17,14 +17,13 @@ from hypothesis import strategies as st
 from minilora.data.folder import read_folder
 from minilora.data.pictures import NO_PICTURE, open_picture
 from minilora.files import names
-from minilora.files.fold import split_strength
 from minilora.files.network import live_modules
 from minilora.files.read import LoRA, read_lora
 from minilora.files.tensors import TensorFile, read_checked, tensor_bytes, write_checked
 from minilora.settings.command_line import read
 from minilora.settings.errors import UserError
 from minilora.settings.sample import SampleConfig
-from minilora.settings.shared import split_weight
+from minilora.settings.shared import path_and_number
 from minilora.settings.train import TrainConfig
 
 # A fresh folder for each example is not needed: each writes its file anew.
@@ -109,11 +108,10 @@ numbers = (
 @many
 @given(path=st.text(max_size=8), number=numbers)
 def test_any_strength_weight_and_scales(path, number):
-    for split in (split_strength, split_weight):
-        with suppress(UserError):
-            start, value = split(f"{path}:{number}")
-            assert np.isfinite(value)
-            assert str(start) in (path, f"{path}:{number}", ".") or split is split_strength  # which normalises paths
+    with suppress(UserError):
+        start, value = path_and_number(f"{path}:{number}")
+        assert np.isfinite(value)
+        assert start in (path, f"{path}:{number}")
     for word in (f"--strengths={number}", f"--strengths=0,{number}", f"--grid={number}", f"--seed={number}"):
         with suppress(UserError):
             config = read(SampleConfig, ["--prompt=x", "--lora=a", "--lora=b", word], "")

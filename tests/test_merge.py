@@ -18,7 +18,7 @@ from test_formats import random_lora
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 from minilora.files import names
-from minilora.files.fold import fold, split_strength
+from minilora.files.fold import fold
 from minilora.files.layout import Checkpoint
 from minilora.files.low_rank import combine, extract, reduce
 from minilora.files.network import live_modules
@@ -28,6 +28,7 @@ from minilora.files.undo import restore
 from minilora.files.write import difference, write_lora
 from minilora.settings.command_line import merge as command
 from minilora.settings.errors import UserError
+from minilora.settings.shared import path_and_number
 
 FAMILIES = ("sd1", "sd2", "sdxl")
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}  # this tree's minilora, from any folder
@@ -499,7 +500,7 @@ def test_mistakes_are_one_line(argv, message, monkeypatch, capsys, tmp_path):
 
 
 def test_a_strength_is_split_off_the_path():
-    assert [(str(p), s) for p, s in map(split_strength, ("out/x:0.8", "c:/x", "x", "x:-1"))] == [
+    assert [(str(p), s) for p, s in map(path_and_number, ("out/x:0.8", "c:/x", "x", "x:-1"))] == [
         ("out/x", 0.8),
         ("c:/x", 1.0),
         ("x", 1.0),

@@ -14,7 +14,7 @@ from pathlib import Path
 from PIL import Image
 
 from ..settings.errors import UserError
-from ..settings.shared import split_weight
+from ..settings.shared import WEIGHT, path_and_number
 from ..settings.strict_json import parse_json
 from ..settings.train import TrainConfig
 from .pictures import NO_PICTURE, open_picture
@@ -37,7 +37,7 @@ def read_folders(config: TrainConfig) -> list[Item]:
     """
     items, problems = [], []
     for text in config.data:
-        folder, weight = split_weight(text)
+        folder, weight = path_and_number(text, WEIGHT)
         try:
             items += [item for item in read_folder(folder, config) for _ in range(int(weight))]
         except UserError as error:

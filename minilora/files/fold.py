@@ -195,17 +195,3 @@ def _added(
         yield new
     for module, square in squares.items():
         norms[module] = math.sqrt(square)
-
-
-def split_strength(text: str) -> tuple[Path, float]:
-    """Split "out/fluent:0.8" into path and strength; without a strength it is 1."""
-    path, colon, last = text.rpartition(":")
-    try:
-        strength = float(last) if colon else None
-    except ValueError:
-        strength = None  # the colon belongs to the path
-    if strength is None:
-        return Path(text), 1.0
-    if not math.isfinite(strength):
-        raise UserError(f"LoRA {text}: the strength {last} is not a finite number")
-    return Path(path), strength

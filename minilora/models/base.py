@@ -41,7 +41,7 @@ from torch import nn
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from ..diffusion import Conditioning, Schedule
-from ..files.fold import read_for, split_strength
+from ..files.fold import read_for
 from ..files.low_rank import combine
 from ..files.names import TEXT_ENCODER, TEXT_ENCODER_2, UNET
 from ..files.network import live_modules
@@ -50,6 +50,7 @@ from ..files.tensors import PICKLE_HELP, PICKLES, TensorFile, refuse_more_than_m
 from ..lora import inject_lora, lora_layers, remove_lora
 from ..settings.errors import UserError, first_line
 from ..settings.setting import BUNDLED
+from ..settings.shared import path_and_number
 from ..settings.strict_json import parse_json
 
 transformers.logging.disable_progress_bar()
@@ -266,7 +267,7 @@ class Base:
                     with self._loading(part):
                         parts[part] = kind(kind.config_class.from_pretrained(self.configs, subfolder=part))
         shapes = {full: shape for full, (_, _, shape) in live_modules(SimpleNamespace(**parts)).items()}
-        given = [split_strength(text) for text in self.loras]
+        given = [(Path(path), strength) for path, strength in map(path_and_number, self.loras)]
         loras = [(read_for(path, shapes, self.source, allow_unmatched=False), strength) for path, strength in given]
         return combine(loras).changes
 

@@ -12,9 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..data.folder import Item
-from ..files.fold import split_strength
 from ..files.read import FILE_NAME
-from ..settings.shared import ATTENTION, split_weight
+from ..settings.shared import ATTENTION, WEIGHT, path_and_number
 from ..settings.train import TrainConfig
 
 SHOWN = 5  # captions
@@ -49,7 +48,7 @@ def model_card(config: TrainConfig, items: Sequence[Item], is_xl: bool, picture:
     yaml = [f"{key}: {json.dumps(value, ensure_ascii=False)}" for key, value in head.items() if value is not None]
     base = config.model or "the miniature Stable Diffusion that is bundled with minilora"
     base += f", with {' and '.join(f'`{text}`' for text in config.base_lora)} in it" if config.base_lora else ""
-    folders = ", ".join(f"`{Path(split_weight(text)[0]).name}`" for text in config.data)
+    folders = ", ".join(f"`{Path(path_and_number(text, WEIGHT)[0]).name}`" for text in config.data)
     rows = "\n".join(f"| {key} | {_told(value)} |" for key, value in _settings(config).items())
     paragraphs = [
         "\n".join(["---", *yaml, "---"]),
@@ -77,7 +76,7 @@ def _in_diffusers(config: TrainConfig, is_xl: bool, lora: str, prompt: str) -> s
         options = "rescale_betas_zero_snr=True, timestep_spacing='trailing'"
         lines[0] = f"from diffusers import DDIMScheduler, {kind}"
         lines.append(f"pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, {options})")
-    for path, strength in map(split_strength, config.base_lora):
+    for path, strength in map(path_and_number, config.base_lora):
         lines += [f"pipeline.load_lora_weights({str(path)!r})", f"pipeline.fuse_lora(lora_scale={strength:g})"]
         lines.append("pipeline.unload_lora_weights()")
     lines.append(f"pipeline.load_lora_weights({lora!r}, weight_name={FILE_NAME!r})")

@@ -3,6 +3,8 @@
 import math
 import os
 
+from .errors import UserError
+
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")  # the attention projections of diffusers' U-Nets, as in lora.py
 TEXT_ATTENTION = ("q_proj", "k_proj", "v_proj", "out_proj")  # those of CLIP's text encoders
 DATA, MODEL, TRAINING, OUTPUT, PICTURES = "data", "base and LoRA", "training", "output", "pictures"
@@ -15,14 +17,22 @@ PRECISIONS = ("fp32", "bf16", "fp16")
 COMPILE_HELP = "let torch.compile make the U-Net's code: the first step takes minutes, the others less than without"
 CLASS = ("class_prompt", "what the pictures of the class show")  # that others need, as `setting` takes it
 TEXT_ENCODERS = ("train_text_encoder", "which puts a LoRA there")
+WEIGHT = "the weight"  # what the number behind a folder of pictures is called
 TIMEOUT = 30.0  # minutes that a process waits for another
 
 
-def split_weight(text: str) -> tuple[str, float]:
-    """Split "dataset/fluent:2" into path and weight; without a weight it is 1, and what exists is a path."""
+def path_and_number(text: str, what: str = "the strength") -> tuple[str, float]:
+    """Split "out/fluent:0.8" into path and number; without a number it is 1, and what exists is a path.
+
+    Raises UserError for a number that is not finite; `what` is what it is called.
+    """
     path, _, last = text.rpartition(":")
     try:
-        weight = float(last) if path and not os.path.exists(text) else None
+        number = float(last) if path and not os.path.exists(text) else None
     except ValueError:
-        weight = None  # the colon belongs to the path
-    return (text, 1.0) if weight is None or not math.isfinite(weight) else (path, weight)
+        number = None  # the colon belongs to the path
+    if number is None:
+        return text, 1.0
+    if not math.isfinite(number):
+        raise UserError(f"{text}: {what} {last} is not a finite number")
+    return path, number

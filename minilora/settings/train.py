@@ -35,8 +35,9 @@ from .shared import (
     TEXT_ENCODERS,
     TIMEOUT,
     TRAINING,
+    WEIGHT,
     ZERO_SNR_HELP,
-    split_weight,
+    path_and_number,
 )
 
 
@@ -260,7 +261,7 @@ class TrainConfig(Settings):
     @classmethod
     def following(cls, values: dict) -> dict:
         data, rank = values.get("data"), values.get("rank", cls.rank)
-        path = Path(os.path.abspath(split_weight(data[0])[0] if data else ""))
+        path = Path(os.path.abspath(path_and_number(data[0], WEIGHT)[0] if data else ""))
         output = str(Path("out") / (path.stem if path.is_file() else path.name)) if data else None
         follows = super().following(values) | {"output": output, "alpha": float(max(rank, 1))}
         if words := re.findall(r"\w+", values.get("class_prompt") or ""):
@@ -302,7 +303,7 @@ class TrainConfig(Settings):
         wrong = [] if self.data else ["--data is needed: a folder of pictures, for example dataset/mountain"]
         wrong += [
             f"--data {path}: the weight {weight:g} is not a whole number of at least 1"
-            for path, weight in map(split_weight, self.data)
+            for path, weight in (path_and_number(text, WEIGHT) for text in self.data)
             if weight < 1 or weight % 1
         ]
         low_high = self.timestep_range
