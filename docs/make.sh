@@ -12,6 +12,9 @@ torchrun train.py --data dataset/fluent
 python sample.py --prompt "tomato" --prompt "smile" --prompt "sunflower" --lora out/fluent \
     --strengths 0,0.25,0.5,0.75,1 --output $pictures/fluent.png
 
+torchrun train.py --data dataset/robot
+python sample.py --prompt "robot" --prompt "sks robot" --lora out/robot --count 4 --output $pictures/robot.png
+
 # docs/restore.md
 python -m minilora.apps.restore dataset/mountain/mountain.jpg --prompt "mountain" \
     --edit "volcano" --edit "night" --edit "sunrise over mountains"

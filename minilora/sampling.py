@@ -196,7 +196,10 @@ def before_after(
     with evaluating(*components(base.pipeline).values()):
         for strength in (0.0, 0.5, 1.0):
             with merged_at(base, {"default": strength}):
-                columns.append(draw(base, item.captions[0], seeds, size, config, on_step))
+                # One after the other on a GPU: what trained there may leave little room.
+                groups = [seeds] if base.device.type == "cpu" else [[seed] for seed in seeds]
+                drawn = [draw(base, item.captions[0], group, size, config, on_step) for group in groups]
+                columns.append([picture for group in drawn for picture in group])
     columns.append([crop(open_picture(item.path), size)] * len(seeds))
     rows = [list(row) for row in zip(*columns, strict=True)]
     return sheet(rows, ["base", "LoRA at 0.5", "LoRA at 1.0", "training picture"], [f"seed {seed}" for seed in seeds])

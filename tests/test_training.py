@@ -445,6 +445,22 @@ def test_what_a_finished_run_left_stays_until_the_next_is_finished(run, monkeypa
     )
 
 
+def test_without_room_to_draw_the_lora_and_all_else_is_there(run, monkeypatch, capsys):
+    whole = run("whole")
+
+    def draw(*args):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    monkeypatch.setattr("minilora.sampling.before_after", draw)
+    folder = run("a")
+    said = capsys.readouterr()
+    assert "warning: no pictures were drawn (CUDA out of memory" in said.err
+    assert said.out.strip().splitlines()[-1].startswith("next ")
+    assert (folder / FILE_NAME).read_bytes() == (whole / FILE_NAME).read_bytes()
+    assert "![samples]" not in (folder / "README.md").read_text()
+    assert "![samples]" in (whole / "README.md").read_text()
+
+
 def test_only_the_newest_checkpoints_stay(run):
     folder = run("a", steps=9, checkpoint_every=2, checkpoints_kept=2)
     names = sorted(path.name for path in (folder / "checkpoints").iterdir())

@@ -299,7 +299,8 @@ class Base:
     @property
     def resolution(self) -> int:
         """The side of the pictures that this base was made for, in pixels."""
-        side = self.unet.config.sample_size
+        with self._loading(UNET):  # its settings say so: the weights, gigabytes, are not needed for it
+            side = UNet2DConditionModel.load_config(self.configs, subfolder=UNET).get("sample_size")
         if type(side) is not int or side < 1:
             raise UserError(
                 f"--model {self.source}: sample_size in its unet's config is {side!r}, and no side in latents"

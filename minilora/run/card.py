@@ -29,8 +29,8 @@ def drawing_command(config: TrainConfig, prompt: str, lora: str) -> str:
     return shlex.join(words + (["--zero-terminal-snr"] if config.zero_terminal_snr else []))
 
 
-def model_card(config: TrainConfig, items: Sequence[Item], is_xl: bool, picture: str) -> str:
-    """Return the page of a finished run, in Markdown; `picture` is the path of one that it shows, from the page."""
+def model_card(config: TrainConfig, items: Sequence[Item], is_xl: bool, picture: str | None) -> str:
+    """Return the page of a finished run, in Markdown; `picture` is the path of one that it shows, if there is one."""
     captions = list(dict.fromkeys(caption for item in items for caption in item.captions))[:SHOWN]
     head = {
         "base_model": config.model if config.model and not os.path.exists(config.model) else None,
@@ -38,7 +38,7 @@ def model_card(config: TrainConfig, items: Sequence[Item], is_xl: bool, picture:
         "tags": ["text-to-image", "lora", "stable-diffusion-xl" if is_xl else "stable-diffusion", "minilora"],
         "license": "other",
         "license_name": "that-of-base-and-pictures",
-        "widget": [{"text": captions[0], "output": {"url": picture}}],
+        "widget": [{"text": captions[0], "output": {"url": picture}}] if picture else None,
     }
     repo = config.push_to_hub
     name = repo.split("/")[1] if repo else Path(config.output).resolve().name
@@ -55,7 +55,7 @@ def model_card(config: TrainConfig, items: Sequence[Item], is_xl: bool, picture:
         f"# {name}",
         f"A LoRA for {base}, trained on {len(items)} picture{'s' if len(items) > 1 else ''} of "
         f"{folders}. The licences of the base and of the pictures apply to it.",
-        f"![samples]({picture})",
+        *([f"![samples]({picture})"] if picture else []),
         "Words that it was trained with: " + "; ".join(f"“{caption}”" for caption in captions) + ".",
         f"To draw with it, with minilora:\n\n```bash\n{fetch}{drawing_command(config, captions[0], folder)}\n```",
         "Or with diffusers (and peft, which it needs for LoRA):\n\n"

@@ -1,11 +1,14 @@
 """After the last step: the LoRA file, the sheet that shows what it does, the model card, the hub."""
 
+import sys
 from pathlib import Path
 
 from .. import sampling
+from ..data.folder import Item
 from ..files.network import save_lora
 from ..files.read import AVERAGE_NAME, FILE_NAME
 from ..files.tensors import write_whole
+from ..settings.errors import UserError, first_line
 from . import checkpoint
 from .card import drawing_command, model_card
 from .ema import ema_weights
@@ -23,7 +26,7 @@ def finish(run: Run) -> Path:
     """Write the LoRA file, draw the sheet that shows what it does, push them if asked to, and say what to type next."""
     config, item = run.config, run.examples.items[0]
     lora_file, sheet_file = run.output / FILE_NAME, run.output / "samples" / "before_after.png"
-    sheet_name = sheet_file.relative_to(run.output).as_posix()
+    sheet_name = None
     in_dialects = {"kohya": f"{run.output.resolve().name}.safetensors", "peft": "peft"}
     if run.ranks.is_main:
         save_lora(run.network, lora_file)
@@ -37,19 +40,33 @@ def finish(run: Run) -> Path:
             also = run.output / in_dialects[dialect]
             save_lora(run.network, also, dialect=dialect)
             run.ranks.say(f"wrote      {also}, for programs that read {dialect}'s dialect")
-        size, drawing = run.examples.size_of(item), run.drawing(item.captions[:1])
-        with run.as_drawn():
-            sheet = sampling.before_after(run.base, item, size, drawing, heartbeat)
-        sampling.save_picture(sheet, sheet_file)
+        wrote, sheet_name = str(lora_file), draw_sheet(run, item, sheet_file)
         card = model_card(config, run.examples.items, run.base.is_xl, sheet_name)
         write_whole(run.output / "README.md", card.encode())
-        run.ranks.say(f"wrote      {lora_file} and {sheet_file}")
+        run.ranks.say(f"wrote      {wrote}{f' and {sheet_file}' if sheet_name else ''}")
     wait_for_all()  # a drawing may take long; here, and not in what follows, it gives heartbeats
     if config.push_to_hub:
         results = [FILE_NAME, *([AVERAGE_NAME] if config.ema else []), *([BEST] if config.validation else [])]
         results += [in_dialects[dialect] for dialect in config.also]
-        results += ["README.md", "config.json", sheet_name]
+        results += ["README.md", "config.json", *([sheet_name] if sheet_name else [])]
         url = decided_by_main(lambda: push(config.push_to_hub, run.output, results))
         run.ranks.say(f"pushed     to {url}")
     run.ranks.say(f"next       {drawing_command(config, item.captions[0], config.output)}")
     return lora_file
+
+
+def draw_sheet(run: Run, item: Item, path: Path) -> str | None:
+    """Draw the sheet that shows what the LoRA does; return its name in the output folder, or None if that failed.
+
+    A card that is large enough for training may be too small for drawing: the LoRA is there all the same.
+    """
+    try:
+        with run.as_drawn():
+            size, drawing = run.examples.size_of(item), run.drawing(item.captions[:1])
+            sheet = sampling.before_after(run.base, item, size, drawing, heartbeat)
+    except (RuntimeError, MemoryError, UserError) as error:
+        print(f"warning: no pictures were drawn ({first_line(error)}); the LoRA is whole", file=sys.stderr)
+        path.unlink(missing_ok=True)  # it would show the LoRA of the run before
+        return None
+    sampling.save_picture(sheet, path)
+    return path.relative_to(run.output).as_posix()

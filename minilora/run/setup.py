@@ -178,7 +178,7 @@ def introduce(run: Run) -> None:
 
 
 def put_lora(network: nn.Module, unet: nn.Module, config: TrainConfig) -> dict:
-    """Put the LoRA that is trained into the network; return what the run is a function of by it, as JSON values."""
+    """Inject the LoRA that is trained; return what it adds to the run's identity, as JSON values."""
     if config.init_from:
         try:
             parts = [folded.component for folded in load_lora(network, config.init_from).folded]
