@@ -33,9 +33,10 @@ def data(tmp_path_factory):
     return folder
 
 
-def build_base(data, folder):
+def build_base(data, folder, *more):
     words = ["--data", data, "--work", folder / "work", "--output", folder / "base", "--things", 4]
-    build.main([str(word) for word in (*words, "--vae-steps", 3, "--steps", 3, "--no-compile", "--no-bf16")])
+    words += ["--vae-steps", 3, "--steps", 3, "--no-compile", "--no-bf16", *more]
+    build.main([str(word) for word in words])
     return folder / "base"
 
 
@@ -78,6 +79,14 @@ def test_a_build_that_is_stopped_anywhere_goes_on_to_the_same_bytes(data, base, 
     assert len(weights) == 3
     changed = [str(path) for path in weights if (again / path).read_bytes() != (base / path).read_bytes()]
     assert not changed
+
+
+def test_a_base_is_trained_further_with_the_vae_that_it_has(data, base, tmp_path):
+    further = build_base(data, tmp_path, "--start", base, "--vae-steps", 0, "--steps", 1)
+    vae, unet = (f"{part}/diffusion_pytorch_model.safetensors" for part in ("vae", "unet"))
+    assert (further / vae).read_bytes() == (base / vae).read_bytes()
+    assert (further / unet).read_bytes() != (base / unet).read_bytes()
+    assert (further / "tokenizer" / "tokenizer.json").read_bytes() == (base / "tokenizer" / "tokenizer.json").read_bytes()
 
 
 def test_the_build_says_which_data_it_lacks(tmp_path, capsys):

@@ -23,7 +23,7 @@ ROOT = Path(__file__).parents[1]
 # train.py, but it waits before the given checkpoint is flushed to the disk, and says that it does.
 PAUSING = """
 import os, time
-from minilora.commands import train
+from minilora.settings.command_line import train
 fsync = os.fsync
 def pausing(descriptor):
     if {name!r} in os.readlink(f"/proc/self/fd/{{descriptor}}"):

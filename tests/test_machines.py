@@ -27,7 +27,7 @@ def failing(run, number, *more):
         {work}
     return step(run, number, *more)
 training.optimizer_step = failing
-from minilora.commands import train
+from minilora.settings.command_line import train
 train()
 """
 

@@ -43,7 +43,7 @@ def small(command: str, tiny_base: Path, tiny_xl: str = "") -> str:
         command += " --steps 2"
     if "apps.distill" in command:
         command += " --captions prompts.txt --pictures 4 --train-steps 2 --rank 2"
-    elif "minilora.apps" in command:
+    elif "minilora.apps" in command and "evaluate" not in command:
         command = re.sub(r" --frames \d+", "", command).replace("--style dataset/fluent", "--style out/things")
         command += " --steps 2"
         command += " --frames 3" if "morph" in command else ""

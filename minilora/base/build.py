@@ -300,7 +300,12 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--data", type=Path, default=Path("base-data"), help="folder of the unpacked data packages")
     parser.add_argument("--work", type=Path, default=Path(".cache/base"), help="folder of the build's own checkpoints")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent, help="where the base is written")
-    parser.add_argument("--vae-steps", type=int, default=5400, help="steps of 16 patches or 4 whole pictures")
+    parser.add_argument(
+        "--vae-steps",
+        type=int,
+        default=5400,
+        help="steps of 16 patches or 4 whole pictures; 0 takes the VAE of --start",
+    )
     parser.add_argument("--steps", type=int, default=12000, help="steps of 32 pictures for U-Net and text encoder")
     parser.add_argument("--learning-rate", type=float, default=6e-4, help="highest learning rate of those steps")
     parser.add_argument("--things", type=int, help="how many of things.txt are learnt; all if not given")
@@ -312,6 +317,10 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--bf16", action=argparse.BooleanOptionalAction, default=True, help="autocast to bfloat16")
     args = parser.parse_args(words)
+    if not (args.vae_steps or args.start):
+        parser.error("--vae-steps 0 needs --start, which has a VAE")
+    if args.start and not (args.start / "unet").is_dir():
+        parser.error(f"--start {args.start}: it is no diffusers folder")
     needed = [*(f"{style}/icons.json" for style in STYLES), "lomiri/usr/share/backgrounds"]
     if missing := [name for name in needed if not (args.data / name).exists()]:
         print(f"error: {args.data} lacks {', '.join(missing)}\n\n{DATA_HELP}", file=sys.stderr)
@@ -333,7 +342,11 @@ def main(words: list[str] | None = None) -> None:
     if not kept.exists():
         train_tokenizer(read_things()).save_pretrained(kept)
     tokenizer = CLIPTokenizer.from_pretrained(kept)
-    vae = train_vae(drawn, read_photographs(args.data), args.vae_steps, args.work, device, precision)
+    if args.vae_steps:
+        vae = train_vae(drawn, read_photographs(args.data), args.vae_steps, args.work, device, precision)
+    else:
+        vae = AutoencoderKL.from_pretrained(args.start, subfolder="vae", use_safetensors=True, low_cpu_mem_usage=False)
+        vae = vae.requires_grad_(False).to(device)
     unet, text_encoder = train_unet(drawings, tokenizer, vae, args.steps, args.work, device, precision, args)
     StableDiffusionPipeline(
         vae=vae,

@@ -14,9 +14,11 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
+from safetensors.numpy import load, save
 
 from minilora.data import draws
 from minilora.data.pictures import crop_square, open_picture
+from minilora.files.tensors import write_whole
 
 SIZE = 128  # pixels
 SEED = 0
@@ -89,7 +91,7 @@ def render(svg: str) -> np.ndarray:
 
 def read_style(data: Path, style: str, work: Path) -> dict[str, np.ndarray]:
     """Return every drawing of a style by its name; rendered once, which takes a minute, and kept in `work`."""
-    kept = work / f"{style}-{SIZE}.npz"
+    kept = work / f"{style}-{SIZE}.safetensors"
     if not kept.exists():
         content = json.loads((data / style / "icons.json").read_text())
         pictures = {}
@@ -101,11 +103,8 @@ def read_style(data: Path, style: str, work: Path) -> dict[str, np.ndarray]:
             box = " ".join(map(str, (*corner, width, height)))
             spaces = 'xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink"'
             pictures[name] = render(f'<svg {spaces} viewBox="{box}">{icon["body"]}</svg>')
-        work.mkdir(parents=True, exist_ok=True)
-        np.savez_compressed(kept.with_suffix(".part.npz"), names=list(pictures), pixels=np.stack([*pictures.values()]))
-        kept.with_suffix(".part.npz").rename(kept)
-    with np.load(kept) as file:
-        return dict(zip(file["names"].tolist(), file["pixels"], strict=True))
+        write_whole(kept, save(pictures))
+    return load(kept.read_bytes())
 
 
 def is_held_out(icon: str) -> bool:
