@@ -3,16 +3,14 @@
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from .files.network import load_lora, save_lora
+    from .files.network import load_lora, load_lora_state_dict, lora_state_dict, save_lora
     from .lora import (
         LoRAConv2d,
         LoRALinear,
         inject_lora,
-        load_lora_state_dict,
         lora_disabled,
         lora_layers,
         lora_parameters,
-        lora_state_dict,
         merge_lora,
         remove_lora,
         set_lora_strength,
@@ -39,7 +37,7 @@ __all__ = [
 
 def __getattr__(name: str):
     """Import what is asked for when it is first used: torch takes seconds, and merging files does without."""
-    if name in ("load_lora", "save_lora"):
+    if name in ("load_lora", "load_lora_state_dict", "lora_state_dict", "save_lora"):
         from .files import network as home
     elif name in __all__:
         from . import lora as home

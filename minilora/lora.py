@@ -217,7 +217,7 @@ def matching(module: nn.Module, targets: Sequence[str]) -> dict[str, nn.Module]:
         fitting = {path: layer for path, layer in layers.items() if f".{path}".endswith(f".{target}")}
         missing += [] if fitting else [f"target {target!r} matches no module"]
         found |= {path: layer for path, layer in fitting.items() if path not in found}
-    _refuse("inject", missing)
+    refuse("inject", missing)
     return found
 
 
@@ -267,7 +267,7 @@ def add_lora(
         elif fitting and not 1 <= rank <= min(layer.weight[0].numel(), len(layer.weight)):
             sizes = f"{layer.weight[0].numel()} to {len(layer.weight)} features"
             problems.append(f"{path} maps {sizes}; rank {rank} is not between 1 and the smaller of them")
-    _refuse("inject", problems)
+    refuse("inject", problems)
 
     module.requires_grad_(False)
     for path, rank in ranks.items():
@@ -286,7 +286,7 @@ def remove_lora(module: nn.Module, name: str | None = None) -> None:
     A layer that carries no other gets its original object back, still frozen.  Raises
     RuntimeError while merged, since the change would stay behind unseen.
     """
-    layers = _layers_with(module, name)
+    layers = layers_with(module, name)
     _require(layers, merged=False, what="remove_lora", name=name)
     for path, layer in layers.items():
         if name is not None:
@@ -297,7 +297,7 @@ def remove_lora(module: nn.Module, name: str | None = None) -> None:
 
 def lora_parameters(module: nn.Module, name: str | None = None) -> list[nn.Parameter]:
     """Return the A and B of the LoRA called `name` (of all by default) as one list."""
-    layers = _layers_with(module, name).values()
+    layers = layers_with(module, name).values()
     adapters = [layer.adapters[n] for layer in layers for n in layer.adapters if name in (None, n)]
     return [parameter for adapter in adapters for parameter in (adapter.lora_A, adapter.lora_B)]
 
@@ -307,7 +307,7 @@ def lora_parameters(module: nn.Module, name: str | None = None) -> list[nn.Param
 
 def set_lora_strength(module: nn.Module, strength: float, name: str | None = None) -> None:
     """Set how strongly the LoRA called `name` (all by default) acts: 0 is the base, 1 is as trained."""
-    layers = _layers_with(module, name)
+    layers = layers_with(module, name)
     _require(layers, merged=False, what="set_lora_strength", name=name)
     for layer in layers.values():
         for adapter_name, adapter in layer.adapters.items():
@@ -318,7 +318,7 @@ def set_lora_strength(module: nn.Module, strength: float, name: str | None = Non
 @contextmanager
 def lora_disabled(module: nn.Module) -> Iterator[None]:
     """Within the block the module computes what the base computes; afterwards it is as it was found."""
-    layers = _layers_with(module)
+    layers = layers_with(module)
     _require(layers, merged=False, what="lora_disabled")
     found = {path: layer.enabled for path, layer in layers.items()}
     try:
@@ -337,7 +337,7 @@ def merge_lora(module: nn.Module, name: str | None = None) -> None:
     original weight until `unmerge_lora`.  Raises RuntimeError if merged already, ValueError, with
     nothing changed, if a merged weight would not be finite.
     """
-    layers = _layers_with(module, name)
+    layers = layers_with(module, name)
     _require(layers, merged=False, what="merge_lora", name=name)
     names = {path: [name] if name else list(layer.adapters) for path, layer in layers.items()}
     broken = [p for p, layer in layers.items() if not layer.merged_weight(layer.merged | {*names[p]}).isfinite().all()]
@@ -352,7 +352,7 @@ def unmerge_lora(module: nn.Module, name: str | None = None) -> None:
 
     Raises RuntimeError if not merged.
     """
-    layers = _layers_with(module, name)
+    layers = layers_with(module, name)
     if name is None and any(layer.merged for layer in layers.values()):
         layers = {path: layer for path, layer in layers.items() if layer.merged}
     _require(layers, merged=True, what="unmerge_lora", name=name)
@@ -360,38 +360,7 @@ def unmerge_lora(module: nn.Module, name: str | None = None) -> None:
         layer.unmerge([name] if name else list(layer.merged))
 
 
-# --------------------------------------------------------------------------------------------- tensors
-
-
-def lora_state_dict(module: nn.Module, name: str = "default") -> dict[str, torch.Tensor]:
-    """Return the tensors of one LoRA: `<layer>.lora_A.weight`, (rank, in), and `<layer>.lora_B.weight`."""
-    return {
-        f"{path}.{matrix}.weight": getattr(layer.adapters[name], matrix).detach()
-        for path, layer in _layers_with(module, name).items()
-        for matrix in ("lora_A", "lora_B")
-    }
-
-
-@torch.no_grad()
-def load_lora_state_dict(module: nn.Module, state: dict[str, torch.Tensor], name: str = "default") -> None:
-    """Copy tensors named as by `lora_state_dict` into the LoRA called `name`, in place.
-
-    Raises ValueError, with nothing changed, naming every missing key, unknown key and wrong shape.
-    """
-    own = lora_state_dict(module, name)
-    problems = [f"{key} is missing" for key in own if key not in state]
-    problems += [f"{key} has no layer here" for key in state if key not in own]
-    problems += [
-        f"{key} is {tuple(state[key].shape)} and should be {tuple(own[key].shape)}"
-        for key in own
-        if key in state and state[key].shape != own[key].shape
-    ]
-    _refuse("load", problems)
-    for key, tensor in own.items():
-        tensor.copy_(state[key])
-
-
-def _layers_with(module: nn.Module, name: str | None = None) -> dict[str, LoRALinear]:
+def layers_with(module: nn.Module, name: str | None = None) -> dict[str, LoRALinear]:
     """Return the layers that carry the LoRA called `name` (any by default), or raise if none does."""
     layers = {p: layer for p, layer in lora_layers(module).items() if name is None or name in layer.adapters}
     if not layers:
@@ -409,7 +378,7 @@ def _require(layers: dict[str, LoRALinear], merged: bool, what: str, name: str |
         raise RuntimeError(f"{what}: {', '.join(wrong[:3])} … is {state}; call {remedy} first")
 
 
-def _refuse(what: str, problems: Sequence[str]) -> None:
+def refuse(what: str, problems: Sequence[str]) -> None:
     """Raise ValueError for problems, the first five of them, if there are any."""
     if problems:
         more = f"; and {len(problems) - 5} more" if len(problems) > 5 else ""

@@ -19,8 +19,9 @@ from torch import nn
 from tqdm import tqdm
 
 from .data import draws
+from .files.network import load_lora_state_dict, lora_state_dict
 from .files.tensors import write_whole
-from .lora import load_lora_state_dict, lora_layers, lora_state_dict
+from .lora import lora_layers
 from .models.base import DTYPES
 from .models.compiling import check_compiler
 from .run import checkpoint

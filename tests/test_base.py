@@ -86,7 +86,9 @@ def test_a_base_is_trained_further_with_the_vae_that_it_has(data, base, tmp_path
     vae, unet = (f"{part}/diffusion_pytorch_model.safetensors" for part in ("vae", "unet"))
     assert (further / vae).read_bytes() == (base / vae).read_bytes()
     assert (further / unet).read_bytes() != (base / unet).read_bytes()
-    assert (further / "tokenizer" / "tokenizer.json").read_bytes() == (base / "tokenizer" / "tokenizer.json").read_bytes()
+    assert (further / "tokenizer" / "tokenizer.json").read_bytes() == (
+        base / "tokenizer" / "tokenizer.json"
+    ).read_bytes()
 
 
 def test_the_build_says_which_data_it_lacks(tmp_path, capsys):

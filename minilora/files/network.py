@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from ..lora import KINDS, LoRALinear, add_lora, load_lora_state_dict, lora_layers, remove_lora, set_lora_strength
+from ..lora import KINDS, LoRALinear, add_lora, layers_with, original_layers, refuse, remove_lora, set_lora_strength
 from ..settings.errors import UserError
 from .fold import Folded, Report, read_for
 from .names import COMPONENTS, TEXT_ENCODER, TEXT_ENCODER_2, UNET, full_name
@@ -31,14 +31,9 @@ def live_modules(target) -> dict[str, tuple[str, str, tuple[int, ...]]]:
     """Return (component, path, shape of the weight) of every layer that can carry LoRA, by its full name."""
     result = {}
     for component, module in components(target).items():
-        inside = tuple(f"{path}." for path in lora_layers(module))
-        for path, child in module.named_modules():
-            if isinstance(child, LoRALinear):
-                child = child.base
-            elif path.startswith(inside):
-                continue
-            if isinstance(child, tuple(KINDS)):
-                result[full_name(component, path)] = (component, path, tuple(child.weight.shape))
+        for path, layer in original_layers(module).items():
+            if isinstance(layer, tuple(KINDS)):
+                result[full_name(component, path)] = (component, path, tuple(layer.weight.shape))
     return result
 
 
@@ -95,3 +90,34 @@ def load_lora(
         relative = {p: abs(strength) * mine[p].norm() / max(weights[p].float().norm().item(), 1e-30) for p in mine}
         report.folded.append(Folded(f"{path} at {strength:g}", component, relative))
     return report
+
+
+# --------------------------------------------------------------------------------------------- tensors
+
+
+def lora_state_dict(module: nn.Module, name: str = "default") -> dict[str, torch.Tensor]:
+    """Return the tensors of one LoRA: `<layer>.lora_A.weight`, (rank, in), and `<layer>.lora_B.weight`."""
+    return {
+        f"{path}.{matrix}.weight": getattr(layer.adapters[name], matrix).detach()
+        for path, layer in layers_with(module, name).items()
+        for matrix in ("lora_A", "lora_B")
+    }
+
+
+@torch.no_grad()
+def load_lora_state_dict(module: nn.Module, state: dict[str, torch.Tensor], name: str = "default") -> None:
+    """Copy tensors named as by `lora_state_dict` into the LoRA called `name`, in place.
+
+    Raises ValueError, with nothing changed, naming every missing key, unknown key and wrong shape.
+    """
+    own = lora_state_dict(module, name)
+    problems = [f"{key} is missing" for key in own if key not in state]
+    problems += [f"{key} has no layer here" for key in state if key not in own]
+    problems += [
+        f"{key} is {tuple(state[key].shape)} and should be {tuple(own[key].shape)}"
+        for key in own
+        if key in state and state[key].shape != own[key].shape
+    ]
+    refuse("load", problems)
+    for key, tensor in own.items():
+        tensor.copy_(state[key])

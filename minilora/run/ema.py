@@ -11,7 +11,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from ..lora import load_lora_state_dict, lora_state_dict
+from ..files.network import load_lora_state_dict, lora_state_dict
 
 
 @torch.no_grad()

@@ -13,8 +13,8 @@ from ..data.buckets import Size, bucket_sizes
 from ..data.examples import Examples
 from ..data.folder import Item
 from ..files.names import UNET
-from ..files.network import load_lora
-from ..lora import add_lora, lora_layers, lora_parameters, lora_state_dict
+from ..files.network import load_lora, lora_state_dict
+from ..lora import add_lora, lora_layers, lora_parameters
 from ..models.base import DTYPES, Base, UNetWithText, fingerprint
 from ..models.compiling import compile_options
 from ..models.targets import ranks_and_alphas
