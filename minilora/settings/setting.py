@@ -72,15 +72,16 @@ def setting(
     repeat: bool = False,
     bare: bool = False,
     alias: str = "",
+    in_identity: bool = True,
 ):
     """Declare one setting.
 
     `choices` are all values that it can be, `within` says which numbers; `needs` is another setting that it has
     no effect without, and what that is.  `repeat`: its option may be given several times; `bare`: its values
-    stand without option; `alias` is another option for it.
+    stand without option; `alias` is another option for it.  `in_identity`: what is learnt depends on it.
     """
     metadata = {"help": text, "group": group, "choices": choices, "within": within, "needs": needs}
-    metadata |= {"default": default, "repeat": repeat, "bare": bare, "alias": alias}
+    metadata |= {"default": default, "repeat": repeat, "bare": bare, "alias": alias, "in_identity": in_identity}
     by_base = isinstance(default, ByBase)
     return dataclasses.field(default=None if by_base else default, metadata=metadata)
 

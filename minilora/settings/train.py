@@ -51,52 +51,64 @@ class TrainConfig(Settings):
         "and with a weight, folder:2, each picture comes so many times per epoch",
         repeat=True,
         group=DATA,
+        in_identity=False,
     )
     caption: str | None = setting(
-        None, "caption of every picture, where the folder has none", group=DATA, alias="--instance-prompt"
+        None,
+        "caption of every picture, where the folder has none",
+        group=DATA,
+        alias="--instance-prompt",
+        in_identity=False,
     )
-    caption_column: str = setting("text", "key of the caption in metadata.jsonl or metadata.csv", group=DATA)
+    caption_column: str = setting(
+        "text", "key of the caption in metadata.jsonl or metadata.csv", group=DATA, in_identity=False
+    )
     trigger: str | None = setting(None, "word to put before every caption: 'sks, a dog'", group=DATA)
     resolution: int | None = setting(
         None, "side of the training pictures, in pixels; the base's own if not given", group=DATA, within=AT_LEAST_1
     )
     crop: str = setting(
         "center",
-        "which square of a picture is seen; random turns the latent cache off",
+        "square crop of each picture; random encodes each draw anew, without the cache",
         choices=("center", "random"),
         group=DATA,
     )
     buckets: bool = setting(
-        False, "cut pictures not to squares, but to the size of about that area that loses least", group=DATA
+        False, "train on sizes of about equal area instead of squares, so that less is cropped away", group=DATA
     )
     mirror: bool = setting(False, "show each picture mirrored half of the time", group=DATA)
     caption_dropout: float = setting(
         ByBase(0.0, 0.1), "share of draws whose caption is left empty, 0 to 1", group=DATA, within=SHARE
     )
     class_prompt: str | None = setting(
-        None, "what the pictures' subject is one of: train on pictures of that, too (DreamBooth)", group=DATA
+        None, "prompt of the subject's class, for prior preservation (DreamBooth): 'a dog'", group=DATA
     )
     class_data: str | None = setting(
         None,
         "folder of pictures of the class, missing ones are generated; out/class-<prompt> if not given",
         group=DATA,
         needs=CLASS,
+        in_identity=False,
     )
     class_pictures: int = setting(
-        ByBase(200, 16), "pictures of the class in all", group=DATA, within=AT_LEAST_1, needs=CLASS
+        ByBase(200, 16), "pictures of the class in all", group=DATA, within=AT_LEAST_1, needs=CLASS, in_identity=False
     )
     prior_weight: float = setting(
         1.0, "weight of the class's pictures in the loss", group=DATA, within=ABOVE_0, needs=CLASS
     )
     cache: str = setting(
-        "~/.cache/minilora", "folder of the encoded pictures and captions, shared by all runs", group=DATA
+        "~/.cache/minilora",
+        "folder of the encoded pictures and captions, shared by all runs",
+        group=DATA,
+        in_identity=False,
     )
 
     validation: str | None = setting(
         None,
-        "folder of pictures to measure the loss on and not to train on, or a share of --data, as 0.1, to keep from "
-        "training for it; the LoRA of the lowest is kept",
+        "held-out pictures to measure the loss on: a folder, or a share of --data, as 0.1; the LoRA of the lowest "
+        "loss is kept",
         group=DATA,
+        in_identity=False,
     )
     validate_every: int | None = setting(
         None,
@@ -104,34 +116,38 @@ class TrainConfig(Settings):
         group=DATA,
         needs=("validation", "the pictures to look at"),
         within=AT_LEAST_1,
+        in_identity=False,
     )
 
-    model: str | None = setting(None, MODEL_HELP, group=MODEL)
-    model_config: str | None = setting(None, MODEL_CONFIG_HELP, group=MODEL)
+    model: str | None = setting(None, MODEL_HELP, group=MODEL, in_identity=False)
+    model_config: str | None = setting(None, MODEL_CONFIG_HELP, group=MODEL, in_identity=False)
     base_lora: tuple[str, ...] = setting(
         (),
         "LoRA to merge into the base and train on top of, optionally with a strength: out/fluent:0.8; may be repeated",
         repeat=True,
         group=MODEL,
+        in_identity=False,
     )
-    rank: int = setting(8, "rank of the change of each weight", group=MODEL, within=AT_LEAST_1)
+    rank: int = setting(8, "rank of the LoRA: more learns more, in a larger file", group=MODEL, within=AT_LEAST_1)
     alpha: float | None = setting(
-        None, "the change is scaled by alpha / rank; the rank if not given", group=MODEL, within=ABOVE_0
+        None, "ΔW is scaled by alpha / rank; the rank if not given", group=MODEL, within=ABOVE_0
     )
     rank_for: tuple[str, ...] = setting(
-        (), "other ranks for layers with a part of their name, at the same scale: attn2=16,ff=4", group=MODEL
+        (),
+        "ranks of layers by a part of their name, at the same scale; the last match wins: attn2=16,ff=4",
+        group=MODEL,
     )
-    alpha_for: tuple[str, ...] = setting((), "other alphas for such layers: attn2=8,ff=4", group=MODEL)
+    alpha_for: tuple[str, ...] = setting((), "alphas of layers by a part of their name: attn2=8,ff=4", group=MODEL)
     targets: tuple[str, ...] = setting(
         ATTENTION,
         "layers of the U-Net to adapt: attention, attention+ff, linear, linear+conv, or ends of names with commas",
         group=MODEL,
     )
     init_from: str | None = setting(
-        None, "LoRA to start from, in its own layers and ranks, instead of a new one", group=MODEL
+        None, "LoRA to start from, in its own layers and ranks, instead of a new one", group=MODEL, in_identity=False
     )
 
-    train_text_encoder: bool = setting(False, "put a LoRA into the text encoders, too", group=MODEL)
+    train_text_encoder: bool = setting(False, "also train a LoRA in the text encoders", group=MODEL)
     text_encoder_targets: tuple[str, ...] = setting(
         TEXT_ATTENTION,
         "as --targets, for the text encoders; fc1 and fc2 are their other layers",
@@ -148,6 +164,7 @@ class TrainConfig(Settings):
         "pictures per forward pass and process; gradients are accumulated over the rest",
         group=TRAINING,
         within=AT_LEAST_1,
+        in_identity=False,
     )
     optimizer: str = setting(
         "adamw",
@@ -167,7 +184,7 @@ class TrainConfig(Settings):
         "constant", "learning rate after the warm-up", choices=("constant", "linear", "cosine"), group=TRAINING
     )
     warmup_steps: int = setting(0, "steps over which the learning rate rises from 0", group=TRAINING, within=AT_LEAST_0)
-    max_grad_norm: float = setting(1.0, "gradients are scaled down to this norm", group=TRAINING, within=ABOVE_0)
+    max_grad_norm: float = setting(1.0, "gradients are clipped to this norm", group=TRAINING, within=ABOVE_0)
     noise_offset: float = setting(
         0.0,
         "strength of a constant added to the noise per picture and channel; 0.05 is common",
@@ -176,66 +193,74 @@ class TrainConfig(Settings):
     )
     snr_gamma: float | None = setting(
         None,
-        "cap of the signal-to-noise ratio in the loss's weight (min-SNR); 5 is common",
+        "min-SNR: cap of the signal-to-noise ratio in the loss's weight; 5 is common",
         group=TRAINING,
         within=ABOVE_0,
     )
     huber_c: float | None = setting(
         None,
-        "errors above this count by their size, not by its square (Huber); 0.1 is common",
+        "Huber loss: errors above this count linearly, not squared; 0.1 is common",
         group=TRAINING,
         within=ABOVE_0,
     )
     dream: float | None = setting(
         None,
-        "train on the U-Net's own errors too, keeping details by this power (DREAM); 1 is common",
+        "DREAM: also train on the U-Net's own errors, with this power for details; 1 is common",
         group=TRAINING,
         within=AT_LEAST_0,
     )
     dropout: float = setting(
         0.0,
-        "share of each adapted layer's input that a picture's change does without, below 1",
+        "dropout on the input of each adapter, below 1",
         group=TRAINING,
         within=Within(0, 0.99),
     )
     timestep_range: tuple[int, ...] | None = setting(
-        None, "lowest timestep that is trained, and the first above the highest; all if not given", group=TRAINING
+        None, "timesteps to train, from,to (to is not included); all if not given", group=TRAINING
     )
     zero_terminal_snr: bool = setting(False, ZERO_SNR_HELP, group=TRAINING)
     ema: float | None = setting(
         None,
-        "keep a moving average of the LoRA with this decay, and write it, too; 0.999 is common",
+        "also write a moving average of the LoRA, with this decay; 0.999 is common",
         group=TRAINING,
         within=Within(0, 1, above=True),
     )
     precision: str = setting("fp32", PRECISION_HELP, choices=PRECISIONS, group=TRAINING)
-    gradient_checkpointing: bool = setting(False, "compute activations twice to need less memory", group=TRAINING)
-    compile: bool = setting(False, COMPILE_HELP, group=TRAINING)
+    gradient_checkpointing: bool = setting(
+        False, "compute activations twice, for less memory", group=TRAINING, in_identity=False
+    )
+    compile: bool = setting(False, COMPILE_HELP, group=TRAINING, in_identity=False)
     seed: int = setting(0, "seed of every random draw", group=TRAINING, within=SEED)
 
     output: str | None = setting(
-        None, "folder of the results; out/<name of the data folder> if not given", group=OUTPUT
+        None, "folder of the results; out/<name of the data folder> if not given", group=OUTPUT, in_identity=False
     )
     also: tuple[str, ...] = setting(
         (),
-        "other dialects to write the LoRA in, too: kohya (for A1111 and ComfyUI), peft",
+        "also write the LoRA in these dialects: kohya (for A1111 and ComfyUI), peft",
         group=OUTPUT,
         choices=("kohya", "peft"),
+        in_identity=False,
     )
     push_to_hub: str | None = setting(
-        None, "OWNER/NAME of the repository on the Hugging Face hub that the results go to at the end", group=OUTPUT
+        None, "push the results to this repository of the Hugging Face hub, OWNER/NAME", group=OUTPUT, in_identity=False
     )
-    wandb: str | None = setting(
-        None, "project of Weights & Biases that shows the run, beside TensorBoard", group=OUTPUT
+    wandb: str | None = setting(None, "also log to this project of Weights & Biases", group=OUTPUT, in_identity=False)
+    checkpoint_every: int = setting(
+        ByBase(500, 100), "steps between checkpoints", group=OUTPUT, within=AT_LEAST_1, in_identity=False
     )
-    checkpoint_every: int = setting(ByBase(500, 100), "steps between checkpoints", group=OUTPUT, within=AT_LEAST_1)
-    checkpoints_kept: int = setting(1, "how many of the newest checkpoints stay", group=OUTPUT, within=AT_LEAST_1)
-    resume: bool = setting(False, "go on from the newest checkpoint in the output folder", group=OUTPUT)
+    checkpoints_kept: int = setting(
+        1, "checkpoints to keep, the newest", group=OUTPUT, within=AT_LEAST_1, in_identity=False
+    )
+    resume: bool = setting(
+        False, "go on from the newest checkpoint in the output folder", group=OUTPUT, in_identity=False
+    )
     timeout: float = setting(
         TIMEOUT,
-        "minutes that a process waits for another, before the run ends and says for which",
+        "minutes to wait for another process, before the run ends with a message that names it",
         group=OUTPUT,
         within=ABOVE_0,
+        in_identity=False,
     )
     sample_prompt: tuple[str, ...] = setting(
         (),
@@ -243,6 +268,7 @@ class TrainConfig(Settings):
         repeat=True,
         group=OUTPUT,
         needs=("sample_every", "how often it is drawn"),
+        in_identity=False,
     )
     sample_every: int | None = setting(
         None,
@@ -250,12 +276,14 @@ class TrainConfig(Settings):
         group=OUTPUT,
         needs=("sample_prompt", "what to draw"),
         within=AT_LEAST_1,
+        in_identity=False,
     )
     sample_average: bool = setting(
         False,
         "draw with the average of --ema, instead of the LoRA as it is",
         group=OUTPUT,
         needs=("ema", "which keeps the average"),
+        in_identity=False,
     )
 
     @classmethod
@@ -285,18 +313,15 @@ class TrainConfig(Settings):
             return None
 
     def identity(self) -> dict:
-        """Return the settings that what is learnt is a function of, as JSON values.
+        """Return the settings that what is learnt depends on, as JSON values.
 
-        The others say where things are or how work is shared out; of what they name, pictures and
-        base, it is the content that counts.
+        The others say where things are or how work is shared out.  Of what they name, pictures and base, the content
+        counts.
         """
-        no_part = {"data", "caption", "caption_column", "cache", "model", "model_config", "output", "resume", "also"}
-        no_part |= {"init_from", "base_lora", "class_data", "class_pictures", "validation", "validate_every"}
-        no_part |= {"micro_batch_size", "gradient_checkpointing", "compile", "checkpoint_every", "checkpoints_kept"}
-        no_part |= {"sample_prompt", "sample_every", "sample_average", "push_to_hub", "wandb", "timeout"}
+        names = [field.name for field in dataclasses.fields(self) if field.metadata["in_identity"]]
         if self.lr_schedule == "constant":
-            no_part.add("steps")  # a longer run begins as a shorter one
-        settings = {name: value for name, value in dataclasses.asdict(self).items() if name not in no_part}
+            names.remove("steps")  # a longer run begins as a shorter one
+        settings = {name: getattr(self, name) for name in names}
         return json.loads(json.dumps(settings))  # tuples become lists, as in a checkpoint
 
     def problems(self) -> list[str]:
