@@ -104,7 +104,8 @@ def read_style(data: Path, style: str, work: Path) -> dict[str, np.ndarray]:
             spaces = 'xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink"'
             pictures[name] = render(f'<svg {spaces} viewBox="{box}">{icon["body"]}</svg>')
         write_whole(kept, save(pictures))
-    return load(kept.read_bytes())
+    pictures = load(kept.read_bytes())  # in another order at every reading
+    return {name: pictures[name] for name in sorted(pictures)}
 
 
 def is_held_out(icon: str) -> bool:
