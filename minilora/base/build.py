@@ -16,7 +16,6 @@ was stopped goes on where it was.  The result is an ordinary diffusers folder in
 import argparse
 import copy
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -48,6 +47,7 @@ from .pictures import (
     read_photographs,
     read_style,
     read_things,
+    refuse_missing,
     variant,
 )
 
@@ -321,10 +321,7 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
         parser.error("--vae-steps 0 needs --start, which has a VAE")
     if args.start and not (args.start / "unet").is_dir():
         parser.error(f"--start {args.start}: it is no diffusers folder")
-    needed = [*(f"{style}/icons.json" for style in STYLES), "lomiri/usr/share/backgrounds"]
-    if missing := [name for name in needed if not (args.data / name).exists()]:
-        print(f"error: {args.data} lacks {', '.join(missing)}\n\n{DATA_HELP}", file=sys.stderr)
-        sys.exit(2)
+    refuse_missing(args.data, "lomiri/usr/share/backgrounds")
     return args
 
 

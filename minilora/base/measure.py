@@ -10,6 +10,7 @@ the thing is still the thing.  A contact sheet shows fifty everyday prompts, fou
 """
 
 import argparse
+import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -44,6 +45,7 @@ from .pictures import (
     is_held_out,
     read_drawings,
     read_style,
+    refuse_missing,
     split,
     variant,
 )
@@ -183,6 +185,7 @@ def main() -> None:
     parser.add_argument("--dataset", type=Path, default=Path("dataset"), help="folder of the example datasets")
     parser.add_argument("--work", type=Path, default=Path(".cache/base"), help="folder of drawings and of the LoRAs")
     args = parser.parse_args()
+    refuse_missing(args.data, "fluent-emoji-3d/assets")
     figures: list[str] = []
 
     def note(name: str, value: str) -> None:
@@ -190,6 +193,9 @@ def main() -> None:
         print(f"{name}: {value}", flush=True)
 
     base = Base(None, torch.device("cpu"))
+    if base.resolution != SIZE:
+        print(f"error: {BUNDLED} is of {base.resolution} pixels; this measures one of {SIZE}", file=sys.stderr)
+        sys.exit(2)
     styles = {style: read_style(args.data, style, args.work) for style in STYLES}
     drawings, fluent = read_drawings(styles, known_things()), fluent_pictures(args.data, known_things())
     photographs = sorted(args.dataset.glob("mountain*/*.jpg"))

@@ -7,6 +7,7 @@ U-Net learns to draw and what they are called; the VAE learns from all of them, 
 import io
 import json
 import re
+import sys
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -49,6 +50,14 @@ LEFT_OUT = re.compile(
 )
 # The two that LoRA is shown to learn, and three that are no photographs.
 PHOTOGRAPHS_LEFT_OUT = ("picosdeeuropa", "aitzgorri", "Fossa", "Infinite-Sea", "Painting-Colors")
+
+
+def refuse_missing(data: Path, *more: str) -> None:
+    """End the program, with what to download, if a data folder lacks the drawings or `more`."""
+    needed = [*(f"{style}/icons.json" for style in STYLES), *more]
+    if missing := [name for name in needed if not (data / name).exists()]:
+        print(f"error: {data} lacks {', '.join(missing)}\n\n{DATA_HELP}", file=sys.stderr)
+        sys.exit(2)
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,19 @@ from minilora.data import draws
 from minilora.sampling import write_captions
 from minilora.settings.setting import BUNDLED
 
-from .pictures import PRINTED, PROMPTS, SEED, SIZE, Named, fluent_files, fluent_pictures, read_style, read_things, split
+from .pictures import (
+    PRINTED,
+    PROMPTS,
+    SEED,
+    SIZE,
+    Named,
+    fluent_files,
+    fluent_pictures,
+    read_style,
+    read_things,
+    refuse_missing,
+    split,
+)
 
 INK, PAPER = (10, 42, 92), (236, 241, 238)  # Prussian blue; paper that is not quite white
 TONES = 64  # steps between the two
@@ -115,6 +127,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path(".cache/base"), help="folder of the rendered drawings")
     parser.add_argument("--output", type=Path, default=Path("dataset"), help="folder to write them into")
     args = parser.parse_args()
+    refuse_missing(args.data, "fluent-emoji-3d/assets")
     write(args.output / "fluent", split(fluent_pictures(args.data, known_things()), PROMPTS)[0])
     robots = subject_pictures(fluent_files(args.data)["robot"])
     files = [f"robot_{number:02d}.png" for number in range(1, SUBJECT + 1)]
