@@ -8,16 +8,13 @@ from ..data.folder import Item
 from ..files.network import save_lora
 from ..files.read import AVERAGE_NAME, FILE_NAME
 from ..files.tensors import write_whole
-from ..settings.errors import UserError, first_line
+from ..settings.errors import UserError, first_line, is_out_of_memory
 from . import checkpoint
 from .card import drawing_command, model_card
 from .ema import ema_weights
 from .hub import push
 from .lost import heartbeat
-from .ranks import (
-    decided_by_main,
-    wait_for_all,
-)
+from .ranks import decided_by_main, wait_for_all
 from .setup import Run
 from .validation import BEST, FIGURES
 
@@ -40,10 +37,10 @@ def finish(run: Run) -> Path:
             also = run.output / in_dialects[dialect]
             save_lora(run.network, also, dialect=dialect)
             run.ranks.say(f"wrote      {also}, for programs that read {dialect}'s dialect")
-        wrote, sheet_name = str(lora_file), draw_sheet(run, item, sheet_file)
+        sheet_name = draw_sheet(run, item, sheet_file)
         card = model_card(config, run.examples.items, run.base.is_xl, sheet_name)
         write_whole(run.output / "README.md", card.encode())
-        run.ranks.say(f"wrote      {wrote}{f' and {sheet_file}' if sheet_name else ''}")
+        run.ranks.say(f"wrote      {lora_file}{f' and {sheet_file}' if sheet_name else ''}")
     wait_for_all()  # a drawing may take long; here, and not in what follows, it gives heartbeats
     if config.push_to_hub:
         results = [FILE_NAME, *([AVERAGE_NAME] if config.ema else []), *([BEST] if config.validation else [])]
@@ -65,6 +62,8 @@ def draw_sheet(run: Run, item: Item, path: Path) -> str | None:
             size, drawing = run.examples.size_of(item), run.drawing(item.captions[:1])
             sheet = sampling.before_after(run.base, item, size, drawing, heartbeat)
     except (RuntimeError, MemoryError, UserError) as error:
+        if not isinstance(error, UserError) and not is_out_of_memory(error):
+            raise
         print(f"warning: no pictures were drawn ({first_line(error)}); the LoRA is whole", file=sys.stderr)
         path.unlink(missing_ok=True)  # it would show the LoRA of the run before
         return None

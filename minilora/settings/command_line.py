@@ -11,14 +11,13 @@ import difflib
 import importlib
 import json
 import os
-import re
 import sys
 import types
 import typing
 from collections.abc import Callable
 from pathlib import Path
 
-from .errors import UserError, first_line
+from .errors import UserError, first_line, is_out_of_memory
 from .setting import ByBase, option
 from .strict_json import parse_json
 
@@ -55,8 +54,8 @@ def run(settings: str | type, work: str | Callable, description: str) -> None:
         _named(work)(config)
     except (UserError, OSError) as error:  # an OSError: a disk that is full, a folder that is not ours
         fail(str(error))
-    except (MemoryError, RuntimeError) as error:  # as torch calls it, on a GPU and on a CPU
-        if not isinstance(error, MemoryError) and not re.search("out of memory|can't allocate memory", str(error)):
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
             raise
         advice = 'smaller pictures, fewer at a time and --precision bf16 take less; see "little memory" in the README'
         fail(f"not enough memory ({first_line(error)}); {advice}")

@@ -1,5 +1,7 @@
 """A mistake of the user's, and what a library says of one."""
 
+import re
+
 
 class UserError(Exception):
     """A mistake of the user's, told in one line; the commands print it and exit with 2."""
@@ -8,3 +10,8 @@ class UserError(Exception):
 def first_line(error: Exception) -> str:
     """Return what an error of a library's says first; its kind, if it says nothing."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether an error says that there was not enough memory, as Python or as torch says it on a GPU and on a CPU."""
+    return isinstance(error, MemoryError) or bool(re.search("out of memory|can't allocate memory", str(error)))
