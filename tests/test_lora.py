@@ -6,6 +6,8 @@ import peft
 import pytest
 import torch
 from conftest import make_tiny_text_encoder
+from helpers import MLP, randomize
+from helpers import MLP_TARGETS as TARGETS
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -24,29 +26,6 @@ from minilora import (
     unmerge_lora,
 )
 from minilora.data import draws
-
-
-class MLP(nn.Module):
-    def __init__(self):
-        super().__init__()
-        torch.manual_seed(0)
-        self.first = nn.Linear(6, 10)
-        self.layers = nn.ModuleList([nn.Linear(10, 10), nn.Linear(10, 4)])
-
-    def forward(self, x):
-        x = self.first(x).relu()
-        return self.layers[1](self.layers[0](x).relu())
-
-
-TARGETS = ("first", "layers.0", "layers.1")
-
-
-def randomize(module: nn.Module, seed: int = 1) -> None:
-    """Give every A and B values as training would, so that the LoRA does something."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in lora_parameters(module):
-            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
 
 
 @pytest.fixture(params=["mlp", "text encoder", "unet"])

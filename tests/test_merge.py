@@ -7,14 +7,13 @@ import struct
 import subprocess
 import sys
 import tracemalloc
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from conftest import make_tiny_text_encoder, make_unet
+from helpers import ROOT, random_lora
 from safetensors.torch import load_file, save_file
-from test_formats import random_lora
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 from minilora.files import names
@@ -31,7 +30,7 @@ from minilora.settings.errors import UserError
 from minilora.settings.shared import path_and_number
 
 FAMILIES = ("sd1", "sd2", "sdxl")
-ENVIRONMENT = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}  # this tree's minilora, from any folder
+ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT)}  # this tree's minilora, from any folder
 
 
 def parts_of(family: str, tokenizer) -> dict[str, torch.nn.Module]:

@@ -3,16 +3,16 @@
 import ast
 import struct
 import tracemalloc
-from pathlib import Path
 
 import pytest
 import torch
+from helpers import ROOT
 
 from minilora.files.tensors import PICKLES, TensorFile
 from minilora.models.base import Base
 from minilora.settings.errors import UserError
 
-SOURCES = sorted((Path(__file__).parents[1] / "minilora").rglob("*.py"))
+SOURCES = sorted((ROOT / "minilora").rglob("*.py"))
 RUNS_CODE = {"eval", "exec", "compile", "__import__"}  # called by name
 UNPICKLES = {"pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal", "yaml"}  # as modules
 NO_WEIGHTS = {"AutoImageProcessor", "CLIPTokenizer", "DDIMScheduler", "kind.config_class"}  # they read JSON and text

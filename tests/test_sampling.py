@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
+from helpers import CPU, write_a_lora
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from test_models import write_a_lora
 from torch._dynamo.utils import counters
 
 from minilora import load_lora, lora_layers, set_lora_strength
@@ -16,8 +16,6 @@ from minilora.models.base import Base
 from minilora.sampling import SCHEDULERS, TOGETHER, draw, draw_each, evaluating, merged_at, sample, sheet
 from minilora.settings.errors import UserError
 from minilora.settings.sample import SampleConfig
-
-CPU = torch.device("cpu")
 
 
 @pytest.fixture

@@ -19,6 +19,7 @@ import pytest
 import torch
 from conftest import make_picture
 from diffusers import AutoencoderKL
+from helpers import ROOT, deltas, relative_difference, torchrun, weights
 from huggingface_hub import ModelCard
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -43,7 +44,6 @@ from minilora.settings.sample import SampleConfig
 from minilora.settings.train import TrainConfig
 from minilora.training import learning_rate_at, train
 
-ROOT = Path(__file__).parents[1]
 EIGHT_BITS = {"optimizer": "adamw8bit", "targets": ("conv1",), "rank": 16}  # fewer than 256 numbers stay in 32 bits
 needs_bitsandbytes = pytest.mark.skipif(find_spec("bitsandbytes") is None, reason='needs the extra "8bit"')
 
@@ -61,21 +61,6 @@ def run(pictures, tmp_path, tiny_base):
         return tmp_path / name
 
     return run
-
-
-def weights(folder: Path) -> dict[str, torch.Tensor]:
-    return load_file(folder / FILE_NAME)
-
-
-def deltas(folder: Path) -> torch.Tensor:
-    """Return all ΔW of a LoRA file as one long vector."""
-    state = weights(folder)
-    pairs = [(state[k], state[k.replace("lora_A", "lora_B")]) for k in sorted(state) if "lora_A" in k]
-    return torch.cat([(b.flatten(1) @ a.flatten(1)).flatten() for a, b in pairs])
-
-
-def relative_difference(one: Path, two: Path) -> float:
-    return ((deltas(one) - deltas(two)).norm() / deltas(one).norm()).item()
 
 
 def losses(folder: Path) -> list[float]:
@@ -280,11 +265,6 @@ def test_micro_batches_give_the_lora_of_the_whole_batch(run, dropout):
     for micro in (1, 2, 3):
         assert relative_difference(whole, run(f"micro{micro}", watch, micro_batch_size=micro, **settings)) < 1e-4
     assert seen == [*[1] * 36, *[2] * 18, *[3] * 12]
-
-
-def torchrun(processes: int, *words: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    return subprocess.run([*command, "train.py", *words], cwd=ROOT, capture_output=True, text=True)
 
 
 def test_two_processes_give_the_lora_of_one(run, pictures, tmp_path, tiny_base):

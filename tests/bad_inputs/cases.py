@@ -1,7 +1,7 @@
 """Bad inputs: every case with how it is made and what comes of it.
 
 Each case makes files in an empty folder and gives a command over them.  It *works*, and something is
-seen, or the command ends with exit code 2 and a message that names what is wrong.  tests/test_bad_inputs.py
+seen, or the command ends with exit code 2 and a message that names what is wrong.  tests/bad_inputs/test_bad_inputs.py
 runs them all; `python tests/bad_inputs/cases.py` writes the table of them, docs/bad_input.md.
 """
 
@@ -680,7 +680,7 @@ def page() -> str:
         "result.",
         "",
         "[`tests/bad_inputs/cases.py`](../tests/bad_inputs/cases.py) makes all of them, and this page; "
-        "[`tests/test_bad_inputs.py`](../tests/test_bad_inputs.py) runs them.",
+        "[`tests/bad_inputs/test_bad_inputs.py`](../tests/bad_inputs/test_bad_inputs.py) runs them.",
     ]
     for room, (about, _, rows) in ROOMS.items():
         lines += ["", f"## {room}", "", f"| {about} | what comes of it | and is said |", "|---|---|---|"]

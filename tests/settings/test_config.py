@@ -2,11 +2,11 @@
 
 import dataclasses
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from helpers import ROOT
 from test_training import CHANGES
 
 from minilora.settings.command_line import read, run
@@ -173,7 +173,7 @@ def test_every_setting_has_a_test_that_shows_what_it_does(settings):
     assert {field.name for field in dataclasses.fields(settings)} == changes | SHOWN[settings].keys()
     for name, where in SHOWN[settings].items():
         file, test = where.split("::")
-        text = (Path(__file__).parent / file).read_text()
+        [text] = [path.read_text() for path in (ROOT / "tests").rglob(file)]
         assert f"def {test}(" in text, where
         assert name in text, where
 

@@ -9,9 +9,9 @@ import pytest
 import torch
 from conftest import FAMILIES, make_picture
 from diffusers import DDPMScheduler
+from helpers import relative_difference, torchrun
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from test_training import relative_difference, torchrun
 
 from minilora import inject_lora, lora_parameters, save_lora
 from minilora.data import draws

@@ -11,10 +11,9 @@ import numpy as np
 import pytest
 import torch
 from diffusers import LCMScheduler, StableDiffusionPipeline
+from helpers import CPU, ROOT, relative_difference
 from PIL import Image
 from safetensors.torch import load_file
-from test_consistency import CPU
-from test_training import relative_difference
 
 from minilora import inject_lora, lora_parameters, save_lora
 from minilora.apps import drawing, fewsteps, smooth
@@ -31,7 +30,6 @@ from minilora.settings.command_line import read
 from minilora.settings.errors import UserError
 from minilora.settings.sample import SampleConfig
 
-ROOT = Path(__file__).parents[1]
 ONE = Ranks(0, 1, CPU)
 
 

@@ -4,25 +4,15 @@ import pytest
 import torch
 from conftest import make_tiny_text_encoder, make_tiny_unet
 from diffusers import StableDiffusionPipeline
+from helpers import CPU, MLP, randomize, write_a_lora
+from helpers import MLP_TARGETS as TARGETS
 from safetensors.torch import load_file, save_file
-from test_lora import MLP, TARGETS, randomize
 
 from minilora import inject_lora, load_lora, lora_state_dict, merge_lora, save_lora
 from minilora.files.fold import fold
 from minilora.lora import lora_layers
 from minilora.models.base import BUNDLED, Base, fingerprint
 from minilora.settings.errors import UserError
-
-CPU = torch.device("cpu")
-
-
-def write_a_lora(path):
-    """Write the file of a LoRA that does something, and return the U-Net that carries it."""
-    unet = make_tiny_unet()
-    inject_lora(unet, rank=4, alpha=6)
-    randomize(unet)
-    save_lora(unet, path)
-    return unet
 
 
 @pytest.fixture

@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 from diffusers import LCMScheduler
+from helpers import CPU
 from safetensors.torch import load_file
 from torch.func import functional_call
 
@@ -19,7 +20,6 @@ from minilora.settings.errors import UserError
 from minilora.settings.train import TrainConfig
 from minilora.training import train
 
-CPU = torch.device("cpu")
 CONFIG = TrainConfig(data=("not read",), model="not read")
 
 

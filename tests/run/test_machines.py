@@ -8,13 +8,12 @@ import time
 from pathlib import Path
 
 import pytest
+from helpers import ROOT, relative_difference, weights
 from machines import DEVICE, two_machines
-from test_training import relative_difference, weights
 
 from minilora.settings.train import TrainConfig
 from minilora.training import train
 
-ROOT = Path(__file__).parents[1]
 # The order of a float32 sum, magnified by Adam where a gradient is nearly zero.
 SAME = 1e-4
 # train.py, but at step 17 of the first start something happens to the last process.

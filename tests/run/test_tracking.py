@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers import ROOT
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -17,8 +18,6 @@ from minilora.files.read import FILE_NAME
 from minilora.settings.errors import UserError
 from minilora.settings.train import TrainConfig
 from minilora.training import train
-
-ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture

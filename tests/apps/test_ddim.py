@@ -3,11 +3,11 @@
 import pytest
 import torch
 from diffusers import DDIMInverseScheduler, DDIMScheduler
+from helpers import CPU
 
 from minilora.apps.ddim import Levels, ddim_draw, ddim_invert, guided
 from minilora.models.base import BUNDLED, Base
 
-CPU = torch.device("cpu")
 SETTINGS = [
     {"timestep_spacing": "leading", "steps_offset": 1, "set_alpha_to_one": False},  # Stable Diffusion's own
     {"timestep_spacing": "trailing", "set_alpha_to_one": True},

@@ -5,8 +5,9 @@ from dataclasses import replace
 import pytest
 import torch
 from conftest import make_tiny_unet
+from helpers import CPU
 from safetensors.torch import load_file
-from test_consistency import CONFIG, CPU
+from test_consistency import CONFIG
 
 from minilora import inject_lora
 from minilora.apps.smooth import SmoothDenoising

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import make_picture
+from helpers import CPU
 from transformers import (
     CLIPConfig,
     CLIPModel,
@@ -24,7 +25,6 @@ from minilora.apps.vision import frechet_distance, vectors_of
 from minilora.data.pictures import as_tensor
 from minilora.settings.errors import UserError
 
-CPU = torch.device("cpu")
 SMALL = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
 SEEN = {"image_size": 28, "patch_size": 14}
 MEAN, STD = [0.4, 0.5, 0.6], [0.2, 0.3, 0.4]

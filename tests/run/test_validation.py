@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 from conftest import make_picture
+from helpers import torchrun
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from test_training import torchrun
 
 from minilora.data.folder import read_folders
 from minilora.files.read import FILE_NAME

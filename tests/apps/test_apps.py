@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import make_picture
+from helpers import CPU
 from PIL import Image
 
 from minilora import inject_lora, lora_parameters, set_lora_strength
@@ -20,8 +21,6 @@ from minilora.models.base import Base
 from minilora.sampling import merged_at
 from minilora.settings.command_line import read
 from minilora.settings.errors import UserError
-
-CPU = torch.device("cpu")
 
 
 @pytest.fixture

@@ -4,14 +4,13 @@ import re
 import subprocess
 import sys
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from conftest import make_picture
+from helpers import ROOT, relative_difference
 from PIL import Image
-from test_training import relative_difference
 
 from minilora import training
 from minilora.data.folder import read_folders
@@ -26,7 +25,6 @@ from minilora.settings.sample import SampleConfig
 from minilora.settings.train import TrainConfig
 
 ONE = Ranks(0, 1, torch.device("cpu"))
-ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture

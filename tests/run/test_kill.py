@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+from helpers import ROOT
 
 from minilora.files.read import FILE_NAME
 from minilora.run.objective import Denoising
@@ -19,7 +20,6 @@ from minilora.settings import command_line as commands
 from minilora.settings.train import TrainConfig
 from minilora.training import train
 
-ROOT = Path(__file__).parents[1]
 # train.py, but it waits before the given checkpoint is flushed to the disk, and says that it does.
 PAUSING = """
 import os, time

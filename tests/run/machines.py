@@ -10,9 +10,9 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
+from helpers import ROOT
+
 DEVICE = "cable"  # of each machine
 
 

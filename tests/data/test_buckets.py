@@ -3,8 +3,8 @@
 from collections import Counter
 
 import pytest
-import torch
 from conftest import make_picture
+from helpers import CPU
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -15,8 +15,6 @@ from minilora.models.base import Base
 from minilora.run.encode import encoded_examples
 from minilora.run.ranks import Ranks
 from minilora.settings.train import TrainConfig
-
-CPU = torch.device("cpu")
 
 
 @pytest.mark.parametrize(("resolution", "multiple"), [(64, 8), (512, 64), (768, 64), (1024, 64), (24, 8)])

@@ -8,9 +8,9 @@ import pytest
 import torch
 from conftest import make_picture
 from diffusers import ControlNetModel, StableDiffusionImg2ImgPipeline, StableDiffusionXLImg2ImgPipeline
+from helpers import CPU, write_a_lora
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from test_models import write_a_lora
 
 from minilora import inject_lora, save_lora
 from minilora.apps.canny import canny, follow
@@ -24,7 +24,6 @@ from minilora.settings.errors import UserError
 from minilora.settings.sample import SampleConfig
 from minilora.settings.train import TrainConfig
 
-CPU = torch.device("cpu")
 STRENGTHS = (0.0, 0.5, 1.0)
 
 

@@ -1,8 +1,8 @@
 """The readers of strangers' files under atheris, which looks for inputs that reach new lines of them; by hand.
 
     pip install atheris
-    python tests/fuzz.py safetensors -max_total_time=600
-    python tests/fuzz.py metadata -max_total_time=600
+    python tests/files/fuzz.py safetensors -max_total_time=600
+    python tests/files/fuzz.py metadata -max_total_time=600
 
 The tests have the same properties under hypothesis (test_fuzz.py); this looks longer, and at what it has seen.
 Anything but a UserError that comes out of a reader ends it, and libFuzzer writes the input to a file crash-….

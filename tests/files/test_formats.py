@@ -8,6 +8,7 @@ import pytest
 import torch
 from conftest import make_tiny_text_encoder, make_unet
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
+from helpers import random_lora
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -16,7 +17,7 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokeniz
 
 from minilora.files.names import full_name, kohya_names
 from minilora.files.network import components, live_modules
-from minilora.files.number_types import EPSILON, narrow, widen
+from minilora.files.number_types import EPSILON
 from minilora.files.read import FILE_NAME, Change, FormatError, LoRA, read_lora
 from minilora.files.tensors import tensor_bytes
 from minilora.files.write import DIALECTS, as_kohya, difference, write_lora
@@ -34,19 +35,6 @@ def modules_of(family: str) -> dict[str, tuple[int, ...]]:
 
 
 MODULES = {family: modules_of(family) for family in FAMILIES}
-
-
-def random_lora(modules, seed: int, share: float = 0.5, stored="F32", ranks=(1, 6)) -> LoRA:
-    """Return a LoRA of some of the modules, each with a rank and a scale of its own."""
-    random = np.random.default_rng(seed)
-    changes = {}
-    for name, shape in modules.items():
-        if random.random() < share:
-            rank = int(random.integers(*ranks))
-            a, b = random.standard_normal((rank, *shape[1:])), random.standard_normal((shape[0], rank))
-            a, b = (widen(narrow(matrix, stored)) for matrix in (a, b))
-            changes[name] = Change(a, b, float(random.choice([1.0, 0.5, 2.0, 0.3])), (stored, stored))
-    return LoRA(changes)
 
 
 def in_torch(change: Change) -> torch.Tensor:
