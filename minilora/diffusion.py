@@ -64,9 +64,8 @@ class Conditioning:
 
     text: torch.Tensor  # (batch, tokens, width)
     pooled: torch.Tensor | None = None  # (batch, width'): the whole caption in one vector
-    sizes: torch.Tensor | None = (
-        None  # (batch, 6): height and width of the picture, top and left of the crop, height and width of the crop
-    )
+    # (batch, 6): height and width of the picture, top and left of the crop, height and width of the crop
+    sizes: torch.Tensor | None = None
 
     def inputs(self) -> dict:
         """Return it as what diffusers' U-Nets take by name."""
@@ -74,6 +73,34 @@ class Conditioning:
             return {"encoder_hidden_states": self.text}
         more = {"text_embeds": self.pooled, "time_ids": self.sizes}
         return {"encoder_hidden_states": self.text, "added_cond_kwargs": more}
+
+
+def denoising_loss(
+    unet,
+    latents: torch.Tensor,
+    conditioning: Conditioning,
+    noise: torch.Tensor,
+    timesteps: torch.Tensor,
+    schedule: Schedule,
+    snr_gamma: float | None = None,
+    huber_c: float | None = None,
+    dream: float | None = None,
+) -> torch.Tensor:
+    """Return one float32 loss per picture, (batch,): the mean squared error of the U-Net's prediction.
+
+    `latents` x₀ and `noise` ε are (batch, channels, h, w), `timesteps` (batch,).  `unet` is called as diffusers' are.
+    Optional: `snr_gamma` for `min_snr_weight`, `huber_c` for `huber`, `dream` for `rectified`.
+    """
+    if dream is not None:
+        noise = rectified(unet, latents, conditioning, noise, timesteps, schedule, dream)
+    noisy = add_noise(latents, noise, timesteps, schedule)
+    prediction = unet(noisy, timesteps, **conditioning.inputs()).sample
+    wanted = target(latents, noise, timesteps, schedule)
+    difference = prediction.float() - wanted.float()
+    loss = (difference.square() if huber_c is None else huber(difference, huber_c)).mean(dim=(1, 2, 3))
+    if snr_gamma is not None:
+        loss = loss * min_snr_weight(timesteps, schedule, snr_gamma)
+    return loss  # (batch,)
 
 
 def add_noise(latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor, schedule: Schedule) -> torch.Tensor:
@@ -157,41 +184,13 @@ def rectified(
     schedule: Schedule,
     preservation: float,
 ) -> torch.Tensor:
-    """Return the noise ε + λ (ε − ε̂), in which the U-Net's own error ε − ε̂ is seen; (batch, channels, h, w).
+    """Return the noise ε + λ (ε − ε̂), which contains the U-Net's own error ε − ε̂; (batch, channels, h, w).
 
-    Drawing goes from one of its predictions to the next, with their errors in them; training on x_t alone never
-    sees any.  With λ = (√(1 − ᾱ_t))^p it does; the larger p, the more details are kept.  Each step then costs
-    another forward pass.  Source: Zhou et al., "DREAM: diffusion rectification and estimation-adaptive models", 2023.
+    In sampling, each step starts from the errors of the step before; plain training never shows the U-Net any.
+    λ is (√(1 − ᾱ_t))^p: the larger p = `preservation`, the more details are kept.  It costs one more forward pass.
+    Source: Zhou et al., "DREAM: diffusion rectification and estimation-adaptive models", 2023.
     """
     noisy, alpha_bar = add_noise(latents, noise, timesteps, schedule), schedule.alpha_bar(timesteps)
     prediction = unet(noisy, timesteps, **conditioning.inputs()).sample.float()
     _, seen = clean_and_noise(prediction, noisy, alpha_bar, schedule.prediction_type)
     return noise + (1 - alpha_bar).sqrt() ** preservation * (noise - seen)
-
-
-def denoising_loss(
-    unet,
-    latents: torch.Tensor,
-    conditioning: Conditioning,
-    noise: torch.Tensor,
-    timesteps: torch.Tensor,
-    schedule: Schedule,
-    snr_gamma: float | None = None,
-    huber_c: float | None = None,
-    dream: float | None = None,
-) -> torch.Tensor:
-    """Return one float32 loss per picture, (batch,).
-
-    `latents` and `noise` are (batch, channels, h, w), `timesteps` (batch,).  `unet` predicts as diffusers' do.
-    `snr_gamma`, `huber_c` and `dream` are those of `min_snr_weight`, `huber` and `rectified`.
-    """
-    if dream is not None:
-        noise = rectified(unet, latents, conditioning, noise, timesteps, schedule, dream)
-    noisy = add_noise(latents, noise, timesteps, schedule)
-    prediction = unet(noisy, timesteps, **conditioning.inputs()).sample
-    wanted = target(latents, noise, timesteps, schedule)
-    difference = prediction.float() - wanted.float()
-    loss = (difference.square() if huber_c is None else huber(difference, huber_c)).mean(dim=(1, 2, 3))
-    if snr_gamma is not None:
-        loss = loss * min_snr_weight(timesteps, schedule, snr_gamma)
-    return loss  # (batch,)

@@ -36,12 +36,14 @@ time:  y = W x + Σ sᵢ · ΔWᵢ x.
 Source: Hu et al., "LoRA: low-rank adaptation of large language models", 2021.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+
+from .settings.errors import refuse
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")  # the attention projections of diffusers' U-Nets
 
@@ -57,8 +59,7 @@ class Adapter(nn.Module):
 
     def __init__(self, base: nn.Module, rank: int, alpha: float, generator: torch.Generator | None = None):
         super().__init__()
-        self.rank = rank
-        self.alpha = alpha
+        self.rank, self.alpha, self.scale = rank, alpha, alpha / rank
         self.strength = 1.0
         self.dropout_mask: torch.Tensor | None = None  # in training: (batch, in), of mean 1; None: no dropout
         weight = base.weight
@@ -66,10 +67,6 @@ class Adapter(nn.Module):
         gaussian = torch.randn(rank, *weight.shape[1:], generator=generator) / rank
         self.lora_A = nn.Parameter(gaussian.to(weight.device))  # (rank, in)
         self.lora_B = nn.Parameter(torch.zeros(len(weight), rank, device=weight.device))  # (out, rank)
-
-    @property
-    def scale(self) -> float:
-        return self.alpha / self.rank
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return strength · ΔW x without ever forming ΔW; (…, in) -> (…, out)."""
@@ -119,21 +116,13 @@ class ConvAdapter(Adapter):
 class LoRALinear(nn.Module):
     """A linear layer with adapters beside it: y = base(x) + Σ adapterᵢ(x).
 
-    `base` is the original layer itself, not a copy.  `adapters` maps a name to an Adapter.  Those whose
-    names are in `merged` are in the base's weight and not in the sum.  The rank may be above min(in, out),
-    as in some files, though nothing is gained by it.
+    `base` is the original layer itself, not a copy.  `adapters` maps a name to an Adapter.  The adapters named in
+    `merged` are in the base's weight, and so not in the sum.
     """
 
     kind = Adapter
 
-    def __init__(
-        self,
-        base: nn.Module,
-        rank: int,
-        alpha: float | None = None,
-        name: str = "default",
-        generator: torch.Generator | None = None,
-    ):
+    def __init__(self, base: nn.Module, rank: int, alpha: float | None = None, name: str = "default", generator=None):
         super().__init__()
         self.base = base
         self.adapters = nn.ModuleDict()
@@ -142,9 +131,7 @@ class LoRALinear(nn.Module):
         self.register_buffer("original_weight", None, persistent=False)  # kept while anything is merged
         self.add(rank, alpha, name, generator)
 
-    def add(
-        self, rank: int, alpha: float | None = None, name: str = "default", generator: torch.Generator | None = None
-    ) -> None:
+    def add(self, rank: int, alpha: float | None = None, name: str = "default", generator=None) -> None:
         """Add an adapter under a new name; alpha defaults to the rank, a scale of 1."""
         alpha = rank if alpha is None else alpha
         self.adapters[name] = self.kind(self.base, rank, alpha, generator).train(self.training)
@@ -158,26 +145,20 @@ class LoRALinear(nn.Module):
         return y
 
     @torch.no_grad()
-    def merged_weight(self, names: Iterable[str]) -> torch.Tensor:
+    def weight_with(self, names: set[str]) -> torch.Tensor:
         """Return W + Σ sᵢ · ΔWᵢ over the names, summed in float32 and rounded once to W's own type; (out, in)."""
         weight = self.base.weight if self.original_weight is None else self.original_weight
         deltas = [adapter.delta() for name, adapter in self.adapters.items() if name in names]
-        return (weight.float() + sum(deltas)).to(weight.dtype)
+        return (weight.float() + sum(deltas)).to(weight.dtype) if deltas else weight
 
     @torch.no_grad()
-    def merge(self, names: Iterable[str]) -> None:
-        """Put these adapters into the base's weight too, and keep the original."""
+    def merge(self, names: set[str]) -> None:
+        """Have exactly these adapters in the base's weight; with none of them it is the original, bit for bit."""
         if self.original_weight is None:
             self.original_weight = self.base.weight.detach().clone()
-        self.merged.update(names)
-        self.base.weight.copy_(self.merged_weight(self.merged))
-
-    @torch.no_grad()
-    def unmerge(self, names: Iterable[str]) -> None:
-        """Take these adapters out of the base's weight; without any it is the original, bit for bit."""
-        self.merged.difference_update(names)
-        self.base.weight.copy_(self.merged_weight(self.merged) if self.merged else self.original_weight)
-        if not self.merged:
+        self.base.weight.copy_(self.weight_with(names))
+        self.merged = names
+        if not names:
             self.original_weight = None
 
 
@@ -206,57 +187,40 @@ def original_layers(module: nn.Module) -> dict[str, nn.Module]:
     return {path: layers[path].base if path in layers else child for path, child in named}
 
 
-def matching(module: nn.Module, targets: Sequence[str]) -> dict[str, nn.Module]:
-    """Return the layers whose full name is a target, or ends with "." and a target; the first target's come first.
+def matching(module: nn.Module, targets: Sequence[str]) -> list[str]:
+    """Return the full names of the layers that targets mean: "to_q" is every …attn1.to_q, and no …foo_to_q.
 
-    "to_q" means …attn1.to_q, not …foo_to_q.  Raises ValueError for a target that matches nothing.
+    Raises ValueError for a target that is neither a layer's full name nor the end of one.
     """
-    layers, found = original_layers(module), {}
-    missing = []
-    for target in targets:
-        fitting = {path: layer for path, layer in layers.items() if f".{path}".endswith(f".{target}")}
-        missing += [] if fitting else [f"target {target!r} matches no module"]
-        found |= {path: layer for path, layer in fitting.items() if path not in found}
-    refuse("inject", missing)
-    return found
+    layers = original_layers(module)
+    found = {target: [path for path in layers if f".{path}".endswith(f".{target}")] for target in targets}
+    refuse("inject LoRA", [f"target {target!r} matches no module" for target, paths in found.items() if not paths])
+    return list(dict.fromkeys(path for paths in found.values() for path in paths))
 
 
 def inject_lora(
     module: nn.Module,
-    rank: int = 8,
-    alpha: float | None = None,
+    rank: int | Mapping[str, int] = 8,
+    alpha: float | Mapping[str, float] | None = None,
     targets: Sequence[str] = ATTENTION,
     name: str = "default",
     generator: torch.Generator | None = None,
+    fitting: bool = True,
 ) -> dict[str, LoRALinear]:
     """Put a new LoRA into `module`, in place, and freeze everything else; return its layers by full name.
 
-    `targets` are as `matching` takes them; `alpha` defaults to the rank, a scale of 1.  Another `name` puts a
-    second LoRA beside the first.  (Targets that stand for many, and other ranks for some: models/targets.py.)
+    `targets` are as `matching` takes them; `alpha` defaults to the rank, a scale of 1.  Where layers differ, `rank`
+    and `alpha` map full names to numbers, and the layers are those of `rank`.  Another `name` puts a second LoRA
+    beside the first.  Without `fitting` a rank may be above min(in, out), as in some files.
 
-    Raises ValueError, naming every module concerned, for a target that matches nothing or matches
-    something else, a convolution in groups, a rank that does not fit, a name that is in use.
+    Raises ValueError, naming every module concerned, with nothing changed, for a target that matches nothing or
+    matches something else, a convolution in groups, a rank that does not fit, a name that is in use.
     """
-    found = matching(module, targets)
-    return add_lora(module, dict.fromkeys(found, rank), dict.fromkeys(found, alpha), name, generator, fitting=True)
-
-
-def add_lora(
-    module: nn.Module,
-    ranks: Mapping[str, int],
-    alphas: Mapping[str, float | None] | None = None,
-    name: str = "default",
-    generator: torch.Generator | None = None,
-    fitting: bool = False,
-) -> dict[str, LoRALinear]:
-    """Do what `inject_lora` does at exactly the layers in `ranks`, by full name, each with its own rank and alpha.
-
-    With `fitting` a rank above min(in, out) is refused; files may hold such.  Raises ValueError, with nothing changed.
-    """
-    layers, carrying, problems = original_layers(module), lora_layers(module), []
-    if "." in name or not name:
-        problems.append(f"name {name!r} is empty or has a dot in it")
-    for path, rank in ranks.items():
+    ranks = rank if isinstance(rank, Mapping) else dict.fromkeys(matching(module, targets), rank)
+    alphas = alpha if isinstance(alpha, Mapping) else dict.fromkeys(ranks, alpha)
+    layers, carrying = original_layers(module), lora_layers(module)
+    problems = [] if name and "." not in name else [f"name {name!r} is empty or has a dot in it"]
+    for path, r in ranks.items():
         layer = layers[path]
         if not isinstance(layer, tuple(KINDS)):
             problems.append(f"{path} is a {type(layer).__name__}; only Linear and Conv2d can take a LoRA")
@@ -264,31 +228,50 @@ def add_lora(
             problems.append(f"{path} is a convolution in {layer.groups} groups, of which B A is no change")
         elif path in carrying and name in carrying[path].adapters:
             problems.append(f"{path} has a LoRA {name!r} already, of rank {carrying[path].adapters[name].rank}")
-        elif fitting and not 1 <= rank <= min(layer.weight[0].numel(), len(layer.weight)):
+        elif fitting and not 1 <= r <= min(layer.weight[0].numel(), len(layer.weight)):
             sizes = f"{layer.weight[0].numel()} to {len(layer.weight)} features"
-            problems.append(f"{path} maps {sizes}; rank {rank} is not between 1 and the smaller of them")
-    refuse("inject", problems)
+            problems.append(f"{path} maps {sizes}; rank {r} is not between 1 and the smaller of them")
+    refuse("inject LoRA", problems)
 
     module.requires_grad_(False)
-    for path, rank in ranks.items():
-        layer, alpha = layers[path], (alphas or {}).get(path)
+    for path, r in ranks.items():
         if path in carrying:
-            carrying[path].add(rank, alpha, name, generator)
+            carrying[path].add(r, alphas.get(path), name, generator)
         else:
-            wrapper = next(kind for base, kind in KINDS.items() if isinstance(layer, base))
-            module.set_submodule(path, wrapper(layer, rank, alpha, name, generator).train(layer.training))
+            kind = next(KINDS[base] for base in KINDS if isinstance(layers[path], base))
+            wrapper = kind(layers[path], r, alphas.get(path), name, generator)
+            module.set_submodule(path, wrapper.train(layers[path].training))
     return {path: module.get_submodule(path) for path in ranks}
+
+
+def layers_with(module: nn.Module, name: str | None = None, unmerged: bool = False) -> dict[str, LoRALinear]:
+    """Return the layers that carry the LoRA called `name` (any by default).
+
+    Raises ValueError if none does; RuntimeError if it must be unmerged and is not.
+    """
+    layers = {p: layer for p, layer in lora_layers(module).items() if name is None or name in layer.adapters}
+    if not layers:
+        which = "" if name is None else f" named {name!r}"
+        raise ValueError(f"this {type(module).__name__} carries no LoRA{which}; inject_lora or load_lora first")
+    merged = [path for path, layer in layers.items() if (layer.merged if name is None else name in layer.merged)]
+    if unmerged and merged:
+        raise RuntimeError(f"the LoRA in {', '.join(merged[:3])} … is merged; call unmerge_lora first")
+    return layers
+
+
+def adapters_with(module: nn.Module, name: str | None = None, unmerged: bool = False) -> list[Adapter]:
+    """Return the adapters of the LoRA called `name` (of all by default); raises as `layers_with` does."""
+    layers = layers_with(module, name, unmerged).values()
+    return [adapter for layer in layers for each, adapter in layer.adapters.items() if name in (None, each)]
 
 
 def remove_lora(module: nn.Module, name: str | None = None) -> None:
     """Take the LoRA called `name` (all by default) out of `module`, in place.
 
     A layer that carries no other gets its original object back, still frozen.  Raises
-    RuntimeError while merged, since the change would stay behind unseen.
+    RuntimeError while merged, since ΔW would stay in the weight.
     """
-    layers = layers_with(module, name)
-    _require(layers, merged=False, what="remove_lora", name=name)
-    for path, layer in layers.items():
+    for path, layer in layers_with(module, name, unmerged=True).items():
         if name is not None:
             del layer.adapters[name]
         if name is None or not layer.adapters:
@@ -297,9 +280,7 @@ def remove_lora(module: nn.Module, name: str | None = None) -> None:
 
 def lora_parameters(module: nn.Module, name: str | None = None) -> list[nn.Parameter]:
     """Return the A and B of the LoRA called `name` (of all by default) as one list."""
-    layers = layers_with(module, name).values()
-    adapters = [layer.adapters[n] for layer in layers for n in layer.adapters if name in (None, n)]
-    return [parameter for adapter in adapters for parameter in (adapter.lora_A, adapter.lora_B)]
+    return [matrix for adapter in adapters_with(module, name) for matrix in (adapter.lora_A, adapter.lora_B)]
 
 
 # --------------------------------------------------------------------------------- strength and merging
@@ -307,27 +288,21 @@ def lora_parameters(module: nn.Module, name: str | None = None) -> list[nn.Param
 
 def set_lora_strength(module: nn.Module, strength: float, name: str | None = None) -> None:
     """Set how strongly the LoRA called `name` (all by default) acts: 0 is the base, 1 is as trained."""
-    layers = layers_with(module, name)
-    _require(layers, merged=False, what="set_lora_strength", name=name)
-    for layer in layers.values():
-        for adapter_name, adapter in layer.adapters.items():
-            if name in (None, adapter_name):
-                adapter.strength = strength
+    for adapter in adapters_with(module, name, unmerged=True):
+        adapter.strength = strength
 
 
 @contextmanager
 def lora_disabled(module: nn.Module) -> Iterator[None]:
     """Within the block the module computes what the base computes; afterwards it is as it was found."""
-    layers = layers_with(module)
-    _require(layers, merged=False, what="lora_disabled")
-    found = {path: layer.enabled for path, layer in layers.items()}
+    found = [(layer, layer.enabled) for layer in layers_with(module, unmerged=True).values()]
     try:
-        for layer in layers.values():
+        for layer, _ in found:
             layer.enabled = False
         yield
     finally:
-        for path, layer in layers.items():
-            layer.enabled = found[path]
+        for layer, enabled in found:
+            layer.enabled = enabled
 
 
 def merge_lora(module: nn.Module, name: str | None = None) -> None:
@@ -337,10 +312,9 @@ def merge_lora(module: nn.Module, name: str | None = None) -> None:
     original weight until `unmerge_lora`.  Raises RuntimeError if merged already, ValueError, with
     nothing changed, if a merged weight would not be finite.
     """
-    layers = layers_with(module, name)
-    _require(layers, merged=False, what="merge_lora", name=name)
-    names = {path: [name] if name else list(layer.adapters) for path, layer in layers.items()}
-    broken = [p for p, layer in layers.items() if not layer.merged_weight(layer.merged | {*names[p]}).isfinite().all()]
+    layers = layers_with(module, name, unmerged=True)
+    names = {path: layer.merged | ({name} if name else {*layer.adapters}) for path, layer in layers.items()}
+    broken = [path for path, layer in layers.items() if not layer.weight_with(names[path]).isfinite().all()]
     if broken:
         raise ValueError(f"cannot merge: the merged weight is not finite in {', '.join(broken)}")
     for path, layer in layers.items():
@@ -348,38 +322,13 @@ def merge_lora(module: nn.Module, name: str | None = None) -> None:
 
 
 def unmerge_lora(module: nn.Module, name: str | None = None) -> None:
-    """Undo `merge_lora`, in place, for one LoRA or for all: without any the weights are the original bits.
+    """Undo `merge_lora`, in place, for one LoRA or for all; without any the weights are the original bits.
 
-    Raises RuntimeError if not merged.
+    Raises RuntimeError if it is not merged.
     """
-    layers = layers_with(module, name)
-    if name is None and any(layer.merged for layer in layers.values()):
-        layers = {path: layer for path, layer in layers.items() if layer.merged}
-    _require(layers, merged=True, what="unmerge_lora", name=name)
-    for layer in layers.values():
-        layer.unmerge([name] if name else list(layer.merged))
-
-
-def layers_with(module: nn.Module, name: str | None = None) -> dict[str, LoRALinear]:
-    """Return the layers that carry the LoRA called `name` (any by default), or raise if none does."""
-    layers = {p: layer for p, layer in lora_layers(module).items() if name is None or name in layer.adapters}
-    if not layers:
-        which = "" if name is None else f" named {name!r}"
-        raise ValueError(f"this {type(module).__name__} carries no LoRA{which}; inject_lora or load_lora first")
-    return layers
-
-
-def _require(layers: dict[str, LoRALinear], merged: bool, what: str, name: str | None = None) -> None:
-    """Raise RuntimeError unless in every layer the LoRA called `name` (any by default) is merged, or is not."""
-    there = {path: name in layer.merged if name else bool(layer.merged) for path, layer in layers.items()}
-    wrong = [path for path in layers if there[path] != merged]
-    if wrong:
-        state, remedy = ("not merged", "merge_lora") if merged else ("merged", "unmerge_lora")
-        raise RuntimeError(f"{what}: {', '.join(wrong[:3])} … is {state}; call {remedy} first")
-
-
-def refuse(what: str, problems: Sequence[str]) -> None:
-    """Raise ValueError for problems, the first five of them, if there are any."""
-    if problems:
-        more = f"; and {len(problems) - 5} more" if len(problems) > 5 else ""
-        raise ValueError(f"cannot {what} LoRA: " + "; ".join(problems[:5]) + more)
+    layers = layers_with(module, name).values()
+    merged = [layer for layer in layers if (layer.merged if name is None else name in layer.merged)]
+    if not merged:
+        raise RuntimeError("the LoRA is not merged; call merge_lora first")
+    for layer in merged:
+        layer.merge(layer.merged - {name} if name else set())

@@ -104,7 +104,7 @@ def test_the_merged_weight_is_the_equation():
     with torch.no_grad():
         layer.adapters["default"].lora_A.copy_(a)
         layer.adapters["default"].lora_B.copy_(b)
-    layer.merge(["default"])
+    layer.merge({"default"})
     torch.testing.assert_close(base.weight.detach(), weight + 3 * b @ a)  # alpha / rank = 3
 
 
@@ -468,5 +468,5 @@ def test_live_and_merged_adapters_side_by_side():
     merge_lora(module, "a")
     torch.testing.assert_close(module(x), live, rtol=1e-5, atol=1e-5)  # float32 rounding
     set_lora_strength(module, 0.0, "b")
-    with pytest.raises(RuntimeError, match="set_lora_strength"):
+    with pytest.raises(RuntimeError, match="is merged; call unmerge_lora first"):
         set_lora_strength(module, 0.0, "a")

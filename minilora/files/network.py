@@ -10,8 +10,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from ..lora import KINDS, LoRALinear, add_lora, layers_with, original_layers, refuse, remove_lora, set_lora_strength
-from ..settings.errors import UserError
+from ..lora import KINDS, LoRALinear, inject_lora, layers_with, original_layers, remove_lora, set_lora_strength
+from ..settings.errors import UserError, refuse
 from .fold import Folded, Report, read_for
 from .names import COMPONENTS, TEXT_ENCODER, TEXT_ENCODER_2, UNET, full_name
 from .read import Change, LoRA
@@ -75,7 +75,7 @@ def load_lora(
         if not mine:
             continue
         try:
-            add_lora(module, {path_there: change.rank for path_there, change in mine.items()}, name=name)
+            inject_lora(module, {path: change.rank for path, change in mine.items()}, name=name, fitting=False)
         except ValueError as error:
             for folded in report.folded:
                 remove_lora(modules[folded.component], name)
@@ -118,6 +118,6 @@ def load_lora_state_dict(module: nn.Module, state: dict[str, torch.Tensor], name
         for key in own
         if key in state and state[key].shape != own[key].shape
     ]
-    refuse("load", problems)
+    refuse("load LoRA", problems)
     for key, tensor in own.items():
         tensor.copy_(state[key])

@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from torch import nn
 
 from ..lora import ATTENTION, matching, original_layers
+from ..settings.errors import refuse
 
 SETS = {"attention": ATTENTION, "attention+ff": (*ATTENTION, "ff.net.0.proj", "ff.net.2")}
 KIND_SETS = {"linear": (nn.Linear,), "linear+conv": (nn.Linear, nn.Conv2d)}
@@ -41,7 +42,7 @@ def ranks_and_alphas(
     rank_for: Mapping[str, int] | None = None,
     alpha_for: Mapping[str, float] | None = None,
 ) -> tuple[dict[str, int], dict[str, float]]:
-    """Return the rank and the alpha of each layer that a LoRA goes into, by full name, as `add_lora` takes them.
+    """Return the rank and the alpha of each layer that a LoRA goes into, by full name, as `inject_lora` takes them.
 
     `rank_for` maps a part of a layer's name, as "attn2" or "ff.net.2", to a rank at the same scale; `alpha_for`
     maps one to an alpha.  The last match wins.  Raises ValueError, naming every target and part that fits nothing.
@@ -59,6 +60,5 @@ def ranks_and_alphas(
     ranks = dict.fromkeys(found, rank) | by_part("rank", rank_for)
     alphas = {} if alpha is None else {path: alpha * there / rank for path, there in ranks.items()}
     alphas |= by_part("alpha", alpha_for)
-    if problems:
-        raise ValueError("cannot inject LoRA: " + "; ".join(problems))
+    refuse("inject LoRA", problems)
     return ranks, alphas

@@ -14,7 +14,7 @@ from ..data.examples import Examples
 from ..data.folder import Item
 from ..files.names import UNET
 from ..files.network import load_lora, lora_state_dict
-from ..lora import add_lora, lora_layers, lora_parameters
+from ..lora import inject_lora, lora_layers, lora_parameters
 from ..models.base import DTYPES, Base, UNetWithText, fingerprint
 from ..models.compiling import compile_options
 from ..models.targets import ranks_and_alphas
@@ -193,7 +193,7 @@ def put_lora(network: nn.Module, unet: nn.Module, config: TrainConfig) -> dict:
     generator = torch.Generator().manual_seed(config.seed)
     try:
         ranks, alphas = ranks_and_alphas(unet, config.targets, config.rank, config.alpha, **config.by_part())
-        add_lora(unet, ranks, alphas, generator=generator, fitting=True)
+        inject_lora(unet, ranks, alphas, generator=generator)
         if config.train_text_encoder:
             network.inject(config.rank, config.alpha, config.text_encoder_targets, generator=generator)
     except ValueError as error:

@@ -1,10 +1,18 @@
 """A mistake of the user's, and what a library says of one."""
 
 import re
+from collections.abc import Sequence
 
 
 class UserError(Exception):
     """A mistake of the user's, told in one line; the commands print it and exit with 2."""
+
+
+def refuse(what: str, problems: Sequence[str]) -> None:
+    """Raise ValueError for problems, the first five of them, if there are any: "cannot inject LoRA: …; …"."""
+    if problems:
+        more = f"; and {len(problems) - 5} more" if len(problems) > 5 else ""
+        raise ValueError(f"cannot {what}: " + "; ".join(problems[:5]) + more)
 
 
 def first_line(error: Exception) -> str:

@@ -4,7 +4,7 @@ import pytest
 from torch import nn
 
 from minilora import inject_lora
-from minilora.lora import ATTENTION, add_lora
+from minilora.lora import ATTENTION
 from minilora.models.targets import named_targets, ranks_and_alphas
 
 
@@ -30,7 +30,7 @@ def test_sets_stand_for_what_is_said(tiny_unet):
 
 def test_ranks_by_parts_of_names(tiny_unet):
     ranks, alphas = ranks_and_alphas(tiny_unet, ["attention+ff"], 4, 2.0, {"attn2": 2, "ff": 6, "mid_block": 3})
-    layers = add_lora(tiny_unet, ranks, alphas)
+    layers = inject_lora(tiny_unet, ranks, alphas)
     for path, layer in layers.items():
         adapter = layer.adapters["default"]
         expected = 3 if path.startswith("mid_block") else 2 if ".attn2." in path else 6 if ".ff." in path else 4
@@ -42,8 +42,8 @@ def test_ranks_by_parts_of_names(tiny_unet):
 
 def test_alphas_by_parts_of_names(tiny_unet):
     parts = {"rank_for": {"attn2": 2}, "alpha_for": {"attn2": 6, "mid_block": 1.5}}
-    layers = add_lora(tiny_unet, *ranks_and_alphas(tiny_unet, ATTENTION, 4, 2.0, **parts))
-    add_lora(tiny_unet, *ranks_and_alphas(tiny_unet, ATTENTION, 4, **parts), name="other")
+    layers = inject_lora(tiny_unet, *ranks_and_alphas(tiny_unet, ATTENTION, 4, 2.0, **parts))
+    inject_lora(tiny_unet, *ranks_and_alphas(tiny_unet, ATTENTION, 4, **parts), name="other")
     for path, layer in layers.items():
         expected = 1.5 if path.startswith("mid_block") else 6 if ".attn2." in path else 2.0
         assert layer.adapters["default"].alpha == expected, path
