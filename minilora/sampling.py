@@ -27,22 +27,15 @@ from .models.base import DTYPES, Base
 from .models.compiling import check_compiler, compile_options
 from .models.device import this_device
 from .settings.errors import UserError
-from .settings.sample import SampleConfig
+from .settings.sample import SAMPLERS, SampleConfig
 from .settings.shared import path_and_number
 
 TOGETHER = 4  # pictures drawn in one pass; more are faster and take more memory
-SCHEDULERS = {
-    "ddim": "DDIMScheduler",
-    "euler": "EulerDiscreteScheduler",
-    "euler_a": "EulerAncestralDiscreteScheduler",
-    "dpm++": "DPMSolverMultistepScheduler",
-    "lcm": "LCMScheduler",
-}
 
 
 def use_scheduler(base: Base, name: str) -> None:
     """Let the base draw with the sampler of that name, with its own noise levels."""
-    base.pipeline.scheduler = getattr(diffusers, SCHEDULERS[name]).from_config(base.scheduler.config)
+    base.pipeline.scheduler = getattr(diffusers, SAMPLERS[name]).from_config(base.scheduler.config)
 
 
 @torch.no_grad()

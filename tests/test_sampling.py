@@ -13,9 +13,9 @@ from torch._dynamo.utils import counters
 
 from minilora import load_lora, lora_layers, set_lora_strength
 from minilora.models.base import Base
-from minilora.sampling import SCHEDULERS, TOGETHER, draw, draw_each, evaluating, merged_at, sample, sheet
+from minilora.sampling import TOGETHER, draw, draw_each, evaluating, merged_at, sample, sheet
 from minilora.settings.errors import UserError
-from minilora.settings.sample import SampleConfig
+from minilora.settings.sample import SAMPLERS, SampleConfig
 
 
 @pytest.fixture
@@ -161,7 +161,7 @@ def test_compiled_draws_nearly_the_same_and_says_how_long_the_first_step_took(co
 
 
 def test_every_scheduler_draws_in_its_own_way(command):
-    pictures = {name: command(scheduler=name) for name in SCHEDULERS}
+    pictures = {name: command(scheduler=name) for name in SAMPLERS}
     assert {picture.shape for picture in pictures.values()} == {(16, 16, 3)}
     euler = pictures.pop("euler").astype(int)
     assert abs(euler - pictures["ddim"]).max() <= 1  # of 255: the same steps in other units

@@ -17,8 +17,6 @@ looked up.
 import re
 from collections.abc import Iterable, Mapping
 
-from ..settings.shared import ATTENTION
-
 COMPONENTS = UNET, TEXT_ENCODER, TEXT_ENCODER_2 = "unet", "text_encoder", "text_encoder_2"
 
 Modules = Mapping[str, tuple[int, ...]]  # full name -> shape of the weight, (out, in) or (out, in, height, width)
@@ -200,10 +198,11 @@ def known_by(modules: Iterable[str]) -> dict[str, set[str]]:
 # ------------------------------------------------------------------------- cloneofsimo: modules by number
 
 
+_IN_ATTENTION = [f"attn{n}.to_{leaf}" for n in (1, 2) for leaf in ("q", "k", "v", "out.0")]
 # What is found below a module of each class, in the order in which a model lists its modules.
 _LEAVES = {
-    "CrossAttention": [f"{attention}.{leaf}" for attention in ("attn1", "attn2") for leaf in ATTENTION],
-    "Attention": [f"{attention}.{leaf}" for attention in ("attn1", "attn2") for leaf in ATTENTION],
+    "CrossAttention": _IN_ATTENTION,
+    "Attention": _IN_ATTENTION,
     "GEGLU": ["ff.net.0.proj"],
     "CLIPAttention": [f"self_attn.{leaf}_proj" for leaf in ("k", "v", "q", "out")],
 }

@@ -11,9 +11,11 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
+from huggingface_hub import ModelCardData
+
 from ..data.folder import Item
 from ..files.read import FILE_NAME
-from ..settings.shared import ATTENTION, WEIGHT, path_and_number
+from ..settings.shared import WEIGHT, path_and_number
 from ..settings.train import TrainConfig
 
 SHOWN = 5  # captions
@@ -32,26 +34,24 @@ def drawing_command(config: TrainConfig, prompt: str, lora: str) -> str:
 def model_card(config: TrainConfig, items: Sequence[Item], is_xl: bool, picture: str | None) -> str:
     """Return the page of a finished run, in Markdown; `picture` is the path of one that it shows, if there is one."""
     captions = list(dict.fromkeys(caption for item in items for caption in item.captions))[:SHOWN]
-    head = {
-        "base_model": config.model if config.model and not os.path.exists(config.model) else None,
-        "library_name": "diffusers",
-        "tags": ["text-to-image", "lora", "stable-diffusion-xl" if is_xl else "stable-diffusion", "minilora"],
-        "license": "other",
-        "license_name": "that-of-base-and-pictures",
-        "widget": [{"text": captions[0], "output": {"url": picture}}] if picture else None,
-    }
+    head = ModelCardData(  # what is None is left out
+        base_model=config.model if config.model and not os.path.exists(config.model) else None,
+        library_name="diffusers",
+        tags=["text-to-image", "lora", "stable-diffusion-xl" if is_xl else "stable-diffusion", "minilora"],
+        license="other",
+        license_name="that-of-base-and-pictures",
+        widget=[{"text": captions[0], "output": {"url": picture}}] if picture else None,
+    )
     repo = config.push_to_hub
     name = repo.split("/")[1] if repo else Path(config.output).resolve().name
     folder = f"out/{name}" if repo else config.output
     fetch = shlex.join(["hf", "download", repo, "--local-dir", folder]) + "\n" if repo else ""
-    # JSON is YAML, and needs no rules of its own for what is to be quoted.
-    yaml = [f"{key}: {json.dumps(value, ensure_ascii=False)}" for key, value in head.items() if value is not None]
     base = config.model or "the miniature Stable Diffusion that is bundled with minilora"
     base += f", with {' and '.join(f'`{text}`' for text in config.base_lora)} in it" if config.base_lora else ""
     folders = ", ".join(f"`{Path(path_and_number(text, WEIGHT)[0]).name}`" for text in config.data)
     rows = "\n".join(f"| {key} | {_told(value)} |" for key, value in _settings(config).items())
     paragraphs = [
-        "\n".join(["---", *yaml, "---"]),
+        f"---\n{head.to_yaml()}\n---",
         f"# {name}",
         f"A LoRA for {base}, trained on {len(items)} picture{'s' if len(items) > 1 else ''} of "
         f"{folders}. The licences of the base and of the pictures apply to it.",
@@ -98,4 +98,4 @@ def _settings(config: TrainConfig) -> dict:
 
 def _told(value) -> str:
     words = ",".join(map(str, value)) if isinstance(value, list) else str(value)
-    return "attention" if words == ",".join(ATTENTION) else words.replace("|", "\\|")
+    return words.replace("|", "\\|")

@@ -17,6 +17,14 @@ from .shared import (
     ZERO_SNR_HELP,
 )
 
+SAMPLERS = {  # the class of diffusers behind each
+    "ddim": "DDIMScheduler",
+    "euler": "EulerDiscreteScheduler",
+    "euler_a": "EulerAncestralDiscreteScheduler",
+    "dpm++": "DPMSolverMultistepScheduler",
+    "lcm": "LCMScheduler",
+}
+
 
 @dataclass(frozen=True)
 class SampleConfig(Settings):
@@ -46,7 +54,7 @@ class SampleConfig(Settings):
     size: int | None = setting(
         None, "side of the pictures, in pixels; the base's own if not given", group=PICTURES, within=AT_LEAST_1
     )
-    scheduler: str = setting("ddim", "sampler", choices=("ddim", "euler", "euler_a", "dpm++", "lcm"), group=PICTURES)
+    scheduler: str = setting("ddim", "sampler", choices=tuple(SAMPLERS), group=PICTURES)
 
     model: str | None = setting(None, MODEL_HELP, group=MODEL)
     model_config: str | None = setting(None, MODEL_CONFIG_HELP, group=MODEL)

@@ -5,7 +5,6 @@ import os
 
 from .errors import UserError
 
-ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")  # the attention projections of diffusers' U-Nets, as in lora.py
 TEXT_ATTENTION = ("q_proj", "k_proj", "v_proj", "out_proj")  # those of CLIP's text encoders
 DATA, MODEL, TRAINING, OUTPUT, PICTURES = "data", "base and LoRA", "training", "output", "pictures"
 OTHER = "instead of merging into a base"

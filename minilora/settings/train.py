@@ -21,7 +21,6 @@ from .setting import (
     setting,
 )
 from .shared import (
-    ATTENTION,
     CLASS,
     COMPILE_HELP,
     DATA,
@@ -139,7 +138,7 @@ class TrainConfig(Settings):
     )
     alpha_for: tuple[str, ...] = setting((), "alphas of layers by a part of their name: attn2=8,ff=4", group=MODEL)
     targets: tuple[str, ...] = setting(
-        ATTENTION,
+        ("attention",),
         "layers of the U-Net to adapt: attention, attention+ff, linear, linear+conv, or ends of names with commas",
         group=MODEL,
     )
@@ -367,7 +366,7 @@ class TrainConfig(Settings):
                 if not re.fullmatch(rf"[\w.]+={number}", text)
             ]
         if self.init_from:
-            given = {"rank": 8, "alpha": float(self.rank), "targets": ATTENTION, "rank_for": (), "alpha_for": ()}
+            given = {"rank": 8, "alpha": float(self.rank), "targets": ("attention",), "rank_for": (), "alpha_for": ()}
             wrong += [
                 f"{option(name)} has no effect with --init-from, whose layers and ranks are the file's"
                 for name, default in given.items()

@@ -5,6 +5,7 @@ import shlex
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from huggingface_hub import ModelCard
 from PIL import Image
@@ -51,3 +52,19 @@ def test_the_table_is_of_what_was_chosen():
     assert table(snr_gamma=5.0, steps=7) == usual | {"snr_gamma": "5.0", "steps": "7"}
     from_file = {name: value for name, value in usual.items() if name not in ("rank", "alpha", "targets")}
     assert table(init_from="out/first") == from_file | {"init_from": "first"}  # whose ranks are the file's
+
+
+@pytest.mark.parametrize("caption", ["a: 'b' \"c\" #d", "— “é”\u2028日本, 🍎", "- x\n---\ny: |", "yes", "word " * 50])
+def test_the_hub_reads_the_head_whatever_the_captions_are(caption, tmp_path):
+    item = Item(Path("a"), "", (8, 8), (caption,))
+    head = ModelCard(model_card(TrainConfig(data=("d",), model="owner/base"), [item], True, "p.png")).data.to_dict()
+    assert head == {
+        "base_model": "owner/base",
+        "library_name": "diffusers",
+        "license": "other",
+        "license_name": "that-of-base-and-pictures",
+        "tags": ["text-to-image", "lora", "stable-diffusion-xl", "minilora"],
+        "widget": [{"text": caption, "output": {"url": "p.png"}}],
+    }
+    here = TrainConfig(data=("d",), model=str(tmp_path))  # of a folder the hub knows nothing
+    assert {"base_model", "widget"}.isdisjoint(ModelCard(model_card(here, [item], False, None)).data.to_dict())
