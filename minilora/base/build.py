@@ -38,7 +38,6 @@ from .pictures import (
     SEED,
     SIZE,
     STYLES,
-    VARIANTS,
     Drawing,
     Thing,
     caption_at,
@@ -48,7 +47,6 @@ from .pictures import (
     read_style,
     read_things,
     refuse_missing,
-    variant,
 )
 
 TOKENS = 32  # per caption
@@ -251,13 +249,9 @@ def encode(vae: AutoencoderKL, pixels: torch.Tensor) -> torch.Tensor:
 
 def train_unet(drawings: list[Drawing], tokenizer, vae, steps: int, work: Path, device, precision, args):
     """Train text encoder and U-Net together; return the moving averages of both."""
-    latents = torch.stack(
-        [
-            encode(vae, as_pixels([variant(d, index, number) for index, d in enumerate(drawings)]).to(device))
-            for number in range(VARIANTS)
-        ]
-    )
-    latents = latents * vae.config.scaling_factor  # (variants, drawings, 4, 16, 16)
+    # Each drawing in one place and size: a network so small is crisp where it has seen the same picture often.
+    latents = encode(vae, as_pixels([drawing.pixels for drawing in drawings]).to(device))
+    latents = latents * vae.config.scaling_factor  # (drawings, 4, 16, 16)
     torch.manual_seed(SEED)  # the first weights
     unet, text_encoder = make_unet(), make_text_encoder(tokenizer)
     if args.start:
@@ -271,10 +265,9 @@ def train_unet(drawings: list[Drawing], tokenizer, vae, steps: int, work: Path, 
     def loss_at(step: int) -> torch.Tensor:
         positions = range(step * batch, (step + 1) * batch)
         shown = [draws.picture_at(SEED, p, len(drawings)) for p in positions]
-        variants = [draws.integer(SEED, "variant", p, 0, VARIANTS) for p in positions]
         captions = [caption_at(drawings[i], p) for i, p in zip(shown, positions, strict=True)]
         tokens = tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt").input_ids
-        noise = torch.stack([draws.gaussian(SEED, "noise", p, latents.shape[2:]) for p in positions])
+        noise = torch.stack([draws.gaussian(SEED, "noise", p, latents.shape[1:]) for p in positions])
         # Towards the noisy end, where it is the text that decides what is drawn: density ∝ t.
         timesteps = torch.tensor([int(len(schedule) * draws.uniform(SEED, "timestep", p) ** 0.5) for p in positions])
         # The plain form of attention: on a CPU its backward pass is faster than the fused one here.
@@ -283,7 +276,7 @@ def train_unet(drawings: list[Drawing], tokenizer, vae, steps: int, work: Path, 
             torch.autocast(device.type, precision, enabled=precision != torch.float32),
         ):
             text = Conditioning(text_encoder(tokens.to(device)).last_hidden_state)  # (b, 32, 192)
-            clean = latents[variants, shown]  # (b, 4, 16, 16)
+            clean = latents[shown]  # (b, 4, 16, 16)
             return denoising_loss(network, clean, text, noise.to(device), timesteps.to(device), schedule).mean()
 
     average = fit("unet", modules, loss_at, steps, args.learning_rate, work)

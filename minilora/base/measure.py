@@ -38,7 +38,6 @@ from .pictures import (
     SEED,
     SIZE,
     STYLES,
-    VARIANTS,
     Drawing,
     Named,
     fluent_pictures,
@@ -47,7 +46,6 @@ from .pictures import (
     read_style,
     refuse_missing,
     split,
-    variant,
 )
 from .styles import known_things
 
@@ -89,11 +87,8 @@ class Nearest:
 
     def __init__(self, base: Base, drawings: list[Drawing]):
         self.drawings = drawings
-        parts = []
-        for number in range(VARIANTS):
-            shown = as_pixels([variant(drawing, index, number) for index, drawing in enumerate(drawings)])
-            parts.append(self.small(through_vae(base, shown)))
-        self.known = torch.cat(parts)  # (variants · drawings, 3 · 64 · 64)
+        shown = as_pixels([drawing.pixels for drawing in drawings])  # (drawings, 3, 128, 128)
+        self.known = self.small(through_vae(base, shown))  # (drawings, 3 · 64 · 64)
 
     @staticmethod
     def small(pixels: torch.Tensor) -> torch.Tensor:
@@ -102,7 +97,7 @@ class Nearest:
     def __call__(self, pictures: Sequence[Image.Image]) -> list[Drawing]:
         drawn = self.small(torch.stack([as_tensor(picture) for picture in pictures]))
         nearest = torch.cdist(drawn, self.known).argmin(1)
-        return [self.drawings[i % len(self.drawings)] for i in nearest.tolist()]
+        return [self.drawings[i] for i in nearest.tolist()]
 
 
 def measure_drawing(base: Base, drawings: list[Drawing], nearest: Nearest, note: Note) -> None:

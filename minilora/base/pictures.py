@@ -24,7 +24,6 @@ from minilora.files.tensors import write_whole
 SIZE = 128  # pixels
 SEED = 0
 STYLES = ("noto", "twemoji", "openmoji")
-VARIANTS = 6  # positions and sizes that each drawing is learnt in
 PROMPTS = """apple, banana, strawberry, lemon, watermelon, tomato, carrot, pizza, hamburger, ice cream,
 doughnut, birthday cake, dog, cat, rabbit, bear, pig, frog, penguin, octopus, butterfly, bee, tulip,
 sunflower, cactus, mushroom, evergreen tree, house, car, bus, bicycle, rocket, airplane, sailboat,
@@ -130,16 +129,6 @@ def read_drawings(styles: dict[str, dict[str, np.ndarray]], things: Sequence[Thi
         for style, pictures in styles.items()
         if thing.icon in pictures
     ]
-
-
-def variant(drawing: Drawing, index: int, number: int) -> np.ndarray:
-    """Return drawing number `index` a little smaller and moved a little, (128, 128, 3) of bytes."""
-    random = draws.generator(SEED, "variant", index * VARIANTS + number)
-    side = int(random.integers(round(SIZE * 0.86), SIZE + 1))
-    left, top = random.integers(0, SIZE - side + 1, 2)
-    result = Image.new("RGB", (SIZE, SIZE), "white")
-    result.paste(Image.fromarray(drawing.pixels).resize((side, side), Image.Resampling.LANCZOS), (int(left), int(top)))
-    return np.asarray(result)
 
 
 def caption_at(drawing: Drawing, position: int) -> str:
