@@ -1,6 +1,5 @@
 """Training state on disk: a checkpoint after every so many steps, from which a run goes on as if never stopped."""
 
-import fcntl
 import json
 import os
 import shutil
@@ -12,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from filelock import FileLock, Timeout
 
 from ..files.read import FILE_NAME
 from ..files.tensors import read_checked, write_checked
@@ -39,13 +39,14 @@ def all_in(output: Path) -> list[Path]:
 class OutputLock:
     """Hold an output folder, within a block, for one run alone.
 
-    The kernel keeps the lock and frees it when the process ends, in whichever way.  Raises UserError, on all
-    processes, if another run holds the folder or if nothing can be written there.
+    The system keeps the lock, of a file in the folder, and frees it when the process ends, in whichever way.  Raises
+    UserError, on all processes, if another run holds the folder or if nothing can be written there.
     """
 
     def __init__(self, output: Path):
-        self.output = output
-        self.folder: int | None = None  # the open folder; on the main process
+        self.output, self.file = output, output / ".lock"
+        self.lock = FileLock(self.file, blocking=False)
+        self.taken: os.stat_result | None = None  # which file was locked; on the main process
 
     def __enter__(self) -> "OutputLock":
         decided_by_main(self._take)
@@ -55,13 +56,11 @@ class OutputLock:
         try:
             self.output.mkdir(parents=True, exist_ok=True)
             tempfile.TemporaryFile(dir=self.output).close()
-            folder = os.open(self.output, os.O_RDONLY)
         except OSError as error:
             raise UserError(f"--output {self.output}: nothing can be written there ({error.strerror})") from error
         try:
-            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            os.close(folder)
+            self.lock.acquire()
+        except Timeout as error:
             raise UserError(
                 f"--output {self.output}: another run writes there; wait for it, or choose another"
             ) from error
@@ -70,25 +69,30 @@ class OutputLock:
             print(
                 f"warning: --output {self.output}: {lacking}; see to it that no other run writes there", file=sys.stderr
             )
-        self.folder = folder
+            self.file.touch()
+        self.taken = self.file.stat()
         # What a run was writing when it was killed: with the folder held, no other run writes it now.
         for inside in ("", "checkpoints", "samples", UNFINISHED):
             for left in (self.output / inside).glob(".*.[0-9]*.part"):
                 if left.is_file():
                     left.unlink()
 
+    def _is_there(self) -> bool:
+        return self.file.exists() and os.path.samestat(self.file.stat(), self.taken)
+
     def refuse_if_gone(self) -> None:
         """Raise UserError if the folder was deleted or moved away: a new one would hold half a run."""
-        if self.folder is not None:
-            there = os.path.exists(self.output) and os.path.samestat(os.stat(self.output), os.fstat(self.folder))
-            if not there:
-                raise UserError(f"--output {self.output}: the folder was deleted or moved while the run wrote to it")
+        if self.taken and not self._is_there():
+            raise UserError(f"--output {self.output}: the folder was deleted or moved while the run wrote to it")
 
     def __exit__(self, *error) -> None:
-        if self.folder is not None:
+        if self.taken:
+            with suppress(OSError):  # of Windows, where the lock itself removes its file
+                if self._is_there():
+                    self.file.unlink()
+            self.lock.release()
             with suppress(OSError):
                 self.output.rmdir()  # if it is empty: of a run that never began, nothing stays
-            os.close(self.folder)
 
 
 def refuse_unfinished(output: Path) -> None:

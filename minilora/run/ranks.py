@@ -192,8 +192,9 @@ class StopSignals:
     def __enter__(self) -> "StopSignals":
         self.number: int | None = None
         numbers = [signal.SIGTERM, signal.SIGINT]
-        if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as nohup has it
-            numbers.append(signal.SIGHUP)
+        hangup = getattr(signal, "SIGHUP", None)  # which Windows lacks, and nohup ignores
+        if hangup and signal.getsignal(hangup) != signal.SIG_IGN:
+            numbers.append(hangup)
         self.before = {number: signal.signal(number, self._notice) for number in numbers}
         return self
 

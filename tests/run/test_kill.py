@@ -15,8 +15,10 @@ import pytest
 from helpers import ROOT
 
 from minilora.files.read import FILE_NAME
+from minilora.run.checkpoint import OutputLock
 from minilora.run.objective import Denoising
 from minilora.settings import command_line as commands
+from minilora.settings.errors import UserError
 from minilora.settings.train import TrainConfig
 from minilora.training import train
 
@@ -193,6 +195,24 @@ def test_an_output_folder_that_vanishes_is_one_line_and_does_not_come_back(words
     assert not output.exists()
 
 
+def test_a_folder_has_one_holder_and_nothing_of_the_lock_stays(tmp_path):
+    output, first, second = tmp_path / "out", OutputLock(tmp_path / "out"), OutputLock(tmp_path / "out")
+    with first:
+        with pytest.raises(UserError, match=f"--output {output}: another run writes there"):
+            second.__enter__()
+        first.refuse_if_gone()
+    assert not output.exists()  # of a run that never began
+    first.__enter__()
+    output.rename(tmp_path / "moved")
+    with second:  # in a new folder of that name
+        with pytest.raises(UserError, match="the folder was deleted or moved"):
+            first.refuse_if_gone()
+        first.__exit__()
+        second.refuse_if_gone()
+        with pytest.raises(UserError, match="another run writes there"):
+            OutputLock(output).__enter__()
+
+
 @pytest.fixture
 def small_disk(tmp_path):
     """A file system of its own, of a megabyte."""
@@ -225,6 +245,23 @@ def test_a_full_disk_is_one_line_and_the_run_goes_on_when_there_is_room(words, s
     assert "No space left on device" in capfd.readouterr().err
     (small_disk / "filler").unlink()
     assert train_here(words(output, "--resume")) == 0
+    assert (output / FILE_NAME).read_bytes() == (whole / FILE_NAME).read_bytes()
+
+
+def test_a_full_cache_is_one_line_and_leaves_no_half_file(words, small_disk, tmp_path, train_here, capfd):
+    whole, output, cache = tmp_path / "whole", tmp_path / "out", small_disk / "cache"
+    fill(small_disk)
+    assert train_here(words(output, "--cache", str(cache))) == 2
+    err = capfd.readouterr().err
+    assert "Traceback" not in err
+    [_, message] = err.split("error: ")
+    assert message.count("\n") == 1
+    assert "No space left on device" in message
+    assert not [path for path in cache.rglob("*") if path.is_file()]
+    assert not output.exists()
+    (small_disk / "filler").unlink()
+    assert train_here(words(output, "--cache", str(cache))) == 0
+    assert train_here(words(whole)) == 0
     assert (output / FILE_NAME).read_bytes() == (whole / FILE_NAME).read_bytes()
 
 
