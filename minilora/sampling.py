@@ -84,7 +84,7 @@ def draw_each(
     base: Base,
     prompts: Sequence[str],
     seeds: Sequence[int],
-    size: int,
+    size: int | Size,
     config: SampleConfig,
     on_step: Callable[[], None] | None = None,
 ) -> list[list[Image.Image]]:
@@ -211,9 +211,9 @@ def sample(config: SampleConfig) -> Path:
     if config.compile:
         check_compiler(device)
     base = Base(config.model, device, precision, config.model_config, config.zero_terminal_snr)
-    size = config.size or base.resolution
-    if size % base.side_multiple:
-        raise UserError(f"--size is {size}; this base needs a multiple of {base.side_multiple}")
+    width, height = (*config.size, *config.size)[:2] if config.size else (base.resolution, base.resolution)
+    if width % base.side_multiple or height % base.side_multiple:
+        raise UserError(f"--size is {width}x{height}; this base needs multiples of {base.side_multiple}")
     base.warn_of_cuts(dict.fromkeys((*config.prompt, config.negative)), "prompt")
     strengths = load_loras(base, config.lora)
     if config.compile:
@@ -225,7 +225,7 @@ def sample(config: SampleConfig) -> Path:
         """Draw every prompt, a list of seeds each, with the strengths times these factors, merged for speed."""
         nonlocal drawing
         with merged_at(base, {name: strengths[name] * f for name, f in zip(strengths, factors, strict=True)}):
-            rows = draw_each(base, config.prompt, seeds, size, drawing)
+            rows = draw_each(base, config.prompt, seeds, (width, height), drawing)
         drawing = replace(config, compile=False)  # it is compiled by now, and said how long that took
         return rows
 

@@ -104,7 +104,13 @@ def test_a_picture_depends_on_its_seed_and_nothing_else(command):
     assert not np.array_equal(alone, command(seed=7, negative="a dog"))
     assert not np.array_equal(alone, command(seed=7, steps=4))
     assert not np.array_equal(alone, command(seed=7, prompt=("a dog",)))
-    assert command(size=24).shape == (24, 24, 3)
+
+
+def test_a_size_is_width_and_height_or_the_side_of_a_square(command):
+    square = command(size=(24,))
+    assert square.shape == (24, 24, 3)
+    assert np.array_equal(square, command(size=(24, 24)))
+    assert command(size=(32, 16)).shape == (16, 32, 3)
 
 
 def test_several_loras_add_up(command, lora):
@@ -193,7 +199,8 @@ def test_a_lora_for_another_base_is_refused_with_keys_and_shapes(command, lora, 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"size": 20}, "--size is 20; this base needs a multiple of 8"),
+        ({"size": (20,)}, "--size is 20x20; this base needs multiples of 8"),
+        ({"size": (24, 20)}, "--size is 24x20; this base needs multiples of 8"),
         ({"lora": ("nowhere",)}, "nowhere: not a safetensors file"),
         ({"lora": ("x.pt",)}, "a pickle, which can run code"),
         ({"output": "out/picture.xyz"}, "must end as a picture's does"),

@@ -22,7 +22,7 @@ from ..run.ranks import Ranks, processes, wait_for_all
 from ..sampling import save_picture
 from ..settings.command_line import run
 from ..settings.setting import ABOVE_0, AT_LEAST_1, SEED, ByBase, Settings, is_miniature, setting
-from ..settings.shared import DATA, MODEL, MODEL_HELP, OUTPUT, PRECISION_HELP, PRECISIONS, TRAINING
+from ..settings.shared import DATA, LORA, MODEL, MODEL_HELP, OUTPUT, PRECISION_HELP, PRECISIONS, SPEED, TRAINING
 from ..settings.train import TrainConfig
 from ..training import train
 from .consistency import LatentConsistency
@@ -43,40 +43,83 @@ ALL_LAYERS = (
 class DistillConfig(Settings):
     """Every setting of minilora.apps.distill."""
 
-    data: str | None = setting(None, "folder of pictures with captions; drawn by the base if not given", group=DATA)
-    captions: str | None = setting(
-        None, "file of captions, one a line; the bundled base's words if not given", group=DATA
+    usage = ""
+    examples = (
+        "python -m minilora.apps.distill",
+        "python -m minilora.apps.distill --objective smooth --output out/smooth",
     )
-    pictures: int = setting(320, "pictures that the base draws to learn from", group=DATA, within=AT_LEAST_1)
 
-    objective: str = setting("lcm", "what is learnt", choices=("lcm", "smooth"), group=TRAINING)
+    objective: str = setting(
+        "lcm",
+        "what is learnt: to draw in four steps (lcm), or that pictures change evenly with their noise (smooth)",
+        choices=("lcm", "smooth"),
+        group=TRAINING,
+        basic=True,
+    )
+    data: str | None = setting(
+        None,
+        "folder of pictures with captions; if not given, the base draws them",
+        group=DATA,
+        metavar="FOLDER",
+        basic=True,
+    )
+    captions: str | None = setting(
+        None,
+        "file of the captions to draw, one a line; if not given, the bundled base's words",
+        group=DATA,
+        metavar="FILE",
+        basic=True,
+    )
+    model: str | None = setting(None, MODEL_HELP, group=MODEL, metavar="BASE", basic=True)
+    train_steps: int | None = setting(
+        None,
+        "optimizer steps; if not given, 500 for lcm and 150 for smooth",
+        group=TRAINING,
+        metavar="STEPS",
+        basic=True,
+        within=AT_LEAST_1,
+    )
+    output: str | None = setting(
+        None, "folder of the results; if not given, out/<objective>", group=OUTPUT, metavar="FOLDER", basic=True
+    )
+
+    pictures: int = setting(
+        320, "number of pictures that the base draws to learn from", group=DATA, metavar="PICTURES", within=AT_LEAST_1
+    )
     guidance: tuple[float, ...] = setting(
         ByBase((5.0, 10.0), (2.5, 3.5)),
-        "lowest and highest guidance that lcm learns to do without; drawn pictures have the middle",
+        "guidance that lcm learns to do without; pictures are drawn with the middle",
         group=TRAINING,
+        metavar="LOWEST,HIGHEST",
     )
     skip: int | None = setting(
         None,
-        "levels of 50 that a step of lcm's teacher goes over; 1, on the bundled base 5",
+        "levels, of 50, that one step of lcm's teacher goes over; if not given, 1, and 5 on the bundled base",
         group=TRAINING,
+        metavar="LEVELS",
         within=AT_LEAST_1,
     )
     weight: float | None = setting(
-        None, "weight of the variation in --objective smooth; 1 if not given", group=TRAINING, within=ABOVE_0
+        None,
+        "weight of the variation in the loss of smooth; if not given, 1",
+        group=TRAINING,
+        metavar="WEIGHT",
+        within=ABOVE_0,
     )
-    train_steps: int | None = setting(None, "optimizer steps", group=TRAINING, within=AT_LEAST_1)
-    batch_size: int = setting(8, "pictures per optimizer step", group=TRAINING, within=AT_LEAST_1)
+    batch_size: int = setting(8, "pictures per optimizer step", group=TRAINING, metavar="PICTURES", within=AT_LEAST_1)
     learning_rate: float = setting(
-        ByBase(1e-4, 1e-3), "highest learning rate; it falls to 0", group=TRAINING, within=ABOVE_0
+        ByBase(1e-4, 1e-3),
+        "highest learning rate, from which it falls to 0",
+        group=TRAINING,
+        metavar="RATE",
+        within=ABOVE_0,
     )
-    seed: int = setting(0, "seed of every random draw", group=TRAINING, within=SEED)
-
-    model: str | None = setting(None, MODEL_HELP, group=MODEL)
-    rank: int = setting(ByBase(64, 32), "rank of the LoRA", group=MODEL, within=AT_LEAST_1)
-    targets: tuple[str, ...] = setting(ALL_LAYERS, "layers to adapt, as for train.py", group=MODEL)
-    precision: str = setting("fp32", PRECISION_HELP, choices=PRECISIONS, group=MODEL)
-
-    output: str | None = setting(None, "folder of the results; out/<objective> if not given", group=OUTPUT)
+    seed: int = setting(0, "seed of every random draw", group=TRAINING, metavar="SEED", within=SEED)
+    rank: int = setting(ByBase(64, 32), "rank of the LoRA", group=LORA, metavar="RANK", within=AT_LEAST_1)
+    targets: tuple[str, ...] = setting(
+        ALL_LAYERS, "layers to adapt, by the ends of their names; if not given, all kinds", group=LORA, metavar="LAYERS"
+    )
+    precision: str = setting("fp32", PRECISION_HELP, choices=PRECISIONS, group=SPEED)
 
     @property
     def middle_guidance(self) -> float:

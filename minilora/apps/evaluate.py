@@ -47,7 +47,7 @@ from ..sampling import load_loras, merged_at, save_picture, sheet
 from ..settings.command_line import run
 from ..settings.errors import UserError
 from ..settings.setting import Settings, setting
-from ..settings.shared import DATA, MODEL, MODEL_HELP, OUTPUT, PRECISION_HELP, PRECISIONS
+from ..settings.shared import DATA, MODEL, MODEL_HELP, OUTPUT, PRECISION_HELP, PRECISIONS, SPEED
 from ..settings.train import TrainConfig
 from .report import write_figures
 from .vision import frechet_distance, vectors_of
@@ -60,25 +60,48 @@ SHOWN = 8  # pictures on the sheet, with their nearest
 
 @dataclass(frozen=True)
 class EvaluateConfig(Settings):
-    """Every setting of minilora.evaluate."""
+    """Every setting of minilora.apps.evaluate."""
 
-    folders: tuple[str, ...] = setting((), "PICTURES REFERENCE", group=DATA, bare=True)
-    caption: str | None = setting(None, "caption of every picture of REFERENCE, where it has none", group=DATA)
-    model: str | None = setting(None, MODEL_HELP, group=MODEL)
+    usage = "PICTURES REFERENCE"
+    examples = (
+        "python -m minilora.apps.evaluate out/pictures dataset/fluent",
+        "python -m minilora.apps.evaluate out/pictures dataset/fluent --lora out/fluent",
+    )
+
+    folders: tuple[str, ...] = setting(
+        (),
+        "folder of drawn pictures, and folder of real pictures with captions",
+        group=DATA,
+        metavar="PICTURES REFERENCE",
+        basic=True,
+        bare=True,
+    )
     lora: tuple[str, ...] = setting(
         (),
-        "LoRA, optionally with a strength, whose denoising loss is measured; may be repeated",
+        "LoRA whose denoising loss is measured; with a strength: out/fluent:0.8; may be repeated",
         repeat=True,
         group=MODEL,
+        metavar="LORA[:STRENGTH]",
+        basic=True,
     )
+    model: str | None = setting(None, MODEL_HELP, group=MODEL, metavar="BASE", basic=True)
+    output: str = setting(
+        "out/evaluate",
+        "folder of the figures, and of a sheet of nearest pictures",
+        group=OUTPUT,
+        metavar="FOLDER",
+        basic=True,
+    )
+
+    caption: str | None = setting(None, "caption of every picture of REFERENCE that has none", group=DATA)
     features: str | None = setting(
         None,
-        "vision model, a folder or hub id in safetensors, whose features give distances as in publications: "
-        "facebook/dinov2-base, openai/clip-vit-base-patch32",
-        group=MODEL,
+        "vision model whose features give distances as in publications, a folder or hub id: facebook/dinov2-base, "
+        "openai/clip-vit-base-patch32",
+        group=DATA,
+        metavar="MODEL",
     )
-    precision: str = setting("fp32", PRECISION_HELP, choices=PRECISIONS, group=MODEL)
-    output: str = setting("out/evaluate", "folder of the figures, and of a sheet of nearest pictures", group=OUTPUT)
+    precision: str = setting("fp32", PRECISION_HELP, choices=PRECISIONS, group=SPEED)
 
     def problems(self) -> list[str]:
         if len(self.folders) != 2:

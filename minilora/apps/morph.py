@@ -42,7 +42,7 @@ from ..sampling import picture_format, save_picture, sheet
 from ..settings.command_line import run
 from ..settings.errors import UserError
 from ..settings.setting import AT_LEAST_1, SHARE, Settings, Within, setting
-from ..settings.shared import DATA, MODEL, MODEL_HELP, OUTPUT, PICTURES, PRECISION_HELP, PRECISIONS
+from ..settings.shared import LORA, MODEL, MODEL_HELP, OUTPUT, PICTURES, PRECISION_HELP, PRECISIONS, SPEED
 from .ddim import Levels, ddim_draw, ddim_invert
 from .evaluate import apart, encoder_features
 from .report import folder_for, write_figures
@@ -56,28 +56,58 @@ TOGETHER = 8  # frames drawn in one pass, the two ends among them
 class MorphConfig(Settings):
     """Every setting of minilora.apps.morph."""
 
-    pictures: tuple[str, ...] = setting((), "the two pictures", group=DATA, bare=True)
-    prompt_a: str | None = setting(None, "what the first shows", group=DATA)
-    prompt_b: str | None = setting(None, "what the second shows", group=DATA)
+    usage = "A B --prompt-a TEXT --prompt-b TEXT"
+    examples = (
+        "python -m minilora.apps.morph a.png b.png --prompt-a apple --prompt-b pear",
+        "python -m minilora.apps.morph a.png b.png --prompt-a apple --prompt-b pear \\\n"
+        "      --frames 33 --output morph.webp",
+    )
 
-    frames: int = setting(17, "pictures from the first to the second, both counted", group=PICTURES, within=Within(2))
-    steps: int = setting(50, "steps of the way to the noise, and of the way back", group=PICTURES, within=AT_LEAST_1)
-    attention: float = setting(0.6, "share of the steps in which self-attention is mixed", group=PICTURES, within=SHARE)
-    adain: bool = setting(True, "give the noise a mean and spread between those of the ends", group=PICTURES)
-    even: bool = setting(True, "space the frames so that they look equally far apart", group=PICTURES)
-
-    model: str | None = setting(None, MODEL_HELP, group=MODEL)
-    lora_a: str | None = setting(None, "LoRA of the first picture, if there is one; trained if not given", group=MODEL)
-    lora_b: str | None = setting(None, "LoRA of the second", group=MODEL)
-    rank: int = setting(16, "rank of the LoRAs that are trained", group=MODEL, within=AT_LEAST_1)
-    train_steps: int = setting(200, "steps that they are trained for", group=MODEL, within=AT_LEAST_1)
-    precision: str = setting("fp32", PRECISION_HELP, choices=PRECISIONS, group=MODEL)
-
+    pictures: tuple[str, ...] = setting((), "the two pictures", group=PICTURES, metavar="A B", basic=True, bare=True)
+    prompt_a: str | None = setting(None, "what the first one shows", group=PICTURES, basic=True)
+    prompt_b: str | None = setting(None, "what the second one shows", group=PICTURES, basic=True)
+    frames: int = setting(
+        17,
+        "number of frames, the two pictures among them",
+        group=PICTURES,
+        metavar="FRAMES",
+        basic=True,
+        within=Within(2),
+    )
+    lora_a: str | None = setting(
+        None, "LoRA of the first picture; if not given, one is trained", group=LORA, metavar="LORA", basic=True
+    )
+    lora_b: str | None = setting(None, "LoRA of the second picture, likewise", group=LORA, metavar="LORA", basic=True)
+    model: str | None = setting(None, MODEL_HELP, group=MODEL, metavar="BASE", basic=True)
     output: str | None = setting(
         None,
-        "animation to write (.gif, .webp, .png) or a folder for the frames; morph.gif beside the LoRAs if not given",
+        "animation to write (.gif, .webp, .png), or folder for the frames; if not given, morph.gif beside the LoRAs",
         group=OUTPUT,
+        metavar="FILE|FOLDER",
+        basic=True,
     )
+
+    steps: int = setting(
+        50,
+        "DDIM steps from a picture to its noise, and as many back",
+        group=PICTURES,
+        metavar="STEPS",
+        within=AT_LEAST_1,
+    )
+    attention: float = setting(
+        0.6,
+        "share of the steps, 0 to 1, in which self-attention is mixed",
+        group=PICTURES,
+        metavar="SHARE",
+        within=SHARE,
+    )
+    adain: bool = setting(True, "do not give the noise a mean and spread between those of the ends", group=PICTURES)
+    even: bool = setting(True, "do not space the frames so that they look equally far apart", group=PICTURES)
+    rank: int = setting(16, "rank of the LoRAs that are trained", group=LORA, metavar="RANK", within=AT_LEAST_1)
+    train_steps: int = setting(
+        200, "optimizer steps that each is trained for", group=LORA, metavar="STEPS", within=AT_LEAST_1
+    )
+    precision: str = setting("fp32", PRECISION_HELP, choices=PRECISIONS, group=SPEED)
 
     @property
     def folder(self) -> Path:

@@ -26,7 +26,7 @@ from ..sampling import save_picture, sheet
 from ..settings.command_line import run
 from ..settings.errors import UserError
 from ..settings.setting import AT_LEAST_0, AT_LEAST_1, ByBase, Settings, setting
-from ..settings.shared import DATA, MODEL, MODEL_HELP, OUTPUT, PICTURES, PRECISION_HELP, PRECISIONS
+from ..settings.shared import LORA, MODEL, MODEL_HELP, OUTPUT, PICTURES, PRECISION_HELP, PRECISIONS, SPEED
 from ..settings.train import TrainConfig
 from ..training import train
 from .ddim import Levels, ddim_draw, ddim_invert, guided
@@ -37,24 +37,53 @@ from .report import folder_for, write_figures
 class RestoreConfig(Settings):
     """Every setting of minilora.apps.restore."""
 
-    picture: tuple[str, ...] = setting((), "the picture", group=DATA, bare=True)
-    prompt: str | None = setting(None, "what it shows", group=DATA)
+    usage = "PICTURE --prompt TEXT"
+    examples = (
+        "python -m minilora.apps.restore photo.png --prompt 'red apple'",
+        "python -m minilora.apps.restore photo.png --prompt 'red apple' \\\n      --edit 'green apple' --strength 0.5",
+    )
+
+    picture: tuple[str, ...] = setting(
+        (), "picture to restore", group=PICTURES, metavar="PICTURE", basic=True, bare=True
+    )
+    prompt: str | None = setting(None, "what it shows", group=PICTURES, basic=True)
     edit: tuple[str, ...] = setting(
-        (), "another prompt to draw from the picture's noise; may be repeated", repeat=True, group=PICTURES
+        (),
+        "another prompt to draw from the picture's noise; may be repeated",
+        repeat=True,
+        group=PICTURES,
+        basic=True,
     )
-    strength: float = setting(0.4, "strength of the LoRA for --edit", group=PICTURES, within=AT_LEAST_0)
+    strength: float = setting(
+        0.4, "strength of the LoRA for --edit", group=PICTURES, metavar="STRENGTH", basic=True, within=AT_LEAST_0
+    )
+    lora: str | None = setting(
+        None, "LoRA of this picture; if not given, one is trained", group=LORA, metavar="LORA", basic=True
+    )
+    model: str | None = setting(None, MODEL_HELP, group=MODEL, metavar="BASE", basic=True)
+    output: str | None = setting(
+        None, "folder of the results; if not given, out/restore-<name>", group=OUTPUT, metavar="FOLDER", basic=True
+    )
+
     guidance: float = setting(
-        ByBase(4.0, 1.5), "how strongly --edit is followed; 1 is without guidance", group=PICTURES, within=AT_LEAST_1
+        ByBase(4.0, 1.5),
+        "classifier-free guidance of --edit, at least 1; 1 is without",
+        group=PICTURES,
+        metavar="FACTOR",
+        within=AT_LEAST_1,
     )
-    steps: int = setting(50, "steps of the way to the noise, and of the way back", group=PICTURES, within=AT_LEAST_1)
-
-    model: str | None = setting(None, MODEL_HELP, group=MODEL)
-    lora: str | None = setting(None, "LoRA of this picture, if there is one; trained if not given", group=MODEL)
-    rank: int = setting(16, "rank of the LoRA that is trained", group=MODEL, within=AT_LEAST_1)
-    train_steps: int = setting(ByBase(500, 400), "steps that it is trained for", group=MODEL, within=AT_LEAST_1)
-    precision: str = setting("fp32", PRECISION_HELP, choices=PRECISIONS, group=MODEL)
-
-    output: str | None = setting(None, "folder of the results; out/restore-<name> if not given", group=OUTPUT)
+    steps: int = setting(
+        50,
+        "DDIM steps from the picture to its noise, and as many back",
+        group=PICTURES,
+        metavar="STEPS",
+        within=AT_LEAST_1,
+    )
+    rank: int = setting(16, "rank of the LoRA that is trained", group=LORA, metavar="RANK", within=AT_LEAST_1)
+    train_steps: int = setting(
+        ByBase(500, 400), "optimizer steps that it is trained for", group=LORA, metavar="STEPS", within=AT_LEAST_1
+    )
+    precision: str = setting("fp32", PRECISION_HELP, choices=PRECISIONS, group=SPEED)
 
     @classmethod
     def following(cls, values: dict) -> dict:

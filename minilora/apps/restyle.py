@@ -35,7 +35,19 @@ from ..settings.command_line import run
 from ..settings.errors import UserError, first_line
 from ..settings.sample import SampleConfig
 from ..settings.setting import AT_LEAST_1, SEED, ByBase, Settings, Within, setting
-from ..settings.shared import DATA, MODEL, MODEL_HELP, OUTPUT, PICTURES, PRECISION_HELP, PRECISIONS
+from ..settings.shared import (
+    DATA,
+    GUIDANCE_HELP,
+    LORA_HELP,
+    MODEL,
+    MODEL_HELP,
+    OUTPUT,
+    PICTURES,
+    PRECISION_HELP,
+    PRECISIONS,
+    SEED_HELP,
+    SPEED,
+)
 from ..settings.train import TrainConfig
 from .canny import canny
 from .classifier import probability, share_right, train_classifier
@@ -48,38 +60,59 @@ SHOWN = 6  # pictures on the sheet
 class RestyleConfig(Settings):
     """Every setting of minilora.apps.restyle."""
 
-    data: tuple[str, ...] = setting((), "the picture, or a folder of pictures with captions", group=DATA, bare=True)
-    prompt: str | None = setting(None, "what they show, where the folder does not say", group=DATA)
+    usage = "PICTURE --lora LORA"
+    examples = (
+        "python -m minilora.apps.restyle photo.png --prompt apple --lora out/fluent:0.8",
+        "python -m minilora.apps.restyle pictures --lora out/fluent --strengths 0,0.5,1",
+    )
 
+    data: tuple[str, ...] = setting(
+        (), "picture, or folder of pictures with captions", group=DATA, metavar="PICTURE", basic=True, bare=True
+    )
+    prompt: str | None = setting(None, "what they show, for those without a caption", group=DATA, basic=True)
+    lora: tuple[str, ...] = setting((), LORA_HELP, repeat=True, group=MODEL, metavar="LORA[:STRENGTH]", basic=True)
     strength: float = setting(
-        0.5, "how much is drawn anew, from 0 to 1", group=PICTURES, within=Within(0, 1, above=True)
+        0.5,
+        "how much of a picture is drawn anew: above 0, up to 1 for all of it",
+        group=PICTURES,
+        metavar="SHARE",
+        basic=True,
+        within=Within(0, 1, above=True),
+    )
+    model: str | None = setting(None, MODEL_HELP, group=MODEL, metavar="BASE", basic=True)
+    output: str | None = setting(
+        None, "folder of the results; if not given, out/restyle-<name>", group=OUTPUT, metavar="FOLDER", basic=True
+    )
+
+    strengths: tuple[float, ...] = setting(
+        (1.0,),
+        "compare strengths of the LoRAs, one row each: 0,0.5,1 multiplies those of --lora by these",
+        group=PICTURES,
+        metavar="FACTOR,…",
     )
     steps: int = setting(
-        ByBase(50, 30), "denoising steps at strength 1, and in proportion", group=PICTURES, within=AT_LEAST_1
-    )
-    guidance: float = setting(
-        ByBase(7.5, 3.0),
-        "how strongly the prompt is followed; 1 is without guidance",
+        ByBase(50, 30),
+        "denoising steps at --strength 1; at 0.5 half of them are taken",
         group=PICTURES,
+        metavar="STEPS",
         within=AT_LEAST_1,
     )
-    negative: str = setting("", "what to keep away from", group=PICTURES)
-    seed: int = setting(0, "seed of the first picture; the next ones count up", group=PICTURES, within=SEED)
-    controlnet: str | None = setting(None, "diffusers folder of a ControlNet for Canny edges", group=PICTURES)
+    guidance: float = setting(ByBase(7.5, 3.0), GUIDANCE_HELP, group=PICTURES, metavar="FACTOR", within=AT_LEAST_1)
+    negative: str = setting("", "what to keep out of the pictures (negative prompt)", group=PICTURES)
+    seed: int = setting(0, SEED_HELP, group=PICTURES, metavar="SEED", within=SEED)
+    controlnet: str | None = setting(
+        None,
+        "ControlNet for Canny edges, which keeps a picture's edges: a diffusers folder",
+        group=PICTURES,
+        metavar="FOLDER",
+    )
     style: str | None = setting(
-        None, "folder of pictures in the style, to measure how much of it has come in", group=DATA
+        None,
+        "folder of pictures in the style, to measure how much of it the results have",
+        group=PICTURES,
+        metavar="FOLDER",
     )
-
-    model: str | None = setting(None, MODEL_HELP, group=MODEL)
-    lora: tuple[str, ...] = setting(
-        (), "LoRA, optionally with a strength: out/fluent:0.8; may be repeated", repeat=True, group=MODEL
-    )
-    strengths: tuple[float, ...] = setting(
-        (1.0,), "factors on the strengths of --lora to compare, with commas between: one row each", group=MODEL
-    )
-    precision: str = setting("fp32", PRECISION_HELP, choices=PRECISIONS, group=MODEL)
-
-    output: str | None = setting(None, "folder of the results; out/restyle-<name> if not given", group=OUTPUT)
+    precision: str = setting("fp32", PRECISION_HELP, choices=PRECISIONS, group=SPEED)
 
     @classmethod
     def following(cls, values: dict) -> dict:

@@ -11,6 +11,7 @@ import difflib
 import importlib
 import json
 import os
+import shutil
 import sys
 import types
 import typing
@@ -18,7 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from .errors import UserError, first_line, is_out_of_memory
-from .setting import ByBase, option
+from .setting import ByBase, as_typed, option
 from .strict_json import parse_json
 
 
@@ -33,7 +34,7 @@ def sample() -> None:
 
 
 def merge() -> None:
-    """Fold LoRA files into a base, file to file; or merge, resize, convert and extract LoRAs."""
+    """Fold LoRA files into a base; or merge, resize, convert and extract LoRAs."""
     run("minilora.settings.merge:MergeConfig", "minilora.merge:merge", merge.__doc__)
 
 
@@ -106,56 +107,92 @@ def read(cls: type, argv: list[str], description: str):
 
 
 def _parser(cls: type, description: str) -> argparse.ArgumentParser:
-    """Make the command line of a settings class: an option per field, grouped."""
+    """Make the command line of a settings class: the basic settings, then the advanced ones by their groups."""
 
     class Parser(argparse.ArgumentParser):
         def error(self, message):
             raise UserError(message)
 
+    examples = "".join(f"\n  {example}" for example in cls.examples)
     parser = Parser(
-        description=description,
+        prog=_program(),
+        usage=" ".join(filter(None, ("%(prog)s", cls.usage, "[SETTING …]"))),
+        description=description + (f"\n\nfor example:{examples}" if examples else ""),
+        add_help=False,
         allow_abbrev=False,
         argument_default=argparse.SUPPRESS,  # so that only what was typed wins over the file
-        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=34, width=110),
+        formatter_class=_Help,
     )
-    parser.add_argument("--config", metavar="FILE", help="JSON file of settings; the command line wins over it")
-    parser.add_argument("--print-config", action="store_true", help="print all settings as such a file, and do no more")
     groups: dict[str, argparse._ArgumentGroup] = {}
-    for field in dataclasses.fields(cls):
-        title = field.metadata["group"]
+    for field in sorted(dataclasses.fields(cls), key=lambda field: not field.metadata["basic"]):
+        about = field.metadata
+        title = "basic" if about["basic"] else f"advanced: {about['group']}"
         group = groups.get(title) or groups.setdefault(title, parser.add_argument_group(title))
         kind, is_tuple, _ = _kind(cls, field.name)
-        words = {"help": field.metadata["help"] + _default_words(field)}
-        if field.metadata["bare"]:
-            group.add_argument(field.name, nargs="*", metavar="FILE", **words)
+        words = {"help": about["help"] + _default_words(field)}
+        metavar = about["metavar"] or {int: "N", float: "X"}.get(kind, "TEXT")
+        if about["bare"]:
+            group.add_argument(field.name, nargs="*", metavar=metavar, **words)
             continue
         if kind is bool:
             words["action"] = argparse.BooleanOptionalAction
-        elif field.metadata["repeat"]:
-            words |= {"action": "append", "type": kind, "metavar": "TEXT"}
+        elif about["repeat"]:
+            words |= {"action": "append", "type": kind, "metavar": metavar}
         else:
-            choices = ("," if is_tuple else "|").join(field.metadata["choices"])
-            metavar = choices or {int: "N", float: "X", str: "TEXT"}[kind]
-            words |= {"type": _comma_list(kind) if is_tuple else kind, "metavar": metavar}
-        names = [option(field.name), field.metadata["alias"]]
-        group.add_argument(*filter(None, names), dest=field.name, **words)
+            choices = ("," if is_tuple else "|").join(about["choices"])
+            reads = _several(kind, about["separator"], metavar) if is_tuple else kind
+            words |= {"type": reads, "metavar": choices or metavar}
+        names = [option(field.name), about["alias"]]
+        action = group.add_argument(*filter(None, names), dest=field.name, **words)
+        action.shown = action.option_strings[about["default"] is True] if kind is bool else None
+    others = parser.add_argument_group("other")
+    others.add_argument(
+        "--config",
+        metavar="FILE",
+        help="read settings from a JSON file; the command line wins over it, --no-… over a switch that it turns on",
+    )
+    others.add_argument("--print-config", action="store_true", help="print all settings as such a file, and exit")
+    others.add_argument("-h", "--help", action="help", help="print this, and exit")
     return parser
 
 
+class _Help(argparse.RawDescriptionHelpFormatter):
+    """Help as wide as the terminal, up to 100 columns; a switch is shown in the one form that one would type."""
+
+    def __init__(self, prog: str):
+        super().__init__(prog, max_help_position=28, width=min(shutil.get_terminal_size().columns, 100))
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        return getattr(action, "shown", None) or super()._format_action_invocation(action)
+
+
+def _program() -> str:
+    """Return what one types to start this command."""
+    spec = sys.modules["__main__"].__spec__  # of `python -m`
+    return f"python -m {spec.name}" if spec else Path(sys.argv[0]).name
+
+
 def _default_words(field) -> str:
-    default = field.metadata["default"]
+    default, separator = field.metadata["default"], field.metadata["separator"]
     if isinstance(default, ByBase):
-        return f" (default {default.usual}; {default.bundled} on the bundled base)"
-    if default is None or default is False or default in ((), ""):
+        usual, bundled = as_typed(default.usual, separator), as_typed(default.bundled, separator)
+        return f" (default {usual}; {bundled} on the bundled base)"
+    if default is None or isinstance(default, bool) or default in ((), ""):
         return ""
-    return f" (default {','.join(map(str, default)) if isinstance(default, tuple) else default})"
+    text = as_typed(default, separator)
+    return f" (default {text})" if len(text) < 80 else ""
 
 
-def _comma_list(kind: type):
+def _several(kind: type, separator: str, form: str) -> Callable[[str], tuple]:
+    """Return what reads several values of one option; `form` is how they are written."""
+
     def parse(text: str) -> tuple:
-        return tuple(kind(part.strip()) for part in text.split(","))
+        try:
+            return tuple(kind(part.strip()) for part in text.split(separator))
+        except ValueError as error:
+            numbers = {int: ", in whole numbers", float: ", in numbers"}.get(kind, "")
+            raise argparse.ArgumentTypeError(f"{text!r} is not {form}{numbers}") from error
 
-    parse.__name__ = f"comma-separated {kind.__name__}"  # what argparse names in its error
     return parse
 
 
@@ -188,7 +225,8 @@ def _read_file(cls: type, path: Path) -> dict:
         parts = value if is_tuple and isinstance(value, list) else [value]
         # (JSON's whole numbers have no end, but floats have.)
         right = all(type(part) is kind or (kind is float and type(part) is int and abs(part) < 1e300) for part in parts)
-        once = fields[name].metadata["repeat"]  # what may be repeated may also stand there once, without a list
+        # What may be repeated may also stand there once, without a list; and the side of a square for its size.
+        once = fields[name].metadata["repeat"] or fields[name].metadata["separator"] == "x"
         if right and (once or is_tuple == isinstance(value, list)):
             result[name] = tuple(kind(part) for part in parts) if is_tuple else kind(value)
         elif not (value is None and optional):  # null is what a setting that is not given is written as

@@ -3,37 +3,70 @@
 from dataclasses import dataclass
 
 from .setting import AT_LEAST_1, Settings, Within, option, setting
-from .shared import MODEL, OTHER, OUTPUT
+from .shared import MERGING, OTHER
 
 
 @dataclass(frozen=True)
 class MergeConfig(Settings):
     """Every setting of minilora.merge."""
 
-    files: tuple[str, ...] = setting(
-        (), "BASE LORA[:STRENGTH] …, or what the options below say", group=MODEL, bare=True
+    usage = "BASE LORA[:STRENGTH] … --output OUT"
+    examples = (
+        "python -m minilora.merge a.safetensors out/fluent:0.8 --output b.safetensors",
+        "python -m minilora.merge --loras-only out/a:0.5 out/b --rank 16 --output both",
     )
-    allow_unmatched: bool = setting(False, "leave out unmatched keys of a LoRA", group=MODEL)
-    float64: bool = setting(False, "compute in float64 instead of float32", group=MODEL)
 
-    loras_only: bool = setting(False, "LORA[:STRENGTH] …: merge LoRAs into one LoRA, without a base", group=OTHER)
-    extract: bool = setting(False, "BASE TUNED: write the LoRA that leads from one to the other", group=OTHER)
-    restore: bool = setting(False, "MERGED UNDO: write the base that was merged into", group=OTHER)
+    files: tuple[str, ...] = setting(
+        (),
+        "base, a diffusers folder or a .safetensors file, and LoRAs, each with a strength if it is not 1",
+        group=MERGING,
+        metavar="BASE LORA[:STRENGTH] …",
+        basic=True,
+        bare=True,
+    )
+    output: str | None = setting(
+        None,
+        "file or folder to write, in the layout of the base",
+        group=MERGING,
+        metavar="OUT",
+        basic=True,
+    )
+    overwrite: bool = setting(False, "replace what is at --output", group=MERGING, basic=True)
+    allow_unmatched: bool = setting(
+        False, "leave out keys of a LoRA that have no place in the base", group=MERGING, basic=True
+    )
+    undo: str | None = setting(
+        None,
+        "also write a file with the original bytes of what changes, for --restore",
+        group=MERGING,
+        metavar="FILE",
+        basic=True,
+    )
+    float64: bool = setting(False, "compute in float64 instead of float32", group=MERGING)
+
+    loras_only: bool = setting(
+        False, "merge LoRAs into one LoRA, without a base: LORA[:STRENGTH] …; one is converted or resized", group=OTHER
+    )
+    extract: bool = setting(False, "write the LoRA that leads from a base to a tuned one: BASE TUNED", group=OTHER)
+    restore: bool = setting(False, "write the base that was merged into: MERGED UNDO", group=OTHER)
     rank: int | None = setting(
-        None, "rank of the LoRA written by --loras-only or --extract", group=OTHER, within=AT_LEAST_1
+        None,
+        "rank of the LoRA that --loras-only or --extract writes",
+        group=OTHER,
+        metavar="RANK",
+        within=AT_LEAST_1,
     )
     energy: float | None = setting(
         None,
-        "share of each change's sum of squares to keep, instead of --rank; 0 to 1",
+        "instead of --rank: share of each ΔW's sum of squares to keep, 0 to 1",
         group=OTHER,
+        metavar="SHARE",
         within=Within(0, 1, above=True),
     )
-    base: str | None = setting(None, "base whose modules the LoRAs of --loras-only are named after", group=OTHER)
+    base: str | None = setting(
+        None, "base that names the modules for --loras-only, as --dialect kohya needs", group=OTHER, metavar="BASE"
+    )
     dialect: str = setting("diffusers", "how a LoRA is written", choices=("diffusers", "kohya", "peft"), group=OTHER)
-
-    output: str | None = setting(None, "file or folder to write; of the base's layout", group=OUTPUT)
-    overwrite: bool = setting(False, "write even if there is something there", group=OUTPUT)
-    undo: str | None = setting(None, "file for the original bytes of what changes", group=OUTPUT)
 
     def problems(self) -> list[str]:
         chosen = [option(name) for name in ("loras_only", "extract", "restore") if getattr(self, name)]

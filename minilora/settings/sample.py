@@ -4,9 +4,11 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from .setting import AT_LEAST_1, SEED, ByBase, Settings, setting
+from .setting import AT_LEAST_1, SEED, ByBase, Settings, as_typed, setting
 from .shared import (
     COMPILE_HELP,
+    GUIDANCE_HELP,
+    LORA_HELP,
     MODEL,
     MODEL_CONFIG_HELP,
     MODEL_HELP,
@@ -14,6 +16,8 @@ from .shared import (
     PICTURES,
     PRECISION_HELP,
     PRECISIONS,
+    SEED_HELP,
+    SPEED,
     ZERO_SNR_HELP,
 )
 
@@ -30,58 +34,76 @@ SAMPLERS = {  # the class of diffusers behind each
 class SampleConfig(Settings):
     """Every setting of sample.py."""
 
-    prompt: tuple[str, ...] = setting((), "what to draw; may be repeated", repeat=True, group=PICTURES)
-    negative: str = setting("", "what to keep away from", group=PICTURES)
-    seed: int = setting(0, "seed of the first picture; the next ones count up", group=PICTURES, within=SEED)
-    count: int = setting(1, "pictures per prompt", group=PICTURES, within=AT_LEAST_1)
-    steps: int = setting(ByBase(30, 20), "denoising steps", group=PICTURES, within=AT_LEAST_1)
-    guidance: float = setting(
-        ByBase(7.5, 3.0),
-        "how strongly the prompt is followed; 1 is without guidance",
+    usage = "--prompt TEXT"
+    examples = (
+        "python sample.py --prompt 'red apple' --lora out/fluent:0.8 --output apple.png",
+        "python sample.py --prompt 'a photo of sks dog' --lora out/photos --count 4 \\\n"
+        "      --model stable-diffusion-v1-5/stable-diffusion-v1-5 --size 512x768",
+    )
+
+    prompt: tuple[str, ...] = setting((), "what to draw; may be repeated", repeat=True, group=PICTURES, basic=True)
+    negative: str = setting("", "what to keep out of the pictures (negative prompt)", group=PICTURES, basic=True)
+    seed: int = setting(0, SEED_HELP, group=PICTURES, metavar="SEED", basic=True, within=SEED)
+    count: int = setting(
+        1, "number of pictures per prompt", group=PICTURES, metavar="PICTURES", basic=True, within=AT_LEAST_1
+    )
+    size: tuple[int, ...] | None = setting(
+        None,
+        "width and height of the pictures in pixels; one number is a square; if not given, the base's own",
         group=PICTURES,
+        metavar="WIDTHxHEIGHT",
+        separator="x",
+        basic=True,
         within=AT_LEAST_1,
     )
+    steps: int = setting(
+        ByBase(30, 20), "denoising steps", group=PICTURES, metavar="STEPS", basic=True, within=AT_LEAST_1
+    )
+    guidance: float = setting(
+        ByBase(7.5, 3.0), GUIDANCE_HELP, group=PICTURES, metavar="FACTOR", basic=True, within=AT_LEAST_1
+    )
+    scheduler: str = setting("ddim", "sampler", choices=tuple(SAMPLERS), group=PICTURES)
     zero_terminal_snr: bool = setting(False, ZERO_SNR_HELP, group=PICTURES)
     image: str | None = setting(
-        None, "picture to paint in, for an inpainting base", group=PICTURES, needs=("mask", "where it is painted anew")
+        None,
+        "picture to paint in, for an inpainting base",
+        group=PICTURES,
+        metavar="FILE",
+        needs=("mask", "where it is painted anew"),
     )
     mask: str | None = setting(
         None,
         "picture that is white where --image is to be painted anew",
         group=PICTURES,
+        metavar="FILE",
         needs=("image", "the picture that is painted in"),
     )
-    size: int | None = setting(
-        None, "side of the pictures, in pixels; the base's own if not given", group=PICTURES, within=AT_LEAST_1
-    )
-    scheduler: str = setting("ddim", "sampler", choices=tuple(SAMPLERS), group=PICTURES)
 
-    model: str | None = setting(None, MODEL_HELP, group=MODEL)
-    model_config: str | None = setting(None, MODEL_CONFIG_HELP, group=MODEL)
-    lora: tuple[str, ...] = setting(
-        (),
-        "LoRA file or training output, optionally with a strength: out/fluent:0.8; may be repeated",
-        repeat=True,
-        group=MODEL,
-    )
+    model: str | None = setting(None, MODEL_HELP, group=MODEL, metavar="BASE", basic=True)
+    lora: tuple[str, ...] = setting((), LORA_HELP, repeat=True, group=MODEL, metavar="LORA[:STRENGTH]", basic=True)
+    model_config: str | None = setting(None, MODEL_CONFIG_HELP, group=MODEL, metavar="FOLDER")
     strengths: tuple[float, ...] = setting(
         (),
-        "factors on the strengths of --lora to compare, with commas between (--strengths=-1,0,1): one column each",
+        "compare strengths of the LoRAs, one column each: --strengths=-1,0,1 multiplies those of --lora by these",
         group=MODEL,
+        metavar="FACTOR,…",
         needs=("lora", "whose strength they change"),
     )
     grid: tuple[float, ...] = setting(
         (),
-        "factors on the strengths of two --lora: a row each for the first, a column each for the second",
+        "compare mixtures of two LoRAs: one row for each factor of the first, one column for each of the second",
         group=MODEL,
+        metavar="FACTOR,…",
     )
-    precision: str = setting("fp32", PRECISION_HELP, choices=PRECISIONS, group=MODEL)
-    compile: bool = setting(False, COMPILE_HELP, group=MODEL)
+    precision: str = setting("fp32", PRECISION_HELP, choices=PRECISIONS, group=SPEED, basic=True)
+    compile: bool = setting(False, COMPILE_HELP, group=SPEED)
 
     output: str = setting(
         "out/sample.png",
-        "picture to write, several on one sheet; or a folder, for single ones with their prompts as captions",
+        "file to write, several pictures on one sheet; or a folder for single ones, with their prompts as captions",
         group=OUTPUT,
+        metavar="FILE|FOLDER",
+        basic=True,
     )
 
     def problems(self) -> list[str]:
@@ -92,9 +114,11 @@ class SampleConfig(Settings):
             wrong.append("--grid takes one --prompt and one --count: it fills a sheet with it")
         if self.grid and self.strengths:
             wrong.append("--grid and --strengths cannot be given at once")
+        if self.size is not None and len(self.size) > 2:
+            wrong.append(f"--size is {as_typed(self.size, 'x')}; it takes WIDTHxHEIGHT, or the side of a square")
         for name in ("strengths", "grid"):
             if not all(math.isfinite(factor) for factor in getattr(self, name)):
-                wrong.append(f"--{name} is {','.join(map(str, getattr(self, name)))}; each must be a finite number")
+                wrong.append(f"--{name} is {as_typed(getattr(self, name))}; each must be a finite number")
         if (self.strengths or self.grid) and not Path(self.output).suffix:
             wrong.append(
                 f"--output {self.output}: --strengths and --grid make one sheet, whose name ends as a picture's does"

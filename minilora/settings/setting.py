@@ -11,6 +11,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
+from typing import ClassVar
 
 from .errors import UserError
 
@@ -66,22 +67,29 @@ def setting(
     text: str,
     *,
     group: str,
+    metavar: str = "",
+    basic: bool = False,
     choices: tuple = (),
     within: Within | None = None,
     needs: tuple[str, str] | None = None,
     repeat: bool = False,
     bare: bool = False,
+    separator: str = ",",
     alias: str = "",
     in_identity: bool = True,
 ):
     """Declare one setting.
 
-    `choices` are all values that it can be, `within` says which numbers; `needs` is another setting that it has
-    no effect without, and what that is.  `repeat`: its option may be given several times; `bare`: its values
-    stand without option; `alias` is another option for it.  `in_identity`: what is learnt depends on it.
+    `text` is its sentence of help, and `metavar` what stands for its value there.  Help shows a `basic` setting
+    among the first ones, and every other under its `group`.  `choices` are all values that it can have, `within`
+    is the range of its numbers.  `needs` is another setting that it has no effect without, and what that one is.
+    `repeat`: its option may be given several times.  `bare`: its values stand without an option.  `separator`
+    stands between several values of one option.  `alias` is another option for it.  `in_identity`: what is learnt
+    depends on it.
     """
-    metadata = {"help": text, "group": group, "choices": choices, "within": within, "needs": needs}
-    metadata |= {"default": default, "repeat": repeat, "bare": bare, "alias": alias, "in_identity": in_identity}
+    metadata = {"help": text, "group": group, "metavar": metavar, "basic": basic, "default": default}
+    metadata |= {"choices": choices, "within": within, "needs": needs, "separator": separator}
+    metadata |= {"repeat": repeat, "bare": bare, "alias": alias, "in_identity": in_identity}
     by_base = isinstance(default, ByBase)
     return dataclasses.field(default=None if by_base else default, metadata=metadata)
 
@@ -90,8 +98,18 @@ def option(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
+def as_typed(value, separator: str = ",") -> str:
+    """Return a value as one would type it on the command line."""
+    if isinstance(value, tuple):
+        return separator.join(map(as_typed, value))
+    return f"{value:g}" if isinstance(value, float) and float(f"{value:g}") == value else str(value)
+
+
 class Settings:
     """What the settings of every command share: defaults that follow other settings, and checks."""
+
+    usage: ClassVar[str] = ""  # what a command needs at least, for the first line of its help
+    examples: ClassVar[tuple[str, ...]] = ()  # whole commands, for its help
 
     def __post_init__(self):
         follows = self.following(vars(self))
@@ -108,12 +126,15 @@ class Settings:
     def _problems_of(self, field: dataclasses.Field, given: Collection[str]) -> list[str]:
         """Return what is wrong with one setting by what was declared of it; `given` are those not as by default."""
         value, wrong, about = getattr(self, field.name), [], field.metadata
+        values = value if isinstance(value, tuple) else (value,)
         if about["choices"]:
-            values = value if isinstance(value, tuple) else (value,)
             can_be = f"it can be {', '.join(about['choices'])}"
             wrong += [f"{option(field.name)} is {v!r}; {can_be}" for v in values if v not in about["choices"]]
-        if about["within"] and value is not None and (must := about["within"].complaint(value)):
-            wrong.append(f"{option(field.name)} is {value}; it must be {must}")
+        if about["within"] and value is not None:
+            problems = dict.fromkeys(filter(None, map(about["within"].complaint, values)))
+            wrong += [
+                f"{option(field.name)} is {as_typed(value, about['separator'])}; it must be {p}" for p in problems
+            ]
         if about["needs"] and field.name in given:
             other, what = about["needs"]
             wrong += [] if getattr(self, other) else [f"{option(field.name)} needs {option(other)}, {what}"]

@@ -6,14 +6,19 @@ import os
 from .errors import UserError
 
 TEXT_ATTENTION = ("q_proj", "k_proj", "v_proj", "out_proj")  # those of CLIP's text encoders
-DATA, MODEL, TRAINING, OUTPUT, PICTURES = "data", "base and LoRA", "training", "output", "pictures"
-OTHER = "instead of merging into a base"
-MODEL_HELP = "diffusers folder, hub id or single .safetensors file of the base; the bundled miniature if not given"
-MODEL_CONFIG_HELP = "diffusers folder or hub id with the settings and tokenizer that a single file of --model lacks"
-ZERO_SNR_HELP = "change the base's noise levels so that the last is pure noise; for bases that predict v"
-PRECISION_HELP = "number format of the frozen base and of the computation"
+DATA, VALIDATION, CLASS_PICTURES = "data", "validation", "class pictures (DreamBooth)"
+MODEL, LORA, PICTURES, OUTPUT = "base and LoRA", "LoRA", "pictures", "output"
+TRAINING, NOISE, SPEED = "optimization", "noise and loss", "memory and speed"
+MERGING, OTHER = "merging into a base", "instead of merging into a base"
+MODEL_HELP = "base: diffusers folder, hub id (OWNER/NAME) or .safetensors file; if not given, the bundled miniature"
+MODEL_CONFIG_HELP = "diffusers folder or hub id with the settings and the tokenizer that a --model in one file lacks"
+ZERO_SNR_HELP = "change the base's noise levels so that the last one is pure noise; for bases that predict v"
+PRECISION_HELP = "number format of the base and of the computation; bf16 and fp16 take half the memory"
 PRECISIONS = ("fp32", "bf16", "fp16")
-COMPILE_HELP = "let torch.compile make the U-Net's code: the first step takes minutes, the others less than without"
+COMPILE_HELP = "compile the U-Net: the first step takes minutes, each later one is faster"
+LORA_HELP = "LoRA file or folder of a training; with a strength: out/fluent:0.8; may be repeated"
+GUIDANCE_HELP = "classifier-free guidance: how closely pictures follow the prompt, at least 1; 1 is without"
+SEED_HELP = "seed of the first picture; each next one has the next number"
 CLASS = ("class_prompt", "what the pictures of the class show")  # that others need, as `setting` takes it
 TEXT_ENCODERS = ("train_text_encoder", "which puts a LoRA there")
 WEIGHT = "the weight"  # what the number behind a folder of pictures is called

@@ -22,18 +22,22 @@ from .setting import (
 )
 from .shared import (
     CLASS,
+    CLASS_PICTURES,
     COMPILE_HELP,
     DATA,
     MODEL,
     MODEL_CONFIG_HELP,
     MODEL_HELP,
+    NOISE,
     OUTPUT,
     PRECISION_HELP,
     PRECISIONS,
+    SPEED,
     TEXT_ATTENTION,
     TEXT_ENCODERS,
     TIMEOUT,
     TRAINING,
+    VALIDATION,
     WEIGHT,
     ZERO_SNR_HELP,
     path_and_number,
@@ -44,126 +48,210 @@ from .shared import (
 class TrainConfig(Settings):
     """Every setting of train.py."""
 
+    usage = "--data FOLDER"
+    examples = (
+        "python train.py --data dataset/mountain --output out/mountain",
+        "torchrun --nproc-per-node 2 train.py --data photos --caption 'sks dog' \\\n"
+        "      --model stable-diffusion-v1-5/stable-diffusion-v1-5 --precision bf16",
+    )
+
     data: tuple[str, ...] = setting(
         (),
-        "folder of pictures, with metadata.jsonl, metadata.csv or a .txt beside each; or one picture; may be repeated, "
-        "and with a weight, folder:2, each picture comes so many times per epoch",
+        "folder of pictures, with captions in metadata.jsonl, metadata.csv or a .txt beside each; or one picture; may "
+        "be repeated; with a weight, folder:2, each picture comes twice per epoch",
         repeat=True,
         group=DATA,
+        metavar="FOLDER",
+        basic=True,
         in_identity=False,
     )
     caption: str | None = setting(
         None,
-        "caption of every picture, where the folder has none",
+        "caption of every picture that has none in the folder",
         group=DATA,
         alias="--instance-prompt",
+        basic=True,
         in_identity=False,
     )
     caption_column: str = setting(
-        "text", "key of the caption in metadata.jsonl or metadata.csv", group=DATA, in_identity=False
+        "text", "key of the caption in metadata.jsonl or metadata.csv", group=DATA, metavar="KEY", in_identity=False
     )
-    trigger: str | None = setting(None, "word to put before every caption: 'sks, a dog'", group=DATA)
+    trigger: str | None = setting(
+        None, "word to put before every caption: sks makes 'sks, a dog'", group=DATA, metavar="WORD", basic=True
+    )
     resolution: int | None = setting(
-        None, "side of the training pictures, in pixels; the base's own if not given", group=DATA, within=AT_LEAST_1
+        None,
+        "side of the training pictures in pixels; if not given, the base's own",
+        group=DATA,
+        metavar="PIXELS",
+        basic=True,
+        within=AT_LEAST_1,
     )
     crop: str = setting(
         "center",
-        "square crop of each picture; random encodes each draw anew, without the cache",
+        "which square of a picture is seen; random takes another each time, and encodes it anew, without the cache",
         choices=("center", "random"),
         group=DATA,
     )
     buckets: bool = setting(
-        False, "train on sizes of about equal area instead of squares, so that less is cropped away", group=DATA
+        False, "train on several sizes of about equal area, not on squares, so that less is cropped away", group=DATA
     )
     mirror: bool = setting(False, "show each picture mirrored half of the time", group=DATA)
     caption_dropout: float = setting(
-        ByBase(0.0, 0.1), "share of draws whose caption is left empty, 0 to 1", group=DATA, within=SHARE
-    )
-    class_prompt: str | None = setting(
-        None, "prompt of the subject's class, for prior preservation (DreamBooth): 'a dog'", group=DATA
-    )
-    class_data: str | None = setting(
-        None,
-        "folder of pictures of the class, missing ones are generated; out/class-<prompt> if not given",
+        ByBase(0.0, 0.1),
+        "share of draws, 0 to 1, whose caption is left empty",
         group=DATA,
-        needs=CLASS,
-        in_identity=False,
-    )
-    class_pictures: int = setting(
-        ByBase(200, 16), "pictures of the class in all", group=DATA, within=AT_LEAST_1, needs=CLASS, in_identity=False
-    )
-    prior_weight: float = setting(
-        1.0, "weight of the class's pictures in the loss", group=DATA, within=ABOVE_0, needs=CLASS
+        metavar="SHARE",
+        within=SHARE,
     )
     cache: str = setting(
         "~/.cache/minilora",
-        "folder of the encoded pictures and captions, shared by all runs",
+        "folder of the encoded pictures and captions; all runs share it",
         group=DATA,
+        metavar="FOLDER",
         in_identity=False,
     )
 
     validation: str | None = setting(
         None,
-        "held-out pictures to measure the loss on: a folder, or a share of --data, as 0.1; the LoRA of the lowest "
+        "held-out pictures to measure the loss on: a folder, or a share of --data, as 0.1; the LoRA with the lowest "
         "loss is kept",
-        group=DATA,
+        group=VALIDATION,
+        metavar="FOLDER|SHARE",
         in_identity=False,
     )
     validate_every: int | None = setting(
         None,
-        "steps between the measurements of --validation, besides the first and the last step",
-        group=DATA,
+        "steps between two measurements; the first and the last step always have one",
+        group=VALIDATION,
+        metavar="STEPS",
         needs=("validation", "the pictures to look at"),
         within=AT_LEAST_1,
         in_identity=False,
     )
 
-    model: str | None = setting(None, MODEL_HELP, group=MODEL, in_identity=False)
-    model_config: str | None = setting(None, MODEL_CONFIG_HELP, group=MODEL, in_identity=False)
-    base_lora: tuple[str, ...] = setting(
-        (),
-        "LoRA to merge into the base and train on top of, optionally with a strength: out/fluent:0.8; may be repeated",
-        repeat=True,
-        group=MODEL,
+    class_prompt: str | None = setting(
+        None, "prompt of the subject's class, for prior preservation: 'a dog'", group=CLASS_PICTURES
+    )
+    class_data: str | None = setting(
+        None,
+        "folder of class pictures; missing ones are generated; if not given, out/class-<prompt>",
+        group=CLASS_PICTURES,
+        metavar="FOLDER",
+        needs=CLASS,
         in_identity=False,
     )
-    rank: int = setting(8, "rank of the LoRA: more learns more, in a larger file", group=MODEL, within=AT_LEAST_1)
-    alpha: float | None = setting(
-        None, "ΔW is scaled by alpha / rank; the rank if not given", group=MODEL, within=ABOVE_0
+    class_pictures: int = setting(
+        ByBase(200, 16),
+        "number of class pictures in all",
+        group=CLASS_PICTURES,
+        metavar="PICTURES",
+        within=AT_LEAST_1,
+        needs=CLASS,
+        in_identity=False,
     )
-    rank_for: tuple[str, ...] = setting(
+    prior_weight: float = setting(
+        1.0,
+        "weight of the class pictures in the loss",
+        group=CLASS_PICTURES,
+        metavar="WEIGHT",
+        within=ABOVE_0,
+        needs=CLASS,
+    )
+
+    model: str | None = setting(None, MODEL_HELP, group=MODEL, metavar="BASE", basic=True, in_identity=False)
+    model_config: str | None = setting(None, MODEL_CONFIG_HELP, group=MODEL, metavar="FOLDER", in_identity=False)
+    base_lora: tuple[str, ...] = setting(
         (),
-        "ranks of layers by a part of their name, at the same scale; the last match wins: attn2=16,ff=4",
+        "LoRA to merge into the base before training; with a strength: out/fluent:0.8; may be repeated",
+        repeat=True,
         group=MODEL,
+        metavar="LORA[:STRENGTH]",
+        in_identity=False,
     )
-    alpha_for: tuple[str, ...] = setting((), "alphas of layers by a part of their name: attn2=8,ff=4", group=MODEL)
+    init_from: str | None = setting(
+        None,
+        "LoRA to train further, with its own layers and ranks, instead of a new one",
+        group=MODEL,
+        metavar="LORA",
+        in_identity=False,
+    )
+    rank: int = setting(
+        8,
+        "rank of the LoRA; a higher one can learn more, and makes a larger file",
+        group=MODEL,
+        metavar="RANK",
+        basic=True,
+        within=AT_LEAST_1,
+    )
+    alpha: float | None = setting(
+        None, "ΔW is multiplied by alpha / rank; if not given, the rank", group=MODEL, metavar="ALPHA", within=ABOVE_0
+    )
     targets: tuple[str, ...] = setting(
         ("attention",),
         "layers of the U-Net to adapt: attention, attention+ff, linear, linear+conv, or ends of names with commas",
         group=MODEL,
+        metavar="LAYERS",
     )
-    init_from: str | None = setting(
-        None, "LoRA to start from, in its own layers and ranks, instead of a new one", group=MODEL, in_identity=False
+    rank_for: tuple[str, ...] = setting(
+        (),
+        "ranks of some layers, by a part of their name, at the same scale: attn2=16,ff=4; the last match wins",
+        group=MODEL,
+        metavar="PART=RANK,…",
     )
-
+    alpha_for: tuple[str, ...] = setting(
+        (), "alphas of some layers, by a part of their name: attn2=8,ff=4", group=MODEL, metavar="PART=ALPHA,…"
+    )
     train_text_encoder: bool = setting(False, "also train a LoRA in the text encoders", group=MODEL)
     text_encoder_targets: tuple[str, ...] = setting(
         TEXT_ATTENTION,
-        "as --targets, for the text encoders; fc1 and fc2 are their other layers",
+        "layers of the text encoders to adapt, by the ends of their names; fc1 and fc2 are the others",
         group=MODEL,
+        metavar="LAYERS",
         needs=TEXT_ENCODERS,
     )
 
-    steps: int = setting(ByBase(1000, 400), "optimizer steps in all", group=TRAINING, within=AT_LEAST_1)
-    batch_size: int = setting(
-        ByBase(1, 8), "pictures per optimizer step, over all processes", group=TRAINING, within=AT_LEAST_1
-    )
-    micro_batch_size: int | None = setting(
-        None,
-        "pictures per forward pass and process; gradients are accumulated over the rest",
+    steps: int = setting(
+        ByBase(1000, 400),
+        "optimizer steps in all",
         group=TRAINING,
+        metavar="STEPS",
+        basic=True,
         within=AT_LEAST_1,
-        in_identity=False,
+    )
+    batch_size: int = setting(
+        ByBase(1, 8),
+        "pictures per optimizer step, over all processes",
+        group=TRAINING,
+        metavar="PICTURES",
+        basic=True,
+        within=AT_LEAST_1,
+    )
+    learning_rate: float = setting(
+        ByBase(1e-4, 2e-3),
+        "highest learning rate of AdamW",
+        group=TRAINING,
+        metavar="RATE",
+        basic=True,
+        within=ABOVE_0,
+    )
+    text_encoder_learning_rate: float | None = setting(
+        None,
+        "highest learning rate of the text encoders; if not given, the same",
+        group=TRAINING,
+        metavar="RATE",
+        needs=TEXT_ENCODERS,
+        within=ABOVE_0,
+    )
+    lr_schedule: str = setting(
+        "constant", "learning rate after the warm-up", choices=("constant", "linear", "cosine"), group=TRAINING
+    )
+    warmup_steps: int = setting(
+        0,
+        "optimizer steps over which the learning rate rises from 0",
+        group=TRAINING,
+        metavar="STEPS",
+        within=AT_LEAST_0,
     )
     optimizer: str = setting(
         "adamw",
@@ -171,68 +259,97 @@ class TrainConfig(Settings):
         choices=("adamw", "adamw8bit"),
         group=TRAINING,
     )
-    learning_rate: float = setting(ByBase(1e-4, 2e-3), "highest learning rate of AdamW", group=TRAINING, within=ABOVE_0)
-    text_encoder_learning_rate: float | None = setting(
-        None,
-        "highest learning rate of the text encoders; the same if not given",
-        group=TRAINING,
-        needs=TEXT_ENCODERS,
-        within=ABOVE_0,
+    max_grad_norm: float = setting(
+        1.0, "gradients are clipped to this norm", group=TRAINING, metavar="NORM", within=ABOVE_0
     )
-    lr_schedule: str = setting(
-        "constant", "learning rate after the warm-up", choices=("constant", "linear", "cosine"), group=TRAINING
-    )
-    warmup_steps: int = setting(0, "steps over which the learning rate rises from 0", group=TRAINING, within=AT_LEAST_0)
-    max_grad_norm: float = setting(1.0, "gradients are clipped to this norm", group=TRAINING, within=ABOVE_0)
-    noise_offset: float = setting(
+    dropout: float = setting(
         0.0,
-        "strength of a constant added to the noise per picture and channel; 0.05 is common",
+        "share of each adapter's inputs, below 1, that is set to 0 at random",
         group=TRAINING,
-        within=AT_LEAST_0,
+        metavar="SHARE",
+        within=Within(0, 0.99),
     )
+    ema: float | None = setting(
+        None,
+        "also write a moving average of the LoRA over the steps, with this decay; 0.999 is common",
+        group=TRAINING,
+        metavar="DECAY",
+        within=Within(0, 1, above=True),
+    )
+    seed: int = setting(0, "seed of every random draw", group=TRAINING, metavar="SEED", within=SEED)
+
     snr_gamma: float | None = setting(
         None,
         "min-SNR: cap of the signal-to-noise ratio in the loss's weight; 5 is common",
-        group=TRAINING,
+        group=NOISE,
+        metavar="GAMMA",
         within=ABOVE_0,
     )
     huber_c: float | None = setting(
         None,
         "Huber loss: errors above this count linearly, not squared; 0.1 is common",
-        group=TRAINING,
+        group=NOISE,
+        metavar="ERROR",
         within=ABOVE_0,
     )
     dream: float | None = setting(
         None,
         "DREAM: also train on the U-Net's own errors, with this power for details; 1 is common",
-        group=TRAINING,
+        group=NOISE,
+        metavar="POWER",
         within=AT_LEAST_0,
     )
-    dropout: float = setting(
+    noise_offset: float = setting(
         0.0,
-        "dropout on the input of each adapter, below 1",
-        group=TRAINING,
-        within=Within(0, 0.99),
+        "strength of a constant that is added to the noise of each picture and channel; 0.05 is common",
+        group=NOISE,
+        metavar="STRENGTH",
+        within=AT_LEAST_0,
     )
     timestep_range: tuple[int, ...] | None = setting(
-        None, "timesteps to train, from,to (to is not included); all if not given", group=TRAINING
-    )
-    zero_terminal_snr: bool = setting(False, ZERO_SNR_HELP, group=TRAINING)
-    ema: float | None = setting(
         None,
-        "also write a moving average of the LoRA, with this decay; 0.999 is common",
-        group=TRAINING,
-        within=Within(0, 1, above=True),
+        "timesteps to train on, the first and one above the last: 0,500; if not given, all",
+        group=NOISE,
+        metavar="FROM,TO",
     )
-    precision: str = setting("fp32", PRECISION_HELP, choices=PRECISIONS, group=TRAINING)
+    zero_terminal_snr: bool = setting(False, ZERO_SNR_HELP, group=NOISE)
+
+    precision: str = setting("fp32", PRECISION_HELP, choices=PRECISIONS, group=SPEED, basic=True)
+    micro_batch_size: int | None = setting(
+        None,
+        "pictures per forward pass and process; gradients accumulate over the batch; if not given, all at once",
+        group=SPEED,
+        metavar="PICTURES",
+        within=AT_LEAST_1,
+        in_identity=False,
+    )
     gradient_checkpointing: bool = setting(
-        False, "compute activations twice, for less memory", group=TRAINING, in_identity=False
+        False, "compute activations twice instead of keeping them: less memory, slower", group=SPEED, in_identity=False
     )
-    compile: bool = setting(False, COMPILE_HELP, group=TRAINING, in_identity=False)
-    seed: int = setting(0, "seed of every random draw", group=TRAINING, within=SEED)
+    compile: bool = setting(False, COMPILE_HELP, group=SPEED, in_identity=False)
+    timeout: float = setting(
+        TIMEOUT,
+        "minutes to wait for another process, before the run ends with a message that names it",
+        group=SPEED,
+        metavar="MINUTES",
+        within=ABOVE_0,
+        in_identity=False,
+    )
 
     output: str | None = setting(
-        None, "folder of the results; out/<name of the data folder> if not given", group=OUTPUT, in_identity=False
+        None,
+        "folder of the results; if not given, out/<name of the data folder>",
+        group=OUTPUT,
+        metavar="FOLDER",
+        basic=True,
+        in_identity=False,
+    )
+    resume: bool = setting(
+        False,
+        "go on from the newest checkpoint in the output folder",
+        group=OUTPUT,
+        basic=True,
+        in_identity=False,
     )
     also: tuple[str, ...] = setting(
         (),
@@ -241,24 +358,20 @@ class TrainConfig(Settings):
         choices=("kohya", "peft"),
         in_identity=False,
     )
-    push_to_hub: str | None = setting(
-        None, "push the results to this repository of the Hugging Face hub, OWNER/NAME", group=OUTPUT, in_identity=False
-    )
-    wandb: str | None = setting(None, "also log to this project of Weights & Biases", group=OUTPUT, in_identity=False)
     checkpoint_every: int = setting(
-        ByBase(500, 100), "steps between checkpoints", group=OUTPUT, within=AT_LEAST_1, in_identity=False
+        ByBase(500, 100),
+        "steps between two checkpoints",
+        group=OUTPUT,
+        metavar="STEPS",
+        within=AT_LEAST_1,
+        in_identity=False,
     )
     checkpoints_kept: int = setting(
-        1, "checkpoints to keep, the newest", group=OUTPUT, within=AT_LEAST_1, in_identity=False
-    )
-    resume: bool = setting(
-        False, "go on from the newest checkpoint in the output folder", group=OUTPUT, in_identity=False
-    )
-    timeout: float = setting(
-        TIMEOUT,
-        "minutes to wait for another process, before the run ends with a message that names it",
+        1,
+        "number of checkpoints to keep, the newest ones",
         group=OUTPUT,
-        within=ABOVE_0,
+        metavar="N",
+        within=AT_LEAST_1,
         in_identity=False,
     )
     sample_prompt: tuple[str, ...] = setting(
@@ -271,18 +384,29 @@ class TrainConfig(Settings):
     )
     sample_every: int | None = setting(
         None,
-        "steps between the drawings of --sample-prompt",
+        "steps between two drawings of --sample-prompt",
         group=OUTPUT,
+        metavar="STEPS",
         needs=("sample_prompt", "what to draw"),
         within=AT_LEAST_1,
         in_identity=False,
     )
     sample_average: bool = setting(
         False,
-        "draw with the average of --ema, instead of the LoRA as it is",
+        "draw with the average of --ema, not with the LoRA as it is",
         group=OUTPUT,
         needs=("ema", "which keeps the average"),
         in_identity=False,
+    )
+    push_to_hub: str | None = setting(
+        None,
+        "repository of the Hugging Face hub to push the results to",
+        group=OUTPUT,
+        metavar="OWNER/NAME",
+        in_identity=False,
+    )
+    wandb: str | None = setting(
+        None, "project of Weights & Biases to log to as well", group=OUTPUT, metavar="PROJECT", in_identity=False
     )
 
     @classmethod
@@ -330,6 +454,11 @@ class TrainConfig(Settings):
             for path, weight in (path_and_number(text, WEIGHT) for text in self.data)
             if weight < 1 or weight % 1
         ]
+        if self.warmup_steps > self.steps:
+            wrong.append(
+                f"--warmup-steps is {self.warmup_steps} and --steps {self.steps}: the warm-up must not be longer than "
+                "the run"
+            )
         low_high = self.timestep_range
         if low_high is not None and not (len(low_high) == 2 and 0 <= low_high[0] < low_high[1]):
             given = ",".join(map(str, low_high))

@@ -271,7 +271,7 @@ def test_a_folder_of_drawn_pictures_can_be_trained_on(drawing, tmp_path):
     [
         ({"data": ("a.png", "b.png")}, "restyle takes one picture or folder, not 2"),
         ({"lora": ()}, "--lora is needed"),
-        ({"strength": 0.0}, "--strength is 0.0; it must be greater than 0 and at most 1"),
+        ({"strength": 0.0}, "--strength is 0; it must be greater than 0 and at most 1"),
         ({"strength": 0.1, "steps": 4}, "--strength 0.1 of --steps 4 is less than one step"),
         ({"data": ("nowhere",)}, "nowhere: there is no such folder or picture"),
         ({"style": "nowhere"}, "--style nowhere: there is no such folder or picture"),

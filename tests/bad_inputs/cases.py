@@ -289,6 +289,7 @@ CONFIGS = [
     ("has a seed of 40 digits", f'{{"seed": {"9" * 40}}}', "--seed is 99999"),
     ("has a rank of 40 digits", f'{{"rank": {"9" * 40}}}', "rank 99999"),
     ("has a number of 5,000 digits", f'{{"seed": {"9" * 5000}}}', "c.json: Exceeds the limit"),
+    ("has a warm-up longer than the run", '{"warmup_steps": 2}', "--warmup-steps is 2 and --steps 1: the warm-up"),
     ("begins with a byte order mark", '\ufeff{"seed": 8}', "trained", True),
 ]
 
@@ -654,6 +655,14 @@ CHECKPOINTS = [
     ("there is none", no_checkpoint, "found no checkpoint", True),
 ]
 
+SIZES = [
+    ("is two numbers with a comma", "16,8", "argument --size: '16,8' is not WIDTHxHEIGHT, in whole numbers"),
+    ("lacks a height", "16x", "argument --size: '16x' is not WIDTHxHEIGHT, in whole numbers"),
+    ("has three numbers", "16x8x8", "--size is 16x8x8; it takes WIDTHxHEIGHT, or the side of a square"),
+    ("has no pixels", "16x0", "--size is 16x0; it must be at least 1"),
+    ("is not a multiple of what the base needs", "16x10", "--size is 16x10; this base needs multiples of 8"),
+]
+
 ROOMS = {
     "Data folders": ("`--data` is", lambda place, what: what(place), FOLDERS),
     "metadata.jsonl": ("the file", metadata, TABLES),
@@ -665,6 +674,7 @@ ROOMS = {
     "Bases in a single file": ("the file of `--model`", single, SINGLES),
     "LoRA files": ("the file of `--lora`", lora, LORAS),
     "Prompts": ("`--prompt` of sample.py", lambda place, text: sample(place, prompt=text), PROMPTS),
+    "Sizes": ("`--size` of sample.py", lambda place, text: sample(place, "--size", text), SIZES),
     "Checkpoints": ("with `--resume`", resumed, CHECKPOINTS),
 }
 CASES = [Case(room, *row) for room, (_, _, rows) in ROOMS.items() for row in rows]

@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import re
+import shlex
 
 import numpy as np
 import pytest
@@ -9,10 +11,16 @@ import torch
 from helpers import ROOT
 from test_training import CHANGES
 
+from minilora.apps.distill import DistillConfig
+from minilora.apps.evaluate import EvaluateConfig
+from minilora.apps.morph import MorphConfig
+from minilora.apps.restore import RestoreConfig
+from minilora.apps.restyle import RestyleConfig
 from minilora.settings.command_line import read, run
 from minilora.settings.errors import UserError
+from minilora.settings.merge import MergeConfig
 from minilora.settings.sample import SampleConfig
-from minilora.settings.setting import BUNDLED
+from minilora.settings.setting import BUNDLED, ByBase, as_typed, option
 from minilora.settings.train import TrainConfig
 
 
@@ -153,7 +161,7 @@ SHOWN = {  # which test shows what a setting does, but for the CHANGES of test_t
         "zero_terminal_snr": "test_sampling.py::test_zero_terminal_snr_draws_from_pure_noise",
         "image": "test_families.py::test_an_inpainting_base_draws_as_in_diffusers_and_is_not_trained",
         "mask": "test_families.py::test_an_inpainting_base_draws_as_in_diffusers_and_is_not_trained",
-        "size": "test_sampling.py::test_a_picture_depends_on_its_seed_and_nothing_else",
+        "size": "test_sampling.py::test_a_size_is_width_and_height_or_the_side_of_a_square",
         "scheduler": "test_sampling.py::test_every_scheduler_draws_in_its_own_way",
         "model": "test_families.py::test_a_lora_trained_here_draws_the_same_in_diffusers",
         "model_config": "test_families.py::test_loras_are_folded_into_a_single_file_as_into_a_folder",
@@ -192,19 +200,22 @@ def test_settings_are_frozen():
         (["--data", "a", "--rank", "0"], "--rank is 0; it must be at least 1"),
         (["--data", "a", "--precision", "fp8"], "--precision is 'fp8'; it can be fp32, bf16, fp16"),
         (["--data", "a", "--caption-dropout", "1.5"], "--caption-dropout is 1.5; it must be at least 0 and at most 1"),
-        (["--data", "a", "--dropout", "1"], "--dropout is 1.0; it must be at least 0 and at most 0.99"),
-        (["--data", "a", "--learning-rate", "0"], "--learning-rate is 0.0; it must be greater than 0"),
+        (["--data", "a", "--dropout", "1"], "--dropout is 1; it must be at least 0 and at most 0.99"),
+        (["--data", "a", "--learning-rate", "0"], "--learning-rate is 0; it must be greater than 0"),
         (["--data", "a", "--learning-rate", "nan"], "--learning-rate is nan"),
         (["--data", "a", "--compile", "--buckets"], "--compile and --buckets cannot be given at once"),
         (["--data", "a", "--sample-every", "5"], "--sample-every needs --sample-prompt, what to draw"),
         (["--data", "a", "--prior-weight", "2"], "--prior-weight needs --class-prompt, what the pictures of the class"),
         (["--data", "a", "--class-prompt", "?"], "--class-prompt '?' has no word to call a folder by; give a --class"),
-        (["--data", "a", "--ema", "0"], "--ema is 0.0; it must be greater than 0 and at most 1"),
+        (["--data", "a", "--ema", "0"], "--ema is 0; it must be greater than 0 and at most 1"),
         (["--data", "a", "--also", "peft,koyha"], "--also is 'koyha'; it can be kohya, peft"),
         (["--data", "a", "--rank", "0", "--batch-size", "0"], "--rank is 0; it must be at least 1; --batch-size is 0"),
         (["--data", "a", "--config", "/nowhere.json"], "--config /nowhere.json"),
         (["--data", "a", "--data", "b:0"], "--data b: the weight 0 is not a whole number of at least 1"),
         (["--data", "a:1.5"], "--data a: the weight 1.5 is not a whole number of at least 1"),
+        (["--data", "a", "--warmup-steps", "9", "--steps", "8"], "--warmup-steps is 9 and --steps 8: the warm-up must"),
+        (["--data", "a", "--warmup-steps", "401"], "--warmup-steps is 401 and --steps 400: the warm-up must not be"),
+        (["--data", "a", "--timestep-range", "1-9"], "--timestep-range: '1-9' is not FROM,TO, in whole numbers"),
         (["dataset/mountain"], "unknown setting dataset/mountain"),
     ],
 )
@@ -237,6 +248,78 @@ def test_mistakes_in_the_file_are_named(text, message, tmp_path):
     assert message in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("64,48", "argument --size: '64,48' is not WIDTHxHEIGHT, in whole numbers"),
+        ("64x", "argument --size: '64x' is not WIDTHxHEIGHT, in whole numbers"),
+        ("64x48x32", "--size is 64x48x32; it takes WIDTHxHEIGHT, or the side of a square"),
+        ("64x0", "--size is 64x0; it must be at least 1"),
+        ("-8", "--size is -8; it must be at least 1"),
+    ],
+)
+def test_a_size_is_two_whole_numbers_or_one(text, message):
+    with pytest.raises(UserError) as error:
+        read(SampleConfig, ["--prompt", "a", f"--size={text}"], "")
+    assert message in str(error.value)
+
+
+def test_a_size_in_the_file_is_a_number_or_two(tmp_path):
+    file = tmp_path / "c.json"
+    for written, size in (("64", (64,)), ("[64, 48]", (64, 48)), ("null", None)):
+        file.write_text(f'{{"prompt": "a", "size": {written}}}')
+        assert read(SampleConfig, ["--config", str(file)], "").size == size
+
+
+HELPFUL = [TrainConfig, SampleConfig, MergeConfig, RestoreConfig, RestyleConfig]
+HELPFUL += [MorphConfig, EvaluateConfig, DistillConfig]
+
+
+def help_of(settings, columns, monkeypatch, capsys) -> str:
+    monkeypatch.setenv("COLUMNS", str(columns))
+    with pytest.raises(SystemExit) as end:
+        read(settings, ["--help"], "What it does.")
+    assert end.value.code == 0
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize("settings", HELPFUL)
+@pytest.mark.parametrize("columns", [80, 100, 200])
+def test_help_fits_and_shows_every_setting_once_the_basic_ones_first(settings, columns, monkeypatch, capsys):
+    text = help_of(settings, columns, monkeypatch, capsys)
+    assert max(map(len, text.splitlines())) <= min(columns, 100)
+    groups = re.split(r"^(?=\w.*:$)", text[text.index("\nbasic:") :], flags=re.M)[1:]
+    shown = [re.findall(r"^  (--?[-\w]+|\S)", group, re.M) for group in groups]
+    names = {
+        field.name: field.metadata["metavar"][0] if field.metadata["bare"] else option(field.name)
+        for field in dataclasses.fields(settings)
+    } | {field.name: option(f"no_{field.name}") for field in dataclasses.fields(settings) if field.default is True}
+    basic = {names[field.name] for field in dataclasses.fields(settings) if field.metadata["basic"]}
+    assert set(shown[0]) == basic
+    assert 4 <= len(basic) <= 13
+    assert sorted(name for group in shown for name in group) == sorted(
+        [*names.values(), "--config", "--print-config", "-h"]
+    )
+
+
+@pytest.mark.parametrize("settings", HELPFUL)
+def test_help_says_values_as_one_would_type_them(settings, monkeypatch, capsys):
+    text = " ".join(help_of(settings, 100, monkeypatch, capsys).split())
+    by_base = [f.metadata["default"] for f in dataclasses.fields(settings) if isinstance(f.metadata["default"], ByBase)]
+    for default in by_base:
+        assert f"(default {as_typed(default.usual)}; {as_typed(default.bundled)} on the bundled base)" in text
+    assert not re.search(r"default \(|default True|\d\.0[^.\d]", text)
+
+
+@pytest.mark.parametrize("settings", HELPFUL)
+def test_the_examples_of_help_are_right(settings):
+    assert settings.examples
+    for example in settings.examples:
+        words = shlex.split(example.replace("\\\n", " "))
+        start = next(i for i, word in enumerate(words) if word.endswith(".py") or word.startswith("minilora."))
+        read(settings, words[start + 1 :], "")  # UserError, were it wrong
+
+
 def test_sampling_settings():
     config = read(SampleConfig, ["--prompt", "a", "--prompt", "b", "--lora", "x:0.5", "--strengths", "0,0.5,1"], "")
     assert config.prompt == ("a", "b")
@@ -247,7 +330,7 @@ def test_sampling_settings():
         read(SampleConfig, ["--prompt", "a", "--strengths", "1"], "")
     with pytest.raises(UserError, match="--negative has no effect at --guidance 1"):
         read(SampleConfig, ["--prompt", "a", "--negative", "b", "--guidance", "1"], "")
-    with pytest.raises(UserError, match=r"--strengths is 0\.0,nan; each must be a finite number"):
+    with pytest.raises(UserError, match=r"--strengths is 0,nan; each must be a finite number"):
         read(SampleConfig, ["--prompt", "a", "--lora", "x", "--strengths", "0,nan"], "")
 
 
