@@ -32,17 +32,19 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from ..data import draws
 from ..data.folder import Item, read_folder
-from ..data.pictures import CENTRE, as_tensor, crop_at, crop_square, open_picture
-from ..diffusion import Conditioning, denoising_loss
-from ..models.base import DTYPES, Base
+from ..data.held_out import held_out_loss
+from ..data.pictures import as_tensor, crop_square, open_picture
+from ..models.base import DTYPES, Base, UNetWithText
 from ..models.device import this_device
+from ..run.encode import encoded_examples
+from ..run.ranks import Ranks
 from ..sampling import load_loras, merged_at, save_picture, sheet
 from ..settings.command_line import run
 from ..settings.errors import UserError
@@ -53,7 +55,6 @@ from .report import write_figures
 from .vision import frechet_distance, vectors_of
 
 TOGETHER = 8  # pictures looked at in one pass
-TIMES = 8  # timesteps of each picture, in the denoising loss
 COPY = 1 / 3  # of the distance to the next nearest
 SHOWN = 8  # pictures on the sheet, with their nearest
 
@@ -134,11 +135,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, float]:
     near, which = far.topk(2, dim=1, largest=False)  # (pictures, 2)
     figures["distance to the nearest in the reference, by their latents"] = near[:, 0].mean().item()
     figures["share of copies"] = (near[:, 0] < COPY * near[:, 1]).float().mean().item()
-    figures["denoising loss on the reference; base"] = held_out_loss(base, reference, side)
-    if config.lora:
-        strengths = load_loras(base, config.lora)
-        with merged_at(base, strengths):
-            figures["denoising loss on the reference; with LoRA"] = held_out_loss(base, reference, side)
+    figures |= losses_on(config, base, reference, side)
 
     order = (near[:, 0] / near[:, 1]).argsort().tolist()
     print("nearest in the reference, the likest copies first:")
@@ -170,6 +167,25 @@ def distances_by(model: str, drawn: Sequence[Image.Image], real: Sequence[Image.
         figures[f"Fréchet distance by {model}{which}"] = frechet_distance(*pair)
         figures[f"kernel distance by {model}{which}"] = kernel_distance(*pair)
     return figures
+
+
+def losses_on(config: EvaluateConfig, base: Base, items: list[Item], resolution: int) -> dict[str, float]:
+    """Return the denoising loss on pictures, by the base and with the LoRAs, if there are any."""
+    losses, numbers = {}, range(len(items))
+    with TemporaryDirectory() as cache:
+        # A LoRA may change the text encoders, too: so captions are encoded each time, as where these are trained.
+        seen = TrainConfig(data=config.folders[1:], cache=cache, train_text_encoder=True)
+        examples = encoded_examples(items, seen, resolution, base, len(base.schedule), Ranks(0, 1, base.device))
+
+        def loss() -> float:
+            with base.autocast():
+                return held_out_loss(UNetWithText(base), examples, base.schedule, numbers).mean().item()
+
+        losses["denoising loss on the reference; base"] = loss()
+        if config.lora:
+            with merged_at(base, load_loras(base, config.lora)):
+                losses["denoising loss on the reference; with LoRA"] = loss()
+    return losses
 
 
 @torch.no_grad()
@@ -222,30 +238,6 @@ def kernel_distance(one: torch.Tensor, other: torch.Tensor) -> float:
         return (k.sum() - k.trace()) / (len(x) * (len(x) - 1))  # of different pictures
 
     return (within(one) + within(other) - 2 * kernel(one, other).mean()).item()
-
-
-# --------------------------------------------------------------------------------------- denoising loss
-
-
-@torch.no_grad()
-def held_out_loss(base: Base, items: Sequence[Item], resolution: int) -> float:
-    """Return the mean denoising loss over pictures, their captions, and evenly spaced timesteps with fixed noise."""
-    length, losses = len(base.schedule), []
-    times = torch.tensor([length * (2 * i + 1) // (2 * TIMES) for i in range(TIMES)], device=base.device)
-    for number, item in enumerate(items):
-        latents, _ = base.encode_picture(as_tensor(crop_square(open_picture(item.path), resolution)))
-        positions = range(number * TIMES, (number + 1) * TIMES)
-        noise = torch.stack([draws.gaussian(0, "held-out noise", p, latents.shape) for p in positions]).to(base.device)
-        prompt = base.encode_prompt(item.captions[0])
-        _, left, top = crop_at(item.size, (resolution, resolution), CENTRE)
-        sizes = torch.tensor([[*item.size[::-1], top, left, resolution, resolution]]).float() if base.is_xl else None
-        conditioning = [None if p is None else p.to(base.device) for p in (prompt.text, prompt.pooled, sizes)]
-        conditioning = [None if p is None else p.expand(TIMES, *p.shape[1:]) for p in conditioning]  # (times, …) each
-        with base.autocast():
-            same = latents.to(base.device).expand_as(noise)
-            loss = denoising_loss(base.unet, same, Conditioning(*conditioning), noise, times, base.schedule)
-        losses.append(loss.cpu())
-    return torch.cat(losses).mean().item()
 
 
 def main() -> None:

@@ -221,6 +221,7 @@ class StopSignals:
 def mean_over_ranks(values: torch.Tensor) -> torch.Tensor:
     """Return the mean of `values` over all processes, the same on each."""
     if dist.is_initialized():
+        values = values.to(this_device())  # from a processor's memory NCCL takes nothing
         dist.all_reduce(values)
         values /= dist.get_world_size()
     return values

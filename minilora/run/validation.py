@@ -1,33 +1,19 @@
-"""The loss on pictures that are not trained on: where it rises again, the LoRA learns its pictures by heart.
-
-Each picture of --validation is looked at with the same noise at the same timesteps every time, so what
-changes between two figures is the LoRA and nothing else:
-
-    (1 / n·T) Σ_pictures Σ_t loss(x₀, ε, t)        T timesteps, evenly spaced; ε fixed per picture and t
-
-The loss is the plain squared error, whatever training makes small, so that runs can be compared.
-"""
+"""The loss on held-out pictures (data/held_out.py) as a run goes on, and the LoRA of the lowest."""
 
 import json
 import sys
-from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
-import torch
-
 from .. import sampling
-from ..data import draws
 from ..data.folder import Item, read_folder, read_folders, with_trigger
+from ..data.held_out import held_out_loss, keep_apart
 from ..files.network import save_lora
 from ..files.tensors import write_whole
 from ..settings.errors import UserError
 from ..settings.train import TrainConfig
 from .checkpoint import UNFINISHED
-from .objective import Denoising
 from .ranks import Ranks, decided_by_main, mean_over_ranks
 
-TIMESTEPS = 8  # at which each picture is looked at
 FIGURES, BEST = "validation.json", "pytorch_lora_weights_best.safetensors"
 
 
@@ -48,20 +34,6 @@ def read_pictures(config: TrainConfig, ranks: Ranks) -> tuple[list[Item], list[I
     if ranks.is_main and (both := {item.digest for item in items} & {item.digest for item in held_out}):
         print(f"warning: {len(both)} pictures of --validation {config.validation} are trained on", file=sys.stderr)
     return items, held_out
-
-
-def keep_apart(items: Sequence[Item], share: float, seed: int) -> tuple[list[Item], list[Item]]:
-    """Return the pictures to train on, and a share of them, at least one, to keep from training.
-
-    Each picture draws a number by the seed and its own content, and the lowest are kept: so it does not matter
-    where they lie, and a picture that comes twice stays on one side.  Raises UserError if that leaves none.
-    """
-    drawn = {item.digest: draws.uniform(seed, f"kept from training {item.digest}", 0) for item in items}
-    kept = dict.fromkeys(sorted(drawn, key=drawn.get)[: max(1, round(share * len(drawn)))])
-    if len(kept) == len(drawn):
-        raise UserError(f"--validation {share:g}: of {len(drawn)} different pictures that leaves none to train on")
-    first = {item.digest: item for item in reversed(items)}
-    return [item for item in items if item.digest not in kept], [first[digest] for digest in kept]
 
 
 class Validation:
@@ -99,20 +71,13 @@ class Validation:
             write_whole(self.file, (json.dumps(about, indent=2) + "\n").encode())
         return self.losses[step]
 
-    @torch.no_grad()
     def _loss(self) -> float:
-        """Return the mean over the pictures and timesteps; the processes share the pictures."""
-        run, network, schedule = self.run, self.run.network, self.run.base.schedule
-        device, plain = run.ranks.device, replace(run.config, snr_gamma=None, huber_c=None, dream=None)
-        timesteps = [len(schedule) * (2 * n + 1) // (2 * TIMESTEPS) for n in range(TIMESTEPS)]
-        count, loss_sum = len(run.held_out.items), torch.zeros((), dtype=torch.float64, device=device)
-        with sampling.evaluating(network), run.base.autocast():
-            for number in range(run.ranks.rank, count, run.ranks.world):
-                for start in range(0, TIMESTEPS, run.plan.micro):
-                    some = range(start, min(start + run.plan.micro, TIMESTEPS))
-                    batch = run.held_out.fixed_batch(number, {n: timesteps[n] for n in some}, device)
-                    loss_sum += Denoising().loss(network, batch, schedule, plain).double().sum()
-        return mean_over_ranks(loss_sum).item() * run.ranks.world / (count * TIMESTEPS)
+        """Return the mean over the pictures, which the processes share."""
+        run, ranks, count = self.run, self.run.ranks, len(self.run.held_out.items)
+        mine = range(ranks.rank, count, ranks.world)
+        with sampling.evaluating(run.network), run.base.autocast():
+            losses = held_out_loss(run.network, run.held_out, run.base.schedule, mine, run.plan.micro)
+        return mean_over_ranks(losses.sum()).item() * ranks.world / count
 
     def __str__(self) -> str:
         first, last = min(self.losses), max(self.losses)
