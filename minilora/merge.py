@@ -15,13 +15,13 @@ from .files.fold import Report, fold, read_for  # isort: skip
 import numpy as np
 
 from .files.layout import Checkpoint
-from .files.low_rank import combine, extract, reduce
+from .files.low_rank import combine, extract, of_type, reduce
 from .files.read import FormatError
 from .files.tensors import refuse_existing
 from .files.undo import restore
 from .files.write import write_lora
 from .settings.errors import UserError
-from .settings.merge import MergeConfig
+from .settings.merge import DTYPES, MergeConfig
 from .settings.shared import path_and_number
 
 
@@ -43,6 +43,7 @@ def merge(config: MergeConfig) -> None:
             undo=Path(config.undo) if config.undo else None,
             allow_unmatched=config.allow_unmatched,
             dtype=np.float64 if config.float64 else np.float32,
+            written=DTYPES.get(config.dtype),
         )
     print(report)
     print(f"wrote {output}")
@@ -69,12 +70,18 @@ def _write_lora(config: MergeConfig, output: Path) -> Report:
             lora, reduction = reduce(lora, config.rank, config.energy)
     if modules is None and config.dialect == "kohya":
         raise UserError("--dialect kohya needs --base, whose modules it names")
+    lora = of_type(lora, DTYPES[config.dtype]) if config.dtype else lora
     try:
-        write_lora(output, lora, config.dialect, modules)
+        padding = write_lora(output, lora, config.dialect, modules)
     except FormatError as error:
         raise UserError(str(error)) from error
     ranks = sorted({change.rank for change in lora.changes.values()})
     notes.append(f"{len(lora.changes)} modules, rank {ranks[0]}" + (f" to {ranks[-1]}" if len(ranks) > 1 else ""))
+    if padding:
+        notes.append(
+            f"{padding:,} of its bytes are zeros that make the ranks equal: programs differ in how they read several "
+            "ranks (the dialect peft needs none)"
+        )
     return Report([], {}, [*([str(reduction)] if reduction else []), *notes])
 
 

@@ -3,12 +3,15 @@
 A checkpoint is gigabytes of tensors of which a LoRA changes some.  Nothing is loaded as a model: the
 header of a safetensors file says where each tensor's bytes are, so the bytes of the others are copied,
 and those of a changed tensor are read, changed in float32, rounded once to their own type, and written,
-a few rows at a time.  The result has the same headers, order and files as the base.
+a few rows at a time.  The result has the same headers, order and files as the base, unless another type
+is asked for, in which all weights are then written.
+
+Rounding takes what is small beside a weight: how much of ΔW is left after it is measured on a sample.
 """
 
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -22,10 +25,13 @@ import numpy as np
 from ..settings.errors import UserError
 from .layout import Checkpoint
 from .names import Modules, split
-from .number_types import DTYPES, narrow, scratch, widen
+from .number_types import DTYPES, WEIGHTS, narrow, scratch, widen
 from .read import Change, FormatError, LoRA, read_lora, some
 from .tensors import CHUNK, TensorFile, read_exactly, rewrite, staging
 from .undo import keeping, name_of
+
+SEEN = 1 << 15  # numbers of each piece of a tensor on which it is measured what rounding lost
+ENOUGH = 0.95  # of the change; where less has arrived, there is a warning
 
 # ---------------------------------------------------------------------------------------------- report
 
@@ -61,6 +67,31 @@ class Report:
         return "\n".join([*lines, *self.notes])
 
 
+@dataclass(frozen=True)
+class Rounding:
+    """What rounding the sum took of the change of a tensor, in squares: ‖W′ − W − ΔW‖² of ‖ΔW‖²."""
+
+    component: str
+    type: str
+    lost: float
+    whole: float
+
+
+def arrived(roundings: Iterable[Rounding]) -> list[str]:
+    """Return a line for each component on how much of ΔW arrived: 1 − ‖W′ − W − ΔW‖ / ‖ΔW‖, and not less than 0."""
+    by_component: dict[str, list[Rounding]] = {}
+    for rounding in roundings:
+        by_component.setdefault(rounding.component, []).append(rounding)
+    lines = []
+    for component, several in by_component.items():
+        lost, whole = (sum(getattr(rounding, name) for rounding in several) for name in ("lost", "whole"))
+        share = max(0.0, 1 - math.sqrt(lost / whole)) if whole else 1.0
+        after = f"{share:.1%} of the change arrived, after rounding to {' and '.join({r.type: 0 for r in several})}"
+        enough = share >= ENOUGH
+        lines.append(f"{component}: {after}" if enough else f"warning: {component}: only {after}; see --dtype")
+    return lines
+
+
 # ----------------------------------------------------------------------------------------------- fold
 
 
@@ -83,12 +114,13 @@ def fold(
     undo: Path | None = None,
     allow_unmatched: bool = False,
     dtype: type = np.float32,
+    written: str | None = None,
 ) -> Report:
     """Write `base` with LoRAs folded in, each at its strength, to `output`, in the layout of `base`.
 
-    The sum is taken in `dtype` and rounded once to each weight's own type.  `undo` is a file that
-    then holds the original bytes of what changed.  Raises UserError, with nothing left under
-    `output`, for files that cannot be read, unmatched keys (unless allowed), shapes
+    The sum is taken in `dtype` and rounded once to each weight's own type, or to the type `written`, as "F32", which
+    all weights then get.  `undo` is a file that then holds the original bytes of what changed.  Raises UserError, with
+    nothing left under `output`, for files that cannot be read, unmatched keys (unless allowed), shapes
     that do not fit, sums that are not finite numbers, and a disk without room.
     """
     if undo and undo.resolve().is_relative_to(output.resolve()):
@@ -96,16 +128,23 @@ def fold(
     checkpoint = Checkpoint(base)
     read = [read_for(path, checkpoint.modules, str(base), allow_unmatched) for path, _ in loras]
     plan, folded = _plan(checkpoint, read, loras, dtype)
+    types = {path: _types(file, written) for path, file in checkpoint.files.items()}
     norms: dict[str, float] = {}
-    room = checkpoint.size * (1 if undo is None else 2)
+    roundings: list[Rounding] = []
+    room = checkpoint.size * (1 if undo is None else 2) + sum(
+        math.prod(entry.shape) * (DTYPES[types[path].get(key, entry.dtype)].itemsize - DTYPES[entry.dtype].itemsize)
+        for path, file in checkpoint.files.items()
+        for key, entry in file.entries.items()
+    )
     staged = staging(output, room, overwrite, checkpoint.content)
     with staged as new, keeping(undo, checkpoint, plan) as kept:
         for path, file in checkpoint.files.items():
-            changes = {}
-            for key, parts in plan.get(path, {}).items():
+            changes, planned = {}, plan.get(path, {})
+            for key in planned | types[path]:
                 keep = partial(kept.keep, name_of(path, key)) if kept else None
-                changes[key] = partial(_added, file, key, parts, norms, keep)
-            rewrite(file, new / path, changes)
+                kind = types[path].get(key, file.entries[key].dtype)
+                changes[key] = partial(_added, file, key, planned.get(key, []), kind, norms, roundings, keep)
+            rewrite(file, new / path, changes, types[path])
         checkpoint.copy_others(new)
     for part in folded:
         part.changes = {m: n / norms[m] if norms[m] else math.inf for m, n in part.changes.items()}
@@ -113,6 +152,7 @@ def fold(
     changed = sum(len(keys) for keys in plan.values())
     tensors = sum(len(file.entries) for file in checkpoint.files.values())
     notes += [f"changed {changed} of {tensors} tensors"]
+    notes += arrived(roundings)
     ema = sum(key.startswith("model_ema.") for file in checkpoint.files.values() for key in file.entries)
     notes += [f"note: the {ema} tensors of the moving average (model_ema.) are those of the base"] if ema else []
     unmatched = {str(path): lora.unmatched for (path, _), lora in zip(loras, read, strict=True) if lora.unmatched}
@@ -129,11 +169,25 @@ def read_for(path: Path, modules: Modules | None, base: str, allow_unmatched: bo
         raise UserError(
             f"LoRA {path}: {lora.unmatched[0]} does not spell out its module's name; give --base, which has it"
         )
+    if lora.words and not allow_unmatched:
+        raise UserError(
+            f"LoRA {path} brings learnt words (embeddings), which are not used: {some(lora.words, 3)}; "
+            "--allow-unmatched takes the rest of it"
+        )
     if lora.unmatched and (not allow_unmatched or not lora.changes):
         raise UserError(
             f"LoRA {path} was not made for this base: nothing in {base} goes by the name in {some(lora.unmatched, 3)}"
         )
     return lora
+
+
+def _types(file: TensorFile, written: str | None) -> dict[str, str]:
+    """Return the types that tensors of a file are written in if they are not their own, by key.
+
+    Those without a dot in their name are no weights of a network, but tables, as of the levels of noise.
+    """
+    weights = (key for key, entry in file.entries.items() if written and entry.dtype in WEIGHTS and "." in key)
+    return {key: written for key in weights if file.entries[key].dtype != written}
 
 
 def _plan(checkpoint: Checkpoint, read: list[LoRA], loras: list[tuple[Path, float]], dtype: type):
@@ -156,27 +210,44 @@ def _plan(checkpoint: Checkpoint, read: list[LoRA], loras: list[tuple[Path, floa
             if home.shape != checkpoint.homes[module][0].shape:
                 raise UserError(f"{checkpoint.path / home.file}: {home.key} has another shape than its other variant")
             parts = plan.setdefault(home.file, {}).setdefault(home.key, [])
-            parts.append(Part(module, home.first_row, a, b))
+            parts.append(Part(module, home.first_row, *((b.T, a.T) if home.transposed else (a, b))))  # (B A)ᵀ = Aᵀ Bᵀ
     return plan, list(folded.values())
 
 
 def _added(
-    file: TensorFile, key: str, parts: list[Part], norms: dict[str, float], keep: Callable | None, source: BinaryIO
+    file: TensorFile,
+    key: str,
+    parts: list[Part],
+    kind: str,
+    norms: dict[str, float],
+    roundings: list[Rounding],
+    keep: Callable | None,
+    source: BinaryIO,
 ) -> Iterator[np.ndarray]:
-    """Yield the bytes of a tensor with its parts added, some rows at a time, and note ‖W‖ by module."""
+    """Yield the bytes of a tensor of type `kind` with parts added, some rows at a time.
+
+    Notes ‖W‖ by module, and what rounding took, on the first rows of each piece.
+    """
     entry = file.entries[key]
-    stored, sum_type = DTYPES[entry.dtype], np.float64 if entry.dtype == "F64" else parts[0].A.dtype
-    columns = math.prod(entry.shape[1:])
+    stored, product_type = DTYPES[entry.dtype], parts[0].A.dtype if parts else np.dtype(np.float32)
+    sum_type = np.dtype(np.float64) if entry.dtype == "F64" else product_type
+    rows_in_all, columns = (entry.shape[0], math.prod(entry.shape[1:])) if parts else (math.prod(entry.shape), 1)
     rows_at_once = max(1, CHUNK // (stored.itemsize * columns))
-    shape = rows_at_once, columns
-    raw, wide = scratch("raw", shape, stored), scratch("wide", shape, np.dtype(sum_type))
-    product = scratch("product", shape, parts[0].A.dtype)
+    shape, seen_shape = (rows_at_once, columns), (min(rows_at_once, max(1, SEEN // columns)), columns)
+    raw, wide, product = scratch("raw", shape, stored), scratch("wide", shape, sum_type), None
+    if parts:
+        product = scratch("product", shape, product_type)
+        before, wanted = (scratch(name, seen_shape, sum_type) for name in ("before", "wanted"))
     squares = dict.fromkeys((part.module for part in parts), 0.0)
-    for first in range(0, entry.shape[0], rows_at_once):
-        rows = min(rows_at_once, entry.shape[0] - first)
+    lost = whole = 0.0
+    for first in range(0, rows_in_all, rows_at_once):
+        rows = min(rows_at_once, rows_in_all - first)
         original = raw[:rows].reshape(-1).view(np.uint8)
         read_exactly(source, original, file.path)
         weight = widen(raw[:rows], wide[:rows])  # (rows, columns)
+        seen = min(rows, seen_shape[0])
+        if parts:
+            before[:seen], wanted[:seen] = weight[:seen], 0
         for part in parts:
             begin, end = max(first, part.first_row), min(first + rows, part.first_row + len(part.B))
             if begin < end:
@@ -184,14 +255,25 @@ def _added(
                 squares[part.module] += float(np.vdot(mine, mine))
                 b = part.B[begin - part.first_row : end - part.first_row]
                 with np.errstate(over="ignore", invalid="ignore"):  # it is looked for below
-                    mine += np.matmul(b, part.A, product[: len(mine)])
+                    change = np.matmul(b, part.A, product[: len(mine)])
+                    mine += change
+                    until = max(begin - first, min(end - first, seen))
+                    wanted[begin - first : until] += change[: until - (begin - first)]
         extremes = np.array([weight.min(), weight.max()])
-        if not np.isfinite(widen(narrow(extremes, entry.dtype))).all():
-            modules = ", ".join(split(part.module)[1] for part in parts)
-            raise UserError(f"{file.path}: {key} ({modules}) would not be finite numbers of type {entry.dtype}")
-        new = narrow(weight, entry.dtype).reshape(-1).view(np.uint8)
+        if not np.isfinite(widen(narrow(extremes, kind))).all():
+            modules = f" ({', '.join(split(part.module)[1] for part in parts)})" if parts else ""
+            raise UserError(f"{file.path}: {key}{modules} would not be finite numbers of type {kind}")
+        new = narrow(weight, kind)
+        if parts:
+            error = widen(new[:seen]) - before[:seen]
+            error -= wanted[:seen]
+            lost += float(np.vdot(error, error))
+            whole += float(np.vdot(wanted[:seen], wanted[:seen]))
+        new = new.reshape(-1).view(np.uint8)
         if keep:
             keep(first * columns * stored.itemsize, original, new)
         yield new
     for module, square in squares.items():
         norms[module] = math.sqrt(square)
+    if parts:
+        roundings.append(Rounding(split(parts[0].module)[0], kind, lost, whole))

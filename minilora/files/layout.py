@@ -23,6 +23,7 @@ class Home:
     key: str
     first_row: int
     shape: tuple[int, ...]  # of the module's weight
+    transposed: bool = False  # (in, out) in the file
 
 
 class Checkpoint:
@@ -67,8 +68,8 @@ class Checkpoint:
         """Return the weight of a module, in float32 or, if it is stored so, in float64."""
         # Of several variants the one of the widest type, and not the one from before the moving average.
         home = min(self.homes[name], key=lambda h: (-self._width(h), "non_ema" in h.file.name))
-        rows = self.files[home.file].read(home.key)[home.first_row : home.first_row + home.shape[0]]
-        return widen(rows)
+        stored = self.files[home.file].read(home.key)
+        return widen(stored.T if home.transposed else stored[home.first_row : home.first_row + home.shape[0]])
 
     def _width(self, home: Home) -> int:
         return DTYPES[self.files[home.file].entries[home.key].dtype].itemsize
@@ -105,11 +106,13 @@ class Checkpoint:
 
     def _add(self, names: list[str], file: Path, key: str, entry: Entry) -> None:
         """Note that the weights of some modules lie, one below the other, under a key."""
-        if not key.endswith("weight") or len(entry.shape) not in (2, 4):
+        transposed = key.endswith(".text_projection")  # a parameter P of OpenCLIP, in x P; a layer's W is in x Wᵀ
+        if not (key.endswith("weight") or transposed) or len(entry.shape) not in (2, 4):
             return
         if entry.dtype not in WEIGHTS or any(".embeddings." in name for name in names):
             return  # tables of vectors, and whole numbers: no layer that can carry LoRA
         for number, name in enumerate(names):
             rows = entry.shape[0] // len(names)
-            home = Home(file, key, number * rows, (rows, *entry.shape[1:]))
+            shape = entry.shape[::-1] if transposed else (rows, *entry.shape[1:])
+            home = Home(file, key, number * rows, shape, transposed)
             self.homes.setdefault(name, []).append(home)

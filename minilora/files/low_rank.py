@@ -11,7 +11,7 @@ Aᵀ = P S, B A = Q (R Sᵀ) Pᵀ, and only the small core R Sᵀ is decomposed.
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -58,10 +58,21 @@ def combine(loras: Sequence[tuple[LoRA, float]]) -> LoRA:
         a = [narrow(change.A.reshape(change.rank, *kernel), "F32") for change, _ in several]
         b = [narrow(change.B * np.float64(change.scale * strength), "F32") for change, strength in several]
         a, b = np.concatenate(a), np.concatenate(b, axis=1)  # (ranks, in), (out, ranks)
+        stored = tuple(_widest([change.stored[i] for change, _ in several]) for i in (0, 1))
         if not np.isfinite(b).all():
             raise UserError(f"{name}: at strength {', '.join(f'{s:g}' for _, s in several)} it is not finite")
-        result[name] = Change(a, b)
+        result[name] = Change(a, b, stored=stored)
     return LoRA(result)
+
+
+def _widest(types: Sequence[str]) -> str:
+    """Return the narrowest type up to F32 that holds all numbers of some types."""
+    return types[0] if len(set(types)) == 1 and types[0] != "F64" else "F32"
+
+
+def of_type(lora: LoRA, name: str) -> LoRA:
+    """Return a LoRA whose numbers are written in the type of that name."""
+    return replace(lora, changes={n: replace(change, stored=(name, name)) for n, change in lora.changes.items()})
 
 
 def reduce(lora: LoRA, rank: int | None, energy: float | None) -> tuple[LoRA, Reduction]:
@@ -71,7 +82,8 @@ def reduce(lora: LoRA, rank: int | None, energy: float | None) -> tuple[LoRA, Re
         q, r = np.linalg.qr(change.B.astype(np.float64))  # (out, k), (k, rank)
         p, s = np.linalg.qr(change.A.astype(np.float64).reshape(change.rank, -1).T)  # (in, l), (l, rank)
         u, values, vt = np.linalg.svd(change.scale * (r @ s.T), full_matrices=False)
-        result[name] = _split(q @ u, values, (p @ vt.T).T, change.A.shape[1:], rank, energy)
+        smaller = _split(q @ u, values, (p @ vt.T).T, change.A.shape[1:], rank, energy)
+        result[name] = replace(smaller, stored=change.stored)
         _note(report, name, values, result[name].rank)
     return LoRA(result, lora.metadata), report
 

@@ -4,6 +4,7 @@
     kohya             lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q
     original          model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn1.to_q
     kohya for SDXL    lora_unet_input_blocks_1_1_transformer_blocks_0_attn1_to_q
+    ComfyUI           diffusion_model.input_blocks.1.1.transformer_blocks.0.attn1.to_q
 
 A full name is a component, "unet", "text_encoder" or "text_encoder_2", and the path of a module in
 it, as diffusers and CLIP have always had it: transformers 5.6 dropped "text_model." from CLIP's own
@@ -127,8 +128,8 @@ _OPENCLIP = {
 def modules_of_original(key: str) -> list[str]:
     """Return the full names of the text-encoder modules whose weights a single file keeps under a key.
 
-    The weights of several modules lie one below the other, each an equal number of rows.  Empty if
-    the key is no weight of a text encoder.
+    The weights of several modules lie one below the other, each an equal number of rows; OpenCLIP's
+    "text_projection" lies transposed.  Empty if the key is no weight of a text encoder.
     """
     for prefix, component, layout in _ORIGINAL_TEXT_ENCODERS:
         if not key.startswith(prefix):
@@ -136,6 +137,8 @@ def modules_of_original(key: str) -> list[str]:
         path = key.removeprefix(prefix)
         if layout == "clip":
             return [full_name(component, path.removesuffix(".weight"))] if path.endswith(".weight") else []
+        if path == "text_projection" and component == TEXT_ENCODER_2:  # which the encoder of 2 does without
+            return [f"{component}.text_projection"]
         match = re.fullmatch(r"transformer\.resblocks\.(\d+)\.(.+?)[._]weight", path)
         leaves = _OPENCLIP.get(match[2], ()) if match else ()
         return [f"{component}.text_model.encoder.layers.{match[1]}.{leaf}" for leaf in leaves]
@@ -146,6 +149,9 @@ def modules_of_original(key: str) -> list[str]:
 
 
 _KOHYA = {UNET: ("lora_unet",), TEXT_ENCODER: ("lora_te", "lora_te1"), TEXT_ENCODER_2: ("lora_te2",)}
+# ComfyUI's and OneTrainer's names end as those of the parts in the original layout do: OpenCLIP's H is in Stable
+# Diffusion 2, CLIP's L and OpenCLIP's G are in XL.
+_COMFY = {TEXT_ENCODER: ("clip_l", "clip_h"), TEXT_ENCODER_2: ("clip_g",)}
 
 
 def is_sdxl(modules: Iterable[str]) -> bool:
@@ -187,12 +193,24 @@ def known_by(modules: Iterable[str]) -> dict[str, set[str]]:
         names |= {f"{component}.{n}" for n in names}
         for older in older_paths(path):
             names |= {older, f"{component}.{older}"}
-        underscored = paths | ({originals[path]} if component == UNET and path in originals else set())
-        for prefix in _KOHYA.get(component, ()):
-            names |= {f"{prefix}_{p.replace('.', '_')}" for p in underscored}
+        if component == UNET and path in originals:
+            paths |= {originals[path]}
+            prefixes = ("", "unet.", "diffusion_model.", "model.diffusion_model.")
+        else:
+            prefixes = [f"text_encoders.{clip}.transformer." for clip in _COMFY.get(component, ())]
+        names |= {f"{prefix}{originals.get(path, path)}" for prefix in prefixes}
+        for prefix in (*_KOHYA.get(component, ()), "lycoris"):  # LyCORIS' own, which says nothing of the component
+            names |= {f"{prefix}_{p.replace('.', '_')}" for p in paths}
         for each in names:
             result.setdefault(each, set()).add(name)
     return result
+
+
+def last_layer(modules: Iterable[str]) -> str:
+    """Return what the names of all modules of the last layer of the text encoder begin with."""
+    layers = f"{TEXT_ENCODER}.text_model.encoder.layers."
+    numbers = (name.removeprefix(layers).split(".")[0] for name in modules if name.startswith(layers))
+    return f"{layers}{max(map(int, numbers), default=0)}."
 
 
 # ------------------------------------------------------------------------- cloneofsimo: modules by number

@@ -10,7 +10,9 @@ All else is a matter of naming, and of where the scale stands:
     diffusers      unet.….to_q.lora_A.weight, .lora_B.weight; or .lora.down, .lora.up, and older spellings;
                    no scale, or one in the header's lora_adapter_metadata
     kohya          lora_unet_…_to_q.lora_down.weight, .lora_up.weight and .alpha, the scale being alpha / rank
-    PEFT           a folder with adapter_model.safetensors and the scale in adapter_config.json
+    ComfyUI        diffusion_model.input_blocks.….to_q and kohya's or PEFT's endings; OneTrainer's likewise
+    LyCORIS        lycoris_…_to_q and kohya's endings
+    PEFT           adapter_model.safetensors, and the scale in adapter_config.json beside it
     cloneofsimo    unet:7:down, unet:7:up, counted in the order of the modules; no scale
 
 Only what is LoRA is read as LoRA; its relatives are refused by their names.  Sources: the writers of
@@ -27,13 +29,13 @@ import numpy as np
 
 from ..settings.errors import UserError
 from ..settings.strict_json import parse_json
-from .names import COMPONENTS, Modules, full_name, known_by, numbered, split
+from .names import COMPONENTS, TEXT_ENCODER, UNET, Modules, full_name, known_by, last_layer, numbered, split
 from .number_types import NAMES, WEIGHTS, widen
 from .tensors import PICKLE_HELP, PICKLES, TensorFile, refuse_more_than_memory
 
 FILE_NAME = "pytorch_lora_weights.safetensors"  # of diffusers
 AVERAGE_NAME = "pytorch_lora_weights_ema.safetensors"  # of --ema, beside it
-PEFT_CONFIG, PEFT_FILE = "adapter_config.json", "adapter_model.safetensors"
+PEFT_CONFIG, PEFT_FILE, PEFT_PREFIX = "adapter_config.json", "adapter_model.safetensors", "base_model.model."
 
 Tensors = dict[str, np.ndarray]  # as they are stored (number_types.py)
 
@@ -74,12 +76,13 @@ class Change:
 class LoRA:
     """A LoRA: its changes by the modules' full names, and what its file said about it.
 
-    `unmatched` names the file's keys that belong to no module of the base.
+    `unmatched` names the file's keys that belong to no module of the base; those in `words` hold learnt words.
     """
 
     changes: dict[str, Change]
     metadata: dict[str, str] = field(default_factory=dict)
     unmatched: list[str] = field(default_factory=list)
+    words: list[str] = field(default_factory=list)
 
 
 # ------------------------------------------------------------------------------------------- reading
@@ -102,7 +105,15 @@ _RELATIVES = {  # what a key looks like of a kind that is not LoRA
     r"\.diff(_b)?$|\.w_norm$|\.b_norm$|\.set_weight$": "a full difference",
     r"lora_embedding_|\.on_input$": "an embedding's LoRA or IA3",
     r"\.[ab][12]\.weight$": "GLoRA",
-    r"\.lora_B\.bias$|\.lora_up\.bias$": "LoRA with a bias",
+    r"\.bias$|\.bias_(indices|values|size)$": "LoRA with a bias",
+}
+_BEFORE = r"(base_model\.model\.|transformer\.|(model\.)?diffusion_model\.|unet\.|lora_(unet|transformer)_|lycoris_)*"
+_OTHERS = {  # what a name begins with in networks that are no Stable Diffusion 1, 2 or XL
+    _BEFORE + r"(single_transformer_blocks|double_blocks|single_blocks)[._]\d": "Flux",
+    _BEFORE + r"joint_blocks[._]\d": "Stable Diffusion 3",
+    _BEFORE + r"(transformer_blocks|blocks|layers)[._]\d": "a diffusion transformer, as Stable Diffusion 3 is one",
+    r"transformer\.|lora_transformer_": "a diffusion transformer, as Stable Diffusion 3 is one",
+    r"lora_te3_|text_encoder_3\.|text_encoders\.(t5|llama|qwen|gemma)": "a text encoder of Stable Diffusion 3 or Flux",
 }
 
 
@@ -110,7 +121,7 @@ def read_lora(path: Path, modules: Modules | None = None) -> LoRA:
     """Read a LoRA file or folder of any dialect, for a base with the given modules.
 
     `path` is a .safetensors file; a folder with pytorch_lora_weights.safetensors; or a PEFT adapter
-    folder, or one with PEFT folders `unet`, `text_encoder` and so on in it.  Without `modules` only
+    folder, its file, or a folder with PEFT folders `unet`, `text_encoder` and so on in it.  Without `modules` only
     dialects that spell names out can be read.  Raises FormatError, naming the file and every key,
     for what is no LoRA, is incomplete, or does not fit the base; unmatched keys
     are left to the caller, in `unmatched`.
@@ -119,19 +130,27 @@ def read_lora(path: Path, modules: Modules | None = None) -> LoRA:
         return _read_peft(path, modules)
     path = path / FILE_NAME if path.is_dir() else path
     tensors, metadata = _read_tensors(path)
+    if any(key.startswith(PEFT_PREFIX) for key in tensors) and path.with_name(PEFT_CONFIG).exists():
+        return _read_peft_file(path, tensors, _component_of(path.absolute().parent), modules)
+    if path.name == PEFT_FILE:
+        raise FormatError(f"{path}: its scale stands in {PEFT_CONFIG}, which must lie beside it, and does not")
     configs = _configs_in(path, metadata)
 
     def scale_of(name: str, rank: int) -> float:
         component, module = split(name)
-        if configs and component not in configs:
+        config = configs.get(component, configs.get(""))
+        if configs and config is None:
             raise FormatError(f"{path}: its lora_adapter_metadata says nothing of {component}, as of {name}")
-        return _peft_scale(configs[component], module, rank) if configs else 1.0
+        return _peft_scale(config, module, rank) if configs else 1.0
 
+    words = [key for key in tensors if key.startswith("bundle_emb.") or metadata.get(key) == "<embed>"]
+    tensors = {key: tensor for key, tensor in tensors.items() if key not in words}
     nowhere: list[str] = []
     if any(_COUNTED.fullmatch(key) for key in tensors):
         tensors, nowhere = _named_from_counted(path, tensors, metadata, modules)
     lora = _gather(path, tensors, modules, scale_of)
-    lora.unmatched.extend(nowhere)
+    lora.unmatched.extend(words + nowhere)
+    lora.words.extend(words)
     lora.metadata.update(metadata)
     return lora
 
@@ -155,9 +174,6 @@ def _gather(path: Path, tensors: Tensors, modules: Modules | None, scale_of: Cal
     parts: dict[str, dict[str, tuple[str, np.ndarray]]] = {}  # module -> "A", "B", "alpha" -> key, tensor
     unmatched, problems = [], []
     for key, tensor in tensors.items():
-        if key.startswith("bundle_emb."):  # a learned word that came along with a LoRA
-            unmatched.append(key)
-            continue
         if kind := next((kind for look, kind in _RELATIVES.items() if re.search(look, key)), None):
             problems.append(f"{key} belongs to {kind}, which is not LoRA and is not read")
             continue
@@ -175,6 +191,11 @@ def _gather(path: Path, tensors: Tensors, modules: Modules | None, scale_of: Cal
             if part in parts.setdefault(module, {}):
                 problems.append(f"{key} and {parts[module][part][0]} are the same part of {module}")
             parts[module][part] = (key, tensor)
+    for network in _OTHERS.values():  # in their order: the first ones say most
+        if key := next((key for key in unmatched if _other_network(key) == network), None):
+            raise FormatError(
+                f"{path}: it is a LoRA of {network} ({key}); those of Stable Diffusion 1, 2 and XL are read"
+            )
     changes = {}
     for module, found in parts.items():
         change = _change(
@@ -188,6 +209,11 @@ def _gather(path: Path, tensors: Tensors, modules: Modules | None, scale_of: Cal
         raise FormatError(f"{path}: {some(problems)}")
     order = {name: place for place, name in enumerate(modules or sorted(changes))}
     return LoRA(dict(sorted(changes.items(), key=lambda item: order[item[0]])), unmatched=unmatched)
+
+
+def _other_network(key: str) -> str | None:
+    """Return which network a key is of, if its name tells that it is no Stable Diffusion 1, 2 or XL."""
+    return next((network for look, network in _OTHERS.items() if re.match(look, key)), None)
 
 
 def some(problems: Iterable[str], most: int = 5) -> str:
@@ -239,12 +265,17 @@ def _change(found: dict, shape: tuple[int, ...] | None, problems: list[str], sca
     if not (np.isfinite(a).all() and np.isfinite(b).all() and math.isfinite(scale)):
         problems.append(f"{key}, {key_b} or their scale {scale:g} holds numbers that are not finite")
         return None
-    return Change(a, b, scale, types)
+    # Zeros at the end only make all ranks of a file equal (write.py).
+    used = np.flatnonzero(a.reshape(len(a), -1).any(1) | b.any(0))
+    rank = used[-1] + 1 if len(used) else 1
+    return Change(a[:rank], b[:, :rank], scale, types)
 
 
 def _spelt_out(name: str) -> set[str]:
     """Return the full name that a key spells out, without a base to look it up in."""
     component, path = split(name)
+    if component in ("down_blocks", "mid_block", "up_blocks"):  # bare, but only a U-Net has them
+        component, path = UNET, name
     if component not in COMPONENTS:
         return set()
     path = re.sub(r"\.to_out$", ".to_out.0", path.removeprefix("base_model.model.").replace(".processor.", "."))
@@ -256,14 +287,17 @@ def _spelt_out(name: str) -> set[str]:
 
 
 def _configs_in(path: Path, metadata: dict[str, str]) -> dict[str, dict]:
-    """Return PEFT's settings by component, as diffusers writes them into a header; empty if there are none."""
+    """Return PEFT's settings by component, as diffusers writes them into a header; empty if there are none.
+
+    Those of `save_lora_adapter` name no component, and go by "".
+    """
     if "lora_adapter_metadata" not in metadata:
         return {}
     try:
         flat = parse_json(metadata["lora_adapter_metadata"])
         configs: dict[str, dict] = {}
         for key, value in flat.items():
-            component, name = split(key)
+            component, name = split(key) if "." in key else ("", key)
             configs.setdefault(component, {})[name] = value
     except (ValueError, AttributeError) as error:
         raise FormatError(f"{path}: its lora_adapter_metadata is no JSON object ({error})") from error
@@ -318,8 +352,7 @@ def _peft_scale(config: dict, path: str, rank: int) -> float:
 def _read_peft(folder: Path, modules: Modules | None) -> LoRA:
     """Read a PEFT adapter folder, or one PEFT folder for each component."""
     if (folder / PEFT_CONFIG).exists():
-        component = folder.name if folder.name in COMPONENTS else None
-        folders = [(folder, component)]
+        folders = [(folder, _component_of(folder))]
     else:
         inside = [(folder / component, component) for component in COMPONENTS]
         folders = [(sub, component) for sub, component in inside if (sub / PEFT_CONFIG).exists()]
@@ -327,22 +360,29 @@ def _read_peft(folder: Path, modules: Modules | None) -> LoRA:
         raise FormatError(f"{folder}: it holds neither {FILE_NAME} nor {PEFT_CONFIG}")
     whole = LoRA({})
     for sub, component in folders:
-        try:
-            config = parse_json((sub / PEFT_CONFIG).read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise FormatError(f"{sub / PEFT_CONFIG}: {error}") from error
-        _check_peft(str(sub), config)
         tensors, _ = _read_tensors(sub / PEFT_FILE)
-        if component is not None:
-            tensors = {f"{component}.{key}": tensor for key, tensor in tensors.items()}
-
-        def scale_of(name: str, rank: int, config: dict = config) -> float:
-            return _peft_scale(config, split(name)[1], rank)
-
-        part = _gather(sub / PEFT_FILE, tensors, modules, scale_of)
+        part = _read_peft_file(sub / PEFT_FILE, tensors, component, modules)
         whole.changes.update(part.changes)
         whole.unmatched.extend(part.unmatched)
     return whole
+
+
+def _component_of(folder: Path) -> str | None:
+    """Return the component that a PEFT folder is named after, if it is named so."""
+    return folder.name if folder.name in COMPONENTS else None
+
+
+def _read_peft_file(path: Path, tensors: Tensors, component: str | None, modules: Modules | None) -> LoRA:
+    """Read the tensors of a PEFT file, whose scale stands beside it."""
+    config_file = path.with_name(PEFT_CONFIG)
+    try:
+        config = parse_json(config_file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise FormatError(f"{config_file}: {error}") from error
+    _check_peft(str(path.parent), config)
+    if component is not None:
+        tensors = {f"{component}.{key}": tensor for key, tensor in tensors.items()}
+    return _gather(path, tensors, modules, lambda name, rank: _peft_scale(config, split(name)[1], rank))
 
 
 # --------------------------------------------------------------------------------------- cloneofsimo
@@ -355,12 +395,12 @@ def _named_from_counted(
     if modules is None:
         raise FormatError(f"{path}: its modules are only counted; give the base that it was trained for")
     named: Tensors = {}
-    unmatched = [key for key in tensors if metadata.get(key) == "<embed>"]  # learned words
+    unmatched: list[str] = []
     counted: dict[str, dict[tuple[int, str], np.ndarray]] = {}
     for key, tensor in tensors.items():
         if match := _COUNTED.fullmatch(key):
             counted.setdefault(match[1], {})[int(match[2]), match[3]] = tensor
-        elif key not in unmatched:
+        else:
             raise FormatError(f"{path}: {key} is no key of a LoRA")
     for component, parts in counted.items():
         if not any(name.startswith(f"{component}.") for name in modules):
@@ -369,6 +409,9 @@ def _named_from_counted(
         try:
             classes = parse_json(metadata[component])
             orders = numbered(modules, component, classes)
+            if component == TEXT_ENCODER:  # that of 2 has a layer more in a single file than in a folder
+                last = last_layer(modules)
+                orders += numbered([name for name in modules if not name.startswith(last)], component, classes)
         except (KeyError, TypeError, ValueError) as error:
             raise FormatError(f"{path}: which modules of {component} it counts is not known ({error})") from error
         fitting = [order for order in orders if _fits(order, parts, modules)]

@@ -21,6 +21,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from operator import index
 from pathlib import Path
 from typing import BinaryIO
@@ -76,18 +77,28 @@ def write_tensors(path: Path, tensors: Mapping[str, np.ndarray], metadata: Mappi
 
 
 def tensor_bytes(tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> bytes:
-    """Return a safetensors file, with its tensors in the order that safetensors itself gives them."""
+    """Return a safetensors file of some tensors and its metadata."""
     arrays = {key: np.asarray(tensor) for key, tensor in tensors.items()}
-    places, order = {}, list(NAMES)
-    pieces, position = [], 0
-    for key, array in sorted(arrays.items(), key=lambda item: (order.index(item[1].dtype), item[0])):
-        offsets = [position, position := position + array.nbytes]
-        places[key] = {"dtype": NAMES[array.dtype], "shape": array.shape, "data_offsets": offsets}
-        pieces.append(array.tobytes())
-    header = {"__metadata__": dict(sorted(metadata.items())), **places}
+    header, places = file_header({key: (NAMES[a.dtype], a.shape) for key, a in arrays.items()}, metadata)
+    return b"".join([header, *(arrays[key].tobytes() for key in places)])
+
+
+def file_header(
+    tensors: Mapping[str, tuple[str, tuple[int, ...]]], metadata: Mapping[str, str]
+) -> tuple[bytes, dict[str, int]]:
+    """Return what a file of tensors of some types and shapes begins with, and at which byte each one begins.
+
+    They are in the order that safetensors itself gives them: the widest first, so that all are aligned.
+    """
+    order, entries, begins, position = list(DTYPES), {}, {}, 0
+    for key, (dtype, shape) in sorted(tensors.items(), key=lambda item: (order.index(item[1][0]), item[0])):
+        begins[key] = position
+        position += math.prod(shape) * DTYPES[dtype].itemsize
+        entries[key] = {"dtype": dtype, "shape": shape, "data_offsets": [begins[key], position]}
+    header = {"__metadata__": dict(sorted(metadata.items())), **entries}
     text = json.dumps(dict(sorted(header.items())), separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
-    return b"".join([struct.pack("<Q", len(text)), text, *pieces])
+    return struct.pack("<Q", len(text)) + text, {key: 8 + len(text) + begin for key, begin in begins.items()}
 
 
 def write_checked(path: Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> None:
@@ -233,18 +244,30 @@ def refuse_more_than_memory(files: Iterable[TensorFile], bytes_of_a_number: int)
         raise UserError(f"its numbers need {needed / 1e9:,.1f} GB of memory, and {free / 1e9:,.1f} GB are free")
 
 
-def rewrite(file: TensorFile, target: Path, changes: Mapping[str, Callable[[BinaryIO], Iterator]]) -> None:
+def rewrite(
+    file: TensorFile,
+    target: Path,
+    changes: Mapping[str, Callable[[BinaryIO], Iterator]],
+    types: Mapping[str, str] | None = None,
+) -> None:
     """Write a checkpoint file anew: for the keys in `changes` the bytes that these give, the others as they are.
 
     Each of `changes` is called, in a thread of a few, with the open file at the tensor's first byte, and
-    reads all of it.
+    reads all of it.  Those of the keys in `types` give bytes of another type, by its name; where there are such, the
+    file gets a new header, and its tensors the order of that.
     """
+    places = {key: entry.begin for key, entry in file.entries.items()}
     target.parent.mkdir(parents=True, exist_ok=True)
     with open(file.path, "rb", buffering=0) as source, open(target, "wb", buffering=0) as out:
+        if types:
+            tensors = {key: (types.get(key, entry.dtype), entry.shape) for key, entry in file.entries.items()}
+            header, places = file_header(tensors, file.metadata)
+            write_at(out.fileno(), header, 0)
+            changes = {key: partial(_as_it_is, file, key) for key in file.entries} | dict(changes)
         pool = ThreadPoolExecutor(1 + COMPUTING)  # copying and computing do not wait for each other
         try:
-            jobs = [pool.submit(_copy_unchanged, file, changes.keys(), source.fileno(), out.fileno())]
-            jobs += [pool.submit(_write_change, file, key, change, out.fileno()) for key, change in changes.items()]
+            jobs = [] if types else [pool.submit(_copy_unchanged, file, changes.keys(), source.fileno(), out.fileno())]
+            jobs += [pool.submit(_write_change, file, k, c, places[k], out.fileno()) for k, c in changes.items()]
             for job in as_completed(jobs):
                 job.result()
         finally:
@@ -252,14 +275,24 @@ def rewrite(file: TensorFile, target: Path, changes: Mapping[str, Callable[[Bina
         os.fsync(out.fileno())
 
 
-def _write_change(file: TensorFile, key: str, change: Callable[[BinaryIO], Iterator], out: int) -> None:
-    """Write the bytes of a tensor anew at their place."""
-    place = file.entries[key].begin
+def _write_change(file: TensorFile, key: str, change: Callable[[BinaryIO], Iterator], place: int, out: int) -> None:
+    """Write the new bytes of a tensor to their place."""
     with open(file.path, "rb", buffering=0) as source:
-        source.seek(place)
+        source.seek(file.entries[key].begin)
         for piece in change(source):
             write_at(out, piece, place)
             place += len(piece)
+
+
+def _as_it_is(file: TensorFile, key: str, source: BinaryIO) -> Iterator[memoryview]:
+    """Yield the bytes of a tensor that does not change."""
+    left = file.entries[key].end - file.entries[key].begin
+    piece = memoryview(bytearray(min(CHUNK, left)))
+    while left:
+        piece = piece[:left]
+        read_exactly(source, piece, file.path)
+        yield piece
+        left -= len(piece)
 
 
 def _copy_unchanged(file: TensorFile, changed: Collection[str], source: int, out: int) -> None:

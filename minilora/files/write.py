@@ -12,18 +12,19 @@ from pathlib import Path
 import numpy as np
 
 from .names import TEXT_ENCODER, Modules, is_sdxl, kohya_names, split
-from .number_types import EPSILON, NAMES, narrow, widen
+from .number_types import DTYPES, EPSILON, NAMES, narrow, widen
 from .read import FILE_NAME, PEFT_CONFIG, PEFT_FILE, Change, FormatError, LoRA, Tensors, read_lora
 from .tensors import staging, tensor_bytes, write_tensors, write_whole
 
 DIALECTS = ("diffusers", "kohya", "peft")
 
 
-def write_lora(path: Path, lora: LoRA, dialect: str, modules: Modules | None) -> None:
+def write_lora(path: Path, lora: LoRA, dialect: str, modules: Modules | None) -> int:
     """Write a LoRA in a dialect, whole or not at all: a file, for PEFT a folder with one for each component.
 
     It takes its name only after it was read back and every ΔW found to be what it was, up to the
-    rounding of B.  Raises FormatError if that is not so.
+    rounding of A and B.  Returns how many of its bytes are zeros that make ranks equal.  Raises
+    FormatError if that is not so.
     """
     if dialect == "peft":
         files = as_peft(lora)
@@ -39,6 +40,7 @@ def write_lora(path: Path, lora: LoRA, dialect: str, modules: Modules | None) ->
                 write_tensors(new, tensors, about)
         if (apart := difference(lora, read_lora(new, modules))) > 1:
             raise FormatError(f"{path}: read back, it differs by {apart:.2g} times what rounding can do")
+    return 0 if dialect == "peft" else sum(_padding(change, rank) for change, rank in _with_file_ranks(lora).values())
 
 
 def difference(one: LoRA, two: LoRA) -> float:
@@ -66,9 +68,28 @@ def as_diffusers(lora: LoRA) -> dict[str, tuple[Tensors, dict[str, str]]]:
     The scale is folded into B: programs disagree on where else to look for it.
     """
     tensors = {}
-    for name, change in lora.changes.items():
-        tensors[f"{name}.lora_A.weight"], tensors[f"{name}.lora_B.weight"] = _stored(name, change)
+    for name, (change, rank) in _with_file_ranks(lora).items():
+        tensors[f"{name}.lora_A.weight"], tensors[f"{name}.lora_B.weight"] = _stored(name, change, rank)
     return {FILE_NAME: (tensors, {"format": "pt"})}
+
+
+def _with_file_ranks(lora: LoRA) -> dict[str, tuple[Change, int]]:
+    """Return each change and the rank that it has in a file: in each component all have that of the largest.
+
+    Programs do not agree on the scale where ranks differ: diffusers before 0.40 takes the most frequent rank for the
+    alpha of all modules, and up to 0.42 it finds only some of kohya's alphas.  Rows and columns of zeros change no ΔW.
+    """
+    most: dict[str, int] = {}
+    for name, change in lora.changes.items():
+        component = split(name)[0]
+        most[component] = max(most.get(component, 0), change.rank)
+    return {name: (change, most[split(name)[0]]) for name, change in lora.changes.items()}
+
+
+def _padding(change: Change, rank: int) -> int:
+    """Return how many bytes of zeros bring a change to a rank."""
+    sizes = [DTYPES[name].itemsize for name in change.stored]
+    return (rank - change.rank) * (change.A[0].size * sizes[0] + len(change.B) * sizes[1])
 
 
 def as_kohya(lora: LoRA, modules: Modules) -> dict[str, tuple[Tensors, dict[str, str]]]:
@@ -77,13 +98,14 @@ def as_kohya(lora: LoRA, modules: Modules) -> dict[str, tuple[Tensors, dict[str,
     The scale is folded into B, and alpha says so by being the rank.
     """
     names, tensors = kohya_names(modules), {}
-    for name, change in lora.changes.items():
-        a, b = _stored(name, change)
+    ranks = set()
+    for name, (change, rank) in _with_file_ranks(lora).items():
+        a, b = _stored(name, change, rank)
         tensors[f"{names[name]}.lora_down.weight"] = a
         tensors[f"{names[name]}.lora_up.weight"] = b
-        tensors[f"{names[name]}.alpha"] = narrow(np.array(float(change.rank)), NAMES[b.dtype])
-    ranks = sorted({change.rank for change in lora.changes.values()})
-    rank = str(ranks[0]) if len(ranks) == 1 else "Dynamic"
+        tensors[f"{names[name]}.alpha"] = narrow(np.array(float(rank)), NAMES[b.dtype])
+        ranks.add(rank)
+    rank = str(*ranks) if len(ranks) == 1 else "Dynamic"
     about = {"ss_v2": "False"}
     if family := _family(modules):
         known, architecture, resolution = family
@@ -137,7 +159,7 @@ def as_peft(lora: LoRA) -> dict[str, tuple[Tensors, dict]]:
             if owner == TEXT_ENCODER and flat_text_encoder:
                 path = path.removeprefix("text_model.")
             ours = f"base_model.model.{path}"
-            tensors[f"{ours}.lora_A.weight"], tensors[f"{ours}.lora_B.weight"] = _stored(name, change)
+            tensors[f"{ours}.lora_A.weight"], tensors[f"{ours}.lora_B.weight"] = _stored(name, change, change.rank)
             ranks[path] = change.rank
         most = max(ranks.values())
         pattern = {f"^{re.escape(path)}": rank for path, rank in ranks.items() if rank != most}
@@ -147,13 +169,25 @@ def as_peft(lora: LoRA) -> dict[str, tuple[Tensors, dict]]:
     return files
 
 
-def _stored(name: str, change: Change) -> tuple[np.ndarray, np.ndarray]:
-    """Return A and scale · B in their own types, B in float32 where that cannot hold it; shaped as the weight is."""
-    type_a, type_b = change.stored
-    exact = change.B * np.float64(change.scale)  # (out, rank)
-    b = narrow(exact, type_b)
-    if (np.abs(widen(b) - exact) > EPSILON[type_b] * np.abs(exact)).any():  # too small or large for its type
-        b = narrow(exact, "F32")
+def _stored(name: str, change: Change, rank: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return A and scale · B in their own types, with zeros up to a rank; shaped as the weight is."""
+    more = rank - change.rank
+    a = np.pad(change.A, [(0, more), *[(0, 0)] * (change.A.ndim - 1)])
+    b = np.pad(change.B * np.float64(change.scale), [(0, 0), (0, more)])  # (out, rank)
+    a, b = _rounded(a, change.stored[0]), _rounded(b, change.stored[1])
     if not np.isfinite(widen(b)).all():
         raise FormatError(f"{name}: its scale {change.scale:g} does not fit into {NAMES[b.dtype]}")
-    return narrow(change.A, type_a), b.reshape(*b.shape, *(1 for _ in change.A.shape[2:]))
+    return a, b.reshape(*b.shape, *(1 for _ in change.A.shape[2:]))
+
+
+def _rounded(exact: np.ndarray, name: str) -> np.ndarray:
+    """Return numbers rounded to the type of that name, or to float32 where it cannot hold them.
+
+    That is where it loses more of any than of a number of the usual size: of a matrix of usual numbers the smallest may
+    lose all their digits, without loss to the product.
+    """
+    rounded = narrow(exact, name)
+    usual = math.sqrt(float(np.square(exact, dtype=np.float64).mean())) if exact.size else 0.0
+    with np.errstate(invalid="ignore"):  # infinite, which is too large
+        fits = np.abs(widen(rounded) - exact) <= EPSILON[name] * np.maximum(np.abs(exact), usual)
+    return rounded if fits.all() else narrow(exact, "F32")

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from .setting import AT_LEAST_1, Settings, Within, option, setting
 from .shared import MERGING, OTHER
 
+DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}  # of --dtype, as safetensors files call them
+
 
 @dataclass(frozen=True)
 class MergeConfig(Settings):
@@ -41,6 +43,12 @@ class MergeConfig(Settings):
         group=MERGING,
         metavar="FILE",
         basic=True,
+    )
+    dtype: str | None = setting(
+        None,
+        "type of the numbers that are written, if it is not that of what was read",
+        group=MERGING,
+        choices=tuple(DTYPES),
     )
     float64: bool = setting(False, "compute in float64 instead of float32", group=MERGING)
 
@@ -87,7 +95,10 @@ class MergeConfig(Settings):
             wrong.append("--extract needs a --rank or an --energy")
         only = {"rank": "--loras-only --extract", "energy": "--loras-only --extract", "base": "--loras-only"}
         only |= {"undo": "a merge", "allow_unmatched": "a merge --loras-only", "float64": "a merge"}
+        only |= {"dtype": "a merge --loras-only --extract"}
         wrong += [f"{option(k)} has no effect on {what}" for k, w in only.items() if getattr(self, k) and what not in w]
+        if self.dtype and self.undo:
+            wrong.append("--undo and --dtype cannot be given at once: with other types, there is nothing to put back")
         if self.dialect != "diffusers" and what in ("a merge", "--restore"):
             wrong.append(f"--dialect has no effect on {what}")
         return wrong

@@ -127,7 +127,7 @@ class Settings:
         """Return what is wrong with one setting by what was declared of it; `given` are those not as by default."""
         value, wrong, about = getattr(self, field.name), [], field.metadata
         values = value if isinstance(value, tuple) else (value,)
-        if about["choices"]:
+        if about["choices"] and value is not None:
             can_be = f"it can be {', '.join(about['choices'])}"
             wrong += [f"{option(field.name)} is {v!r}; {can_be}" for v in values if v not in about["choices"]]
         if about["within"] and value is not None:
