@@ -58,7 +58,7 @@ def run(settings: str | type, work: str | Callable, description: str) -> None:
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
-        advice = 'smaller pictures, fewer at a time and --precision bf16 take less; see "little memory" in the README'
+        advice = "smaller pictures, fewer at a time and --precision bf16 take less; see docs/your_pictures.md"
         fail(f"not enough memory ({first_line(error)}); {advice}")
     except KeyboardInterrupt:
         sys.exit(130)  # as a shell counts it; nothing was begun that would have to be saved
