@@ -12,6 +12,7 @@ import math
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -25,6 +26,7 @@ from .lora import lora_layers
 from .models.base import DTYPES
 from .models.compiling import check_compiler
 from .run import checkpoint
+from .run.differences import differences
 from .run.ema import ema_update
 from .run.hub import check_login
 from .run.lost import rescue
@@ -189,7 +191,8 @@ def save_state(run: Run, step: int) -> Path:
     lora, optimizer = lora_state_dict(run.network), checkpoint.optimizer_tensors(run.optimizer)
     state = checkpoint.State(step, lora, optimizer, run.average, run.objective.state(), run.scaler.state_dict())
     if run.ranks.is_main:
-        checkpoint.save_checkpoint(run.output, state, run.identity, run.config.checkpoints_kept)
+        about = {"fingerprint": run.identity, "pictures": run.examples.contents()}
+        checkpoint.save_checkpoint(run.output, state, about, run.config.checkpoints_kept)
     return checkpoint.path_of(run.output, step)
 
 
@@ -206,7 +209,7 @@ def resume(run: Run) -> int:
     def load() -> checkpoint.State | None:
         checkpoint.take_up(run.output)
         try:
-            return checkpoint.load_newest_checkpoint(run.output, run.identity)
+            return checkpoint.load_newest_checkpoint(run.output, partial(differences, run))
         except ValueError as error:
             raise UserError(f"--resume: {error}") from error
 

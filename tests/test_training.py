@@ -28,6 +28,7 @@ from torch._dynamo.utils import counters
 from transformers import CLIPTextModel
 
 from minilora import training
+from minilora.data.folder import Item
 from minilora.files.fold import fold
 from minilora.files.layout import Checkpoint
 from minilora.files.network import load_lora
@@ -35,6 +36,7 @@ from minilora.files.read import AVERAGE_NAME, FILE_NAME, read_lora
 from minilora.files.write import difference
 from minilora.lora import lora_layers, lora_parameters
 from minilora.models.base import DTYPES, Base
+from minilora.run.differences import picture_differences
 from minilora.run.objective import Denoising
 from minilora.run.ranks import BatchPlan
 from minilora.run.validation import BEST, FIGURES
@@ -345,19 +347,66 @@ def test_resume_without_a_checkpoint_starts_and_says_so(run, capsys):
 
 def test_resume_refuses_another_run_and_names_the_difference(run, pictures):
     run("a", steps=3, checkpoint_every=2)
-    with pytest.raises(
-        UserError, match=r"belongs to another run: learning_rate was 0\.01 and is 0\.02; seed was 0 and is 1"
-    ):
-        run("a", resume=True, learning_rate=0.02, seed=1)
-    with pytest.raises(UserError, match="steps was None"):
-        run("a", resume=True, lr_schedule="cosine")
-    with pytest.raises(UserError, match=r"pictures was .*; trigger was None and is 'sks'"):
-        run("a", resume=True, trigger="sks")
-    with pytest.raises(UserError, match="pictures was"):
-        run("a", resume=True, data=(str(pictures), f"{pictures}:2"))
+
+    def refused(**settings) -> str:
+        with pytest.raises(UserError) as error:
+            run("a", resume=True, **settings)
+        [path, words] = str(error.value).split(" belongs to another run: ")
+        assert path.endswith("step-00000002.safetensors")
+        assert not re.search("[0-9a-f]{16}", words)  # no hash
+        return words
+
+    pixels = (pictures / "0.png").read_bytes()
+    assert refused(learning_rate=0.02, seed=1) == "--learning-rate was 0.01 and is 0.02; --seed was 0 and is 1"
+    assert refused(lr_schedule="cosine") == "--lr-schedule was constant and is cosine; --steps was not given and is 6"
+    assert refused(mirror=True, targets=("to_q", "to_k")) == (
+        "--mirror was off and is on; --targets was attention and is to_q,to_k"
+    )
+    caption = f"{pictures}/0.png has another caption: it was 'picture 0' and is 'sks, picture 0'"
+    assert refused(trigger="sks").startswith(f"--trigger was not given and is sks; {caption}; ")
+    assert refused(trigger="sks").endswith("; and 2 more pictures")
+    assert f"{pictures}/0.png came 1 × per epoch and comes 3 ×" in refused(data=(f"{pictures}:3",))
     (pictures / "0.png").write_bytes((pictures / "1.png").read_bytes())
-    with pytest.raises(UserError, match="pictures was"):
-        run("a", resume=True)
+    assert refused() == f"{pictures}/0.png has other content; its caption is 'picture 0'"
+    (pictures / "0.png").write_bytes(pixels)
+    with (pictures / "metadata.jsonl").open("a") as table:
+        table.write('{"file_name": "9.png", "text": "a new one"}\n')
+    (pictures / "9.png").write_bytes(pixels + b"more")
+    assert refused() == f"{pictures}/9.png was not there"
+    run("b", steps=3, checkpoint_every=2)
+    (pictures / "9.png").unlink()
+    lines = (pictures / "metadata.jsonl").read_text().splitlines()
+    (pictures / "metadata.jsonl").write_text("\n".join(lines[:-1]))
+    with pytest.raises(UserError, match="a picture with the caption 'a new one' is no longer there"):
+        run("b", resume=True)
+
+
+def test_resume_names_the_part_of_a_base_that_has_changed(run, tiny_base, tmp_path):
+    shutil.copytree(tiny_base, tmp_path / "base")
+    run("a", steps=2, checkpoint_every=2, model=str(tmp_path / "base"))
+    unet = tmp_path / "base" / "unet" / "diffusion_pytorch_model.safetensors"
+    save_file({key: tensor * 2 for key, tensor in load_file(unet).items()}, unet)
+    with pytest.raises(UserError, match=r"the weights of the U-Net of --model .*base have changed$"):
+        run("a", resume=True, model=str(tmp_path / "base"))
+    shutil.copytree(tmp_path / "base", tmp_path / "other")
+    with pytest.raises(UserError, match=r"another run: --model was .*base and is .*other$"):
+        run("a", resume=True, model=str(tmp_path / "other"))
+
+
+def test_pictures_that_differ_are_named_by_what_differs():
+    one, two, three = (Item(Path(f"{n}.png"), n, (8, 8), (f"caption {n}",)) for n in "123")
+    there = [(item.digest, item.captions) for item in (one, two)]
+    assert picture_differences(there, [two, one]) == ["the pictures are in another order, which is that of their names"]
+    assert picture_differences(there, [one]) == ["a picture with the caption 'caption 2' is no longer there"]
+    assert picture_differences(there, [one, two, three]) == ["3.png was not there"]
+    assert picture_differences(there, [one, two, two]) == ["2.png came 1 × per epoch and comes 2 ×"]
+    other = dataclasses.replace(two, captions=("a", "b"))
+    assert picture_differences(there, [one, other]) == [
+        "2.png has another caption: it was 'caption 2' and is 'a' | 'b'"
+    ]
+    assert picture_differences(there, [one, dataclasses.replace(two, digest="4")]) == [
+        "2.png has other content; its caption is 'caption 2'"
+    ]
 
 
 def test_resume_refuses_a_checkpoint_beyond_the_end_and_a_broken_one(run):
@@ -536,7 +585,7 @@ def test_what_an_objective_keeps_from_step_to_step_outlives_a_stop(run):
     run("cut", objective=Remembering(), steps=4, checkpoint_every=4)
     cut = run("cut", objective=Remembering(), resume=True)
     assert (cut / FILE_NAME).read_bytes() == (whole / FILE_NAME).read_bytes()
-    with pytest.raises(UserError, match="belongs to another run: objective was 'Remembering' and is 'Denoising'"):
+    with pytest.raises(UserError, match="belongs to another run: the objective was Remembering and is Denoising"):
         run("cut", resume=True)
 
 
@@ -770,7 +819,7 @@ def test_training_on_top_of_loras_is_training_on_the_base_they_are_merged_into(r
     ours, theirs = (np.array(Image.open(run / "samples" / "before_after.png"), int) for run in (one, other))
     assert abs(ours - theirs).max() <= 1  # "base" is the base with what is in it, too
 
-    with pytest.raises(UserError, match=r"belongs to another run: text_encoder was .*; unet was"):
+    with pytest.raises(UserError, match=r"belongs to another run: --base-lora was .*:0.5.* and is .*:0.25"):
         run("one", resume=True, base_lora=(f"{first}:0.25", f"{second}:-1"), **settings)
     stray = {f"unet.nowhere.lora_{matrix}.weight": torch.zeros(2, 2) for matrix in "AB"}
     save_file(weights(first) | stray, tmp_path / "stray.safetensors")
@@ -800,7 +849,7 @@ def test_a_lora_is_trained_on(run):
     resumed = run("stopped", steps=6, rank=8, init_from=str(first / FILE_NAME), resume=True)
     assert (resumed / FILE_NAME).read_bytes() == (on / FILE_NAME).read_bytes()
     run("other", steps=3, rank=8, init_from=str(first), checkpoint_every=3)
-    with pytest.raises(UserError, match="belongs to another run: init_from was"):
+    with pytest.raises(UserError, match=r"belongs to another run: --init-from was .*first.* and is .*on"):
         run("other", rank=8, init_from=str(on), resume=True)
     with pytest.raises(UserError, match=r"--rank has no effect with --init-from.*; --alpha-for has no effect"):
         run("b", init_from=str(first), alpha_for=("attn2=1",))

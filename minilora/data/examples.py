@@ -89,10 +89,13 @@ class Examples:
         ]
         return _collate(tuple(timesteps), rows, device)
 
+    def contents(self) -> list[list]:
+        """Return each picture's digest and captions, as JSON values."""
+        return [[item.digest, list(item.captions)] for item in (*self.items, *self.class_items)]
+
     def content(self) -> str:
         """Return a hash of the pictures and their captions."""
-        pictures = json.dumps([[item.digest, item.captions] for item in (*self.items, *self.class_items)])
-        return hashlib.sha256(pictures.encode()).hexdigest()
+        return hashlib.sha256(json.dumps(self.contents()).encode()).hexdigest()
 
     def picture_at(self, position: int) -> Item:
         """Return which picture stands at a position: at every other one, with --class-prompt, one of the class."""

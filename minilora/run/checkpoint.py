@@ -5,7 +5,7 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -152,28 +152,24 @@ class State:
     scaler: dict[str, float]  # of the gradient scaler; empty without one
 
 
-def save_checkpoint(output: Path, state: State, fingerprint: dict, kept: int) -> None:
-    """Write a checkpoint and delete all but the newest `kept`.
-
-    `fingerprint` says what the run is a function of, as JSON values; only a run with an equal one
-    may go on from here.
-    """
+def save_checkpoint(output: Path, state: State, run: dict, kept: int) -> None:
+    """Write a checkpoint and delete all but the newest `kept`; `run` says of which run it is, as JSON values."""
     tensors = {f"lora.{key}": value for key, value in state.lora.items()}
     tensors |= {f"optimizer.{key}": value for key, value in state.optimizer.items()}
     tensors |= {f"average.{key}": value for key, value in state.average.items()}
     tensors |= {f"objective.{key}": value for key, value in state.objective.items()}
-    about = {"step": state.step, "scaler": state.scaler, "fingerprint": fingerprint}
+    about = {"step": state.step, "scaler": state.scaler} | run
     tensors = {key: value.cpu() for key, value in tensors.items()}
     write_checked(path_of(output, state.step), tensors, {"minilora": json.dumps(about, sort_keys=True)})
     for old in all_in(output)[:-kept]:
         old.unlink()
 
 
-def load_newest_checkpoint(output: Path, fingerprint: dict) -> State | None:
+def load_newest_checkpoint(output: Path, differences: Callable[[dict], list[str]]) -> State | None:
     """Return the newest whole checkpoint of a run, or None if there is none at all.
 
-    One that cannot be read is passed over with a warning.  Raises ValueError if that leaves none, or,
-    naming what differs, if the checkpoint belongs to another run.
+    A checkpoint that cannot be read is passed over with a warning.  Raises ValueError if that leaves none, or if the
+    checkpoint belongs to another run: `differences` says what differs, given what the checkpoint says of its run.
     """
     broken = []
     for path in reversed(all_in(output)):
@@ -190,13 +186,7 @@ def load_newest_checkpoint(output: Path, fingerprint: dict) -> State | None:
         return None
     for complaint in broken:
         print(f"warning: {complaint}; going on from {path.name}", file=sys.stderr)
-    there = about["fingerprint"]
-    different = [
-        f"{key} was {there.get(key)!r} and is {fingerprint.get(key)!r}"
-        for key in sorted(there.keys() | fingerprint.keys())
-        if there.get(key) != fingerprint.get(key)
-    ]
-    if different:
+    if different := differences(about):
         raise ValueError(f"{path} belongs to another run: " + "; ".join(different))
 
     tensors = {key: torch.from_numpy(array) for key, array in arrays.items()}

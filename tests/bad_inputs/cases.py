@@ -651,7 +651,7 @@ CHECKPOINTS = [
     ("all are cut off", newest(lambda b: b[:-9], ALL), GOING_ON),
     ("all have two bytes swapped", newest(swapped, ALL), GOING_ON),
     ("all have no metadata", newest(without_metadata, ALL), GOING_ON),
-    ("they are from another run", another_run, "belongs to another run"),
+    ("they are from another run", another_run, "belongs to another run: --seed was 0 and is 7"),
     ("there is none", no_checkpoint, "found no checkpoint", True),
 ]
 

@@ -1,0 +1,99 @@
+"""Why a run cannot go on from a checkpoint, in the user's words: the setting, the picture or the weights that differ.
+
+Two runs are the same if their identities are equal. Of the pictures and the base an identity holds only hashes. So a
+checkpoint also lists its pictures by content and caption, and `config.json` in the output folder says what was typed.
+"""
+
+import json
+from collections import Counter, defaultdict
+from collections.abc import Iterable
+
+from ..data.folder import Item
+from ..settings.setting import as_typed, option
+from .setup import Run
+
+SHOWN = 3  # pictures that are named; the others are counted
+# Where the identity holds a hash: what it is a hash of, and the settings that say where that comes from.
+HASHES = {
+    "unet": ("the U-Net", ("model", "base_lora")),
+    "vae": ("the VAE", ("model", "model_config")),
+    "text_encoder": ("the text encoder", ("model", "model_config", "base_lora")),
+    "init_from": ("the LoRA", ("init_from",)),
+}
+OTHERS = {"objective": "the objective", "schedule": "the noise schedule of the base"}  # identities that are no settings
+
+Content = tuple[str, tuple[str, ...]]  # of a picture: its digest and its captions
+
+
+def differences(run: Run, saved: dict) -> list[str]:
+    """Return what differs between a run and what one of its checkpoints says of itself, a line each."""
+    there, here = saved["fingerprint"], run.identity
+    different = {key for key in there.keys() | here.keys() if there.get(key) != here.get(key)}
+    before, now = _typed_before(run), json.loads(run.config.to_json())
+    lines = []
+    for key in sorted(different & HASHES.keys()):
+        what, settings = HASHES[key]
+        moved = [name for name in settings if name in before and before[name] != now[name]]
+        lines += [_changed(option(name), before[name], now[name]) for name in moved]
+        if not moved:
+            lines.append(f"the weights of {what} of {option(settings[0])} {_shown(now[settings[0]])} have changed")
+    for key in sorted(different - HASHES.keys() - {"pictures"}):
+        lines.append(_changed(OTHERS.get(key, option(key)), there.get(key), here.get(key)))
+    if "pictures" in different:
+        listed = [(digest, tuple(captions)) for digest, captions in saved.get("pictures", [])]
+        pictures = picture_differences(listed, (*run.examples.items, *run.examples.class_items))
+        more = [f"and {len(pictures) - SHOWN} more pictures"] if len(pictures) > SHOWN else []
+        lines += [*pictures[:SHOWN], *more] if listed else ["its pictures or captions are others than those of --data"]
+    return list(dict.fromkeys(lines))
+
+
+def picture_differences(there: Iterable[Content], items: Iterable[Item]) -> list[str]:
+    """Return how pictures differ from those of before, a line for each picture."""
+    old, new = Counter(there), Counter((item.digest, item.captions) for item in items)
+    paths = {(item.digest, item.captions): item.path for item in items}
+    gone = dict.fromkeys(content for content in old if content not in new)
+    come = dict.fromkeys(content for content in new if content not in old)
+    lines = []
+    for place in (0, 1):  # first the same pictures with other captions, then other pictures with the same captions
+        twins = defaultdict(list)
+        for content in gone:
+            twins[content[place]].append(content)
+        for content in list(come):
+            if twins[content[place]]:
+                twin = twins[content[place]].pop(0)
+                del gone[twin], come[content]
+                captions = f"was {_captions(twin)} and is {_captions(content)}"
+                other = "has other content; its caption is " + _captions(content)
+                lines.append(f"{paths[content]} {other if place else 'has another caption: it ' + captions}")
+    lines += [f"{paths[content]} was not there" for content in come]
+    lines += [f"a picture with the caption {_captions(content)} is no longer there" for content in gone]
+    lines += [
+        f"{paths[content]} came {old[content]} × per epoch and comes {new[content]} ×"
+        for content in new
+        if old[content] not in (0, new[content])
+    ]
+    return lines or ["the pictures are in another order, which is that of their names"]
+
+
+def _typed_before(run: Run) -> dict:
+    """Return the settings in the output folder, as JSON values; nothing if there are none."""
+    try:
+        return json.loads((run.output / "config.json").read_text())
+    except (OSError, ValueError):
+        return {}
+
+
+def _changed(name: str, before: object, now: object) -> str:
+    return f"{name} was {_shown(before)} and is {_shown(now)}"
+
+
+def _shown(value: object) -> str:
+    if value in (None, "", []):
+        return "not given"
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    return as_typed(tuple(value)) if isinstance(value, list) else as_typed(value)
+
+
+def _captions(content: Content) -> str:
+    return " | ".join(map(repr, content[1]))
