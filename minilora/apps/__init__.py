@@ -1,4 +1,4 @@
-"""What LoRA is used for, each a short story: restore, morph, restyle, distill, evaluate.
+"""Applications of LoRA, each a command: restore, morph, restyle, distill, evaluate.
 
-May import all the others; nothing imports it but base/, whose figures it measures.
+May import all the other wings.  Only base/ imports it, to measure the bundled base.
 """

@@ -1,12 +1,12 @@
-"""Canny edges: the lines of a picture, one pixel wide, which ControlNet draws along.
+"""Canny edges: lines one pixel wide where the brightness of a picture jumps; a ControlNet draws along them.
 
-    1. gradient       the brightness rises by (gx, gy); its size here is |gx| + |gy|
-    2. thinning       across an edge only the place where it is steepest stays
-    3. two limits     above `high` it is an edge; between `low` and `high` it may be one
-    4. following      what may be one is one if it touches one
+    1. gradient       of the brightness, (gx, gy); its size here is |gx| + |gy|
+    2. thinning       across an edge only the steepest pixel stays
+    3. two limits     above `high` a pixel is an edge; between `low` and `high` it may be one
+    4. linking        a pixel that may be an edge is one if it touches an edge
 
-The sizes, the limits and the lack of a blur before are those of OpenCV's `Canny(picture, 100, 200)`, on whose
-edges the ControlNets for Stable Diffusion were trained.
+Sizes and limits are those of OpenCV's `Canny(picture, 100, 200)`, and like there the picture is not blurred first: the
+ControlNets for Stable Diffusion were trained on such edges.
 
 Source: Canny, "A computational approach to edge detection", 1986.
 """
@@ -21,19 +21,19 @@ def canny(picture: Image.Image, low: float = 100, high: float = 200) -> Image.Im
     gx, gy = sobel(grey)
     size = np.abs(gx) + np.abs(gy)
     size = np.where(steepest(size, gx, gy), size, 0)
-    edges = follow(size > high, size > low)
+    edges = link(size > high, size > low)
     return Image.fromarray(edges.astype(np.uint8) * 255).convert("RGB")
 
 
 def sobel(grey: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return how much a picture rises to the right and downwards, by Sobel's differences; (h, w) each."""
+    """Return the gradient of a picture to the right and downwards, by Sobel's differences; (h, w) each."""
     p = np.pad(grey, 1, mode="edge")
     across, down = p[:, 2:] - p[:, :-2], p[2:] - p[:-2]
     return across[:-2] + 2 * across[1:-1] + across[2:], down[:, :-2] + 2 * down[:, 1:-1] + down[:, 2:]
 
 
 def steepest(size: np.ndarray, gx: np.ndarray, gy: np.ndarray) -> np.ndarray:
-    """Return where the gradient is larger than before and not smaller than behind, along its direction; (h, w)."""
+    """Return where the gradient's size is a maximum along its own direction; (h, w)."""
     p = np.pad(size, 1)
     h, w = size.shape
 
@@ -53,8 +53,8 @@ def steepest(size: np.ndarray, gx: np.ndarray, gy: np.ndarray) -> np.ndarray:
     return result
 
 
-def follow(strong: np.ndarray, weak: np.ndarray) -> np.ndarray:
-    """Return the weak places that are joined to a strong one by weak ones, which may touch at a corner; (h, w)."""
+def link(strong: np.ndarray, weak: np.ndarray) -> np.ndarray:
+    """Return the weak pixels that a chain of weak pixels joins to a strong one; corners touch, too; (h, w)."""
     edges = strong
     while True:
         wider = np.asarray(Image.fromarray(edges.astype(np.uint8)).filter(ImageFilter.MaxFilter(3))).astype(bool)

@@ -1,23 +1,23 @@
 """Latent consistency distillation: a LoRA with which a few steps draw what the base draws in fifty.
 
-Without any chance in it, denoising is a path: x_T, …, x_t, …, x_0 (ddim.py).  A consistency function
-f(x_t, t) leads from every place of a path to its end, x_0.  So on one path f has one value, and it
-can be learnt from neighbours: t, one of N levels, and t′, k levels below, where a solver leads the path.
+Denoising without randomness is a path: x_T, …, x_t, …, x_0 (ddim.py).  A consistency function f(x_t, t) maps every
+point of a path to its end, x_0.  So f has the same value everywhere on a path, and it can be learnt from two
+neighbouring points: one at t, one of N levels, and one at t′, k levels below, which a solver computes from the first.
 
     x_t  = √ᾱ_t · x₀ + √(1 − ᾱ_t) · ε                     a picture with noise, diffusion.py (1)
     x_t′ = ddim_step(x_t, teacher_g(x_t, t), ᾱ_t, ᾱ_t′)    one step of the teacher
     loss = d(f_θ(x_t, t), f_θ⁻(x_t′, t′))
 
-The teacher is the same U-Net with its LoRA switched off.  Its guidance g is drawn for each picture and
-so becomes part of what f leads to: drawing with f needs no guidance.  (The paper writes w for g − 1.)
-θ⁻ follows θ slowly, θ⁻ ← μ θ⁻ + (1 − μ) θ.  d is the pseudo-Huber distance √(z² + c²) − c, about |z|.
+The teacher is the same U-Net with its LoRA switched off.  Its guidance g is drawn at random for each picture.  So f
+learns guided pictures, and drawing with f needs no guidance.  (The paper writes w for g − 1.)  θ⁻ is a moving average
+of θ: θ⁻ ← μ θ⁻ + (1 − μ) θ.  d is the pseudo-Huber distance √(z² + c²) − c, about |z|.
 
-Of f it is known that f(x, 0) = x.  With x̂₀ from the U-Net's prediction it is built so that this holds,
+At t = 0, f(x, 0) = x must hold.  f is built from the U-Net's x̂₀ so that it does,
 
     f(x, t) = c_skip(t) · x + c_out(t) · x̂₀(x, t)
     c_skip(t) = σ² / ((10 t)² + σ²)        c_out(t) = 10 t / √((10 t)² + σ²)        σ = 0.5
 
-which is how diffusers' LCMScheduler draws: f, noise again, f, …, at a few of the same N levels.
+and diffusers' LCMScheduler draws with the same f: f, new noise, f, …, at a few of the N levels.
 
 Sources: Luo et al., "Latent consistency models", 2023, and "LCM-LoRA: a universal Stable-Diffusion
 acceleration module", 2023; Song et al., "Consistency models", 2023.
@@ -40,16 +40,15 @@ from .ddim import ddim_step, guided
 
 SIGMA = 0.5  # about the spread of the pictures' latents
 TIME_SCALING = 10.0
-HUBER = 1e-3  # below this a difference counts by its square
+HUBER = 1e-3  # differences below this count squared, others linearly
 
 
 @dataclass
 class LatentConsistency(Objective):
-    """Make f the same at neighbouring levels of a path of the teacher.
+    """Train f to have the same value at neighbouring levels of the teacher's path.
 
-    `guidance` is the lowest and the highest that is drawn.  `skip` is k: the more is skipped the sooner the
-    end of the path is known everywhere, and the less exactly.  `levels` is N, which LCMScheduler calls
-    original_inference_steps, and `decay` is μ.
+    `guidance` is the range that g is drawn from.  `skip` is k: a larger one learns faster and less exactly.  `levels`
+    is N, which LCMScheduler calls original_inference_steps, and `decay` is μ.
     """
 
     guidance: tuple[float, float]
@@ -91,7 +90,7 @@ class LatentConsistency(Objective):
     def neighbours(
         self, positions: tuple[int, ...], schedule: Schedule, seed: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return one of the N levels for each position, and the place k levels below it, at least 0; (batch,) each."""
+        """Return a timestep t for each position, and t′, k levels below it or 0; (batch,) each."""
         apart = len(schedule) // self.levels
         which = [draws.integer(seed, "level", position, 1, self.levels + 1) for position in positions]
         t = apart * torch.tensor(which, device=schedule.alphas_cumprod.device) - 1
@@ -111,7 +110,7 @@ def boundary_scalings(timesteps: torch.Tensor) -> tuple[torch.Tensor, torch.Tens
 
 
 def consistency(prediction: torch.Tensor, x: torch.Tensor, timesteps: torch.Tensor, schedule: Schedule) -> torch.Tensor:
-    """Return f(x, t) for what the U-Net predicts there; (batch, channels, h, w), float32."""
+    """Return f(x, t), given the U-Net's prediction at x and t; (batch, channels, h, w), float32."""
     clean, _ = clean_and_noise(prediction.float(), x, schedule.alpha_bar(timesteps), schedule.prediction_type)
     c_skip, c_out = boundary_scalings(timesteps)
     return c_skip * x + c_out * clean

@@ -1,13 +1,13 @@
-"""DDIM: a path between noise and picture without any chance in it, which can be walked both ways.
+"""DDIM: a path between noise and picture without randomness, which can be walked in both directions.
 
-At a noise level ᾱ the U-Net's prediction says what in x is picture and what is noise, x̂₀ and ε̂
-(diffusion.py).  The same two, mixed for another level ᾱ′, are the next x:
+At a noise level ᾱ the U-Net's prediction splits x into picture and noise, x̂₀ and ε̂ (diffusion.py).  The same two,
+mixed for another level ᾱ′, give the next x:
 
     x′ = √ᾱ′ · x̂₀ + √(1 − ᾱ′) · ε̂
 
-With less and less noise this draws a picture.  With more and more it finds the noise that a given
-picture would be drawn from, to the extent that prediction and level change little from one step to
-the next: going up, the U-Net is asked about the noisier level that x is about to have.
+From high to low noise this draws a picture.  From low to high noise it finds the noise that a given picture would be
+drawn from.  That direction is approximate: the U-Net is asked at the level that x is about to have, so prediction and
+level must change little in a step.
 
 Sources: Song et al., "Denoising diffusion implicit models", 2020, equation 12; Dhariwal & Nichol,
 "Diffusion models beat GANs on image synthesis", 2021, appendix F, for the way up.
@@ -25,7 +25,7 @@ Predict = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # (x, timestep) 
 
 @dataclass(frozen=True)
 class Levels:
-    """The noise levels that a path goes through, the noisiest first.
+    """The noise levels of a path, the noisiest first.
 
     `timesteps` is (steps,); `alpha_bars`, (steps + 1,), holds ᾱ at each and at the picture's end.
     """
@@ -36,7 +36,7 @@ class Levels:
 
     @classmethod
     def of(cls, scheduler, steps: int, device: torch.device) -> "Levels":
-        """Return the levels of diffusers' DDIMScheduler for so many steps."""
+        """Return the levels that diffusers' DDIMScheduler takes for `steps` steps."""
         scheduler.set_timesteps(steps)
         end = scheduler.final_alpha_cumprod.reshape(1)
         alpha_bars = torch.cat([scheduler.alphas_cumprod[scheduler.timesteps], end]).float()
@@ -50,7 +50,7 @@ def ddim_step(
     next_alpha_bar: torch.Tensor,
     prediction_type: str,
 ) -> torch.Tensor:
-    """Go from x at ᾱ to the x at another level; (batch, channels, h, w)."""
+    """Return x at the next level, given x at ᾱ and the U-Net's prediction there; (batch, channels, h, w)."""
     clean, noise = clean_and_noise(prediction, x, alpha_bar, prediction_type)
     return next_alpha_bar.sqrt() * clean + (1 - next_alpha_bar).sqrt() * noise
 
@@ -76,9 +76,10 @@ def ddim_invert(predict: Predict, latents: torch.Tensor, levels: Levels) -> torc
 def guided(
     unet, text: torch.Tensor, empty: torch.Tensor | None = None, guidance: float | torch.Tensor = 1.0
 ) -> Predict:
-    """Return what predicts for a text, (batch, tokens, width), or at a guidance away from the empty text.
+    """Return a function that predicts for a text, (batch, tokens, width), with classifier-free guidance if it is not 1.
 
-    The guidance can be one for each picture, (batch, 1, 1, 1), and so can the timestep, (batch,).
+    `empty` is the encoding of the empty text.  Guidance can be one number or one for each picture, (batch, 1, 1, 1);
+    the timestep likewise, (batch,).
     Source: Ho & Salimans, "Classifier-free diffusion guidance", 2022.
     """
     if not isinstance(guidance, torch.Tensor) and guidance == 1:

@@ -1,12 +1,11 @@
-"""Change the objective: train a LoRA on the base's own pictures for something else than denoising.
+"""Another objective: train a LoRA on the base's own pictures for something other than denoising.
 
-    python -m minilora.apps.distill                       # four steps for fifty: consistency.py
+    python -m minilora.apps.distill                       # four steps instead of fifty: consistency.py
     python -m minilora.apps.distill --objective smooth    # pictures that change evenly: smooth.py
 
-What the base can draw is all there is to learn, so it draws its training pictures itself, of captions
-from a file, one a line.  Every 32nd caption is held out, to measure with.  Then the ordinary loop
-trains a LoRA, with the objective as its argument, and what it is for is measured with and without it.
-A run that was stopped goes on when the same command is given again.
+The LoRA shall learn nothing new, so the base draws the training pictures itself, from a file with one caption a line.
+Every 32nd caption is held out to measure with.  The ordinary loop trains the LoRA, with the objective as an argument,
+and the effect is measured without and with the LoRA.  The same command again goes on with a run that was stopped.
 """
 
 import json
@@ -31,7 +30,7 @@ from .fewsteps import few_steps
 from .report import write_figures
 from .smooth import SmoothDenoising, smoothness
 
-# Another objective changes more than the style of pictures: it is learnt in all the layers.
+# Another objective needs more than the attention layers, so all kinds of layers are adapted.
 ALL_LAYERS = (
     *ATTENTION,
     *("proj_in", "proj_out", "ff.net.0.proj", "ff.net.2", "time_emb_proj"),
@@ -155,7 +154,7 @@ def distill(config: DistillConfig) -> dict[str, float] | None:
         folder = config.data or draw_pictures(config, learnt, output / "pictures", ranks)
         settings = TrainConfig(
             data=(str(folder),),
-            caption_dropout=0.0,  # what is drawn without a caption is the teacher's, which does not learn
+            caption_dropout=0.0,  # only the teacher, which does not learn, is run without a caption
             model=config.model,
             rank=config.rank,
             targets=config.targets,
@@ -183,10 +182,10 @@ def distill(config: DistillConfig) -> dict[str, float] | None:
 
 
 def about_the_same(config: DistillConfig, about: Path, ranks: Ranks) -> bool:
-    """Take down the settings of this run, and return whether they were those of the last one, too."""
+    """Write down the settings of this run, and return whether the last run had the same."""
     settings = json.dumps(asdict(config), indent=2) + "\n"
     same = about.exists() and about.read_text() == settings
-    wait_for_all()  # all look before it is written
+    wait_for_all()  # all processes read it before it is written
     if ranks.is_main:
         write_whole(about, settings.encode())
     return same

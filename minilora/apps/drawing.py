@@ -1,4 +1,4 @@
-"""Pictures that the base draws itself: of captions to learn from, and of captions held out to measure with."""
+"""Training pictures that the base draws itself, and captions that are held out to measure with."""
 
 import json
 from collections.abc import Sequence
@@ -19,13 +19,13 @@ from ..settings.sample import SampleConfig
 from ..settings.setting import BUNDLED, is_miniature
 from .ddim import Levels, ddim_draw, guided
 
-HELD_OUT = 32  # one caption in so many is kept to measure with
+HELD_OUT = 32  # one caption of 32 is held out
 TOGETHER = 8  # pictures drawn in one pass
 STYLES = ("", ", noto style", ", twemoji style")  # what the bundled base's captions end with
 
 
 def read_captions(config) -> tuple[list[str], list[str]]:
-    """Return the captions to learn from and those held out, with the styles that the bundled base knows."""
+    """Return the captions to learn from and the held-out ones; for the bundled base each with a style."""
     path = Path(config.captions or BUNDLED / "captions.txt")
     try:
         names = path.read_text().splitlines()
@@ -45,9 +45,9 @@ def read_captions(config) -> tuple[list[str], list[str]]:
 
 
 def draw_pictures(config, captions: Sequence[str], folder: Path, ranks: Ranks) -> Path:
-    """Draw pictures of captions by the base, each process its share, and return their folder.
+    """Let the base draw pictures of captions, divided over the processes, and return their folder.
 
-    What was drawn before by the same settings is not drawn again.
+    Pictures that were drawn before with the same settings are kept.
     """
     chosen = [captions[draws.picture_at(config.seed, p, len(captions))] for p in range(config.pictures)]
     files = [folder / f"{position:05d}.png" for position in range(config.pictures)]
@@ -64,8 +64,7 @@ def draw_pictures(config, captions: Sequence[str], folder: Path, ranks: Ranks) -
     wait_for_all()
     base = Base(config.model, ranks.device, DTYPES[config.precision])
     base.refuse_inpainting()
-    share = range(ranks.rank, config.pictures, ranks.world)
-    mine = [position for position in share if not files[position].exists()]
+    mine = [position for position in range(ranks.rank, config.pictures, ranks.world) if not files[position].exists()]
     for start in tqdm(range(0, len(mine), TOGETHER), "draw", disable=not (ranks.is_main and mine)):
         positions = mine[start : start + TOGETHER]
         shape = (base.unet.config.in_channels, *[base.unet.config.sample_size] * 2)
@@ -79,7 +78,7 @@ def draw_pictures(config, captions: Sequence[str], folder: Path, ranks: Ranks) -
 
 
 def draw_from(base: Base, noise: torch.Tensor, captions: Sequence[str], steps: int, guidance: float) -> torch.Tensor:
-    """Return the pictures of noises, (n, channels, h, w), each with its caption; (n, 3, h', w') in [-1, 1]."""
+    """Draw a picture from each noise, (n, channels, h, w), with its caption; (n, 3, h', w') in [-1, 1]."""
     texts = torch.stack([base.encode_text(caption) for caption in captions]).to(base.device)
     empty = base.encode_text("").to(base.device)
     levels = Levels.of(base.scheduler, steps, base.device)

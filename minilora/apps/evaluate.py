@@ -1,28 +1,29 @@
-"""What drawn pictures are worth: whether they are of a kind with others, or only copies of them.
+"""How good drawn pictures are: whether they look like a reference, and whether they are only copies of it.
 
     python -m minilora.apps.evaluate PICTURES REFERENCE [--lora LORA]
 
-PICTURES is a folder of drawn pictures (`sample.py --output FOLDER` makes one), REFERENCE one of real pictures
-with their captions.  Three things are measured, with nothing but the base's own networks unless --features is given:
+PICTURES is a folder of drawn pictures, as `sample.py --output FOLDER` makes, and REFERENCE one of real pictures with
+captions.  Three things are measured, by the base itself unless --features is given:
 
-1. The distance of the two distributions: the kernel distance of KID,
+1. The distance between the two distributions: the kernel distance of KID,
 
        MMD² = E k(x, x′) + E k(y, y′) − 2 E k(x, y)        k(x, y) = (⟨x, y⟩ / n + 1)³
 
-   without bias, over features x of the pictures and y of the reference, n numbers each.  KID takes the
-   features from an Inception network; here they are mean and spread of each channel of the VAE's encoder,
-   in units of their spread over the reference.  So the figure compares pictures of one base with each
-   other, and is no KID of a publication.  Beside it stands that of the two halves of the reference.
+   estimated without bias, over features x of the pictures and y of the reference, n numbers each.  KID takes the
+   features from an Inception network.  Here they are mean and standard deviation of each channel of the VAE's encoder,
+   divided by their standard deviation over the reference.  So the figure compares pictures of the same base, and is
+   not the KID of publications.  For comparison, the distance between two halves of the reference is printed, too.
 
-   --features takes a vision model for the features, too, as publications do (vision.py), and prints the Fréchet
-   and the kernel distance by it: with DINOv2 (facebook/dinov2-base) FD-DINOv2; with CLIP near CMMD, whose
-   kernel is another.  Figures compare for one model, one number of pictures and one resolution only.
+   --features also takes the features from a vision model, as publications do (vision.py), and prints the Fréchet and
+   the kernel distance.  With DINOv2 (facebook/dinov2-base) the first is FD-DINOv2; with CLIP the second is close to
+   CMMD, which has another kernel.  Compare figures only for the same model, number of pictures and resolution.
 
-2. Each picture's nearest one in the reference, by their latents.  One that is less than a third as far from
-   it as from the next nearest is a copy: if the reference is what was trained on, it was learnt by heart.
+2. The distance of each picture to the nearest one in the reference, by their latents.  A picture is a copy if the
+   nearest is less than a third as far away as the next nearest.  If the reference is the training set, the LoRA has
+   memorized such pictures.
 
-3. The denoising loss on the reference, at fixed timesteps and noises, without and with --lora: on pictures
-   kept out of training it tells what was learnt of their kind, and rises again where it was learnt by heart.
+3. The denoising loss on the reference, at fixed timesteps and noises, without and with --lora.  On held-out pictures
+   it falls while the LoRA learns their kind, and rises again when the LoRA memorizes its training set.
 
 Sources: Bińkowski et al., "Demystifying MMD GANs", 2018; Yoon et al., "Diffusion probabilistic models
 generalize when they fail to memorize", 2023 (the third).
@@ -55,7 +56,7 @@ from .report import write_figures
 from .vision import frechet_distance, vectors_of
 
 TOGETHER = 8  # pictures looked at in one pass
-COPY = 1 / 3  # of the distance to the next nearest
+COPY = 1 / 3  # a picture is a copy below this share of the distance to the next nearest
 SHOWN = 8  # pictures on the sheet, with their nearest
 
 
@@ -124,10 +125,10 @@ def evaluate(config: EvaluateConfig) -> dict[str, float]:
     side = base.resolution
     drawn, real = ([crop_square(open_picture(item.path), side) for item in each] for each in (items, reference))
     seen, wanted = features_of(base, drawn), features_of(base, real)
-    scale = wanted.std(0).clamp(min=1e-6)  # (width,)
-    figures = {"distance of distributions": kernel_distance(seen / scale, wanted / scale)}
+    spread = wanted.std(0).clamp(min=1e-6)  # (width,)
+    figures = {"distance of distributions": kernel_distance(seen / spread, wanted / spread)}
     figures["distance of distributions; of the halves of the reference"] = kernel_distance(
-        wanted[::2] / scale, wanted[1::2] / scale
+        wanted[::2] / spread, wanted[1::2] / spread
     )
     if config.features:
         figures |= distances_by(config.features, drawn, real)
@@ -153,7 +154,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, float]:
 
 
 def distances_by(model: str, drawn: Sequence[Image.Image], real: Sequence[Image.Image]) -> dict[str, float]:
-    """Return the distances by a vision model, of pictures from the reference and of its halves from each other."""
+    """Return the distances by a vision model: pictures to reference, and one half of the reference to the other."""
     seen, wanted = vectors_of(model, [drawn, real], this_device())
     if min(len(seen), len(wanted)) <= seen.shape[1]:
         print(
@@ -173,7 +174,7 @@ def losses_on(config: EvaluateConfig, base: Base, items: list[Item], resolution:
     """Return the denoising loss on pictures, by the base and with the LoRAs, if there are any."""
     losses, numbers = {}, range(len(items))
     with TemporaryDirectory() as cache:
-        # A LoRA may change the text encoders, too: so captions are encoded each time, as where these are trained.
+        # A LoRA may change the text encoders, too, so captions are encoded each time.
         seen = TrainConfig(data=config.folders[1:], cache=cache, train_text_encoder=True)
         examples = encoded_examples(items, seen, resolution, base, len(base.schedule), Ranks(0, 1, base.device))
 
@@ -190,7 +191,7 @@ def losses_on(config: EvaluateConfig, base: Base, items: list[Item], resolution:
 
 @torch.no_grad()
 def encoder_features(base: Base, pixels: torch.Tensor) -> list[torch.Tensor]:
-    """Return what the VAE's encoder sees in pictures, (n, 3, h, w), layer by layer; (n, channels, h', w') each."""
+    """Return the features of pictures, (n, 3, h, w), in each layer of the VAE's encoder; (n, channels, h', w') each."""
     encoder = base.vae.encoder
     seen = [encoder.conv_in(pixels.to(base.device, base.dtype))]
     for block in encoder.down_blocks:
@@ -199,17 +200,18 @@ def encoder_features(base: Base, pixels: torch.Tensor) -> list[torch.Tensor]:
 
 
 def pooled(features: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Return mean and spread over each picture of each channel of the encoder's layers; (n, width)."""
+    """Return each channel's mean and standard deviation over a picture, for all layers; (n, width)."""
     columns = [pool for layer in features for pool in (layer.float().mean((2, 3)), layer.float().std((2, 3)))]
     return torch.cat(columns, dim=1).cpu()
 
 
 def apart(one: Sequence[torch.Tensor], other: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Return how far pictures look apart, by their features, each of one batch from its fellow in the other; (n,).
+    """Return the perceptual distance of each picture of one batch to its fellow in the other, by their features; (n,).
 
-    As LPIPS does with VGG: the squared distance between the features of each place, of length 1, summed over
-    the layers and averaged over the places; and of that the root, since squares do not add up along
-    a way.  Source: Zhang et al., "The unreasonable effectiveness of deep features as a perceptual metric", 2018.
+    As LPIPS does with VGG: at each pixel the features are normalized to length 1; their squared distance is averaged
+    over the pixels and summed over the layers.  The root of it is returned, because distances add up along a path and
+    squares do not.  Source: Zhang et al., "The unreasonable effectiveness of deep features as a perceptual metric",
+    2018.
     """
     units = [(F.normalize(a.float(), dim=1), F.normalize(b.float(), dim=1)) for a, b in zip(one, other, strict=True)]
     return sum((a - b).square().sum(1).mean((1, 2)).cpu() for a, b in units).sqrt()
@@ -222,13 +224,13 @@ def features_of(base: Base, pictures: Sequence[Image.Image]) -> torch.Tensor:
 
 
 def latents_of(base: Base, pictures: Sequence[Image.Image]) -> torch.Tensor:
-    """Return the latents of pictures, each a vector whose distances are root mean squares; (n, numbers)."""
+    """Return the latents of pictures as vectors, divided so that distances are root mean squares; (n, numbers)."""
     latents = torch.stack([base.encode_picture(as_tensor(picture))[0].flatten() for picture in pictures])
     return latents / latents.shape[1] ** 0.5
 
 
 def kernel_distance(one: torch.Tensor, other: torch.Tensor) -> float:
-    """Return the MMD² of two sets, (n, width) and (m, width), by KID's kernel, without bias: it may be below 0."""
+    """Return the unbiased MMD² of two sets, (n, width) and (m, width), with KID's kernel; it can be below 0."""
 
     def kernel(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         return (x.double() @ y.double().T / x.shape[1] + 1) ** 3  # (n, m)

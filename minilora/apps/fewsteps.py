@@ -1,10 +1,11 @@
-"""What a few steps are worth: pictures of held-out captions in many steps, in few, and in few with an LCM-LoRA.
+"""How good few steps are: pictures of held-out captions in many steps, in few, and in few with an LCM-LoRA.
 
-One by one they are compared with the picture of the same noise, though LCMScheduler adds more noise on
-the way and so draws another one.  As distributions they are compared by what the VAE's encoder sees in
-them (morph.py): the mean and the spread of each of its channels over a picture.  Of each such feature the
-Wasserstein distance between the pictures of one method and those of many steps, which have another
-seed each, is how far it has to be moved on average; that, in standard deviations, is averaged over all.
+Two comparisons with the pictures of many steps:
+
+1. One by one, with the same seed.  (LCMScheduler adds new noise between its steps, so its picture is another one.)
+2. As distributions, with other seeds.  The features of a picture are mean and standard deviation of each channel of the
+   VAE's encoder (evaluate.py).  For each feature, the Wasserstein distance is how far the values of one set must be
+   moved on average to become those of the other; the figure is its mean over the features, in standard deviations.
 """
 
 import json
@@ -32,7 +33,7 @@ SHOWN = 6  # captions on the sheet
 def few_steps(base: Base, captions: Sequence[str], learnt: Path, config) -> tuple[dict[str, float], Image.Image]:
     """Draw captions in many steps, in few, and in few with the LoRA; return the figures and a sheet.
 
-    `learnt` is the folder that the LoRA was trained on, which shows what the styles look like.
+    `learnt` is the folder of the LoRA's training pictures; a classifier learns the styles from them.
     """
     many, middle = f"base, {MANY} steps", config.middle_guidance
     ways = {many: ("ddim", MANY, middle, 0.0)}  # scheduler, steps, guidance, strength of the LoRA
@@ -60,7 +61,7 @@ def few_steps(base: Base, captions: Sequence[str], learnt: Path, config) -> tupl
 
 @torch.no_grad()
 def compared(base: Base, pixels: dict[str, torch.Tensor], many: str) -> dict[str, float]:
-    """Return how far pictures are from those of many steps, one by one and as distributions."""
+    """Return the distances of pictures to those of many steps, one by one and as distributions."""
     far, seen = ({name: [] for name in pixels} for _ in range(2))
     for start in range(0, len(pixels[many]), TOGETHER):  # the features of all would be too much to keep
         part = slice(start, start + TOGETHER)
@@ -84,9 +85,9 @@ def compared(base: Base, pixels: dict[str, torch.Tensor], many: str) -> dict[str
 
 
 def crossed(features: torch.Tensor, wanted: torch.Tensor) -> float:
-    """Return the distance of distributions, each seed's pictures to those of the next seed in `wanted`.
+    """Return the mean distance of the pictures of each seed to those of the next seed in `wanted`.
 
-    Both are (captions · seeds, width), the seeds of a caption one after the other.
+    Both are (captions · seeds, width), ordered by caption, then by seed.
     """
     seeds = len(SEEDS)
     return sum(
@@ -94,25 +95,26 @@ def crossed(features: torch.Tensor, wanted: torch.Tensor) -> float:
     )
 
 
-def wasserstein(one: torch.Tensor, other: torch.Tensor, scale: torch.Tensor) -> float:
-    """Return the mean over all features of the Wasserstein distance of two sets, (n, width), in spreads of `scale`.
+def wasserstein(one: torch.Tensor, other: torch.Tensor, reference: torch.Tensor) -> float:
+    """Return the Wasserstein distance of two sets, (n, width), as a mean over the features.
 
-    Of two sets of n numbers it is the mean distance of the smallest to the smallest, the next to the next, ….
+    Each feature is divided by its standard deviation in `reference`.  The distance of two sets of n numbers is the
+    mean distance of the smallest to the smallest, of the second to the second, and so on.
     """
     moved = (one.sort(dim=0).values - other.sort(dim=0).values).abs().mean(0)
-    return (moved / scale.std(0)).mean().item()
+    return (moved / reference.std(0)).mean().item()
 
 
 def called_right(pixels: dict[str, torch.Tensor], captions: Sequence[str], learnt: Path) -> dict[str, float]:
-    """Return how often a classifier finds in pictures the style that their captions ask for.
+    """Return how often a classifier recognizes the style of a picture's caption.
 
-    It is trained on the pictures that the base drew in its styles.
+    It is trained on the training pictures that the base drew in its styles.
     """
     about = learnt / "metadata.jsonl"
     rows = [json.loads(line) for line in about.read_text().splitlines()] if about.exists() else []
     styled = [row for row in rows if str(row.get("text")).endswith(STYLES[1:])]
     if not styled:
-        return {}  # another base, or pictures that were given
+        return {}  # it is another base, or --data gave the pictures
 
     def kinds(captions: Sequence[str]) -> torch.Tensor:
         found = [[caption.endswith(style) for style in STYLES[1:]].index(True) for caption in captions]

@@ -1,21 +1,23 @@
-"""Morph between two pictures: every frame is a picture that the model could have drawn.
+"""Morph between two pictures: every frame in between is drawn by the model.
 
     python -m minilora.apps.morph A B --prompt-a TEXT --prompt-b TEXT [--output morph.gif]
 
-A LoRA is trained on each picture, and each picture's noise is found under its own LoRA (restore.py).
-Frame t, from 0 to 1, is then drawn with everything in between:
+A LoRA is trained on each picture, and each picture's noise is found with its own LoRA (restore.py).  Frame t, from 0 to
+1, is then drawn with a mixture of everything:
 
     noise      slerp(noise_a, noise_b, t), which keeps the length that gaussian noise has
     text       (1 − t) · text_a + t · text_b
     weights    W + (1 − t) · ΔW_a + t · ΔW_b
 
-The changes of weight themselves are mixed, which two LoRAs side by side do exactly; mixing their
-factors, ((1 − t) B_a + t B_b) ((1 − t) A_a + t A_b), would add products of the one's B and the other's A.
+The mixture is of the two ΔW, which is exactly what two LoRAs side by side at strengths 1 − t and t give.  A mixture of
+the factors, ((1 − t) B_a + t B_b) ((1 − t) A_a + t A_b), would contain products of one LoRA's B and the other's A.
 
-Three options make the way smoother.  In the first steps, where the layout is decided, the
-self-attention of the U-Net's upper half looks at a mixture of what it looks at in the two end frames.
-The noise gets mean and spread between those of the ends, channel by channel (AdaIN).  And t is spaced
-so that neighbouring frames look equally far apart.
+Three options make the sequence smoother:
+
+    --attention   in the first steps, where the layout is decided, the self-attention of the U-Net's upper half
+                  takes keys and values from a mixture of the two end frames
+    AdaIN         each channel of the noise gets a mean and a standard deviation between those of the ends
+    even spacing  t is chosen so that neighbouring frames look equally far apart
 
 Source: Zhang et al., "DiffMorpher: unleashing the capability of diffusion models for image
 morphing", 2023, which mixes the factors.
@@ -48,7 +50,7 @@ from .evaluate import apart, encoder_features
 from .report import folder_for, write_figures
 from .restore import learn, psnr, see
 
-EVEN_ROUNDS = 2  # times that the frames are spaced anew; the first time the way is known only roughly
+EVEN_ROUNDS = 2  # rounds of spacing the frames; the first is rough, because distances are known at few times only
 TOGETHER = 8  # frames drawn in one pass, the two ends among them
 
 
@@ -123,7 +125,7 @@ class MorphConfig(Settings):
 
 @dataclass(frozen=True)
 class End:
-    """One end of the way: its picture, (3, h, w); its noise, (channels, h', w'); its text, (tokens, width)."""
+    """One end of the morph: its picture, (3, h, w); its noise, (channels, h', w'); its text, (tokens, width)."""
 
     picture: torch.Tensor
     noise: torch.Tensor
@@ -186,7 +188,7 @@ def way(
     frames = draw_frames(base, levels, config, ends, times)
     for _ in range(EVEN_ROUNDS if config.even else 0):
         far = np.cumsum([0.0, *distances(base, frames)])
-        # The times at which the way so far, a function of time, is 0, 1/n, 2/n, … of the whole.
+        # The times at which 0, 1/n, 2/n, … of the whole distance is done.
         times = np.interp(np.linspace(0, far[-1], config.frames), far, times)
         frames = draw_frames(base, levels, config, ends, times)
     return frames
@@ -200,7 +202,7 @@ def draw_frames(
     inner, drawn = list(times[1:-1]), []
     step = TOGETHER - 2
     for start in range(0, max(len(inner), 1), step):
-        part = [0.0, *inner[start : start + step], 1.0]  # the ends are there for the others to look at
+        part = [0.0, *inner[start : start + step], 1.0]  # the two ends, because self-attention mixes theirs
         noise = torch.stack([slerp(a.noise, b.noise, t) for t in part])  # (batch, channels, h, w)
         if config.adain:
             noise = torch.stack([adain(x, a.noise, b.noise, t) for x, t in zip(noise, part, strict=True)])
@@ -211,7 +213,7 @@ def draw_frames(
 
 
 def between(base: Base, times: Sequence[float], text: torch.Tensor, levels: Levels, attention: float):
-    """Return what predicts for a batch of frames at their times, each with its own mixture of the two LoRAs."""
+    """Return a function that predicts for a batch of frames, each with its own mixture of the two LoRAs."""
     t = torch.tensor(times, dtype=torch.float32, device=base.device)  # (batch,)
     mixed = round(attention * len(levels.timesteps))  # steps
     last_mixed = levels.timesteps[mixed - 1] if mixed else len(base.schedule)
@@ -226,7 +228,7 @@ def between(base: Base, times: Sequence[float], text: torch.Tensor, levels: Leve
 
 @contextmanager
 def loras_between(unet, times: torch.Tensor) -> Iterator[None]:
-    """Within the block each picture of a batch has LoRA a at 1 − t and b at t; `times` holds their t, (batch,)."""
+    """Within the block each picture of a batch has LoRA a at strength 1 − t and b at t; `times` are the t, (batch,)."""
 
     def times_its_own(strengths: torch.Tensor):
         return lambda adapter, inputs, y: y * strengths.to(y).view(-1, *[1] * (y.ndim - 1))  # (batch, …, out)
@@ -276,16 +278,19 @@ def self_attention_between(unet, times: torch.Tensor) -> Iterator[None]:
 
 
 def slerp(a: torch.Tensor, b: torch.Tensor, t: float) -> torch.Tensor:
-    """Go along the great circle from a to b.  Source: Shoemake, "Animating rotation with quaternion curves", 1985."""
+    """Interpolate along the great circle from a to b, which keeps the length of gaussian noise.
+
+    Source: Shoemake, "Animating rotation with quaternion curves", 1985.
+    """
     cosine = F.cosine_similarity(a.flatten(), b.flatten(), dim=0)
     angle = cosine.clamp(-1, 1).acos()
-    if angle < 1e-4:  # the same direction: there the formula is 0 / 0
+    if angle < 1e-4:  # for the same direction the formula would be 0 / 0
         return torch.lerp(a, b, t)
     return (torch.sin((1 - t) * angle) * a + torch.sin(t * angle) * b) / torch.sin(angle)
 
 
 def adain(x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, t: float) -> torch.Tensor:
-    """Give each channel of x, (channels, h, w), the mean and spread between those of a and b.
+    """Give each channel of x, (channels, h, w), a mean and a standard deviation between those of a and b.
 
     Source: Huang & Belongie, "Arbitrary style transfer in real-time with adaptive instance normalization", 2017.
     """
@@ -303,13 +308,13 @@ def _mean_and_spread(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 @torch.no_grad()
 def distances(base: Base, frames: torch.Tensor) -> list[float]:
-    """Return how far neighbouring frames look apart, by what the VAE's encoder sees in them."""
+    """Return the perceptual distances of neighbouring frames, by the features of the VAE's encoder."""
     seen = encoder_features(base, frames)
     return apart([layer[:-1] for layer in seen], [layer[1:] for layer in seen]).tolist()
 
 
 def figures_of(base: Base, frames: torch.Tensor, pictures: Sequence[torch.Tensor]) -> dict[str, float]:
-    """Return how near the ends are to the pictures, how long the way is, and how even."""
+    """Return how close the ends are to the pictures, and how long and how even the path between them is."""
     steps = distances(base, frames)
     return {
         "PSNR of the first frame to picture A, dB": psnr(frames[0], pictures[0]),
@@ -323,7 +328,7 @@ def figures_of(base: Base, frames: torch.Tensor, pictures: Sequence[torch.Tensor
 
 
 def animation_format(path: Path) -> str:
-    """Return the format of an animation by its file's name; UserError if Pillow cannot write one there."""
+    """Return the format of an animation by its file's name; UserError if Pillow has no animations in it."""
     name = picture_format(path)
     if name not in Image.SAVE_ALL or name in ("PDF", "TIFF"):
         raise UserError(f"--output {path}: {name} holds one picture; give a .gif, .webp or .png, or a folder")

@@ -1,4 +1,4 @@
-"""What an application leaves beside its pictures: its figures, and the command that they are from."""
+"""What an application writes beside its pictures: its figures, and the command that made them."""
 
 import json
 import shlex
@@ -12,12 +12,12 @@ Curves = Mapping[str, tuple[Sequence[float], Sequence[float]]]  # xs and ys by n
 
 
 def folder_for(application: str, names: Sequence[str]) -> Path:
-    """Return where an application's results on some pictures go, if nothing else is asked for."""
+    """Return the default folder for an application's results on some pictures: out/morph-a-b."""
     return Path("out") / "-".join([application, *(Path(name).stem for name in names)])
 
 
 def write_figures(folder: Path, figures: Mapping[str, float], curves: Curves | None = None) -> None:
-    """Print figures by name, and write them with the command line, and curves, to `figures.json` in a folder."""
+    """Print figures, and write them with the command line and curves to `figures.json` in a folder."""
     for name, value in figures.items():
         print(f"{name}: {value:.4g}")
     program = Path(sys.argv[0])

@@ -1,13 +1,13 @@
-"""Restore one picture: find the noise it would be drawn from, and draw it again from there.
+"""Restore one picture: find the noise that it would be drawn from, and draw it again from that noise.
 
     python -m minilora.apps.restore PICTURE --prompt TEXT [--edit TEXT …]
 
-DDIM walks both ways (ddim.py), so any picture has a noise that it would be drawn from.  The way up
-is only approximate, and what the base knows least about it gets back worst.  A LoRA trained on the
-one picture makes the base know it: the way there and back then ends nearer to the picture, and from
-the same noise another prompt draws another picture with the same layout.  For such an edit the LoRA
-acts at about half its strength: at all of it the base knows little else than this picture.  DragDiffusion
-(Shi et al., 2023) trains a LoRA on its one picture and inverts it, too; Imagic (Kawar et al., 2022) tunes the
+DDIM goes in both directions (ddim.py), so there is a noise for every picture.  From picture to noise it is only
+approximate, and the less the base knows of a picture, the less comes back.  A LoRA trained on this one picture
+teaches it to the base, so that more comes back.  From the same noise another prompt then draws another picture with the
+same layout.  Such an edit uses the LoRA at about half strength: at full strength the base draws little but this picture.
+
+DragDiffusion (Shi et al., 2023) also trains a LoRA on one picture and inverts it; Imagic (Kawar et al., 2022) tunes the
 whole model.
 """
 
@@ -147,16 +147,16 @@ def see(path: Path, model: str | None) -> torch.Tensor:
 def learn(path: Path, prompt: str, output: Path, config) -> Path:
     """Train a LoRA on one picture, as `config` says, and return its file.
 
-    What was trained by the same settings before is not trained again.
+    A LoRA that was trained before with the same settings is used again.
     """
     settings = TrainConfig(
         data=(str(path),),
         caption=prompt,
-        caption_dropout=0.0,  # nothing is drawn without a prompt here, but at little guidance
+        caption_dropout=0.0,  # guidance is low here, so the empty prompt hardly matters
         model=config.model,
         rank=config.rank,
         steps=config.train_steps,
-        checkpoint_every=config.train_steps,  # one at the end, which says what was learnt from what
+        checkpoint_every=config.train_steps,  # one at the end; it knows the picture, so --resume notices another one
         precision=config.precision,
         output=str(output),
     )
@@ -172,7 +172,7 @@ def psnr(one: torch.Tensor, two: torch.Tensor) -> float:
 
 
 def relative_error(one: torch.Tensor, two: torch.Tensor) -> float:
-    """Return the sum of squares of the difference by that of the second tensor."""
+    """Return the sum of squares of the difference, divided by that of the second tensor."""
     return ((one - two).square().sum() / two.square().sum()).item()
 
 

@@ -3,15 +3,15 @@
     python -m minilora.apps.restyle PICTURE --prompt TEXT --lora out/fluent:0.8 --strength 0.5
     python -m minilora.apps.restyle FOLDER --lora out/fluent --strengths 0,0.25,0.5,0.75,1 --style dataset/fluent
 
-The picture gets noise, but not all the way, and is drawn from there with the LoRA: x_t at t = strength · T,
+The picture gets some noise, as much as at timestep t = strength · T, and is denoised from there with the LoRA:
 
     x_t = √ᾱ_t · x₀ + √(1 − ᾱ_t) · ε          W + s · ΔW
 
-so large shapes stay, and what is drawn last, the style, is new.  More strength leaves less of the picture;
-more strength s gives more of the style.  A ControlNet can hold on to the picture's edges (canny.py).
+Large shapes survive the noise.  What is drawn last, the style, is new.  A higher --strength leaves less of the picture;
+a higher strength s of the LoRA gives more of its style.  A ControlNet can keep the picture's edges (canny.py).
 
-With --style, a folder of pictures in the style, a classifier (classifier.py) says how much of it has come in:
-it learns to tell them from what the base draws for the same captions, both as the VAE shows them.
+With --style, a folder of pictures in the style, a classifier (classifier.py) measures the style in the results.  It
+learns to distinguish the style from the base's own pictures of the same captions, all decoded by the VAE.
 
 Sources: Meng et al., "SDEdit", 2021; Zhang et al., "Adding conditional control to text-to-image diffusion
 models", 2023.  The denoising itself is diffusers' image-to-image pipelines.
@@ -141,7 +141,7 @@ def restyle(config: RestyleConfig) -> dict[str, float]:
     figures: dict[str, float] = {}
     style = None
     if config.style:
-        style, figures["style told right in held-out pictures"] = learn_style(base, config)
+        style, figures["style recognized in held-out pictures"] = learn_style(base, config)
     rows, likely, far = [], [], []
     for factor in config.strengths:
         with merged_at(base, {name: factor * strength for name, strength in strengths.items()}):
@@ -166,15 +166,15 @@ def restyle(config: RestyleConfig) -> dict[str, float]:
 
 
 def read_pictures(name: str, caption: str | None, option: str) -> list[Item]:
-    """Return the pictures of a folder with their captions, or one picture, as training reads them."""
+    """Return the pictures of a folder with their captions, or a single picture, read as for training."""
     try:
         return read_folder(name, TrainConfig(data=(name,), caption=caption))
-    except UserError as error:  # which names train.py's options
+    except UserError as error:  # it names the options of train.py
         raise UserError(str(error).replace("--data ", option).replace("--caption", "--prompt")) from error
 
 
 def pipeline_for(base: Base, config: RestyleConfig):
-    """Return what draws pictures again, each with its caption and a seed of its own."""
+    """Return a function that draws pictures again, each with its caption and a seed of its own."""
     name = "ControlNetImg2ImgPipeline" if config.controlnet else "Img2ImgPipeline"
     kind = getattr(diffusers, f"StableDiffusionXL{name}" if base.is_xl else f"StableDiffusion{name}")
     more = {"controlnet": load_controlnet(config.controlnet, base)} if config.controlnet else {}
@@ -196,7 +196,7 @@ def pipeline_for(base: Base, config: RestyleConfig):
                 strength=config.strength,
                 num_inference_steps=config.steps,
                 guidance_scale=config.guidance,
-                # None and not "": what is kept away from then is what the base was trained with.
+                # None and not "": the base then gets the empty prompt that it was trained with.
                 negative_prompt=[config.negative] * len(part) if config.negative else None,
                 generator=[torch.Generator("cpu").manual_seed(config.seed + start + i) for i in range(len(part))],
             ).images
@@ -217,7 +217,7 @@ def load_controlnet(folder: str, base: Base) -> diffusers.ControlNetModel:
         controlnet, info = diffusers.ControlNetModel.from_pretrained(folder, use_safetensors=True, **options)
     except UserError:
         raise
-    except Exception as error:  # whatever diffusers stumbles over in a broken file
+    except Exception as error:  # a broken file can make diffusers raise anything
         raise UserError(f"--controlnet {folder}: it does not load ({first_line(error)})") from error
     if info["missing_keys"]:
         raise UserError(f"--controlnet {folder}: its weights lack {some(info['missing_keys'], 1)}")
@@ -240,13 +240,13 @@ def pixels_of(pictures: Sequence[Image.Image]) -> torch.Tensor:
 
 
 def distance(pictures: Sequence[Image.Image], drawn: Sequence[Image.Image]) -> float:
-    """Return the root of the mean square difference, in levels of 255, mean over the pictures."""
+    """Return the root mean square difference of pictures, in levels of 255; a mean over the pictures."""
     difference = (pixels_of(pictures) - pixels_of(drawn)) * 127.5
     return difference.square().mean(dim=(1, 2, 3)).sqrt().mean().item()
 
 
 def learn_style(base: Base, config: RestyleConfig) -> tuple[torch.nn.Module, float]:
-    """Return a classifier whose kind 1 is the style, and how often it is right on held-out pictures."""
+    """Return a classifier, for which kind 1 is the style, and how often it is right on held-out pictures."""
     items = read_pictures(config.style, config.prompt, "--style ")
     seen = pixels_of([crop_square(open_picture(item.path), base.resolution) for item in items])
     latents = [base.encode_picture(picture)[0][None].to(base.device) for picture in seen]
@@ -256,9 +256,9 @@ def learn_style(base: Base, config: RestyleConfig) -> tuple[torch.nn.Module, flo
         theirs = [draw(base, item.captions[0], [n], base.resolution, how)[0] for n, item in enumerate(items)]
     pixels = torch.cat([pixels_of(theirs), ours.cpu()])
     kinds = torch.arange(2).repeat_interleave(len(items))  # 0: the base's, 1: the style
-    kept = torch.arange(len(pixels)) % 5 == 0
-    model = train_classifier(pixels[~kept], kinds[~kept])
-    return model, share_right(model, pixels[kept], kinds[kept])
+    held_out = torch.arange(len(pixels)) % 5 == 0
+    model = train_classifier(pixels[~held_out], kinds[~held_out])
+    return model, share_right(model, pixels[held_out], kinds[held_out])
 
 
 def main() -> None:

@@ -1,15 +1,14 @@
-"""Smooth Diffusion: a LoRA with which the picture changes as much as the noise does, everywhere alike.
+"""Smooth Diffusion: a LoRA with which the picture changes evenly when the noise changes evenly.
 
-Between two noises there are others, and the pictures drawn from them often stay the same for a while
-and then jump.  How much the picture x̂₀ that is seen in x_t changes with the noise ε in it is its
-Jacobian J = ∂x̂₀ / ∂ε.  For a random direction Δ, as likely one way as any other,
+On the way from one noise to another, the pictures drawn often stay the same for a while and then jump.  How much the
+predicted picture x̂₀ changes with the noise ε is its Jacobian J = ∂x̂₀ / ∂ε.  For a random direction Δ,
 
     variation = ‖√(1 − ᾱ_t) · Jᵀ Δ‖,        Jᵀ Δ = ∂⟨x̂₀, Δ⟩ / ∂ε,        Δ ~ N(0, I / n)
     loss      = ordinary loss + λ · (variation − a)²
 
-where a, the variation that is asked of every picture, timestep and direction alike, is the mean of those
-seen so far (with a memory of about 100 steps, from 0 at the beginning).  It is the path length
-regularisation of StyleGAN2, done at one step of diffusion.
+The loss asks for the same variation a of every picture, timestep and direction.  a is a moving average of the
+variations so far, over about 100 steps, and starts at 0.  This is the path length regularisation of StyleGAN2, applied
+to one step of diffusion.
 
 Sources: Guo et al., "Smooth Diffusion: crafting smooth latent spaces in diffusion models", 2023,
 section 3; Karras et al., "Analyzing and improving the image quality of StyleGAN", 2020.
@@ -38,19 +37,19 @@ from ..settings.train import TrainConfig
 from .drawing import draw_from
 from .morph import distances, slerp
 
-DECAY = 0.01  # share of the newest step in a
-WAYS = 6  # between two noises each, to measure
-FRAMES = 13  # of each, the two ends among them
+DECAY = 0.01  # weight of the newest step in a
+WAYS = 6  # ways from one noise to another that are measured
+FRAMES = 13  # pictures on each way, the two ends among them
 
 
 @dataclass
 class SmoothDenoising(Objective):
-    """Predict the noise, and let x̂₀ vary alike with every change of it; `weight` is λ."""
+    """Predict the noise, with the same variation of x̂₀ for every change of the noise; `weight` is λ."""
 
     weight: float = 1.0
 
     def begin(self, unet: nn.Module, config: TrainConfig) -> None:
-        # A derivative of a derivative is needed, which the fused attention does not have.
+        # The loss needs a second derivative, which the fused attention does not have.
         unet.set_attn_processor(AttnProcessor())
         self.mean = torch.zeros((), device=unet.device)  # a
         self.seen: list[torch.Tensor] = []  # of this step, one for each micro-batch
@@ -75,7 +74,7 @@ class SmoothDenoising(Objective):
     def variation(
         self, prediction: torch.Tensor, noise: torch.Tensor, batch: Batch, schedule: Schedule, seed: int
     ) -> torch.Tensor:
-        """Return ‖√(1 − ᾱ_t) · Jᵀ Δ‖ for each picture, (batch,), of which the derivative can be taken again."""
+        """Return ‖√(1 − ᾱ_t) · Jᵀ Δ‖ for each picture, (batch,); it can be differentiated again."""
         alpha_bar = schedule.alpha_bar(batch.timesteps)
         noisy = add_noise(batch.latents, noise, batch.timesteps, schedule)
         clean, _ = clean_and_noise(prediction, noisy, alpha_bar, schedule.prediction_type)
@@ -99,7 +98,7 @@ class SmoothDenoising(Objective):
 
 
 def smoothness(base: Base, captions: Sequence[str], learnt: Path, config) -> tuple[dict[str, float], Image.Image]:
-    """Draw what lies between two noises, without and with the LoRA; return how evenly it changes, and a sheet."""
+    """Draw the way between two noises without and with the LoRA; return how evenly pictures change, and a sheet."""
     steps = SampleConfig(prompt=("any",), model=config.model).steps
     shape = (base.unet.config.in_channels, *[base.unet.config.sample_size] * 2)
     times = torch.linspace(0, 1, FRAMES).tolist()

@@ -1,11 +1,11 @@
-"""What a vision model sees in pictures, and how far apart two kinds of pictures are by it, as in publications.
+"""Feature vectors of pictures from a vision model, and the Fréchet distance between two sets of them.
 
-The model is any of transformers' that turns a picture into one vector, in safetensors: DINOv2, CLIP, ViT.  The
-Fréchet distance takes each set of vectors, with mean μ and covariance S, for a gaussian:
+The model can be any of transformers' models, in safetensors, that turns a picture into one vector: DINOv2, CLIP, ViT.
+The Fréchet distance treats each set of vectors, with mean μ and covariance S, as a gaussian:
 
     d² = ‖μ₁ − μ₂‖² + tr(S₁ + S₂ − 2 (S₁ S₂)^½)
 
-With Inception's features it is FID; with DINOv2's FD-DINOv2, which follows people's judgement better.
+With the features of Inception it is FID; with those of DINOv2 it is FD-DINOv2, which agrees better with people.
 
 Sources: Heusel et al., "GANs trained by a two time-scale update rule converge to a local Nash equilibrium", 2017;
 Stein et al., "Exposing flaws of generative model evaluation metrics and their unfair treatment of diffusion
@@ -26,9 +26,9 @@ TOGETHER = 16  # pictures looked at in one pass
 
 @torch.no_grad()
 def vectors_of(name: str, sets: Sequence[Sequence[Image.Image]], device: torch.device) -> list[torch.Tensor]:
-    """Return what the vision model of a folder or hub id sees in sets of pictures, (pictures, width) each.
+    """Return the feature vectors of sets of pictures, (pictures, width) each; `name` is the model's folder or hub id.
 
-    Raises UserError if there is no such model under that name.
+    Raises UserError if the model cannot be loaded.
     """
     try:
         processor = AutoImageProcessor.from_pretrained(name, backend="pil", trust_remote_code=False)
@@ -36,7 +36,7 @@ def vectors_of(name: str, sets: Sequence[Sequence[Image.Image]], device: torch.d
         model, about = AutoModel.from_pretrained(name, use_safetensors=True, trust_remote_code=False, **options)
     except (OSError, ValueError, SafetensorError) as error:
         raise UserError(f"--features {name}: {first_line(error)}") from error
-    # A pooler that is not in the file would be a random one; the first token is then what stands for the picture.
+    # A pooler that the file lacks would have random weights; then the first token is taken as the picture's vector.
     lacks = sorted(about["missing_keys"])
     has_pooler = not any(key.startswith("pooler.") for key in lacks)
     if lacks := [key for key in lacks if not key.startswith("pooler.")]:
@@ -56,7 +56,7 @@ def frechet_distance(one: torch.Tensor, other: torch.Tensor) -> float:
     # 1. S = RᵀR, where R is the triangle of the centred vectors' QR decomposition
     one, other = one.double(), other.double()
     triangles = [torch.linalg.qr(x - x.mean(0), mode="r").R / (len(x) - 1) ** 0.5 for x in (one, other)]
-    # 2. (S₁ S₂)^½ has the eigenvalues that R₁ R₂ᵀ has as singular values: no root of a number rounded below 0
+    # 2. The eigenvalues of (S₁ S₂)^½ are the singular values of R₁ R₂ᵀ, which rounding cannot make negative
     across = torch.linalg.svdvals(triangles[0] @ triangles[1].T).sum()
     spread = sum(triangle.square().sum() for triangle in triangles)  # tr(S₁ + S₂)
     return ((one.mean(0) - other.mean(0)).square().sum() + spread - 2 * across).item()

@@ -1,8 +1,7 @@
-"""The commands: settings from the command line and a JSON file, the work, a user's mistake in one line.
+"""The commands: read the settings, do the work, and print a user's mistake in one line.
 
-`read` makes the command line from a settings class, reads `--config file.json` with the
-same names, and lets the command line win.  A name that is not a setting is an error wherever it is
-found.
+`read` makes the command line from a settings class.  `--config file.json` gives settings by the same names, and the
+command line wins over it.  An unknown name is an error in both.
 """
 
 import argparse
@@ -39,10 +38,10 @@ def merge() -> None:
 
 
 def run(settings: str | type, work: str | Callable, description: str) -> None:
-    """Do `work` on the settings of the command line; for a mistake of the user's exit with 2.
+    """Read the settings from the command line and do `work` with them; a user's mistake ends with exit code 2.
 
-    Both may be named, "module:name", and `work` is then imported after the settings were read: torch takes
-    seconds, and --help and a misspelt setting do without.
+    Both may be given as "module:name".  `work` is then imported only after the settings were read: importing torch
+    takes seconds, and --help and a misspelt setting do not need it.
     """
     rank = int(os.environ.get("RANK", 0))
 
@@ -61,11 +60,11 @@ def run(settings: str | type, work: str | Callable, description: str) -> None:
         advice = "smaller pictures, fewer at a time and --precision bf16 take less; see docs/your_pictures.md"
         fail(f"not enough memory ({first_line(error)}); {advice}")
     except KeyboardInterrupt:
-        sys.exit(130)  # as a shell counts it; nothing was begun that would have to be saved
+        sys.exit(130)  # the exit code that shells use for Ctrl-C; what must be saved has been saved by now
 
 
 def _named(what):
-    """Return what "module:name" names; all else as it is."""
+    """Import and return what a text "module:name" names; return everything else as it is."""
     if not isinstance(what, str):
         return what
     module, _, name = what.partition(":")
@@ -95,8 +94,8 @@ def read(cls: type, argv: list[str], description: str):
     given = {k: tuple(v) if isinstance(v, list) else v for k, v in vars(given).items() if v != []}
     show, path = given.pop("print_config", False), given.pop("config", None)
     values = _read_file(cls, Path(path)) if path else {}
-    # What follows from other settings anyway goes on following them: with another --data on the
-    # command line, the file's output folder would be that of the other run.
+    # A value in the file that is only a default is left out, so that it depends on the command line, too: with another
+    # --data there, the output folder must be another one.
     follows = cls.following(values)
     values = {name: value for name, value in values.items() if name not in follows or value != follows[name]}
     settings = cls(**values | given)

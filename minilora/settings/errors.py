@@ -1,11 +1,11 @@
-"""A mistake of the user's, and what a library says of one."""
+"""A user's mistake as an exception, and how to read the errors of libraries."""
 
 import re
 from collections.abc import Sequence
 
 
 class UserError(Exception):
-    """A mistake of the user's, told in one line; the commands print it and exit with 2."""
+    """A user's mistake, in one line; the commands print it and exit with code 2."""
 
 
 def refuse(what: str, problems: Sequence[str]) -> None:
@@ -16,10 +16,10 @@ def refuse(what: str, problems: Sequence[str]) -> None:
 
 
 def first_line(error: Exception) -> str:
-    """Return what an error of a library's says first; its kind, if it says nothing."""
+    """Return the first line of a library's error; the error's type, if it has no text."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """Whether an error says that there was not enough memory, as Python or as torch says it on a GPU and on a CPU."""
+    """Whether an error means that there was not enough memory: Python's, or torch's on a GPU or a CPU."""
     return isinstance(error, MemoryError) or bool(re.search("out of memory|can't allocate memory", str(error)))

@@ -19,7 +19,7 @@ BUNDLED = Path(__file__).parent.parent / "base"
 
 
 def is_installed(package: str) -> bool:
-    """Whether a package can be imported; a mere folder of that name, as runs of wandb leave behind, is none."""
+    """Whether a package can be imported; a folder without code, as wandb leaves behind, is no package."""
     spec = find_spec(package)
     return spec is not None and spec.origin is not None
 
@@ -33,7 +33,7 @@ class ByBase:
 
 
 def is_miniature(model: str | None) -> bool:
-    """Whether a base is the bundled one, or one with its U-Net's settings, as that with LoRAs merged into it."""
+    """Whether a base is the bundled one or has the same U-Net config, as the bundled one with merged LoRAs has."""
     ours, theirs = (Path(base, "unet", "config.json") for base in (BUNDLED, model or BUNDLED))
     try:
         return ours.read_bytes() == theirs.read_bytes()
@@ -43,14 +43,14 @@ def is_miniature(model: str | None) -> bool:
 
 @dataclass(frozen=True)
 class Within:
-    """The numbers that a setting can be: from `low` to `high`, and not `low` itself if `above` is true."""
+    """The range of a setting's numbers: from `low` to `high`, without `low` itself if `above` is true."""
 
     low: float
     high: float = math.inf
     above: bool = False
 
     def complaint(self, value: float) -> str:
-        """Return what a value must be, if it is not; else nothing."""
+        """Return what a value must be, or nothing if it is in the range."""
         if (self.low < value if self.above else self.low <= value) and value <= self.high and value != math.inf:
             return ""
         limit = f"greater than {self.low}" if self.above else f"at least {self.low}"
@@ -124,7 +124,7 @@ class Settings:
             raise UserError("; ".join(problems))
 
     def _problems_of(self, field: dataclasses.Field, given: Collection[str]) -> list[str]:
-        """Return what is wrong with one setting by what was declared of it; `given` are those not as by default."""
+        """Return what is wrong with one setting by its declaration; `given` are those that are not at default."""
         value, wrong, about = getattr(self, field.name), [], field.metadata
         values = value if isinstance(value, tuple) else (value,)
         if about["choices"] and value is not None:
@@ -142,14 +142,14 @@ class Settings:
 
     @classmethod
     def following(cls, values: dict) -> dict:
-        """Return the defaults that follow from other settings, given those, by name."""
+        """Return the defaults that depend on other settings, by name; `values` are the settings that are known."""
         defaults = {field.name: field.metadata["default"] for field in dataclasses.fields(cls)}
         by_base = {name: default for name, default in defaults.items() if isinstance(default, ByBase)}
         bundled = is_miniature(values.get("model"))
         return {name: default.bundled if bundled else default.usual for name, default in by_base.items()}
 
     def problems(self) -> list[str]:
-        """Return what is wrong that cannot be declared of one setting."""
+        """Return what is wrong with the settings beyond what their declarations say."""
         raise NotImplementedError
 
     def to_json(self) -> str:

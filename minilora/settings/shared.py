@@ -19,16 +19,17 @@ COMPILE_HELP = "compile the U-Net: the first step takes minutes, each later one 
 LORA_HELP = "LoRA file or folder of a training; with a strength: out/fluent:0.8; may be repeated"
 GUIDANCE_HELP = "classifier-free guidance: how closely pictures follow the prompt, at least 1; 1 is without"
 SEED_HELP = "seed of the first picture; each next one has the next number"
-CLASS = ("class_prompt", "what the pictures of the class show")  # that others need, as `setting` takes it
+CLASS = ("class_prompt", "what the pictures of the class show")  # what other settings need, as `setting` takes it
 TEXT_ENCODERS = ("train_text_encoder", "which puts a LoRA there")
 WEIGHT = "the weight"  # what the number behind a folder of pictures is called
 TIMEOUT = 30.0  # minutes that a process waits for another
 
 
 def path_and_number(text: str, what: str = "the strength") -> tuple[str, float]:
-    """Split "out/fluent:0.8" into path and number; without a number it is 1, and what exists is a path.
+    """Split "out/fluent:0.8" into path and number.
 
-    Raises UserError for a number that is not finite; `what` is what it is called.
+    Without a number the number is 1, and a text that is an existing path is a path as a whole.  Raises UserError,
+    which calls the number `what`, if it is not finite.
     """
     path, _, last = text.rpartition(":")
     try:

@@ -429,7 +429,7 @@ class TrainConfig(Settings):
 
     @property
     def validation_share(self) -> float | None:
-        """The share of --data that --validation keeps from training; None where it names a folder or is not given."""
+        """The share of --data that --validation holds out; None if it names a folder or is not given."""
         try:
             return float(self.validation) if self.validation and not os.path.exists(self.validation) else None
         except ValueError:
@@ -438,8 +438,8 @@ class TrainConfig(Settings):
     def identity(self) -> dict:
         """Return the settings that what is learnt depends on, as JSON values.
 
-        The others say where things are or how work is shared out.  Of what they name, pictures and base, the content
-        counts.
+        The others say where things are, or how the processes divide the work.  Of the pictures and the base that they
+        name, the content counts.
         """
         names = [field.name for field in dataclasses.fields(self) if field.metadata["in_identity"]]
         if self.lr_schedule == "constant":
@@ -483,7 +483,7 @@ class TrainConfig(Settings):
         return wrong + self._problems_of_layers()
 
     def _problems_of_layers(self) -> list[str]:
-        """Return what is wrong with where the LoRA goes, and with its ranks."""
+        """Return what is wrong with the layers and the ranks of the LoRA."""
         wrong = [f"{option(name)} is empty" for name in ("targets", "text_encoder_targets") if not getattr(self, name)]
         for name, number, example in (
             ("rank_for", r"[1-9]\d*", "a rank, as attn2=16"),

@@ -13,7 +13,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from minilora import inject_lora, save_lora
-from minilora.apps.canny import canny, follow
+from minilora.apps.canny import canny, link
 from minilora.apps.classifier import probability, share_right, train_classifier
 from minilora.apps.restyle import RestyleConfig, restyle
 from minilora.data.folder import read_folders
@@ -189,7 +189,7 @@ def test_a_weak_line_stays_where_it_is_joined_to_a_strong_one():
     weak, strong = np.zeros((7, 20), dtype=bool), np.zeros((7, 20), dtype=bool)
     weak[1], weak[5] = True, True
     strong[1, 0] = weak[1, 0]
-    found = follow(strong, weak)
+    found = link(strong, weak)
     assert found[1].all()
     assert not found[2:].any()
 
