@@ -5,7 +5,7 @@
 DDIM goes in both directions (ddim.py), so there is a noise for every picture.  From picture to noise it is only
 approximate, and the less the base knows of a picture, the less comes back.  A LoRA trained on this one picture
 teaches it to the base, so that more comes back.  From the same noise another prompt then draws another picture with the
-same layout.  Such an edit uses the LoRA at about half strength: at full strength the base draws little but this picture.
+same layout.  Such an edit uses the LoRA at about half strength: at full strength the base draws only this picture.
 
 DragDiffusion (Shi et al., 2023) also trains a LoRA on one picture and inverts it; Imagic (Kawar et al., 2022) tunes the
 whole model.
