@@ -36,11 +36,11 @@ __all__ = [
 
 
 def __getattr__(name: str):
-    """Import what is asked for when it is first used: torch takes seconds, and merging files does without."""
+    """Import a public name when it is first used: importing torch takes seconds, and merging files does not need it."""
     if name in ("load_lora", "load_lora_state_dict", "lora_state_dict", "save_lora"):
-        from .files import network as home
+        from .files import network as module
     elif name in __all__:
-        from . import lora as home
+        from . import lora as module
     else:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(home, name)
+    return getattr(module, name)

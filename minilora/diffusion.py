@@ -60,7 +60,7 @@ class Schedule:
 
 @dataclass(frozen=True)
 class Conditioning:
-    """What the U-Net gets beside x_t and t: the caption, and in Stable Diffusion XL two things more."""
+    """What the U-Net gets beside x_t and t: the encoded caption; in Stable Diffusion XL two more inputs."""
 
     text: torch.Tensor  # (batch, tokens, width)
     pooled: torch.Tensor | None = None  # (batch, width'): the whole caption in one vector
@@ -68,7 +68,7 @@ class Conditioning:
     sizes: torch.Tensor | None = None
 
     def inputs(self) -> dict:
-        """Return it as what diffusers' U-Nets take by name."""
+        """Return it as the keyword arguments of diffusers' U-Nets."""
         if self.pooled is None:
             return {"encoder_hidden_states": self.text}
         more = {"text_embeds": self.pooled, "time_ids": self.sizes}
@@ -89,7 +89,7 @@ def denoising_loss(
     """Return one float32 loss per picture, (batch,): the mean squared error of the U-Net's prediction.
 
     `latents` x₀ and `noise` ε are (batch, channels, h, w), `timesteps` (batch,).  `unet` is called as diffusers' are.
-    Optional: `snr_gamma` for `min_snr_weight`, `huber_c` for `huber`, `dream` for `rectified`.
+    The optional arguments are those of `min_snr_weight`, `huber` and `rectified`.
     """
     if dream is not None:
         noise = rectified(unet, latents, conditioning, noise, timesteps, schedule, dream)
@@ -110,7 +110,7 @@ def add_noise(latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tenso
 
 
 def target(latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor, schedule: Schedule) -> torch.Tensor:
-    """Return what the U-Net should predict, by the base's prediction type; (batch, channels, h, w)."""
+    """Return what the U-Net should predict, which depends on the prediction type; (batch, channels, h, w)."""
     if schedule.prediction_type == "epsilon":
         return noise
     if schedule.prediction_type == "sample":
@@ -122,9 +122,9 @@ def target(latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor, 
 def clean_and_noise(
     prediction: torch.Tensor, noisy: torch.Tensor, alpha_bar: torch.Tensor, prediction_type: str
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the latent x̂₀ and the noise ε̂ that a prediction at x_t stands for; all (batch, channels, h, w).
+    """Return the latent x̂₀ and the noise ε̂ that a prediction at x_t implies; all (batch, channels, h, w).
 
-    `alpha_bar` is ᾱ_t, a number or shaped to multiply latents.  The inverse of `add_noise` and `target`.
+    It is the inverse of `add_noise` and `target`.  `alpha_bar` is ᾱ_t, a number or shaped to multiply latents.
     """
     signal, spread = alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
     if prediction_type == "epsilon":
@@ -135,7 +135,7 @@ def clean_and_noise(
 
 
 def offset_noise(noise: torch.Tensor, offset: torch.Tensor, strength: float) -> torch.Tensor:
-    """Add to the noise one constant per picture and channel, so that overall brightness is learnt too.
+    """Add one constant per picture and channel to the noise, so that the overall brightness is learnt, too.
 
     `noise` is (batch, channels, h, w), `offset` is gaussian, (batch, channels, 1, 1).
     Source: Guttenberg, "Diffusion with offset noise", 2023.
@@ -144,10 +144,10 @@ def offset_noise(noise: torch.Tensor, offset: torch.Tensor, strength: float) -> 
 
 
 def min_snr_weight(timesteps: torch.Tensor, schedule: Schedule, gamma: float) -> torch.Tensor:
-    """Return the weight of each picture's loss that caps the signal-to-noise ratio at gamma; (batch,).
+    """Return a weight for each picture's loss, so that the error in x₀ counts by min(SNR, γ); (batch,).
 
-    With SNR = ᾱ / (1 − ᾱ) every prediction type then weighs the error in x₀ by min(SNR, γ).  The
-    epsilon form is written so that an SNR of zero gives 1 and not 0 / 0.
+    The signal-to-noise ratio is SNR = ᾱ / (1 − ᾱ).  The result is the same for every prediction type.  The form for
+    epsilon is written so that an SNR of 0 gives 1 and not 0 / 0.
     """
     alpha_bar = schedule.alphas_cumprod[timesteps]
     snr = alpha_bar / (1 - alpha_bar)  # (batch,)
@@ -159,7 +159,7 @@ def min_snr_weight(timesteps: torch.Tensor, schedule: Schedule, gamma: float) ->
 
 
 def pseudo_huber(difference: torch.Tensor, c: float) -> torch.Tensor:
-    """Return √(z² + c²) − c for each number: about |z| where it is larger than c, and z² / 2c where it is smaller.
+    """Return √(z² + c²) − c for each number z: about |z| if |z| is far above c, and about z² / 2c if far below.
 
     Source: Charbonnier et al., "Deterministic edge-preserving regularization in computed imaging", 1997.
     """
@@ -167,9 +167,10 @@ def pseudo_huber(difference: torch.Tensor, c: float) -> torch.Tensor:
 
 
 def huber(difference: torch.Tensor, c: float) -> torch.Tensor:
-    """Return 2c · (√(z² + c²) − c): the square of small differences, so that a learning rate for those still fits.
+    """Return 2c · (√(z² + c²) − c): about z² for small differences, and 2c · |z| for large ones.
 
-    Of large ones, as of a picture that is not like the others, it is 2c · |z|.  diffusers and kohya scale it alike.
+    So an unusual picture counts less, and the learning rate for the squared error still fits.  diffusers and kohya use
+    the same factor 2c.
     """
     return 2 * c * pseudo_huber(difference, c)
 
@@ -186,8 +187,8 @@ def rectified(
 ) -> torch.Tensor:
     """Return the noise ε + λ (ε − ε̂), which contains the U-Net's own error ε − ε̂; (batch, channels, h, w).
 
-    In sampling, each step starts from the errors of the step before; plain training never shows the U-Net any.
-    λ is (√(1 − ᾱ_t))^p: the larger p = `preservation`, the more details are kept.  It costs one more forward pass.
+    When drawing, each step starts from the errors of the step before, which plain training never shows to the U-Net.
+    λ = (√(1 − ᾱ_t))^p; a larger p = `preservation` keeps more details.  It costs one more forward pass.
     Source: Zhou et al., "DREAM: diffusion rectification and estimation-adaptive models", 2023.
     """
     noisy, alpha_bar = add_noise(latents, noise, timesteps, schedule), schedule.alpha_bar(timesteps)

@@ -2,14 +2,14 @@
 
     python -m minilora.merge BASE LORA[:STRENGTH] … --output OUT
 
-BASE is a diffusers folder or a single file in the original layout; files/fold.py does the work, streaming.
-With --undo the original bytes of what changed are kept, and --restore puts them back, byte for byte.
-LoRAs are also merged with each other, reduced, converted and extracted: --loras-only, --extract.
+BASE is a diffusers folder or a single file in the original layout; files/fold.py streams it from disk to disk.  --undo
+writes a file with the original bytes of what changed, from which --restore gives the base back, byte for byte.
+--loras-only merges, resizes and converts LoRAs; --extract makes one from a base and a model tuned from it.
 """
 
 from pathlib import Path
 
-# Before numpy: it says with how many threads that may multiply.
+# Before numpy: it sets the number of numpy's threads, which numpy reads when it is imported.
 from .files.fold import Report, fold, read_for  # isort: skip
 
 import numpy as np
@@ -26,7 +26,7 @@ from .settings.shared import path_and_number
 
 
 def merge(config: MergeConfig) -> None:
-    """Do what `config` asks for and print what became of it."""
+    """Do what `config` asks for and print a report."""
     output = Path(config.output)
     if config.restore:
         count = restore(*map(Path, config.files), output, overwrite=config.overwrite)

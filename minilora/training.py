@@ -2,10 +2,10 @@
 
     settings -> base, pictures -> encoded once -> LoRA injected -> the loop -> a LoRA file
 
-A run is a pure function of (base, pictures, settings).  Step s uses the positions
-s·B … s·B + B − 1 of an endless stream, B being the global batch size; all that is random at a
-position is computed from it (data/draws.py).  Processes and micro-batches only share out the B positions,
-and a run that was stopped goes on as if it had not been.
+A run is a pure function of (base, pictures, settings).  The training set is an endless stream of positions.  Step s
+takes the positions s·B … s·B + B − 1, where B is the global batch size.  Everything random at a position is computed
+from its number (data/draws.py).  Processes and micro-batches only divide the B positions among them, and a run that was
+stopped goes on as if it had not been.
 """
 
 import math
@@ -47,7 +47,7 @@ from .settings.train import TrainConfig
 
 
 class Stopped(SystemExit):
-    """The process was told to stop, and the run was saved; it ends with the exit code that a shell expects."""
+    """A signal stopped the process, and the run was saved; the exit code is the one that a shell expects."""
 
     def __init__(self, signal_number: int):
         super().__init__(128 + signal_number)
@@ -56,8 +56,8 @@ class Stopped(SystemExit):
 def train(config: TrainConfig, objective: Objective | None = None) -> Path:
     """Train a LoRA as `config` says and return the path of its file.
 
-    Raises UserError for anything wrong with the settings, the base, the pictures or a checkpoint,
-    and Stopped, after saving, when the process is told to stop.
+    Raises UserError for anything wrong with the settings, the base, the pictures or a checkpoint, and Stopped, after
+    saving, when a signal asks the process to stop.
     """
     with processes(config.timeout) as ranks, checkpoint.OutputLock(Path(config.output)) as here:
         if not config.resume:
@@ -99,7 +99,7 @@ def train(config: TrainConfig, objective: Objective | None = None) -> Path:
                     log.samples(step + 1)
                     wait_for_all()
                 if stop:
-                    wait_for_all()  # the others must not be gone while the main process still writes
+                    wait_for_all()  # no process may end while the main process still writes
                     bar.close()
                     ranks.say(f"stopped after step {step + 1}, saved {saved}; go on with --resume")
                     raise Stopped(signals.number)
@@ -113,9 +113,9 @@ def train(config: TrainConfig, objective: Objective | None = None) -> Path:
 
 
 def optimizer_step(run: Run, step: int, learning_rate: float) -> tuple[float, float]:
-    """Take one optimizer step; return the loss, a mean over the whole batch, and the gradient's norm.
+    """Take one optimizer step; return the mean loss over the whole batch, and the gradient's norm.
 
-    Raises UserError, with the step and its pictures, if one of them is not finite.
+    Raises UserError, with the step and its pictures, if loss or norm is not finite.
     """
     config, device = run.config, run.ranks.device
     for group in run.optimizer.param_groups:
@@ -138,7 +138,7 @@ def optimizer_step(run: Run, step: int, learning_rate: float) -> tuple[float, fl
     grad_norm = nn.utils.clip_grad_norm_(run.parameters, config.max_grad_norm).item()
     loss_mean = mean_over_ranks(loss_sum).item()
     run.objective.before_step()
-    # In fp16 a gradient that overflows is ordinary: the scaler skips the step and scales less, down to 1.
+    # In fp16 gradients may overflow: the scaler then skips the step and lowers its factor, to 1 at the lowest.
     overflow = run.scaler.is_enabled() and run.scaler.get_scale() > 1
     if not math.isfinite(loss_mean) or not (math.isfinite(grad_norm) or overflow):
         pictures = ", ".join(dict.fromkeys(run.examples.picture_at(p).path.name for p in run.plan.all_positions(step)))
@@ -165,8 +165,8 @@ def drop_features(run: Run, positions: Sequence[int]) -> None:
 
 
 def learning_rate_at(step: int, config: TrainConfig) -> float:
-    """Return the learning rate of a step: a linear rise, then constant, or a fall to 0 at the end."""
-    # 1. warm-up: the first step already learns a little
+    """Return the learning rate of a step: a linear rise, then constant or falling to 0 at the end."""
+    # 1. warm-up, whose first step is above 0
     if step < config.warmup_steps:
         return config.learning_rate * (step + 1) / (config.warmup_steps + 1)
     if config.lr_schedule == "constant":
@@ -179,7 +179,7 @@ def learning_rate_at(step: int, config: TrainConfig) -> float:
 
 
 def is_due(every: int | None, step: int) -> bool:
-    """Whether something that is done after every so many steps is done after this one."""
+    """Whether what is done every `every` steps is due after this step."""
     return every is not None and (step + 1) % every == 0
 
 
@@ -197,14 +197,14 @@ def save_state(run: Run, step: int) -> Path:
 
 
 def start(run: Run) -> int:
-    """Begin in the output folder, and return the number of steps done, 0."""
+    """Prepare the output folder for a new run, and return the number of steps done, 0."""
     if run.ranks.is_main:
         checkpoint.begin(run.output)
     return 0
 
 
 def resume(run: Run) -> int:
-    """Take up the newest checkpoint, if there is one, and return the number of steps already done."""
+    """Load the newest checkpoint, if there is one, and return the number of steps that are done."""
 
     def load() -> checkpoint.State | None:
         checkpoint.take_up(run.output)
