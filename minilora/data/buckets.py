@@ -1,16 +1,16 @@
-"""Buckets: pictures of about one aspect ratio share a size, so that little is cut off and batches stay whole.
+"""Buckets: pictures of about the same aspect ratio get the same size, so that little is cropped away.
 
-A batch is one tensor, so its pictures have one size.  The sizes have about the area of the square, and
-each picture goes into the bucket that loses the smallest share of it.
+The pictures of a batch must have one size.  All sizes have about the area of the square, and each picture goes into the
+bucket that crops away the least of it.
 
-Which pictures a step sees follows from the seed, the step and the number of pictures per bucket:
+Which pictures a step sees depends only on the seed, the step and the number of pictures per bucket:
 
 1. Each bucket is an endless stream of its own: a permutation of its n pictures per epoch, one after
-   another, cut into batches of B.  What does not fill a batch waits for the next epoch to fill it.
+   another, divided into batches of B.  An incomplete batch waits for pictures of the next epoch.
 2. Epoch e holds the batches ⌊e·n/B⌋ … ⌊(e + 1)·n/B⌋ − 1 of each bucket, all in one random order.
 
-So after e epochs every picture of a bucket was seen e times, but for fewer than B draws of the
-bucket that still wait: none is favoured, and a bucket of fewer than B pictures has its turn, too.
+So after e epochs every picture of a bucket was seen e times, except for fewer than B draws that still wait.  No picture
+is favoured, and a bucket of fewer than B pictures has its turn, too.
 
 Source: NovelAI, "Aspect ratio bucketing", 2022, for the sizes.
 """
@@ -25,9 +25,9 @@ Size = tuple[int, int]  # width and height in pixels
 
 
 def bucket_sizes(resolution: int, multiple: int) -> list[Size]:
-    """Return the sizes of no more area than the square's, whose sides are multiples between half and twice its side.
+    """Return the sizes of at most the square's area whose sides are multiples between half and twice its side.
 
-    Only those of which neither side could be longer; there is none if `multiple` is above `resolution`.
+    Sizes that another one contains are left out.  There is none if `multiple` is above `resolution`.
     """
     sides = [side for side in range(multiple, 2 * resolution + 1, multiple) if 2 * side >= resolution]
     highest = {w: max((h for h in sides if w * h <= resolution**2), default=0) for w in sides}
@@ -35,8 +35,8 @@ def bucket_sizes(resolution: int, multiple: int) -> list[Size]:
 
 
 def share_kept(picture: Size, size: Size) -> float:
-    """Return the share of a picture's area that stays when it is made to fill a size and the rest is cut off."""
-    wider = picture[0] * size[1] / (picture[1] * size[0])  # than the size, as a factor
+    """Return the share of a picture's area that stays when it is resized to fill a size and then cropped to it."""
+    wider = picture[0] * size[1] / (picture[1] * size[0])  # the picture's aspect ratio over that of the size
     return min(wider, 1 / wider)
 
 
@@ -46,15 +46,15 @@ def nearest(picture: Size, sizes: Sequence[Size]) -> Size:
 
 
 def picture_at(seed: int, position: int, counts: tuple[int, ...], batch_size: int) -> tuple[int, int]:
-    """Return the bucket at `position` and which of its pictures; `counts` says how many each bucket has."""
+    """Return the bucket and the number of the picture in it at `position`; `counts` are the sizes of the buckets."""
     step, place = divmod(position, batch_size)
 
     def begins(epoch: int) -> int:
         """Return how many batches there are before an epoch."""
         return sum(epoch * count // batch_size for count in counts)
 
-    # An epoch may hold no batch: this is the one that holds the step's.  Rounding down costs each bucket
-    # less than a batch, which bounds the search.
+    # The epoch whose batches contain this step; epochs without a batch are skipped.  Each bucket loses less than one
+    # batch by rounding down, which bounds the search.
     beyond = (step + len(counts) + 1) * batch_size // sum(counts) + 2
     epoch = bisect_right(range(beyond), step, key=begins) - 1
     bucket, batch = _batches(seed, epoch, counts, batch_size)[step - begins(epoch)]

@@ -1,14 +1,12 @@
 """Every random draw of a run, as a pure function of (seed, purpose, position).
 
-A training run looks at an endless stream of positions 0, 1, 2, …  Which picture stands at a
-position, whether it is mirrored, its timestep and its noise are each computed here from the seed,
-the name of the purpose and the position, and from nothing else.  No generator is carried along, so
-it does not matter which process computes a draw, in which order, or whether the run was stopped in
-between.
+A training run goes through an endless stream of positions 0, 1, 2, …  Which picture stands at a position, whether it is
+mirrored, its timestep and its noise are each computed here from the seed, the name of the purpose and the position, and
+from nothing else.  There is no generator with a state, so it does not matter which process computes a draw, in which
+order, or whether the run was stopped in between.
 
-The generator is Philox, which is made for this: it is a block cipher that turns (key, counter) into
-random bits, so there is no state to advance (Salmon et al., "Parallel random numbers: as easy as
-1, 2, 3", 2011).  The key holds the seed and the purpose, the counter holds the position.
+The generator is Philox, which works like a block cipher: it turns (key, counter) into random bits (Salmon et al.,
+"Parallel random numbers: as easy as 1, 2, 3", 2011).  The key holds the seed and the purpose, the counter the position.
 """
 
 import hashlib
@@ -50,7 +48,7 @@ def integer(seed: int, purpose: str, position: int, low: int, high: int) -> int:
 
 
 def dropout_mask(seed: int, purpose: str, position: int, count: int, dropout: float) -> torch.Tensor:
-    """Return 0 for what is dropped, with probability p = `dropout`, and 1 / (1 − p) else; (count,), of mean 1."""
+    """Return a dropout mask, (count,): 0 with probability p = `dropout`, else 1 / (1 − p), so that its mean is 1."""
     drawn = generator(seed, purpose, position).random(count, dtype=np.float32)
     return torch.from_numpy(drawn >= dropout) / (1 - dropout)
 

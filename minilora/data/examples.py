@@ -1,12 +1,11 @@
 """What training sees of the pictures that folder.py found.
 
-`Examples` gives the batch of any positions: which picture, mirrored or not, which caption, which
-noise, all by draws.py.
+`Examples` gives the batch at any positions: which picture, mirrored or not, which caption, which noise, all by draws.py.
 
-Pictures are encoded once.  The VAE gives each one not a latent but a gaussian over latents; its
-mean and standard deviation are what is kept, and each draw takes a new sample from it.  They lie,
-with the captions' vectors, in a cache whose file names are hashes of all that went in: a changed
-picture, size or base is a new file, and nothing there can be stale.
+Pictures are encoded once.  The VAE turns a picture into a gaussian over latents.  Its mean and standard deviation are
+kept, and each draw takes a new sample from it.  They lie in a cache, with the vectors of the captions.  The name of a
+file there is a hash of everything that it depends on, so another picture, size or base is another file, and no file can
+be out of date.
 """
 
 import hashlib
@@ -43,7 +42,7 @@ class Batch:
     weights: torch.Tensor  # (batch,), of each picture's loss
 
 
-_CROP = 1  # to be counted up when open_picture or crop come to give other pixels
+_CROP = 1  # raise this number when open_picture or crop give other pixels than before
 
 
 class Examples:
@@ -62,7 +61,7 @@ class Examples:
         self.items, self.class_items = items, class_items
         self.config = config
         self.resolution = resolution
-        self.sizes = sizes or [(resolution, resolution)]  # the pictures are cut to
+        self.sizes = sizes or [(resolution, resolution)]  # that pictures are cropped to
         self.buckets: dict[Size, list[Item]] = {}
         for item in items:
             self.buckets.setdefault(self.size_of(item), []).append(item)
@@ -74,11 +73,11 @@ class Examples:
         self.captions = sorted({caption for item in (*items, *class_items) for caption in (*item.captions, "")})
 
     def batch(self, positions: Sequence[int], device: torch.device) -> Batch:
-        """Return what stands at the given positions, whoever asks and in whichever order."""
+        """Return the batch at the given positions; it does not depend on who asks, or in which order."""
         return _collate(tuple(positions), [self._row(position) for position in positions], device)
 
     def fixed_batch(self, number: int, timesteps: dict[int, int], device: torch.device) -> Batch:
-        """Return picture `number` at timesteps, each with the noise of its own key, the same in every run."""
+        """Return picture `number` at several timesteps; the noise depends on the key of each, and never changes."""
         item = self.items[number]
         latents = _load(self._picture_file(item, mirrored=False))["mean"]  # (channels, h, w)
         conditioning = self._conditioning(item.captions[0], item, False, CENTRE)
@@ -98,7 +97,7 @@ class Examples:
         return hashlib.sha256(json.dumps(self.contents()).encode()).hexdigest()
 
     def picture_at(self, position: int) -> Item:
-        """Return which picture stands at a position: at every other one, with --class-prompt, one of the class."""
+        """Return the picture at a position; with --class-prompt every other one is a class picture."""
         if self.class_items:
             items = self.class_items if position % 2 else self.items
             return items[draws.picture_at(self.config.seed, position // 2, len(items))]
@@ -110,7 +109,7 @@ class Examples:
         return self.items[draws.picture_at(self.config.seed, position, len(self.items))]
 
     def size_of(self, item: Item) -> Size:
-        """Return the width and height that training sees a picture in, in pixels."""
+        """Return the width and height, in pixels, that a picture is cropped to."""
         return buckets.nearest(item.size, self.sizes)
 
     def _row(self, position: int) -> tuple[torch.Tensor, ...]:
@@ -141,21 +140,21 @@ class Examples:
     def _conditioning(
         self, caption: str, item: Item, mirrored: bool, place: tuple[float, float]
     ) -> dict[str, torch.Tensor]:
-        """Return what the U-Net is told: a caption's vectors or, where the text encoders are trained, its tokens."""
+        """Return the conditioning: the caption's vectors or, if the text encoders are trained, its tokens."""
         if self.config.train_text_encoder:
             conditioning = {"tokens": self.tokens(caption)}
         else:
             conditioning = _load(self._caption_file(caption))
         if not self.is_xl:
             return conditioning
-        # In Stable Diffusion XL also the picture's size, where it was cropped, and to what size.
+        # Stable Diffusion XL also gets the picture's size, and place and size of the crop.
         (w, h), (resized, left, top) = self.size_of(item), crop_at(item.size, self.size_of(item), place)
         left = resized[0] - w - left if mirrored else left
         sizes = [item.size[1], item.size[0], top, left, h, w]
         return conditioning | {"sizes": torch.tensor(sizes, dtype=torch.float32)}
 
     def caption_at(self, position: int) -> str:
-        """Return the caption at a position: one of the picture's, or none at all for caption dropout."""
+        """Return the caption at a position: one of the picture's, or "" for caption dropout."""
         seed, captions = self.config.seed, self.picture_at(position).captions
         if draws.uniform(seed, "caption dropout", position) < self.config.caption_dropout:
             return ""
@@ -176,7 +175,7 @@ class Examples:
         return self._file("text", self.text_encoder, caption)
 
     def enlarged(self) -> list[str]:
-        """Return what there is to say of pictures that are smaller than training sees them."""
+        """Return a line for each picture that is smaller than its crop and so has to be enlarged."""
         lines = []
         for item in dict.fromkeys((*self.items, *self.class_items)):
             (width, height), (w, h) = item.size, self.size_of(item)
@@ -185,7 +184,7 @@ class Examples:
         return lines
 
     def to_encode(self, encoders: Base) -> dict[Path, Callable[[], None]]:
-        """Return every file that the cache must have, with what makes it."""
+        """Return every file that the cache must hold, with a function that writes it."""
 
         def encode_caption(caption: str) -> dict[str, torch.Tensor]:
             conditioning = encoders.encode_prompt(caption)
@@ -215,7 +214,7 @@ def _write(path: Path, encode: partial) -> None:
 
 
 def _collate(positions: tuple[int, ...], rows: list[tuple], device: torch.device) -> Batch:
-    """Put rows as of `Examples._row` together."""
+    """Stack rows of `Examples._row` into a batch."""
     latents, conditionings, *drawn = zip(*rows, strict=True)
     conditioning = {key: torch.stack([each[key] for each in conditionings]).to(device) for key in conditionings[0]}
     kind = Tokens if "tokens" in conditioning else Conditioning
@@ -229,7 +228,7 @@ def _load(path: Path) -> dict[str, torch.Tensor]:
 
 
 def is_whole(path: Path) -> bool:
-    """Whether a file of the cache is there and has not changed; of one that has, say so."""
+    """Whether a file of the cache is there and intact; print a warning if it is damaged."""
     if not path.exists():
         return False
     try:

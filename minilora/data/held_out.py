@@ -1,11 +1,10 @@
-"""Held-out pictures, which are not trained on, and the loss on them: where it rises again, a LoRA learns by heart.
+"""Held-out pictures, which are not trained on, and the loss on them: when it rises again, the LoRA is overfitting.
 
-Each picture is looked at with the same noise at the same timesteps every time, so what changes between two figures
-is the network and nothing else:
+Each picture always gets the same noise at the same timesteps, so two figures differ only by the network:
 
     (1 / n·T) Σ_pictures Σ_t loss(x₀, ε, t)        T timesteps, evenly spaced; ε fixed per picture and t
 
-The loss is the plain squared error, whatever training makes small, so that runs can be compared.
+The loss is the plain squared error, whatever the training loss is, so that runs can be compared.
 """
 
 from collections.abc import Iterable, Sequence
@@ -18,30 +17,30 @@ from . import draws
 from .examples import Examples
 from .folder import Item
 
-TIMESTEPS = 8  # at which each picture is looked at
+TIMESTEPS = 8  # per picture
 
 
 def keep_apart(items: Sequence[Item], share: float, seed: int) -> tuple[list[Item], list[Item]]:
-    """Return the pictures to train on, and a share of them, at least one, to keep from training.
+    """Divide pictures into those to train on and the held-out ones, a share of them, at least one.
 
-    Each picture draws a number by the seed and its own content, and the lowest are kept: so it does not matter
-    where they lie, and a picture that comes twice stays on one side.  Raises UserError if that leaves none.
+    A number is drawn for each picture by the seed and its content, and the pictures with the lowest are held out.  So
+    names and folders do not matter, and a picture that comes twice is on one side.  Raises UserError if none is left.
     """
     drawn = {item.digest: draws.uniform(seed, f"kept from training {item.digest}", 0) for item in items}
-    kept = dict.fromkeys(sorted(drawn, key=drawn.get)[: max(1, round(share * len(drawn)))])
-    if len(kept) == len(drawn):
+    held_out = dict.fromkeys(sorted(drawn, key=drawn.get)[: max(1, round(share * len(drawn)))])
+    if len(held_out) == len(drawn):
         raise UserError(f"--validation {share:g}: of {len(drawn)} different pictures that leaves none to train on")
     first = {item.digest: item for item in reversed(items)}
-    return [item for item in items if item.digest not in kept], [first[digest] for digest in kept]
+    return [item for item in items if item.digest not in held_out], [first[digest] for digest in held_out]
 
 
 @torch.no_grad()
 def held_out_loss(
     network, examples: Examples, schedule: Schedule, numbers: Iterable[int], at_once: int = TIMESTEPS
 ) -> torch.Tensor:
-    """Return the mean loss over the timesteps of each picture of those numbers; (numbers,), float64, on the CPU.
+    """Return each picture's mean loss over the timesteps, (pictures,), float64, on the CPU.
 
-    `network` predicts as diffusers' U-Nets do, and sees a picture at `at_once` timesteps in one pass.
+    `numbers` says which pictures.  `network` is called as diffusers' U-Nets are, with `at_once` timesteps in one pass.
     """
     spaced = {n: len(schedule) * (2 * n + 1) // (2 * TIMESTEPS) for n in range(TIMESTEPS)}
     device, means = schedule.alphas_cumprod.device, []

@@ -1,4 +1,4 @@
-"""Pictures: opened, cut to size, to numbers and back."""
+"""Pictures: opened, cropped, turned into tensors and back."""
 
 import warnings
 from pathlib import Path
@@ -7,9 +7,9 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
-# What Pillow raises for a file that is no picture, is cut off, or is a decompression bomb.
+# What Pillow raises for a file that is no picture, is truncated, or is a decompression bomb.
 NO_PICTURE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError, Image.DecompressionBombWarning)
-CENTRE = (0.5, 0.5)  # where a picture is cut, if nothing else is said
+CENTRE = (0.5, 0.5)  # where a picture is cropped by default
 
 
 def open_picture(path: Path) -> Image.Image:
@@ -33,12 +33,12 @@ def open_picture(path: Path) -> Image.Image:
 
 
 def crop_square(picture: Image.Image, side: int, place: tuple[float, float] = CENTRE) -> Image.Image:
-    """Resize the short side to `side` pixels and cut out the square at `place`, as `crop` does."""
+    """Resize the short side to `side` pixels and crop the square at `place`, as `crop` does."""
     return crop(picture, (side, side), place)
 
 
 def crop(picture: Image.Image, size: tuple[int, int], place: tuple[float, float] = CENTRE) -> Image.Image:
-    """Resize a picture so that it just fills a size, width and height in pixels, and cut that out at `place`.
+    """Resize a picture until it just fills a size, width and height in pixels, and crop it to that at `place`.
 
     `place` is 0 for left or top, 1 for right or bottom, 0.5 for the centre.
     """
@@ -49,9 +49,9 @@ def crop(picture: Image.Image, size: tuple[int, int], place: tuple[float, float]
 def crop_at(
     picture: tuple[int, int], size: tuple[int, int], place: tuple[float, float]
 ) -> tuple[tuple[int, int], int, int]:
-    """Return the size that a picture of one size is resized to for another, and left and top of the cut in it."""
-    scale = max(wanted / n for wanted, n in zip(size, picture, strict=True))
-    width, height = (max(wanted, round(n * scale)) for wanted, n in zip(size, picture, strict=True))
+    """Return the size that a picture is resized to before it is cropped to `size`, and left and top of the crop."""
+    factor = max(wanted / n for wanted, n in zip(size, picture, strict=True))
+    width, height = (max(wanted, round(n * factor)) for wanted, n in zip(size, picture, strict=True))
     return (width, height), round((width - size[0]) * place[0]), round((height - size[1]) * place[1])
 
 
