@@ -1,6 +1,6 @@
 """What training sees of the pictures that folder.py found.
 
-`Examples` gives the batch at any positions: which picture, mirrored or not, which caption, which noise, all by draws.py.
+`Examples` gives the batch at any positions: which picture, mirrored or not, which caption, which noise, by draws.py.
 
 Pictures are encoded once.  The VAE turns a picture into a gaussian over latents.  Its mean and standard deviation are
 kept, and each draw takes a new sample from it.  They lie in a cache, with the vectors of the captions.  The name of a

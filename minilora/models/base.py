@@ -4,17 +4,17 @@ The parts and what they do:
 
     tokenizer, text_encoder    a prompt   -> vectors, (tokens, width)
     vae                        a picture <-> latents, 8 times smaller each way (4 in the bundled base)
-    unet                       noisy latents, timestep, vectors -> what is noise in them
+    unet                       noisy latents, timestep, vectors -> the noise in the latents
     scheduler                  how much noise each timestep has
 
 The families differ in what the U-Net predicts (1.x the noise, 2.x at 768 pixels v) and in its conditioning:
 
-    1.x, 2.x       the last layer of one text encoder
-    XL             the last but one of two, side by side; the second one's summary of the whole prompt; and
-                   the size of the picture, where it was cut, and to what size
-    inpainting     of any family: beside the noisy latents, 4 channels, a mask and the masked picture, 1 + 4
+    1.x, 2.x       the output of the last layer of one text encoder
+    XL             the outputs of the last layer but one of two text encoders, side by side; one vector for the whole
+                   prompt from the second encoder; the size of the picture, and place and size of the crop
+    inpainting     of any family; the U-Net also gets a mask, 1 channel, and the masked picture, 4 channels
 
-All of them come from diffusers and transformers; this file only finds them and asks them.
+The parts are classes of diffusers and transformers; this file finds, loads and calls them.
 """
 
 import hashlib
@@ -29,7 +29,7 @@ from functools import cached_property
 from pathlib import Path
 from types import SimpleNamespace
 
-# Said before diffusers is imported, which asks transformers for parts that are of no use here.
+# Set before diffusers is imported: it makes transformers warn about parts that are not used here.
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 import diffusers
@@ -54,10 +54,10 @@ from ..settings.shared import path_and_number
 from ..settings.strict_json import parse_json
 
 transformers.logging.disable_progress_bar()
-diffusers.utils.logging.set_verbosity_error()  # we say it ourselves, and shorter
+diffusers.utils.logging.set_verbosity_error()  # our own messages are shorter
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-PIPELINES = {  # that a base may be, and the parts of each beside U-Net, VAE and scheduler
+PIPELINES = {  # the kinds of bases, and their parts besides U-Net, VAE and scheduler
     "StableDiffusionPipeline": ("text_encoder", "tokenizer"),
     "StableDiffusionInpaintPipeline": ("text_encoder", "tokenizer"),
     "StableDiffusionXLPipeline": ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"),
@@ -150,7 +150,7 @@ class Base:
     def _tokenizer(self, part: str) -> CLIPTokenizer:
         with self._loading(part):
             tokenizer = CLIPTokenizer.from_pretrained(self.configs, subfolder=part)
-        # Where files are missing, transformers makes one that knows no words, and whose window is endless.
+        # If files are missing, transformers makes a tokenizer without words and without a maximum length.
         if tokenizer.vocab_size < 512 or tokenizer.model_max_length > 100_000:  # each byte is a word, and ends one
             raise UserError(f"--model {self.source}: its {part} does not load (no vocabulary, or no model_max_length)")
         return tokenizer
@@ -177,7 +177,7 @@ class Base:
 
     @cached_property
     def pipeline(self) -> DiffusionPipeline:
-        """A diffusers pipeline over these very parts."""
+        """A diffusers pipeline that uses these parts, not copies of them."""
         parts = {name: getattr(self, name) for name in ("unet", "vae", "scheduler", *PIPELINES[self.kind])}
         others = {"force_zeros_for_empty_prompt": self.index.get("force_zeros_for_empty_prompt", True)}
         pipeline = getattr(diffusers, self.kind)(**parts, **(others if self.is_xl else _NO_CHECKER))
@@ -193,7 +193,7 @@ class Base:
         return "Inpaint" in self.kind
 
     def refuse_inpainting(self) -> None:
-        """Raise UserError for a base that paints in pictures: its U-Net must be shown one beside the noise."""
+        """Raise UserError for an inpainting base: its U-Net also needs a picture and a mask."""
         if self.is_inpainting:
             raise UserError(
                 f"--model {self.source}: it paints in pictures; take the ordinary base of its family, whose LoRAs fit"
@@ -216,7 +216,7 @@ class Base:
 
     @contextmanager
     def _loading(self, part: str) -> Iterator[None]:
-        """Within the block raise UserError for whatever diffusers and transformers stumble over in a broken file."""
+        """Within the block turn any error of diffusers and transformers, as for a broken file, into a UserError."""
         try:
             yield
         except Exception as error:
@@ -273,7 +273,7 @@ class Base:
 
     @cached_property
     def encoder_fingerprints(self) -> tuple[str, str]:
-        """Return what the latents of a picture and the vectors of a prompt are functions of, as two hashes."""
+        """Return hashes of the VAE, and of the text encoders with their tokenizers: all that encoding depends on."""
         of_text = []
         for tokenizer, encoder in zip(self.tokenizers, self.text_encoders, strict=True):
             words = json.loads(tokenizer.backend_tokenizer.to_str())
@@ -282,17 +282,17 @@ class Base:
         return fingerprint(self.vae), "+".join(of_text)
 
     def release(self, *parts: str) -> None:
-        """Let parts leave memory; they are loaded again if they are used again."""
+        """Free the memory of parts; they are loaded again when they are used again."""
         for part in (*parts, "_of_the_file"):
             self.__dict__.pop(part, None)
 
     def autocast(self) -> torch.autocast:
-        """Return a context in which float32 numbers may come to parts of another type."""
+        """Return a context in which parts of another type accept float32 inputs."""
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
     @cached_property
     def pixels_per_latent(self) -> int:
-        """How many pixels one latent spans, each way; known without loading the VAE."""
+        """The width and height in pixels of one latent; read from the VAE's config, without loading the VAE."""
         with self._loading("vae"):
             return 2 ** (len(AutoencoderKL.load_config(self.configs, subfolder="vae")["block_out_channels"]) - 1)
 
@@ -309,12 +309,12 @@ class Base:
 
     @property
     def side_multiple(self) -> int:
-        """What the side of a picture must be a multiple of, in pixels; diffusers' pipeline asks for at least 8."""
+        """The number that sides of pictures, in pixels, must be multiples of; diffusers' pipelines want at least 8."""
         return max(8, self.pixels_per_latent)
 
     @torch.no_grad()
     def encode_picture(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return mean and standard deviation of a picture's latents, scaled to about unit variance.
+        """Return mean and standard deviation of a picture's latents, multiplied so that their variance is about 1.
 
         `pixels` is (3, h, w) in [-1, 1]; both results are (channels, h', w'), float32, on the CPU.
         """
@@ -324,7 +324,7 @@ class Base:
 
     @torch.no_grad()
     def decode_latents(self, latents: torch.Tensor) -> torch.Tensor:
-        """Return the pictures of latents scaled as by `encode_picture`, (n, 3, h, w) in [-1, 1], on the CPU."""
+        """Return the pictures of latents as from `encode_picture`, (n, 3, h, w) in [-1, 1], on the CPU."""
         pixels = self.vae.decode(latents.to(self.device, self.dtype) / self.vae.config.scaling_factor).sample
         return pixels.float().clamp(-1, 1).cpu()
 
@@ -341,25 +341,25 @@ class Base:
         return Conditioning(conditioning.text.float().cpu(), pooled)
 
     def encode_text(self, prompt: str) -> torch.Tensor:
-        """Return the vectors of a prompt, (tokens, width), float32, on the CPU, for a U-Net without other conditioning.
+        """Return the vectors of a prompt, (tokens, width), float32, on the CPU.
 
-        Raises UserError for Stable Diffusion XL, which is.
+        Raises UserError for Stable Diffusion XL, whose U-Net needs other conditioning, too.
         """
         if self.is_xl:
             raise UserError(f"--model {self.source}: this is for Stable Diffusion 1.x and 2.x, not for XL")
         return self.encode_prompt(prompt).text[0]
 
     def cut_off(self, prompt: str) -> str:
-        """Return the end of a prompt that a text encoder does not see; mostly empty."""
+        """Return the end of a prompt that is too long for a text encoder; "" if it fits."""
         ends = [""]
         for tokenizer in self.tokenizers:
             places = tokenizer(prompt, return_offsets_mapping=True, verbose=False).offset_mapping
-            if len(places) > tokenizer.model_max_length:  # of which the last is the mark of the end
+            if len(places) > tokenizer.model_max_length:  # the last token is the end mark
                 ends.append(prompt[places[tokenizer.model_max_length - 1][0] :])
         return max(ends, key=len)
 
     def warn_of_cuts(self, texts: Iterable[str], what: str) -> None:
-        """Print one warning for all texts of which a text encoder sees only the beginning, and where that ends."""
+        """Print one warning for all texts that are too long for a text encoder, with what it does not see."""
         if ends := [end for text in texts if (end := self.cut_off(text))]:
             shown = ends[0] if len(ends[0]) <= 60 else f"{ends[0][:60]}…"
             these = f"{len(ends)} {what}s" if len(ends) > 1 else f"a {what}"
@@ -381,18 +381,18 @@ def encode_tokens(text_encoders: list[nn.Module], tokens: torch.Tensor, sizes=No
 
 @dataclass(frozen=True)
 class Tokens:
-    """The conditioning where the text encoders are trained, too: the captions before they are encoded."""
+    """The conditioning if the text encoders are trained, too: captions as tokens, not yet encoded."""
 
     tokens: torch.Tensor  # (batch, encoders, tokens)
     sizes: torch.Tensor | None = None  # (batch, 6), as in Conditioning
 
     def inputs(self) -> dict:
-        """Return it as what UNetWithText takes by name."""
+        """Return it as the keyword arguments of UNetWithText."""
         return {"tokens": self.tokens, "sizes": self.sizes}
 
 
 class UNetWithText(nn.Module):
-    """A U-Net and its text encoders as one network, whose gradients reach through the vectors into the encoders."""
+    """A U-Net and its text encoders as one network, so that gradients flow from the U-Net into the encoders."""
 
     def __init__(self, base: Base):
         super().__init__()
@@ -408,12 +408,12 @@ class UNetWithText(nn.Module):
         return self.unet(x, timesteps, **conditioning.inputs())
 
     def inject(self, *args, **kwargs) -> None:
-        """Do `inject_lora` in each text encoder."""
+        """Call `inject_lora` on each text encoder."""
         encoders = self.text_encoders()
         for encoder in encoders:
             inject_lora(encoder, *args, **kwargs)
         if len(encoders) > 1:
-            # The U-Net of XL gets the last layer but one of the first encoder: nothing is learnt behind it.
+            # The U-Net of XL gets the last layer but one of the first encoder, so the last layer has no gradient.
             last = f"layers.{encoders[0].config.num_hidden_layers - 1}"
             [behind] = [child for path, child in encoders[0].named_modules() if path.endswith(last)]
             if lora_layers(behind):
@@ -421,7 +421,7 @@ class UNetWithText(nn.Module):
 
 
 def _config_of(path: str) -> str:
-    """Return the hub id of the base that a single file has the shapes of, as diffusers knows them."""
+    """Return the hub id of the base whose shapes a single file has, by diffusers' table."""
     return fetch_diffusers_config(TensorFile(Path(path)).entries)["pretrained_model_name_or_path"]
 
 
@@ -429,9 +429,9 @@ _ABOUT_THE_FILE = ("transformers_version", "dtype", "torch_dtype", "architecture
 
 
 def fingerprint(module: nn.Module, *more: str) -> str:
-    """Return a hash of a module's config, of every name, type, shape and number in its state, and of more text."""
+    """Return a hash of a module's config, of its state (names, types, shapes, numbers), and of `more`."""
     config = module.config if isinstance(module.config, dict) else module.config.to_dict()
-    # What does not change what is computed: where it was loaded from, by which version, as which type.
+    # Left out is what does not change the results: the folder, the version and the type that it was loaded as.
     computing = {key: value for key, value in config.items() if not key.startswith("_") and key not in _ABOUT_THE_FILE}
     digest = hashlib.sha256("\0".join((json.dumps(computing, sort_keys=True, default=str), *more)).encode())
 
@@ -441,7 +441,7 @@ def fingerprint(module: nn.Module, *more: str) -> str:
         digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
         return digest.digest()
 
-    with ThreadPoolExecutor() as pool:  # a base is gigabytes, and a thread hashes about one a second
+    with ThreadPoolExecutor() as pool:  # a base has gigabytes, and one thread hashes about one GB/s
         for one in pool.map(hashed, sorted(module.state_dict().items())):
             digest.update(one)
     return digest.hexdigest()

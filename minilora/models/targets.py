@@ -1,11 +1,11 @@
-"""Which layers a LoRA goes into, and with which rank: names that stand for many, and parts of names.
+"""Which layers a LoRA goes into, and with which rank: names for groups of layers, and parts of names.
 
     attention      the projections of the attention layers: to_q, to_k, to_v, to_out.0
     attention+ff   and the two layers behind each: ff.net.0.proj, ff.net.2
     linear         every linear layer inside the blocks of a U-Net
     linear+conv    and every convolution there, but those in groups
 
-The layers before and behind the blocks, which all bases of a family nearly share, are in none.
+No group contains the layers before and behind the blocks, which are nearly the same in all bases of a family.
 """
 
 from collections.abc import Mapping, Sequence
@@ -21,7 +21,7 @@ BLOCKS = ("down_blocks.", "mid_block.", "up_blocks.")
 
 
 def named_targets(module: nn.Module, targets: Sequence[str]) -> list[str]:
-    """Return targets with those that stand for many replaced by what they stand for."""
+    """Return targets with the names of groups replaced by the layers that they stand for."""
     result = []
     for target in targets:
         kinds = KIND_SETS.get(target, ())
@@ -45,7 +45,7 @@ def ranks_and_alphas(
     """Return the rank and the alpha of each layer that a LoRA goes into, by full name, as `inject_lora` takes them.
 
     `rank_for` maps a part of a layer's name, as "attn2" or "ff.net.2", to a rank at the same scale; `alpha_for`
-    maps one to an alpha.  The last match wins.  Raises ValueError, naming every target and part that fits nothing.
+    maps it to an alpha.  The last match wins.  Raises ValueError, naming every target and part that matches nothing.
     """
     found, problems = matching(module, named_targets(module, targets)), []
 
