@@ -1,7 +1,7 @@
 """The page that goes with a LoRA: README.md in its folder, as the Hugging Face hub shows it.
 
-Its head is YAML that the hub reads: the base, what kind of model it is, a picture.  Below stand what
-was trained on, what to type, and with which settings it was made.  The same run gives the same page.
+Its head is YAML for the hub: the base, the kind of model, a picture.  Below are the training captions, commands to draw
+with it, and the settings.  The same run gives the same page.
 """
 
 import dataclasses
@@ -19,11 +19,11 @@ from ..settings.shared import WEIGHT, path_and_number
 from ..settings.train import TrainConfig
 
 SHOWN = 5  # captions
-TOLD = ("rank", "alpha", "targets", "steps", "batch_size", "learning_rate")  # settings; others if not the default
+LISTED = ("rank", "alpha", "targets", "steps", "batch_size", "learning_rate")  # always; others if not the default
 
 
 def drawing_command(config: TrainConfig, prompt: str, lora: str) -> str:
-    """Return what to type to draw a prompt with the LoRA of a run, on the base as it was trained on."""
+    """Return the command that draws a prompt with the LoRA of a run, on the base that it was trained on."""
     words = ["python", "sample.py", "--prompt", prompt]
     words += [word for each in (lora, *config.base_lora) for word in ("--lora", each)]
     words += ["--model", config.model] if config.model else []
@@ -32,9 +32,9 @@ def drawing_command(config: TrainConfig, prompt: str, lora: str) -> str:
 
 
 def model_card(config: TrainConfig, items: Sequence[Item], is_xl: bool, picture: str | None) -> str:
-    """Return the page of a finished run, in Markdown; `picture` is the path of one that it shows, if there is one."""
+    """Return the page of a finished run, in Markdown; `picture` is the path of a picture on it, if there is one."""
     captions = list(dict.fromkeys(caption for item in items for caption in item.captions))[:SHOWN]
-    head = ModelCardData(  # what is None is left out
+    head = ModelCardData(  # it leaves out what is None
         base_model=config.model if config.model and not os.path.exists(config.model) else None,
         library_name="diffusers",
         tags=["text-to-image", "lora", "stable-diffusion-xl" if is_xl else "stable-diffusion", "minilora"],
@@ -49,7 +49,7 @@ def model_card(config: TrainConfig, items: Sequence[Item], is_xl: bool, picture:
     base = config.model or "the miniature Stable Diffusion that is bundled with minilora"
     base += f", with {' and '.join(f'`{text}`' for text in config.base_lora)} in it" if config.base_lora else ""
     folders = ", ".join(f"`{Path(path_and_number(text, WEIGHT)[0]).name}`" for text in config.data)
-    rows = "\n".join(f"| {key} | {_told(value)} |" for key, value in _settings(config).items())
+    rows = "\n".join(f"| {key} | {_cell(value)} |" for key, value in _settings(config).items())
     paragraphs = [
         f"---\n{head.to_yaml()}\n---",
         f"# {name}",
@@ -85,17 +85,17 @@ def _in_diffusers(config: TrainConfig, is_xl: bool, lora: str, prompt: str) -> s
 
 
 def _settings(config: TrainConfig) -> dict:
-    """Return the settings that are told, by name, as JSON values: the best known, and what is not the default."""
+    """Return the settings that the page lists, by name, as JSON values: the main ones, and those not at default."""
     defaults = {field.name: field.metadata["default"] for field in dataclasses.fields(config)}
     defaults = json.loads(json.dumps(defaults, default=str))
     settings = {"steps": config.steps} | config.identity()
-    told = {name: value for name, value in settings.items() if name in TOLD or value != defaults.get(name, value)}
-    if config.init_from:  # whose own these are
-        told = {name: value for name, value in told.items() if name not in ("rank", "alpha", "targets")}
-        told["init_from"] = Path(config.init_from).name
-    return told
+    listed = {name: value for name, value in settings.items() if name in LISTED or value != defaults.get(name, value)}
+    if config.init_from:  # its rank, alpha and targets are used
+        listed = {name: value for name, value in listed.items() if name not in ("rank", "alpha", "targets")}
+        listed["init_from"] = Path(config.init_from).name
+    return listed
 
 
-def _told(value) -> str:
+def _cell(value) -> str:
     words = ",".join(map(str, value)) if isinstance(value, list) else str(value)
     return words.replace("|", "\\|")

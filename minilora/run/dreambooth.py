@@ -1,13 +1,12 @@
-"""DreamBooth: learn one subject from a few pictures without forgetting what else its class looks like.
+"""DreamBooth: learn one subject from a few pictures, without forgetting what the rest of its class looks like.
 
-A LoRA trained on four pictures of "a sks dog" soon draws that dog for every "a dog".  So half of what it
-is trained on are pictures of the class, "a dog", that the base itself drew before:
+A LoRA trained on four pictures of "a sks dog" soon draws that dog for every "a dog".  So half of the training pictures
+are class pictures, of "a dog", that the base draws before training (prior preservation):
 
     loss = ½ · (loss of the subject + λ · loss of the class)          λ: --prior-weight
 
-The subject stands at the even positions of the stream, the class at the odd ones.  The class's pictures are
-drawn into a folder of their own, each from its number as the seed; those that are there already are
-counted and not drawn again, whoever put them there.
+The subject stands at the even positions of the stream, the class at the odd ones.  The class pictures have a folder of
+their own, and the number of each is its seed.  Only missing ones are drawn; other pictures in the folder count, too.
 
 Source: Ruiz et al., "DreamBooth: fine tuning text-to-image diffusion models for subject-driven
 generation", 2022.
@@ -43,7 +42,7 @@ def class_pictures(config: TrainConfig, ranks: Ranks) -> list[Item]:
     there = decided_by_main(lambda: len(look()) if folder.is_dir() and any(folder.iterdir()) else 0)
     names = (folder / f"class-{number:05d}.png" for number in range(needed + there))
     missing = [path for path in names if not path.exists()][: max(0, needed - there)]
-    wait_for_all()  # before the first one is drawn, all must have counted
+    wait_for_all()  # all processes count before the first picture is drawn
     if missing:
         precision = DTYPES[config.precision]
         terminal = config.zero_terminal_snr
@@ -65,7 +64,7 @@ def class_pictures(config: TrainConfig, ranks: Ranks) -> list[Item]:
 
 
 def seconds_per_picture(base: Base, side: int, drawing: SampleConfig) -> float:
-    """Return about how long drawing takes, by drawing in one step and in two: what is more is a step's share."""
+    """Return about how long a picture takes: measured with one step and with two, whose difference is one step."""
     times = []
     for steps in (1, 1, 2):  # the first time is slower
         began = time.perf_counter()

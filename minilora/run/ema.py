@@ -2,7 +2,7 @@
 
     θ̄ ← d · θ̄ + (1 − d) · θ
 
-The last steps of training jump about, by the pictures that they happened to see; their average does not.
+The LoRA after each single step depends on the pictures of the last few; the average is smoother.
 """
 
 from collections.abc import Iterator, Mapping
@@ -16,7 +16,7 @@ from ..files.network import load_lora_state_dict, lora_state_dict
 
 @torch.no_grad()
 def ema_update(network: nn.Module, average: Mapping[str, torch.Tensor], step: int, decay: float) -> None:
-    """Move the average towards the LoRA in a network, with a decay that rises to `decay` over the first steps."""
+    """Update the average with the LoRA in a network; the decay rises to `decay` over the first steps."""
     decay = min(decay, (1 + step) / (10 + step))
     for name, tensor in lora_state_dict(network).items():
         average[name].lerp_(tensor, 1 - decay)
@@ -24,7 +24,7 @@ def ema_update(network: nn.Module, average: Mapping[str, torch.Tensor], step: in
 
 @contextmanager
 def ema_weights(network: nn.Module, average: Mapping[str, torch.Tensor]) -> Iterator[None]:
-    """Within the block the LoRA is its average; afterwards it is as it was found."""
+    """Within the block the network has the average as its LoRA; afterwards the LoRA that it had."""
     now = {name: tensor.clone() for name, tensor in lora_state_dict(network).items()}
     try:
         load_lora_state_dict(network, average)

@@ -1,7 +1,7 @@
-"""A finished run goes to the Hugging Face hub: `train.py --push-to-hub OWNER/NAME`.
+"""Push a finished run to the Hugging Face hub: `train.py --push-to-hub OWNER/NAME`.
 
-What goes is what others can use; checkpoints and TensorBoard's files stay.  All of it is in the output folder
-before anything is sent, so what goes wrong on the way costs a second try and nothing else.
+The files that others can use are pushed; checkpoints and TensorBoard's files are not.  Everything is in the output
+folder before the upload starts, so a failed upload loses nothing and can be tried again.
 """
 
 import glob
@@ -16,14 +16,14 @@ from ..settings.errors import UserError
 
 
 def check_login(repo: str) -> None:
-    """Raise UserError unless the hub knows who this is, and the token may write; asked before the first step.
+    """Raise UserError unless the user is logged in to the hub with a token that may write; before the first step.
 
-    Whether it may write to this very repository, the hub tells only when it is done.
+    Whether it may write to this repository is known only when it is pushed.
     """
     try:
         validate_repo_id(repo)
         token = HfApi().whoami().get("auth", {}).get("accessToken", {})
-    except Exception as error:  # of whatever kind: no token, a wrong one, no network, a name that cannot be
+    except Exception as error:  # of any kind: no token, a wrong one, no network, an impossible name
         raise UserError(
             f"--push-to-hub {repo}: {_in_one_line(error)} (to log in, type `hf auth login` or set HF_TOKEN)"
         ) from error
@@ -34,7 +34,7 @@ def check_login(repo: str) -> None:
 
 
 def push(repo: str, folder: Path, names: Sequence[str]) -> str:
-    """Upload files of a folder, and all within folders of it, by their names; return the address of the repository.
+    """Upload files and sub-folders of a folder, by their names; return the address of the repository.
 
     Raises UserError, with what to type to try again, if the hub refuses or cannot be reached.
     """
@@ -43,7 +43,7 @@ def push(repo: str, folder: Path, names: Sequence[str]) -> str:
         url = HfApi().create_repo(repo, exist_ok=True)
         message = "LoRA trained with minilora"
         HfApi().upload_folder(repo_id=repo, folder_path=folder, allow_patterns=patterns, commit_message=message)
-    except Exception as error:  # of whatever kind: the results are whole, and the user is to know where
+    except Exception as error:  # of any kind: the results are complete, and the message says where they are
         words = ["hf", "upload", repo, str(folder), ".", *(f"--include={pattern}" for pattern in patterns)]
         where = f"the results are in {folder}; to try again: {shlex.join(words)}"
         raise UserError(f"--push-to-hub {repo}: {_in_one_line(error)}; {where}") from error

@@ -1,9 +1,9 @@
-"""A process that is lost: others notice, name it, save what is done, and do not wait for it for ever.
+"""A lost process: the others notice it, name it, save what is done, and do not wait for ever.
 
-Processes meet in collective operations, which say that they waited too long or that a connection broke, and
-not who is missing.  So there is a roll call by way of the store, a small table of keys that all can reach: each
-writes that it has come to a place, and whoever has not is named.  A process that works on alone for long,
-as one that encodes, gives heartbeats meanwhile.
+When a collective operation fails, its error says that a wait was too long or that a connection broke, but not which
+process is missing.  So there is a roll call through the store, a small table of keys that all processes can reach: each
+process writes that it is there, and the missing ranks are named.  A process that works alone for long, for example
+encodes, sends heartbeats.
 """
 
 import re
@@ -17,16 +17,16 @@ import torch.distributed as dist
 
 from ..settings.errors import first_line
 
-ROLL_CALL = timedelta(seconds=10)  # for those that are still there; they notice a loss at nearly the same time
+ROLL_CALL = timedelta(seconds=10)  # to answer it; those that are still there notice a loss at nearly the same time
 
 
 def is_loss(error: RuntimeError) -> bool:
-    """Whether an error says that another process ended, hangs, or cannot be reached."""
+    """Whether an error means that another process ended, hangs, or cannot be reached."""
     return isinstance(error, dist.DistError) or "gloo" in str(error)
 
 
 def tell_loss(error: RuntimeError) -> str:
-    """Return what there is to say of a loss: who does not answer when all are called."""
+    """Return a message about a loss, which names the missing ranks of a roll call."""
     reason = re.sub(r"^(\[.*?\] )+", "", first_line(error)).split(". ")[0]  # without where in gloo, and its advice
     answers: list[list[int]] = []
 
@@ -34,7 +34,7 @@ def tell_loss(error: RuntimeError) -> str:
         with suppress(RuntimeError):
             answers.append(missing_ranks("after a loss", ROLL_CALL))
 
-    # The store is on the machine of process 0: where that is gone, a question to it may wait for ever.
+    # The store is on the machine of process 0.  If that is gone, a question to the store may wait for ever.
     asking = threading.Thread(target=ask, daemon=True)
     asking.start()
     asking.join(2 * ROLL_CALL.total_seconds())
@@ -48,7 +48,7 @@ def tell_loss(error: RuntimeError) -> str:
 
 @contextmanager
 def rescue(save: Callable) -> Iterator[None]:
-    """Do `save` if the block ends since another process was lost."""
+    """Call `save` if the block ends because another process was lost."""
     try:
         yield
     except RuntimeError as error:
@@ -58,15 +58,15 @@ def rescue(save: Callable) -> Iterator[None]:
 
 
 def missing_ranks(place: str, patience: timedelta) -> list[int]:
-    """Come to a place, wait for all others, and return those without a heartbeat for as long as `patience`."""
+    """Wait at `place` for all processes; return the missing ranks if no heartbeat comes for as long as `patience`."""
     store, world = dist.group.WORLD.get_group_store(), dist.get_world_size()
     store.set(f"{place}: {dist.get_rank()}", "")
     if store.add(place, 1) == world:
         store.set(f"{place}: all", "")
-    signs, until, pause = None, 0.0, 0.01
+    beats, until, pause = None, 0.0, 0.01
     while not store.check([f"{place}: all"]):
-        before, signs = signs, store.add("heartbeats", 0)
-        if signs != before:
+        before, beats = beats, store.add("heartbeats", 0)
+        if beats != before:
             until = time.monotonic() + patience.total_seconds()
         elif time.monotonic() > until:
             return [rank for rank in range(world) if not store.check([f"{place}: {rank}"])]
@@ -76,6 +76,6 @@ def missing_ranks(place: str, patience: timedelta) -> list[int]:
 
 
 def heartbeat() -> None:
-    """Tell those that wait for this process that it is at work, for as long as that may take."""
+    """Let the processes that wait for this one know that it is still working."""
     if dist.is_initialized():
         dist.group.WORLD.get_group_store().add("heartbeats", 1)

@@ -1,4 +1,4 @@
-"""What training makes small: the loop in training.py takes it as an argument.
+"""The objective: the loss that training minimizes.  The loop in training.py takes it as an argument.
 
 The ordinary objective is here; apps/consistency.py and apps/smooth.py have others.
 """
@@ -14,32 +14,32 @@ from ..settings.train import TrainConfig
 
 
 class Objective:
-    """What training makes small: a loss, and what it does around the steps."""
+    """A loss, and what it needs before and after each optimizer step."""
 
     def name(self) -> str:
-        """Return the objective with its settings, if it has any: what is learnt is a function of that, too."""
+        """Return the objective's name, with its settings if it has any, for the run's identity."""
         return repr(self) if is_dataclass(self) else type(self).__name__
 
     def begin(self, unet: nn.Module, config: TrainConfig) -> None:
-        """Look at the U-Net, with the LoRA in it, before the first step."""
+        """Prepare, before the first step; the U-Net has the LoRA in it."""
 
     def loss(self, unet: nn.Module, batch: Batch, schedule: Schedule, config: TrainConfig) -> torch.Tensor:
         """Return one loss per picture, (batch,)."""
         raise NotImplementedError
 
     def before_step(self) -> None:
-        """Bring together what the processes saw, as it is done with the gradients; the LoRA is about to change."""
+        """Average over the processes what `loss` has gathered, if anything; called just before the LoRA changes."""
 
     def after_step(self) -> None:
-        """Follow the LoRA, which has just changed."""
+        """Update what depends on the LoRA, if anything; called just after it has changed."""
 
     def state(self) -> dict[str, torch.Tensor]:
-        """Return the tensors that are kept from step to step; a checkpoint holds them, --resume copies into them."""
+        """Return the tensors that are kept from step to step; checkpoints save them, and --resume restores them."""
         return {}
 
 
 class Denoising(Objective):
-    """The ordinary objective: predict what noise was added to a picture."""
+    """The ordinary objective: predict the noise that was added to a picture."""
 
     def loss(self, unet: nn.Module, batch: Batch, schedule: Schedule, config: TrainConfig) -> torch.Tensor:
         noise = offset_noise(batch.noise, batch.noise_offset, config.noise_offset)

@@ -1,8 +1,7 @@
-"""Several processes that train one LoRA together: start, stop, who am I, and means over all.
+"""Several processes that train one LoRA together: starting, stopping, ranks, and means over all.
 
-`torchrun` starts the processes and tells each its rank and their number (the world) in the
-environment.  Without it there is one process, of rank 0 in a world of 1, and nothing here
-communicates.
+`torchrun` starts the processes, and the environment of each has its rank and their number (the world).  Without
+torchrun there is one process, of rank 0 in a world of 1, and nothing here communicates.
 """
 
 import itertools
@@ -46,7 +45,7 @@ class Ranks:
     def say(self, text: str) -> None:
         """Print a line, once for all processes."""
         if self.is_main:
-            with suppress(OSError):  # of a terminal that was closed; a run is not lost for want of a reader
+            with suppress(OSError):  # the terminal was closed; the run goes on
                 print(text, flush=True)
 
 
@@ -54,15 +53,15 @@ class Ranks:
 def processes(timeout: float = TIMEOUT) -> Iterator[Ranks]:
     """Join the processes that torchrun started, for as long as the block runs.
 
-    A block within another finds them joined: to join again after leaving can hang, since torchrun's store
-    still has the addresses of the first time.  Raises UserError, naming those that are missing, if others are
-    lost or let themselves be waited for longer than `timeout`, in minutes.
+    A block within another one uses the same connection: joining again after leaving can hang, since torchrun's store
+    still has the addresses of the first time.  Raises UserError, naming the missing ranks, if other processes are lost
+    or keep this one waiting for longer than `timeout`, in minutes.
     """
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = this_device()
     if device.type == "cuda":
         torch.cuda.set_device(device)
-        # NCCL ends a process that waited too long by itself; so it says for whom.
+        # NCCL itself ends a process that waited too long; this makes it say for whom.
         os.environ.setdefault("TORCH_NCCL_DESYNC_DEBUG", "1")
     joining = world > 1 and not dist.is_initialized()
     if joining:
@@ -86,10 +85,11 @@ def processes(timeout: float = TIMEOUT) -> Iterator[Ranks]:
 
 
 def _store(timeout: timedelta) -> dist.Store:
-    """Return a store of keys that all processes of this start share, and that holds nothing of an earlier start.
+    """Return a store of keys for all processes of this start, without anything of an earlier start.
 
-    torchrun has one store over all its restarts, with the addresses of the dead in it, and to join by these
-    hangs (torch 2.13).  So each process says a word of its own, and process 0 answers it with the word of the start.
+    torchrun keeps one store over all its restarts.  It has the addresses of dead processes in it, and joining with
+    these hangs (torch 2.13).  So each process writes a random word, and process 0 answers with the word of this start,
+    which becomes the prefix of all keys.
     """
     store, rank, world = next(rendezvous("env://", timeout=timeout))
     word = start = uuid.uuid4().hex
@@ -122,9 +122,9 @@ def wait_for_all() -> None:
 
 
 def decided_by_main(work: Callable):
-    """Do `work` on the main process only and return its result, or raise its UserError, on every process.
+    """Do `work` on the main process only, and return its result or raise its UserError on every process.
 
-    What is on the main process's disk is so seen by all, whether or not they share that disk.
+    So all processes agree on what is on the main process's disk, whether or not they share it.
     """
     if not dist.is_initialized():
         return work()
@@ -141,7 +141,7 @@ def decided_by_main(work: Callable):
 
 
 def refuse_differences(identity: dict) -> None:
-    """Raise UserError, naming what differs, unless all processes train the same: they exchange gradients only."""
+    """Raise UserError, naming what differs, unless all processes train the same: only gradients are exchanged."""
     if not dist.is_initialized():
         return
     everywhere: list = [None] * dist.get_world_size()
@@ -153,10 +153,10 @@ def refuse_differences(identity: dict) -> None:
 
 
 class BatchPlan:
-    """How the positions of a step are shared out: over rounds, processes, and the places of a micro-batch.
+    """How the positions of a step are divided into micro-batches, over rounds and processes.
 
-    `batch` is the number of positions of a step over all processes; `micro` how many a process takes
-    at a time (all of its share if None).  Raises UserError, with the numbers, if that cannot be.
+    `batch` is the number of positions of a step over all processes.  `micro` is the size of a micro-batch; None means
+    one micro-batch for each process.  Raises UserError, with the numbers, if the batch cannot be divided so.
     """
 
     def __init__(self, batch: int, micro: int | None, rank: int, world: int):
@@ -183,10 +183,10 @@ class BatchPlan:
 
 
 class StopSignals:
-    """Notice SIGTERM, SIGINT and SIGHUP (the terminal was closed), within a block, instead of dying of them.
+    """Within a block, note SIGTERM, SIGINT and SIGHUP (the terminal was closed) instead of ending at once.
 
-    A second SIGINT is obeyed at once: somebody types Ctrl-C again.  The others come more than once for one
-    reason, since Slurm and shells tell all processes, and torchrun tells its own of what it was told.
+    A second SIGINT, Ctrl-C typed again, ends the process at once.  The other signals may come several times for one
+    reason: Slurm and shells send them to all processes, and torchrun passes them on.
     """
 
     def __enter__(self) -> "StopSignals":
@@ -208,7 +208,7 @@ class StopSignals:
             signal.signal(number, handler)
 
     def seen_by_any(self, ranks: Ranks) -> bool:
-        """Whether any process was told to stop; all get the same answer, and then all stop together."""
+        """Whether any process got a signal; all processes get the same answer, so that they stop together."""
         if not dist.is_initialized():
             return self.number is not None
         seen = torch.tensor(float(self.number or 0), device=ranks.device)

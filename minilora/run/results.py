@@ -1,4 +1,4 @@
-"""After the last step: the LoRA file, the sheet that shows what it does, the model card, the hub."""
+"""After the last step: the LoRA file, the sheet of before and after, the model card, the hub."""
 
 import sys
 from pathlib import Path
@@ -20,7 +20,7 @@ from .validation import BEST, FIGURES
 
 
 def finish(run: Run) -> Path:
-    """Write the LoRA file, draw the sheet that shows what it does, push them if asked to, and say what to type next."""
+    """Write the LoRA file, draw the sheet of before and after, push them if asked to, and print what to type next."""
     config, item = run.config, run.examples.items[0]
     lora_file, sheet_file = run.output / FILE_NAME, run.output / "samples" / "before_after.png"
     sheet_name = None
@@ -41,7 +41,7 @@ def finish(run: Run) -> Path:
         card = model_card(config, run.examples.items, run.base.is_xl, sheet_name)
         write_whole(run.output / "README.md", card.encode())
         run.ranks.say(f"wrote      {lora_file}{f' and {sheet_file}' if sheet_name else ''}")
-    wait_for_all()  # a drawing may take long; here, and not in what follows, it gives heartbeats
+    wait_for_all()  # drawing may take long, and sends heartbeats; pushing sends none
     if config.push_to_hub:
         results = [FILE_NAME, *([AVERAGE_NAME] if config.ema else []), *([BEST] if config.validation else [])]
         results += [in_dialects[dialect] for dialect in config.also]
@@ -53,9 +53,9 @@ def finish(run: Run) -> Path:
 
 
 def draw_sheet(run: Run, item: Item, path: Path) -> str | None:
-    """Draw the sheet that shows what the LoRA does; return its name in the output folder, or None if that failed.
+    """Draw the sheet of before and after; return its path in the output folder, or None if drawing failed.
 
-    A card that is large enough for training may be too small for drawing: the LoRA is there all the same.
+    A GPU with enough memory for training may have too little for drawing, and the LoRA must not be lost for that.
     """
     try:
         with run.as_drawn():
@@ -65,7 +65,7 @@ def draw_sheet(run: Run, item: Item, path: Path) -> str | None:
         if not isinstance(error, UserError) and not is_out_of_memory(error):
             raise
         print(f"warning: no pictures were drawn ({first_line(error)}); the LoRA is whole", file=sys.stderr)
-        path.unlink(missing_ok=True)  # it would show the LoRA of the run before
+        path.unlink(missing_ok=True)  # an old sheet would show the LoRA of another run
         return None
     sampling.save_picture(sheet, path)
     return path.relative_to(run.output).as_posix()

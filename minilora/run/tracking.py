@@ -30,11 +30,11 @@ class Log:
         self.wandb = join_wandb(self.run.config, self.run.identity, resumed)
 
     def __enter__(self) -> "Log":
-        threading.excepthook = self._told_elsewhere
+        threading.excepthook = self._print_unless_disk_is_full
         return self
 
-    def _told_elsewhere(self, about: threading.ExceptHookArgs) -> None:
-        """Print what ended a thread, but not that its disk is full: that is raised by the next call to it, too."""
+    def _print_unless_disk_is_full(self, about: threading.ExceptHookArgs) -> None:
+        """Print an error that ended a thread, unless the disk is full: the next call to the thread raises that."""
         if not issubclass(about.exc_type, OSError):
             self.excepthook(about)
 
@@ -43,7 +43,7 @@ class Log:
             if self.writer:
                 self.writer.close()
         except OSError:
-            if kind is None:  # else it is of the same cause as the error that ends the run, or later
+            if kind is None:  # else another error has ended the run already
                 raise
         finally:
             threading.excepthook = self.excepthook
@@ -73,11 +73,11 @@ class Log:
 
                 self.wandb.log({"samples": Image(sheet)}, step=step)
             idle = () if run.config.train_text_encoder else ("text_encoder", "text_encoder_2")
-            run.base.release("pipeline", "vae", *idle)  # memory is for training
+            run.base.release("pipeline", "vae", *idle)  # training needs the memory
 
 
 def join_wandb(config: TrainConfig, identity: dict, resumed: bool):
-    """Return the wandb run of a run; one that is resumed goes on in the same, whose id is a hash of the identity.
+    """Return the wandb run of a run; its id is a hash of the identity, so a resumed run goes on in the same one.
 
     Raises UserError if wandb refuses or cannot be reached.
     """
@@ -88,7 +88,7 @@ def join_wandb(config: TrainConfig, identity: dict, resumed: bool):
         return wandb.init(
             project=config.wandb,
             id=name,
-            resume="allow" if resumed else None,  # None: what there is under this id is written anew
+            resume="allow" if resumed else None,  # None: a run under this id is replaced
             config=dataclasses.asdict(config),
             dir=config.output,
             settings=wandb.Settings(console="off"),  # the terminal stays ours

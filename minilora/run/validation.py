@@ -1,4 +1,4 @@
-"""The loss on held-out pictures (data/held_out.py) as a run goes on, and the LoRA of the lowest."""
+"""The validation loss during a run (data/held_out.py), and the LoRA of the step where it was lowest."""
 
 import json
 import sys
@@ -18,7 +18,7 @@ FIGURES, BEST = "validation.json", "pytorch_lora_weights_best.safetensors"
 
 
 def read_pictures(config: TrainConfig, ranks: Ranks) -> tuple[list[Item], list[Item]]:
-    """Return the pictures that are trained on, and those of --validation."""
+    """Return the pictures to train on, and the held-out ones of --validation."""
     items, held_out = read_folders(config), []
     if config.validation and config.validation_share is None:
         held_out = read_folder(config.validation, config, "--validation")
@@ -37,14 +37,13 @@ def read_pictures(config: TrainConfig, ranks: Ranks) -> tuple[list[Item], list[I
 
 
 class Validation:
-    """The figures of a run by step, and the LoRA of the lowest; in the output folder once the run is finished."""
+    """The losses of a run by step, and the LoRA of the lowest; the output folder has them once the run is finished."""
 
     def __init__(self, run, first_step: int):
         self.run, self.file = run, Path(run.config.output) / UNFINISHED / FIGURES
         self.pictures = run.held_out.content()
         kept = decided_by_main(self._read) if first_step else {}
-        # A run is a function of its identity, so its figures hold wherever it goes on from; those of
-        # other pictures do not.
+        # The losses of the steps before are valid for any run with the same identity and the same held-out pictures.
         self.losses = {int(step): loss for step, loss in kept.get("losses", {}).items()}
 
     def _read(self) -> dict:
@@ -57,14 +56,14 @@ class Validation:
 
     @property
     def best(self) -> int:
-        """The step of the lowest figure, the first of equals."""
+        """The step of the lowest loss, the first of equals."""
         return min(sorted(self.losses), key=self.losses.__getitem__)
 
     def measure(self, step: int) -> float:
         """Return the loss after `step` steps; keep the LoRA if there was no lower one."""
         self.losses[step] = self._loss()
         if self.run.ranks.is_main:
-            if self.best == step:  # the LoRA first: of a stop in between, --resume measures this step again
+            if self.best == step:  # the LoRA first: after a stop in between, --resume measures this step again
                 save_lora(self.run.network, self.file.with_name(BEST))
             figures = {str(s): self.losses[s] for s in sorted(self.losses)}
             about = {"best": self.best, "losses": figures, "pictures": self.pictures}
@@ -72,7 +71,7 @@ class Validation:
         return self.losses[step]
 
     def _loss(self) -> float:
-        """Return the mean over the pictures, which the processes share."""
+        """Return the mean over the pictures, which are divided over the processes."""
         run, ranks, count = self.run, self.run.ranks, len(self.run.held_out.items)
         mine = range(ranks.rank, count, ranks.world)
         with sampling.evaluating(run.network), run.base.autocast():
