@@ -215,7 +215,7 @@ def sample(config: SampleConfig) -> Path:
     if width % base.side_multiple or height % base.side_multiple:
         raise UserError(f"--size is {width}x{height}; this base needs multiples of {base.side_multiple}")
     base.warn_of_cuts(dict.fromkeys((*config.prompt, config.negative)), "prompt")
-    strengths = load_loras(base, config.lora)
+    strengths = load_loras(base, config.lora, config.allow_unmatched)
     if config.compile:
         base.unet.compile(**compile_options(device))
     use_scheduler(base, config.scheduler)
@@ -253,12 +253,17 @@ def sample(config: SampleConfig) -> Path:
     return path
 
 
-def load_loras(base: Base, texts: Sequence[str]) -> dict[str, float]:
-    """Put LoRAs, each "path" or "path:strength", into a base; return their strengths by the names they got there."""
+def load_loras(base: Base, texts: Sequence[str], allow_unmatched: bool = False) -> dict[str, float]:
+    """Put LoRAs, each "path" or "path:strength", into a base; return their strengths by the names they got there.
+
+    Prints which words they bring, and with `allow_unmatched` what is left out.
+    """
     strengths = {}
     for number, text in enumerate(texts):
         path, strength = path_and_number(text)
-        load_lora(base.pipeline, path, f"lora{number}", strength)
+        report = load_lora(base.pipeline, path, f"lora{number}", strength, allow_unmatched)
+        for line in (*report.notes, *(f"left out: {key} of {path}" for key in report.unmatched.get(path, ()))):
+            print(line)
         strengths[f"lora{number}"] = strength
     return strengths
 

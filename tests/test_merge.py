@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import struct
 import subprocess
@@ -27,6 +28,7 @@ from minilora.files.undo import restore
 from minilora.files.write import difference, write_lora
 from minilora.settings.command_line import merge as command
 from minilora.settings.errors import UserError
+from minilora.settings.merge import DTYPES
 from minilora.settings.shared import path_and_number
 
 FAMILIES = ("sd1", "sd2", "sdxl")
@@ -80,6 +82,8 @@ def original_file(path, family: str, tokenizer, dtype=torch.float32):
         if clip and component == "text_encoder":
             tensors |= {f"{clip}{key}": value for key, value in state.items()}
             continue
+        if component == "text_encoder_2":
+            tensors[f"{openclip}text_projection"] = state["text_projection.weight"].T
         for layer in range(2):
             ours, theirs = f"text_model.encoder.layers.{layer}.", f"{openclip}transformer.resblocks.{layer}."
             qkv = [state[f"{ours}self_attn.{n}_proj.weight"] for n in "qkv"]
@@ -113,7 +117,8 @@ def check_merged(base, merged, lora: LoRA, strength: float):
     for name in lora.changes:
         for home in checkpoint.homes[name]:
             rows = slice(home.first_row, home.first_row + home.shape[0])
-            new, old = after[home.file][home.key][rows], before[home.file][home.key][rows].double()
+            new, old = (tensors[home.file][home.key] for tensors in (after, before))
+            new, old = (new.T, old.T.double()) if home.transposed else (new[rows], old[rows].double())
             change = lora.changes[name]
             target = old + strength * torch.from_numpy(change.delta(np.float64))
             # A float32 sum of W and `rank` products, each as large as the size of its terms, rounded to W's type.
@@ -156,9 +161,93 @@ def test_a_single_file(family, dtype, tmp_path, tokenizer):
     lora = lora_for(base, tmp_path / "l.safetensors", share=0.9)
     kinds = {name.split(".")[0] for name in lora.changes}
     assert kinds == {"unet", "text_encoder", *(["text_encoder_2"] if family == "sdxl" else [])}
+    assert family != "sdxl" or "text_encoder_2.text_projection" in lora.changes
     report = fold(base, [(tmp_path / "l.safetensors", -1.3)], tmp_path / "out.safetensors")
     check_merged(base, tmp_path / "out.safetensors", lora, -1.3)
     assert any("moving average" in note for note in report.notes)
+
+
+def bare_lora(base, path, size: float, ends: str) -> LoRA:
+    """Write the LoRA of some modules that changes their weights by about `size` of their own size."""
+    checkpoint, random = Checkpoint(base), np.random.default_rng(0)
+    changes = {}
+    for name, shape in checkpoint.modules.items():
+        if name.endswith(ends):
+            a, b = random.standard_normal((2, *shape[1:])), random.standard_normal((shape[0], 2))
+            change = Change(a.astype(np.float32), b.astype(np.float32))
+            scale = size * np.linalg.norm(checkpoint.weight(name)) / change.norm()
+            changes[name] = Change(change.A, (change.B * scale).astype(np.float32))
+    write_lora(path, LoRA(changes), "diffusers", checkpoint.modules)
+    return LoRA(changes)
+
+
+@pytest.mark.parametrize(
+    ("stored", "dtype", "size"),
+    [
+        (torch.bfloat16, None, 0.002),
+        (torch.float16, None, 0.002),
+        (torch.float32, "bfloat16", 0.02),
+        (torch.bfloat16, "float32", 0.0005),
+        (torch.float16, "float16", 0.0005),
+    ],
+)
+def test_the_report_says_how_much_of_the_change_rounding_left(stored, dtype, size, tmp_path, tokenizer):
+    base = original_file(tmp_path / "base.safetensors", "sd2", tokenizer, stored)
+    out, lora = (
+        tmp_path / "out.safetensors",
+        bare_lora(base, tmp_path / "l.safetensors", size, ("q_proj", "to_v", "conv2")),
+    )
+    report = fold(base, [(tmp_path / "l.safetensors", 1.0)], out, written=DTYPES.get(dtype))
+    lost, whole = ({"unet": 0.0, "text_encoder": 0.0} for _ in range(2))
+    before, after = Checkpoint(base), Checkpoint(out)
+    for name, change in lora.changes.items():
+        delta = change.delta(np.float64)
+        error = after.weight(name) - before.weight(name).astype(np.float64) - delta
+        lost[name.split(".")[0]] += np.square(error).sum()
+        whole[name.split(".")[0]] += np.square(delta).sum()
+    for component in lost:
+        [line] = [note for note in report.notes if f"{component}:" in note]
+        share = 1 - np.sqrt(lost[component] / whole[component])
+        said = float(re.search(r"([\d.]+)% of the change arrived, after rounding to", line)[1])
+        assert said == pytest.approx(100 * max(0, share), abs=0.06)  # it is rounded to a tenth, of a float32 sum
+        assert line.startswith("warning: ") == (share < 0.95)
+        assert line.endswith("see --dtype") == (share < 0.95)
+
+
+@pytest.mark.parametrize("dtype", list(DTYPES))
+@pytest.mark.parametrize("stored", [torch.float32, torch.float16, torch.float8_e5m2])
+def test_all_weights_are_written_in_the_type_that_is_asked_for(stored, dtype, tmp_path, tokenizer):
+    base = original_file(tmp_path / "base.safetensors", "sdxl", tokenizer, stored)
+    lora = lora_for(base, tmp_path / "l.safetensors", share=0.2)
+    fold(base, [(tmp_path / "l.safetensors", 0.5)], tmp_path / "out.safetensors", written=DTYPES[dtype])
+    before, after = load_file(base), load_file(tmp_path / "out.safetensors")
+    assert before.keys() == after.keys()
+    homes = {home.key for name in lora.changes for home in Checkpoint(base).homes[name]}
+    kind = getattr(torch, dtype)
+    for key, old in before.items():
+        is_weight = "." in key and old.is_floating_point()
+        assert after[key].dtype == (kind if is_weight else old.dtype)  # the tables of noise stay what they are
+        if key not in homes:
+            assert torch.equal(after[key], old.to(after[key].dtype))
+    merged = Checkpoint(tmp_path / "out.safetensors")
+    for name, change in lora.changes.items():
+        target = Checkpoint(base).weight(name) + 0.5 * change.delta(np.float64)
+        terms = Change(np.abs(change.A), np.abs(change.B), abs(0.5 * change.scale)).delta(np.float64)
+        error = torch.finfo(kind).eps * np.abs(target) + 1e-6 * terms + 1e-7  # rounded once, a sum in float32
+        assert (np.abs(merged.weight(name) - target) <= error).all()
+
+
+def test_a_folder_is_written_in_the_type_that_is_asked_for_and_what_is_too_large_is_said(folder, tmp_path):
+    lora_for(folder, tmp_path / "l.safetensors", share=0.1)
+    loras = [(tmp_path / "l.safetensors", 1.0)]
+    fold(folder, loras, tmp_path / "out", written="BF16")
+    for path, file in Checkpoint(tmp_path / "out").files.items():
+        assert {entry.dtype for entry in file.entries.values()} == {"BF16"}, path
+    assert bytes_of(folder).keys() == bytes_of(tmp_path / "out").keys()
+    save_file({"decoder.weight": torch.full((3, 3), 1e6)}, folder / "vae" / "diffusion_pytorch_model.safetensors")
+    with pytest.raises(UserError, match=r"vae.*decoder\.weight would not be finite numbers of type F16"):
+        fold(folder, loras, tmp_path / "half", written="F16")
+    assert not (tmp_path / "half").exists()
 
 
 def test_several_loras_add_up(folder, tmp_path):
@@ -418,6 +507,70 @@ def test_extracting_finds_what_was_folded_in(folder, tmp_path):
         extract(Checkpoint(folder), Checkpoint(folder), 6, None)
 
 
+def rounded_apart(base, tuned, kind: torch.dtype, ends: str) -> None:
+    """Write a base again in another type, a few of its weights tuned."""
+    tensors = load_file(base)
+    for key, tensor in tensors.items():
+        if key.endswith(ends):
+            tensors[key] = tensor.float() + 0.05 * torch.randn(len(tensor), 1) @ torch.randn(1, tensor.shape[1])
+    save_file({k: t.to(kind) if t.is_floating_point() else t for k, t in tensors.items()}, tuned)
+
+
+@pytest.mark.parametrize("family", ["sd2", "sdxl"])
+@pytest.mark.parametrize(
+    ("one", "two"),
+    [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32), (torch.float16, torch.bfloat16)],
+)
+def test_what_rounding_explains_is_left_out_of_what_is_extracted(one, two, family, tmp_path, tokenizer):
+    true = original_file(tmp_path / "true.safetensors", family, tokenizer)
+    base, tuned = tmp_path / "base.safetensors", tmp_path / "tuned.safetensors"
+    rounded_apart(true, base, one, "nothing")
+    rounded_apart(true, tuned, two, "attn2.to_k.weight")
+    found, _, notes = extract(Checkpoint(base), Checkpoint(tuned), 2, None)
+    assert {name.rsplit(".", 2)[1] for name in found.changes} == {"attn2"}
+    assert found.changes.keys() == {name for name in Checkpoint(true).modules if name.endswith("attn2.to_k")}
+    apart = len(Checkpoint(true).modules) - len(found.changes)
+    assert any(note.startswith(f"{apart} modules are left out") and "rounding" in note for note in notes)
+    assert not any("other tensors differ" in note for note in notes)  # the norms and biases are rounded, too
+    half = half_of(true, tmp_path / "half.safetensors")
+    with pytest.raises(UserError, match="have the same weights, but for rounding"):
+        extract(Checkpoint(true), Checkpoint(half), 2, None)
+
+
+def half_of(path, half):
+    rounded_apart(path, half, torch.float16, "nothing")
+    return half
+
+
+def test_a_change_of_the_last_place_in_one_type_is_a_change(tmp_path, tokenizer):
+    base = half_of(original_file(tmp_path / "true.safetensors", "sd1", tokenizer), tmp_path / "base.safetensors")
+    tensors = load_file(base)
+    key = next(key for key in tensors if key.endswith("attn1.to_q.weight"))
+    tensors[key] = (tensors[key].view(torch.int16) + 1).view(torch.float16)
+    save_file(tensors, tmp_path / "tuned.safetensors")
+    found, _, _ = extract(Checkpoint(base), Checkpoint(tmp_path / "tuned.safetensors"), 2, None)
+    assert len(found.changes) == 1
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_extracting_between_a_folder_and_a_single_file(family, tmp_path, tokenizer):
+    base = original_file(tmp_path / "base.safetensors", family, tokenizer)
+    for component, module in parts_of(family, tokenizer).items():
+        module.save_pretrained(tmp_path / "folder" / component)
+    lora = lora_for(tmp_path / "folder", tmp_path / "l.safetensors", dialect="diffusers", share=1.0)
+    assert family != "sdxl" or "text_encoder_2.text_projection" in lora.changes
+    fold(tmp_path / "folder", [(tmp_path / "l.safetensors", 1.0)], tmp_path / "tuned")
+    if family == "sd2":  # whose single files have a layer more, which a folder does without
+        tensors = load_file(base)
+        layer = "cond_stage_model.model.transformer.resblocks."
+        save_file(tensors | {k.replace(f"{layer}1.", f"{layer}2."): t for k, t in tensors.items() if layer in k}, base)
+    found, _, notes = extract(Checkpoint(base), Checkpoint(tmp_path / "tuned"), 6, None)
+    assert found.changes.keys() == lora.changes.keys()
+    for name, change in lora.changes.items():
+        np.testing.assert_allclose(found.changes[name].delta(), change.delta(), rtol=1e-3, atol=1e-4)
+    assert any("layers.2 is in one of the two only" in note for note in notes) == (family == "sd2")
+
+
 # -------------------------------------------------------------------------------------- command line
 
 
@@ -455,6 +608,22 @@ def test_the_command_does_each_of_its_things(folder, tmp_path, monkeypatch, caps
     assert "out: it exists; choose another name" in capsys.readouterr().err
 
 
+def test_dtype_is_that_of_what_is_written(folder, tmp_path, monkeypatch, capsys):
+    lora_for(folder, tmp_path / "l.safetensors", dialect="diffusers")
+    loras, out = tmp_path / "l.safetensors", tmp_path / "x.safetensors"
+    assert run(monkeypatch, "--loras-only", loras, "--dtype", "float16", "--output", out) == 0
+    assert "of its bytes are zeros that make the ranks equal" in capsys.readouterr().out
+    assert {entry.dtype for entry in TensorFile(out).entries.values()} == {"F16"}
+    mixed = ("--loras-only", out, f"{out}:0.3", "--rank", "3", "--output", tmp_path / "y.safetensors")
+    assert run(monkeypatch, *mixed) == 0  # and without, that of what is read
+    assert {entry.dtype for entry in TensorFile(tmp_path / "y.safetensors").entries.values()} == {"F16"}
+    assert run(monkeypatch, folder, loras, "--dtype", "bfloat16", "--output", tmp_path / "merged") == 0
+    assert "of the change arrived, after rounding to BF16" in capsys.readouterr().out
+    extracted = ("--extract", folder, tmp_path / "merged", "--rank", "2", "--dtype", "bfloat16", "--output")
+    assert run(monkeypatch, *extracted, tmp_path / "z.safetensors") == 0
+    assert {entry.dtype for entry in TensorFile(tmp_path / "z.safetensors").entries.values()} == {"BF16"}
+
+
 def test_no_command_imports_torch(folder, tmp_path):
     """It takes longer to import than a checkpoint to copy; each command runs in a process of its own."""
     lora_for(folder, tmp_path / "l.safetensors", dialect="diffusers")
@@ -486,6 +655,12 @@ finally:
         (["--extract", "a", "b", "--output", "o", "--rank", "2", "--undo", "u"], "--undo has no effect on --extract"),
         (["--restore", "a", "--output", "o"], "--restore takes MERGED UNDO, not a"),
         (["--restore", "--extract", "a", "b", "--output", "o", "--rank", "1"], "cannot be done at once"),
+        (
+            ["b", "l", "--output", "o", "--undo", "u", "--dtype", "float16"],
+            "--undo and --dtype cannot be given at once",
+        ),
+        (["--restore", "m", "u", "--output", "o", "--dtype", "float16"], "--dtype has no effect on --restore"),
+        (["b", "l", "--output", "o", "--dtype", "fp16"], "--dtype is 'fp16'; it can be float32, float16, bfloat16"),
         (["b", "l:nan", "--output", "o"], "the strength nan is not a finite number"),
         (["gone", "l", "--output", "o"], "gone: there is no such file or folder"),
     ],

@@ -88,6 +88,46 @@ def test_a_strength_that_gives_no_numbers_is_refused(command, lora):
         command(lora=(f"{lora}:1e39",))
 
 
+def with_word(lora, tiny_base, word: str, prompt: str, key: str):
+    """Write a LoRA file anew with a word whose vectors are those of a prompt's own words."""
+    base = Base(str(tiny_base), CPU)
+    ids = base.tokenizer(prompt).input_ids[1:-1]
+    vectors = base.text_encoder.get_input_embeddings().weight[ids].detach().clone()
+    file = lora / "pytorch_lora_weights.safetensors"
+    save_file(load_file(file) | {key.format(word): vectors}, lora / f"{word}.safetensors")
+    return lora / f"{word}.safetensors"
+
+
+@pytest.mark.parametrize("key", ["bundle_emb.{}.string_to_param.*", "bundle_emb.{}.clip_l", "bundle_emb.{}.emb_params"])
+def test_a_word_that_a_lora_brings_is_drawn_by_its_vectors(key, command, lora, tiny_base, capsys):
+    file = with_word(lora, tiny_base, "qzx", "red apple", key)
+    assert np.array_equal(command(lora=(str(file),), prompt=("qzx",)), command(lora=(str(lora),)))
+    assert "brings the word 'qzx'" in capsys.readouterr().out
+    assert not np.array_equal(command(lora=(str(lora),), prompt=("qzx",)), command(lora=(str(lora),)))
+
+
+def test_a_word_that_does_not_fit_is_said_and_can_be_left_out(command, lora, capsys):
+    file = lora / "w.safetensors"
+    tensors = load_file(lora / "pytorch_lora_weights.safetensors")
+    for key, vectors, said in (
+        (
+            "bundle_emb.qzx.clip_l",
+            torch.ones(2, 768),
+            "its word 'qzx' has vectors of 768 numbers, and text_encoder of 16",
+        ),
+        ("bundle_emb.qzx.clip_g", torch.ones(1280), "its word 'qzx' is for a text_encoder_2, which is not here"),
+        ("bundle_emb.!.clip_l", torch.ones(1, 16), "its word '!' is in the vocabulary of text_encoder already"),
+        ("bundle_emb.qzx.clip_l", torch.ones(1, 16, dtype=torch.int32), r"clip_l, I32 \(1, 16\), holds no vectors"),
+    ):
+        save_file(tensors | {key: vectors}, file)
+        with pytest.raises(UserError, match=said):
+            command(lora=(str(file),))
+        if vectors.is_floating_point():
+            left_out = command(lora=(str(file),), allow_unmatched=True)
+            assert f"left out: {key} of {file}" in capsys.readouterr().out
+            assert np.array_equal(left_out, command(lora=(str(lora),)))
+
+
 def test_evaluating_restores_each_part():
     module = torch.nn.Sequential(torch.nn.Dropout(), torch.nn.Dropout())
     module[1].eval()

@@ -26,7 +26,7 @@ from ..settings.errors import UserError
 from .layout import Checkpoint
 from .names import Modules, split
 from .number_types import DTYPES, WEIGHTS, narrow, scratch, widen
-from .read import Change, FormatError, LoRA, read_lora, some
+from .read import Change, FormatError, LoRA, other_network, read_lora, some
 from .tensors import CHUNK, TensorFile, read_exactly, rewrite, staging
 from .undo import keeping, name_of
 
@@ -159,24 +159,30 @@ def fold(
     return Report(folded, unmatched, notes)
 
 
-def read_for(path: Path, modules: Modules | None, base: str, allow_unmatched: bool) -> LoRA:
-    """Read a LoRA for a base with the given modules; UserError if it does not fit."""
+def read_for(path: Path, modules: Modules | None, base: str, allow_unmatched: bool, with_words: bool = False) -> LoRA:
+    """Read a LoRA for a base with the given modules; UserError if it does not fit.
+
+    Learnt words that it brings count as unmatched, unless it is read `with_words`.
+    """
     try:
         lora = read_lora(path, modules)
     except FormatError as error:
         raise UserError(f"LoRA {error}") from error
-    if lora.unmatched and modules is None:
+    unmatched = [key for key in lora.unmatched if key not in lora.words]
+    if other := other_network(unmatched):
+        network, key = other
+        start = f"LoRA {path} " if modules is None else f"LoRA {path} was not made for this base: it "
+        raise UserError(f"{start}is one of {network} ({key}); those of Stable Diffusion 1, 2 and XL are read")
+    if unmatched and modules is None:
+        raise UserError(f"LoRA {path}: {unmatched[0]} does not spell out its module's name; give --base, which has it")
+    if unmatched and (not allow_unmatched or not lora.changes):
         raise UserError(
-            f"LoRA {path}: {lora.unmatched[0]} does not spell out its module's name; give --base, which has it"
+            f"LoRA {path} was not made for this base: nothing in {base} goes by the name in {some(unmatched, 3)}"
         )
-    if lora.words and not allow_unmatched:
+    if lora.words and not (with_words or allow_unmatched):
         raise UserError(
-            f"LoRA {path} brings learnt words (embeddings), which are not used: {some(lora.words, 3)}; "
-            "--allow-unmatched takes the rest of it"
-        )
-    if lora.unmatched and (not allow_unmatched or not lora.changes):
-        raise UserError(
-            f"LoRA {path} was not made for this base: nothing in {base} goes by the name in {some(lora.unmatched, 3)}"
+            f"LoRA {path} brings learnt words (embeddings), which only sample.py uses: {some(lora.words, 3)}; "
+            "minilora.merge --allow-unmatched leaves them out"
         )
     return lora
 

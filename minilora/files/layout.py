@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from ..settings.errors import UserError
+from .from_hub import base_path
 from .names import COMPONENTS, UNET, diffusers_unet_paths, full_name, modules_of_original
 from .number_types import DTYPES, WEIGHTS, widen
 from .tensors import PICKLES, Entry, TensorFile, write_whole
@@ -33,7 +34,7 @@ class Checkpoint:
     """
 
     def __init__(self, path: Path):
-        self.path = path
+        self.path = path = base_path(path)
         self.files: dict[Path, TensorFile] = {}  # by path relative to `path`
         self.others: list[Path] = []
         self.left_out: list[Path] = []  # weights of other kinds, which would be those of the base
@@ -66,10 +67,18 @@ class Checkpoint:
 
     def weight(self, name: str) -> np.ndarray:
         """Return the weight of a module, in float32 or, if it is stored so, in float64."""
-        # Of several variants the one of the widest type, and not the one from before the moving average.
-        home = min(self.homes[name], key=lambda h: (-self._width(h), "non_ema" in h.file.name))
+        home = self._home(name)
         stored = self.files[home.file].read(home.key)
         return widen(stored.T if home.transposed else stored[home.first_row : home.first_row + home.shape[0]])
+
+    def type_of(self, name: str) -> str:
+        """Return the type that the weight of a module is stored in, as safetensors files call it."""
+        home = self._home(name)
+        return self.files[home.file].entries[home.key].dtype
+
+    def _home(self, name: str) -> Home:
+        """Return, of several variants, that of the widest type, and not the one from before the moving average."""
+        return min(self.homes[name], key=lambda h: (-self._width(h), "non_ema" in h.file.name))
 
     def _width(self, home: Home) -> int:
         return DTYPES[self.files[home.file].entries[home.key].dtype].itemsize

@@ -17,7 +17,8 @@ import numpy as np
 
 from ..settings.errors import UserError
 from .layout import Checkpoint
-from .number_types import narrow
+from .names import last_layer
+from .number_types import WEIGHTS, narrow, rounding_error, widen
 from .read import Change, LoRA
 
 
@@ -95,16 +96,25 @@ def extract(
 
     Raises UserError for checkpoints whose modules are not the same.
     """
-    if one.modules != two.modules:
-        different = [n for n in one.modules | two.modules if one.modules.get(n) != two.modules.get(n)]
+    shapes, others = one.modules, two.modules
+    different = [n for n in shapes | others if shapes.get(n) != others.get(n)]
+    last = last_layer(shapes | others)
+    if any(not n.startswith(last) or (n in shapes and n in others) for n in different):
         raise UserError(f"{one.path} and {two.path} differ in {len(different)} modules, as {different[0]}")
     changes, report, equal = {}, Reduction(), 0
-    for name, shape in one.modules.items():
-        difference = (two.weight(name) - one.weight(name).astype(np.float64)).reshape(shape[0], -1)  # (out, in)
+    rounded: dict[str, list[str]] = {}  # by types
+    for name, shape in shapes.items():
+        if name in different:
+            continue
+        weight, tuned, kinds = one.weight(name), two.weight(name), (one.type_of(name), two.type_of(name))
+        difference = (tuned - weight.astype(np.float64)).reshape(shape[0], -1)  # (out, in)
         if not np.isfinite(difference).all():
             raise UserError(f"{name} holds numbers that are not finite in {one.path} or {two.path}")
         if not difference.any():
             equal += 1
+            continue
+        if _is_rounding(weight, tuned, *kinds):
+            rounded.setdefault(" and ".join(kinds), []).append(name)
             continue
         # The singular vectors of the shorter side, from the square of the matrix: in float64 that
         # loses nothing that float32 weights hold.
@@ -117,12 +127,17 @@ def extract(
         changes[name] = _split(left, values, right, shape[1:], rank, energy)
         _note(report, name, values, changes[name].rank)
     notes = [f"{equal} modules are the same in both"] if equal else []
+    for types, names in rounded.items():
+        notes.append(f"{len(names)} modules are left out, as {names[0]}: they differ by the rounding to {types} only")
+    if different:
+        notes.append(f"{last.removesuffix('.')} is in one of the two only: Stable Diffusion 2 does without it")
     if one.files.keys() != two.files.keys():
         notes.append("other tensors (norms, biases, embeddings) were not compared: the files are not the same")
     elif others := sum(1 for _ in _others_that_differ(one, two)):
         notes.append(f"{others} other tensors differ (norms, biases, embeddings); no LoRA can hold them")
     if not changes:
-        raise UserError(f"{one.path} and {two.path} have the same weights; there is no LoRA between them")
+        but = ", but for rounding" if rounded else ""
+        raise UserError(f"{one.path} and {two.path} have the same weights{but}; there is no LoRA between them")
     return LoRA(changes), report, notes
 
 
@@ -154,5 +169,19 @@ def _others_that_differ(one: Checkpoint, two: Checkpoint) -> Iterator[str]:
         for key in file.entries.keys() & other.entries.keys():
             if (path, key) in known or key.startswith(("model_ema.", "first_stage_model.")):
                 continue
-            if file.read(key).tobytes() != other.read(key).tobytes():
+            kinds = file.entries[key].dtype, other.entries[key].dtype
+            if kinds[0] != kinds[1] and all(kind in WEIGHTS for kind in kinds):
+                same = _is_rounding(widen(file.read(key)), widen(other.read(key)), *kinds)
+            else:
+                same = file.read(key).tobytes() == other.read(key).tobytes()
+            if not same:
                 yield key
+
+
+def _is_rounding(one: np.ndarray, two: np.ndarray, kind: str, other: str) -> bool:
+    """Whether two arrays may be the same numbers rounded to two types; to one type that would give equal ones."""
+    if kind == other or one.shape != two.shape:
+        return False
+    larger = np.maximum(np.abs(one), np.abs(two))
+    most = rounding_error(larger, kind) + rounding_error(larger, other)
+    return bool((np.abs(two - one.astype(np.float64)) <= most).all())

@@ -14,7 +14,7 @@ from ..lora import KINDS, LoRALinear, inject_lora, layers_with, original_layers,
 from ..settings.errors import UserError, refuse
 from .fold import Folded, Report, read_for
 from .names import COMPONENTS, TEXT_ENCODER, TEXT_ENCODER_2, UNET, full_name
-from .read import Change, LoRA
+from .read import Change, LoRA, Word, some
 from .write import write_lora
 
 
@@ -62,14 +62,20 @@ def load_lora(
 ) -> Report:
     """Put the LoRA of a file into a module or a diffusers pipeline under a name, in place, and report on it.
 
-    `path` is a file or folder of any dialect.  Raises UserError, with nothing changed, if it is not a
-    LoRA, has a shape that does not fit, or unmatched keys (unless `allow_unmatched`).
+    `path` is a file or folder of any dialect.  Learnt words that it brings are taught to a pipeline's tokenizers, for
+    good.  Raises UserError, with nothing changed, if it is not a LoRA, has a shape that does not fit, unmatched
+    keys, or words that cannot be taught (unless `allow_unmatched`).
     """
     live, modules = live_modules(target), components(target)
     shapes = {full: shape for full, (_, _, shape) in live.items()}
     where = " and ".join(modules)
-    lora = read_for(Path(path), shapes, where, allow_unmatched)
-    report = Report([], {str(path): lora.unmatched} if lora.unmatched else {}, [])
+    lora = read_for(Path(path), shapes, where, allow_unmatched, with_words=hasattr(target, "load_textual_inversion"))
+    problems = {key: problem for key, word in lora.words.items() if (problem := _no_word_for(target, word))}
+    if problems and not allow_unmatched:
+        raise UserError(f"LoRA {path}: {some(problems.values())}; --allow-unmatched leaves it out")
+    words = {key: word for key, word in lora.words.items() if key not in problems}
+    unmatched = [key for key in lora.unmatched if key not in words]
+    report = Report([], {str(path): unmatched} if unmatched else {}, [])
     for component, module in modules.items():
         mine = {live[full][1]: change for full, change in lora.changes.items() if live[full][0] == component}
         if not mine:
@@ -89,7 +95,31 @@ def load_lora(
         weights = {path_there: module.get_submodule(path_there).base.weight for path_there in mine}
         relative = {p: abs(strength) * mine[p].norm() / max(weights[p].float().norm().item(), 1e-30) for p in mine}
         report.folded.append(Folded(f"{path} at {strength:g}", component, relative))
+    for word in words.values():
+        tokenizer, encoder = _readers(target, word)
+        vectors = torch.from_numpy(word.vectors)
+        target.load_textual_inversion(vectors, token=word.text, tokenizer=tokenizer, text_encoder=encoder)
+        report.notes.append(f"{path} brings the word {word.text!r}, {len(vectors)} vectors of {word.component}")
     return report
+
+
+def _readers(pipeline, word: Word) -> tuple:
+    """Return the tokenizer and the text encoder of a pipeline that a word is for; None for each that it lacks."""
+    tokenizer = word.component.replace("text_encoder", "tokenizer")
+    return getattr(pipeline, tokenizer, None), getattr(pipeline, word.component, None)
+
+
+def _no_word_for(target, word: Word) -> str | None:
+    """Return why a pipeline cannot be taught a word, if it cannot."""
+    tokenizer, encoder = _readers(target, word)
+    if tokenizer is None or encoder is None:
+        return f"its word {word.text!r} is for a {word.component}, which is not here"
+    width = encoder.get_input_embeddings().weight.shape[1]
+    if word.vectors.shape[1] != width:
+        return f"its word {word.text!r} has vectors of {word.vectors.shape[1]} numbers, and {word.component} of {width}"
+    if word.text in tokenizer.get_vocab():
+        return f"its word {word.text!r} is in the vocabulary of {word.component} already"
+    return None
 
 
 # --------------------------------------------------------------------------------------------- tensors

@@ -34,6 +34,14 @@ DTYPES = {name: np.dtype(dtype) for name, dtype in DTYPES.items()}
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 EPSILON = {"F64": 2.0**-52, "F32": 2.0**-23, "F16": 2.0**-10, "BF16": 2.0**-7, "F8_E4M3": 2.0**-3, "F8_E5M2": 2.0**-2}
 WEIGHTS = tuple(EPSILON)  # the types that a weight can have
+_LOWEST = {
+    "F64": -1022,
+    "F32": -126,
+    "F16": -14,
+    "BF16": -126,
+    "F8_E4M3": -6,
+    "F8_E5M2": -14,
+}  # exponent of full digits
 
 
 _kept = threading.local()
@@ -82,6 +90,12 @@ def narrow(wide: np.ndarray, name: str) -> np.ndarray:
         return _to_f16(wide.ravel()).reshape(wide.shape)
     with np.errstate(over="ignore"):
         return wide.astype(dtype)
+
+
+def rounding_error(numbers: np.ndarray, name: str) -> np.ndarray:
+    """Return by how much rounding to the type of that name changes each number at most: half its last place."""
+    sizes = np.maximum(np.abs(numbers), 2.0 ** _LOWEST[name])
+    return np.ldexp(EPSILON[name] / 2, np.frexp(sizes)[1] - 1)
 
 
 def _from_f16(stored: np.ndarray, out: np.ndarray) -> None:

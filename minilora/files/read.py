@@ -29,13 +29,24 @@ import numpy as np
 
 from ..settings.errors import UserError
 from ..settings.strict_json import parse_json
-from .names import COMPONENTS, TEXT_ENCODER, UNET, Modules, full_name, known_by, last_layer, numbered, split
+from .from_hub import FILE_NAME, PEFT_CONFIG, PEFT_FILE, lora_path
+from .names import (
+    COMPONENTS,
+    TEXT_ENCODER,
+    TEXT_ENCODER_2,
+    UNET,
+    Modules,
+    full_name,
+    known_by,
+    last_layer,
+    numbered,
+    split,
+)
 from .number_types import NAMES, WEIGHTS, widen
 from .tensors import PICKLE_HELP, PICKLES, TensorFile, refuse_more_than_memory
 
-FILE_NAME = "pytorch_lora_weights.safetensors"  # of diffusers
 AVERAGE_NAME = "pytorch_lora_weights_ema.safetensors"  # of --ema, beside it
-PEFT_CONFIG, PEFT_FILE, PEFT_PREFIX = "adapter_config.json", "adapter_model.safetensors", "base_model.model."
+PEFT_PREFIX = "base_model.model."
 
 Tensors = dict[str, np.ndarray]  # as they are stored (number_types.py)
 
@@ -72,17 +83,26 @@ class Change:
         return abs(self.scale) * float(np.linalg.norm(self.B.astype(np.float64) @ r.T))
 
 
+@dataclass(frozen=True)
+class Word:
+    """A word that was learnt beside a LoRA (textual inversion): the vectors that a text encoder reads in its place."""
+
+    text: str
+    component: str
+    vectors: np.ndarray  # (one or more, width)
+
+
 @dataclass
 class LoRA:
     """A LoRA: its changes by the modules' full names, and what its file said about it.
 
-    `unmatched` names the file's keys that belong to no module of the base; those in `words` hold learnt words.
+    `unmatched` names the file's keys that belong to no module of the base; some of them are of `words`.
     """
 
     changes: dict[str, Change]
     metadata: dict[str, str] = field(default_factory=dict)
     unmatched: list[str] = field(default_factory=list)
-    words: list[str] = field(default_factory=list)
+    words: dict[str, Word] = field(default_factory=dict)
 
 
 # ------------------------------------------------------------------------------------------- reading
@@ -121,11 +141,13 @@ def read_lora(path: Path, modules: Modules | None = None) -> LoRA:
     """Read a LoRA file or folder of any dialect, for a base with the given modules.
 
     `path` is a .safetensors file; a folder with pytorch_lora_weights.safetensors; or a PEFT adapter
-    folder, its file, or a folder with PEFT folders `unet`, `text_encoder` and so on in it.  Without `modules` only
+    folder, its file, or a folder with PEFT folders `unet`, `text_encoder` and so on in it; or it names one on
+    the Hugging Face hub (from_hub.py).  Without `modules` only
     dialects that spell names out can be read.  Raises FormatError, naming the file and every key,
     for what is no LoRA, is incomplete, or does not fit the base; unmatched keys
     are left to the caller, in `unmatched`.
     """
+    path = lora_path(path)
     if path.is_dir() and not (path / FILE_NAME).exists():
         return _read_peft(path, modules)
     path = path / FILE_NAME if path.is_dir() else path
@@ -143,14 +165,14 @@ def read_lora(path: Path, modules: Modules | None = None) -> LoRA:
             raise FormatError(f"{path}: its lora_adapter_metadata says nothing of {component}, as of {name}")
         return _peft_scale(config, module, rank) if configs else 1.0
 
-    words = [key for key in tensors if key.startswith("bundle_emb.") or metadata.get(key) == "<embed>"]
+    words = _words_in(path, tensors, metadata)
     tensors = {key: tensor for key, tensor in tensors.items() if key not in words}
     nowhere: list[str] = []
     if any(_COUNTED.fullmatch(key) for key in tensors):
         tensors, nowhere = _named_from_counted(path, tensors, metadata, modules)
     lora = _gather(path, tensors, modules, scale_of)
-    lora.unmatched.extend(words + nowhere)
-    lora.words.extend(words)
+    lora.unmatched.extend([*words, *nowhere])
+    lora.words.update(words)
     lora.metadata.update(metadata)
     return lora
 
@@ -166,6 +188,31 @@ def _read_tensors(path: Path) -> tuple[Tensors, dict[str, str]]:
     except (OSError, UserError) as error:
         reason = str(error).removeprefix(f"{path}: ")
         raise FormatError(f"{path}: not a safetensors file that can be read ({reason})") from error
+
+
+def _words_in(path: Path, tensors: Tensors, metadata: dict[str, str]) -> dict[str, Word]:
+    """Return the learnt words of a file by their keys: `bundle_emb.WORD.…` of A1111, or cloneofsimo's WORD itself."""
+    words, problems = {}, []
+    for key, tensor in tensors.items():
+        if key.startswith("bundle_emb."):
+            text, _, part = key.removeprefix("bundle_emb.").partition(".")
+        elif metadata.get(key) == "<embed>":
+            text, part = key, ""
+        else:
+            continue
+        if (
+            NAMES[tensor.dtype] in WEIGHTS
+            and tensor.ndim in (1, 2)
+            and tensor.size
+            and np.isfinite(widen(tensor)).all()
+        ):
+            component = TEXT_ENCODER_2 if part == "clip_g" else TEXT_ENCODER
+            words[key] = Word(text, component, widen(tensor).reshape(-1, tensor.shape[-1]))
+        else:
+            problems.append(f"{key}, {NAMES[tensor.dtype]} {tensor.shape}, holds no vectors of a word")
+    if problems:
+        raise FormatError(f"{path}: {some(problems)}")
+    return words
 
 
 def _gather(path: Path, tensors: Tensors, modules: Modules | None, scale_of: Callable[[str, int], float]) -> LoRA:
@@ -191,11 +238,6 @@ def _gather(path: Path, tensors: Tensors, modules: Modules | None, scale_of: Cal
             if part in parts.setdefault(module, {}):
                 problems.append(f"{key} and {parts[module][part][0]} are the same part of {module}")
             parts[module][part] = (key, tensor)
-    for network in _OTHERS.values():  # in their order: the first ones say most
-        if key := next((key for key in unmatched if _other_network(key) == network), None):
-            raise FormatError(
-                f"{path}: it is a LoRA of {network} ({key}); those of Stable Diffusion 1, 2 and XL are read"
-            )
     changes = {}
     for module, found in parts.items():
         change = _change(
@@ -211,9 +253,13 @@ def _gather(path: Path, tensors: Tensors, modules: Modules | None, scale_of: Cal
     return LoRA(dict(sorted(changes.items(), key=lambda item: order[item[0]])), unmatched=unmatched)
 
 
-def _other_network(key: str) -> str | None:
-    """Return which network a key is of, if its name tells that it is no Stable Diffusion 1, 2 or XL."""
-    return next((network for look, network in _OTHERS.items() if re.match(look, key)), None)
+def other_network(keys: Iterable[str]) -> tuple[str, str] | None:
+    """Return which network some keys are of that is no Stable Diffusion 1, 2 or XL, and one that tells; mostly None."""
+    keys = list(keys)
+    for look, network in _OTHERS.items():  # in their order: the first ones say most
+        if key := next((key for key in keys if re.match(look, key)), None):
+            return network, key
+    return None
 
 
 def some(problems: Iterable[str], most: int = 5) -> str:

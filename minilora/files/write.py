@@ -65,12 +65,19 @@ def difference(one: LoRA, two: LoRA) -> float:
 def as_diffusers(lora: LoRA) -> dict[str, tuple[Tensors, dict[str, str]]]:
     """Return the file of the diffusers dialect, as tensors and metadata by file name.
 
-    The scale is folded into B: programs disagree on where else to look for it.
+    The scale is folded into B: programs disagree on where else to look for it.  What a file from kohya's trainer says
+    of itself stays, for a way back.
     """
     tensors = {}
     for name, (change, rank) in _with_file_ranks(lora).items():
         tensors[f"{name}.lora_A.weight"], tensors[f"{name}.lora_B.weight"] = _stored(name, change, rank)
-    return {FILE_NAME: (tensors, {"format": "pt"})}
+    return {FILE_NAME: (tensors, _kept_words(lora) | {"format": "pt"})}
+
+
+def _kept_words(lora: LoRA) -> dict[str, str]:
+    """Return what a file in kohya's dialect said of itself, but for hashes, ranks and alphas, which are others now."""
+    words = {key: value for key, value in lora.metadata.items() if key.startswith(("ss_", "modelspec."))}
+    return {key: value for key, value in words.items() if key not in ("ss_network_dim", "ss_network_alpha")}
 
 
 def _with_file_ranks(lora: LoRA) -> dict[str, tuple[Change, int]]:
@@ -111,11 +118,11 @@ def as_kohya(lora: LoRA, modules: Modules) -> dict[str, tuple[Tensors, dict[str,
         known, architecture, resolution = family
         about |= {"ss_base_model_version": known, "ss_v2": str(known.startswith("sd_v2"))}
         about |= {"modelspec.architecture": f"{architecture}/lora", "modelspec.resolution": resolution}
+    about |= {"ss_network_args": "{}", "modelspec.implementation": "diffusers", "modelspec.title": "LoRA"}
     # What a file from kohya's trainer says of itself wins over that; what follows is so for any LoRA written here.
-    about |= {k: v for k, v in lora.metadata.items() if k.startswith(("ss_", "modelspec."))}
-    about |= {"ss_network_module": "networks.lora", "ss_network_args": "{}"}
-    about |= {"ss_network_dim": rank, "ss_network_alpha": rank, "modelspec.sai_model_spec": "1.0.1"}
-    about |= {"modelspec.implementation": "diffusers", "modelspec.title": "LoRA"}
+    about |= _kept_words(lora)
+    about |= {"ss_network_module": "networks.lora", "ss_network_dim": rank, "ss_network_alpha": rank}
+    about |= {"modelspec.sai_model_spec": "1.0.1"}
     # The two hashes that user interfaces know a file by: of the tensors' bytes, and of 64 kB at a fixed place.
     content = tensor_bytes(tensors, {key: value for key, value in about.items() if key.startswith("ss_")})
     first = 8 + int.from_bytes(content[:8], "little")

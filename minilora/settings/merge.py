@@ -20,7 +20,7 @@ class MergeConfig(Settings):
 
     files: tuple[str, ...] = setting(
         (),
-        "base, a diffusers folder or a .safetensors file, and LoRAs, each with a strength if it is not 1",
+        "base, a diffusers folder, hub id or .safetensors file, and LoRAs, each with a strength if it is not 1",
         group=MERGING,
         metavar="BASE LORA[:STRENGTH] …",
         basic=True,

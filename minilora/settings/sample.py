@@ -81,6 +81,9 @@ class SampleConfig(Settings):
 
     model: str | None = setting(None, MODEL_HELP, group=MODEL, metavar="BASE", basic=True)
     lora: tuple[str, ...] = setting((), LORA_HELP, repeat=True, group=MODEL, metavar="LORA[:STRENGTH]", basic=True)
+    allow_unmatched: bool = setting(
+        False, "leave out keys and learnt words of a LoRA that have no place in the base", group=MODEL
+    )
     model_config: str | None = setting(None, MODEL_CONFIG_HELP, group=MODEL, metavar="FOLDER")
     strengths: tuple[float, ...] = setting(
         (),

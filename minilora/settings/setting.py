@@ -7,7 +7,8 @@ the command line from it and reads the same names from a JSON file.
 import dataclasses
 import json
 import math
-from collections.abc import Collection
+import re
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -135,10 +136,22 @@ class Settings:
             wrong += [
                 f"{option(field.name)} is {as_typed(value, about['separator'])}; it must be {p}" for p in problems
             ]
+        if field.name == "negative" or "prompt" in field.name.split("_"):
+            wrong += self._tags_in(field.name, [value for value in values if value])
         if about["needs"] and field.name in given:
             other, what = about["needs"]
             wrong += [] if getattr(self, other) else [f"{option(field.name)} needs {option(other)}, {what}"]
         return wrong
+
+    def _tags_in(self, name: str, prompts: Iterable[str]) -> list[str]:
+        """Return a complaint about each `<lora:NAME:STRENGTH>` in a prompt: A1111 reads it, here it is words."""
+        other = next((f" {option(n)}" for n in ("lora", "base_lora") if hasattr(self, n)), "")
+        return [
+            f"{option(name)}: {tag[0]} is not read in a prompt"
+            + (f"; take it out and give{other} {tag[1]}.safetensors{tag[2] or ''}" if other else "; take it out")
+            for prompt in prompts
+            for tag in re.finditer(r"<(?:lora|lyco|locon):([^:<>]+)(:[-+\d.]+)?[^<>]*>", prompt)
+        ]
 
     @classmethod
     def following(cls, values: dict) -> dict:

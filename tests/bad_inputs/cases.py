@@ -509,6 +509,15 @@ def peft_folder(place: Place, text: str = "{}") -> Path:
     return place.write("peft/adapter_model.safetensors", save(GOOD)).parent
 
 
+def peft_file_alone(place: Place) -> Path:
+    return place.write("alone/adapter_model.safetensors", save(GOOD))
+
+
+def other(name: str) -> bytes:
+    down = name.replace("up", "down") if name.endswith("up") else name.replace("lora_B", "lora_A")
+    return save({f"{name}.weight": torch.ones(64, 2), f"{down}.weight": torch.ones(2, 64)})
+
+
 def of(more: dict, metadata: dict | None = None) -> bytes:
     return save(GOOD | more, metadata)
 
@@ -557,6 +566,29 @@ LORAS = [
     ("has whole numbers", of({A: torch.ones(2, 16, dtype=torch.int64)}), "of types I64 and F32"),
     ("was made for other widths", of({A: torch.ones(2, 24)}), "but the base's weight is"),
     ("was made for another model", save({"transformer.x.lora_A.weight": torch.ones(1)}), "not made for this base"),
+    ("was made for Flux", other("lora_unet_double_blocks_0_img_mlp_0.lora_up"), "it is one of Flux (lora_unet_double"),
+    (
+        "was made for Stable Diffusion 3",
+        other("lora_unet_joint_blocks_0_x.lora_up"),
+        "it is one of Stable Diffusion 3 (",
+    ),
+    (
+        "was made for another transformer",
+        other("transformer.transformer_blocks.0.attn.to_q.lora_B"),
+        "it is one of a diffusion transformer, as Stable Diffusion 3 is one (transformer.",
+    ),
+    ("has a bias", of({f"{PAIR}.lora.up.bias": torch.ones(16)}), "belongs to LoRA with a bias, which is not LoRA"),
+    (
+        "brings a learnt word of another family",
+        of({"bundle_emb.sks.clip_l": torch.ones(1, 768)}),
+        "its word 'sks' has vectors of 768 numbers",
+    ),
+    (
+        "brings a word for a second text encoder",
+        of({"bundle_emb.sks.clip_g": torch.ones(1, 1280)}),
+        "its word 'sks' is for a text_encoder_2, which is not here; --allow-unmatched leaves it out",
+    ),
+    ("brings a learnt word", of({"bundle_emb.sks.emb_params": torch.ones(2, 16)}), "brings the word 'sks'", True),
     ("is LoHa", of({"lora_unet_x.hada_w1_a": torch.ones(2)}), "belongs to LoHa, which is not LoRA"),
     ("is LoKr", of({"lora_unet_x.lokr_w1": torch.ones(2)}), "belongs to LoKr, which is not LoRA"),
     ("is DoRA", of({"lora_unet_x.dora_scale": torch.ones(2)}), "belongs to DoRA, which is not LoRA"),
@@ -571,6 +603,8 @@ LORAS = [
     ("is a PEFT folder whose settings are no JSON", partial(peft_folder, text="{"), "adapter_config.json: Expecting"),
     ("is a PEFT folder whose settings are a list", partial(peft_folder, text="[]"), "settings are no JSON object"),
     ("is a PEFT folder whose pattern has no end", partial(peft_folder, text=SLOW), "could take for ever to look for"),
+    ("is a PEFT file without its settings", peft_file_alone, "its scale stands in adapter_config.json"),
+    ("is the file in a PEFT folder", lambda place: peft_folder(place) / "adapter_model.safetensors", "wrote", True),
     ("is a PEFT folder", peft_folder, "wrote", True),
     ("is one that fits", lambda place: place.run, "wrote", True),
 ]
@@ -578,6 +612,7 @@ LORAS = [
 # ---------------------------------------------------------------------------------------- prompts
 
 PROMPTS = [
+    ("names a LoRA as A1111 reads it", "a dog <lora:film:0.8>", "take it out and give --lora film.safetensors:0.8"),
     ("is empty", "", "wrote", True),
     ("is only spaces", "  ", "wrote", True),
     ("has 10,000 words", LONG, "sees only the beginning of a prompt; it sees nothing of “…word", True),

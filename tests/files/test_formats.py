@@ -15,11 +15,11 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from minilora.files.names import full_name, kohya_names
+from minilora.files.names import full_name, kohya_names, original_unet_paths
 from minilora.files.network import components, live_modules
 from minilora.files.number_types import EPSILON
 from minilora.files.read import FILE_NAME, Change, FormatError, LoRA, read_lora
-from minilora.files.tensors import tensor_bytes
+from minilora.files.tensors import TensorFile, tensor_bytes
 from minilora.files.write import DIALECTS, as_kohya, difference, write_lora
 from minilora.models.base import BUNDLED
 
@@ -133,6 +133,94 @@ def test_every_spelling_of_diffusers_is_read(name, down, up, tmp_path):
     assert found == f"unet.{path}"
 
 
+def original(name: str, family: str) -> str:
+    path = name.removeprefix("unet.")
+    return original_unet_paths(n.removeprefix("unet.") for n in MODULES[family] if n.startswith("unet."))[path]
+
+
+WRITERS = {  # how each calls the modules, and the endings that it writes
+    "ComfyUI": (
+        lambda name, family: f"diffusion_model.{original(name, family)}",
+        {"text_encoder": "text_encoders.clip_l.transformer.", "text_encoder_2": "text_encoders.clip_g.transformer."},
+        ("lora_up", "lora_down"),
+    ),
+    "ComfyUI of Stable Diffusion 2": (
+        lambda name, family: f"diffusion_model.{original(name, family)}",
+        {"text_encoder": "text_encoders.clip_h.transformer."},
+        ("lora_B", "lora_A"),
+    ),
+    "bare": (original, {}, ("lora_B", "lora_A")),
+    "OneTrainer": (lambda name, family: f"unet.{original(name, family)}", {}, ("lora_up", "lora_down")),
+    "LyCORIS": (lambda name, family: f"lycoris_{name[5:].replace('.', '_')}", {}, ("lora_up", "lora_down")),
+    "LyCORIS of original names": (
+        lambda name, family: f"lycoris_{original(name, family).replace('.', '_')}",
+        {},
+        ("lora_up", "lora_down"),
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    ("writer", "family"),
+    [(w, f) for w in WRITERS for f in FAMILIES if f == "sd2" or w != "ComfyUI of Stable Diffusion 2"],
+)
+def test_names_of_other_programs_are_read(writer, family, tmp_path):
+    unet_name, encoders, (up, down) = WRITERS[writer]
+    if family == "sd2" and writer == "ComfyUI":
+        encoders = {}
+    lora = random_lora(MODULES[family], 7)
+    lora.changes = {n: c for n, c in lora.changes.items() if n.split(".")[0] in ("unet", *encoders)}
+    tensors = {}
+    for name, change in lora.changes.items():
+        component, path = name.split(".", 1)
+        called = unet_name(name, family) if component == "unet" else f"{encoders[component]}{path}"
+        b = torch.from_numpy(change.B)
+        tensors[f"{called}.{down}.weight"] = torch.from_numpy(change.A)
+        tensors[f"{called}.{up}.weight"] = b[..., None, None] if change.A.ndim == 4 else b
+        tensors[f"{called}.alpha"] = torch.tensor(change.scale * change.rank)
+    save_file(tensors, tmp_path / "o.safetensors")
+    found = read_lora(tmp_path / "o.safetensors", MODULES[family])
+    assert not found.unmatched
+    assert difference(lora, found) < 1  # alpha is float32, too
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_save_lora_adapter_of_diffusers_writes_is_read(family, tmp_path):
+    unet = make_unet(family)
+    patterns = {"rank_pattern": {"attn2.to_k": 3}, "alpha_pattern": {"attn2.to_k": 12}}
+    unet.add_adapter(
+        LoraConfig(r=2, lora_alpha=6, target_modules=["to_k", "conv2"], init_lora_weights=False, **patterns)
+    )
+    unet.save_lora_adapter(tmp_path / "a")
+    theirs = {n: m.get_delta_weight("default") for n, m in unet.named_modules() if hasattr(m, "get_delta_weight")}
+    for modules in (MODULES[family], None):  # only a U-Net has such names
+        lora = read_lora(tmp_path / "a", modules)
+        assert lora.changes.keys() == {f"unet.{name}" for name in theirs}
+        for name, delta in theirs.items():
+            torch.testing.assert_close(in_torch(lora.changes[f"unet.{name}"]), delta)
+
+
+@pytest.mark.parametrize("name", ["adapter_model.safetensors", "renamed.safetensors"])
+def test_the_scale_of_a_peft_file_that_is_named_itself_stands_beside_it(name, tmp_path):
+    lora = random_lora({n: s for n, s in MODULES["sd1"].items() if n.startswith("text_encoder.")}, 3)
+    write_lora(tmp_path / "l", lora, "peft", MODULES["sd1"])
+    folder = tmp_path / "l" / "text_encoder"
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(
+        json.dumps(config | {"use_rslora": True, "alpha_pattern": {}, "lora_alpha": 5})
+    )
+    by_folder = read_lora(folder, MODULES["sd1"])
+    (folder / "adapter_model.safetensors").rename(folder / name)
+    by_file = read_lora(folder / name, MODULES["sd1"])
+    assert by_file.changes.keys() == lora.changes.keys()
+    for change_name, change in by_folder.changes.items():
+        assert by_file.changes[change_name].scale == change.scale == 5 / np.sqrt(lora.changes[change_name].rank)
+    if name == "adapter_model.safetensors":
+        (folder / "adapter_config.json").unlink()
+        with pytest.raises(FormatError, match=r"its scale stands in adapter_config\.json, which must lie beside it"):
+            read_lora(folder / name, MODULES["sd1"])
+
+
 def test_old_text_encoder_files_of_diffusers_are_read(tmp_path):
     name = "text_encoder.text_model.encoder.layers.0.self_attn.to_{}_lora"
     tensors = {
@@ -144,6 +232,20 @@ def test_old_text_encoder_files_of_diffusers_are_read(tmp_path):
     wanted = {f"text_encoder.text_model.encoder.layers.0.self_attn.{n}_proj" for n in ("q", "out")}
     assert read_lora(tmp_path / "t.safetensors", MODULES["sd1"]).changes.keys() == wanted
     assert read_lora(tmp_path / "t.safetensors").changes.keys() == wanted
+
+
+def test_a_single_file_of_stable_diffusion_2_has_a_layer_more_than_is_counted(tmp_path):
+    layer = "text_encoder.text_model.encoder.layers."
+    more = {n.replace(f"{layer}1.", f"{layer}2."): s for n, s in MODULES["sd2"].items() if n.startswith(f"{layer}1.")}
+    names = [f"{layer}{n}.self_attn.{leaf}_proj" for n in (0, 1) for leaf in ("k", "v", "q", "out")]
+    tensors, wanted = {}, {}
+    for number, name in enumerate(names):
+        a, b = torch.randn(2, 16), torch.randn(16, 2)
+        tensors |= {f"text_encoder:{number}:down": a, f"text_encoder:{number}:up": b}
+        wanted[name] = Change(a.numpy(), b.numpy())
+    save_file(tensors, tmp_path / "c.safetensors", {"text_encoder": '["CLIPAttention"]'})
+    for modules in (MODULES["sd2"], MODULES["sd2"] | more):
+        assert difference(LoRA(wanted), read_lora(tmp_path / "c.safetensors", modules)) < 1e-6
 
 
 @pytest.mark.parametrize("old", [False, True])
@@ -169,7 +271,7 @@ def test_counted_modules_of_a_text_encoder_and_of_older_diffusers(old, tmp_path)
     save_file(tensors, tmp_path / "c.safetensors", about)
     lora = read_lora(tmp_path / "c.safetensors", MODULES["sd1"])
     assert difference(LoRA(wanted), lora) < 1e-6
-    assert lora.unmatched == ["<cat>"]
+    assert lora.unmatched == list(lora.words) == ["<cat>"]
     only_unet = {n: s for n, s in MODULES["sd1"].items() if n.startswith("unet.")}
     assert len(read_lora(tmp_path / "c.safetensors", only_unet).unmatched) == 1 + 2 * len(encoder)
 
@@ -261,16 +363,14 @@ def pipeline(request):
 @pytest.mark.parametrize("dialect", ["diffusers", "kohya"])
 def test_diffusers_reads_every_change(dialect, tmp_path, pipeline):
     modules = {n: s for n, s in MODULES[pipeline.family].items() if "text_projection" not in n}
-    ranks = (1, 6)
     if dialect == "kohya":
         # What diffusers does not read: modules outside of blocks and, under their original names, all
-        # but attention; and where ranks differ it gives attention modules a wrong scale.
+        # but attention.
         outside = ("time_emb", "conv_in", "conv_out", "add_embedding")
         modules = {n: s for n, s in modules.items() if not any(word in n for word in outside)}
         if pipeline.family == "sdxl":
             modules = {n: s for n, s in modules.items() if not n.startswith("unet.") or ".attentions." in n}
-        ranks = (4, 5)
-    lora = random_lora(modules, 5, ranks=ranks)
+    lora = random_lora(modules, 5, ranks=(1, 6))
     write_lora(tmp_path / "l.safetensors", lora, dialect, MODULES[pipeline.family])
     pipeline.load_lora_weights(tmp_path / "l.safetensors", adapter_name=dialect)
     theirs = {}
@@ -282,6 +382,55 @@ def test_diffusers_reads_every_change(dialect, tmp_path, pipeline):
     assert theirs.keys() == lora.changes.keys()
     for name, delta in theirs.items():
         torch.testing.assert_close(delta, in_torch(lora.changes[name]))
+
+
+@pytest.mark.parametrize("stored", ["F32", "BF16"])
+@pytest.mark.parametrize("dialect", ["diffusers", "kohya"])
+def test_each_component_of_a_file_has_one_rank_and_reading_gives_the_several_back(dialect, stored, tmp_path):
+    """Diffusers before 0.40 takes the most frequent rank of a component for the alpha of all its modules."""
+    lora = random_lora(MODULES["sdxl"], 8, stored=stored)
+    padding = write_lora(tmp_path / "l.safetensors", lora, dialect, MODULES["sdxl"])
+    shapes = {key: tensor.shape for key, tensor in load_file(tmp_path / "l.safetensors").items()}
+    ranks: dict[str, set[int]] = {}
+    for key, shape in shapes.items():
+        if key.endswith((".lora_A.weight", ".lora_down.weight")):
+            ranks.setdefault(key.split("_enc" if dialect == "kohya" else ".")[0], set()).add(shape[0])
+    most: dict[str, int] = {}
+    for name, change in lora.changes.items():
+        most[name.split(".")[0]] = max(change.rank, most.get(name.split(".")[0], 0))
+    assert len(most) == 3
+    assert {rank for each in ranks.values() for rank in each} == set(most.values())
+    assert dialect == "kohya" or ranks == {component: {rank} for component, rank in most.items()}
+    back = read_lora(tmp_path / "l.safetensors", MODULES["sdxl"])
+    assert {name: change.rank for name, change in back.changes.items()} == {n: c.rank for n, c in lora.changes.items()}
+    numbers = sum((most[n.split(".")[0]] - c.rank) * (c.A[0].size + len(c.B)) for n, c in lora.changes.items())
+    assert padding == numbers * (4 if stored == "F32" else 2) > 0
+    # With one rank there is nothing to make equal.
+    assert (
+        write_lora(tmp_path / "one.safetensors", random_lora(MODULES["sd1"], 8, ranks=(3, 4)), dialect, MODULES["sd1"])
+        == 0
+    )
+
+
+@pytest.mark.parametrize("stored", ["F16", "BF16"])
+def test_a_change_of_dialect_keeps_the_type_of_every_tensor(stored, tmp_path):
+    lora = random_lora(MODULES["sd1"], 4, stored=stored)  # with scales, which are folded into B
+    for dialect in ("kohya", "diffusers"):
+        write_lora(tmp_path / "l.safetensors", lora, dialect, MODULES["sd1"])
+        assert {e.dtype for e in TensorFile(tmp_path / "l.safetensors").entries.values()} == {stored}
+
+
+def test_what_a_kohya_file_says_of_itself_survives_the_way_through_another_dialect(tmp_path):
+    modules, lora = MODULES["sd2"], random_lora(MODULES["sd2"], 2)
+    words = {"modelspec.title": "A style", "modelspec.author": "somebody", "ss_tag_frequency": '{"1_cat": {"cat": 3}}'}
+    lora.metadata.update(words | {"ss_network_dim": "77", "sshs_model_hash": "of other bytes"})
+    for number, dialect in enumerate(("kohya", "diffusers", "kohya")):
+        write_lora(tmp_path / f"{number}.safetensors", lora, dialect, modules)
+        lora = read_lora(tmp_path / f"{number}.safetensors", modules)
+        assert words.items() <= lora.metadata.items()
+        assert "77" not in lora.metadata.values()
+    assert lora.metadata["sshs_model_hash"] != "of other bytes"
+    assert (tmp_path / "0.safetensors").read_bytes() == (tmp_path / "2.safetensors").read_bytes()
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -331,6 +480,10 @@ def good() -> dict[str, torch.Tensor]:
         ("lora_unet_x.diff", "a full difference"),
         ("lora_unet_x.diff_b", "a full difference"),
         (f"{TO_Q}.lora_B.bias", "LoRA with a bias"),
+        (f"{TO_Q}.lora.up.bias", "LoRA with a bias"),
+        ("lora_unet_x.lora_up.bias", "LoRA with a bias"),
+        ("text_encoder.x.lora_linear_layer.up.bias", "LoRA with a bias"),
+        ("lora_unet_x.bias_indices", "LoRA with a bias"),
     ],
 )
 def test_what_is_not_lora_is_refused_by_its_name(key, kind, tmp_path):

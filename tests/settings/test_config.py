@@ -166,6 +166,7 @@ SHOWN = {  # which test shows what a setting does, but for the CHANGES of test_t
         "model": "test_families.py::test_a_lora_trained_here_draws_the_same_in_diffusers",
         "model_config": "test_families.py::test_loras_are_folded_into_a_single_file_as_into_a_folder",
         "lora": "test_sampling.py::test_several_loras_add_up",
+        "allow_unmatched": "test_sampling.py::test_a_word_that_does_not_fit_is_said_and_can_be_left_out",
         "strengths": "test_sampling.py::test_strengths_make_one_row_per_seed_and_one_column_per_strength",
         "grid": "test_restyle.py::test_a_grid_mixes_two_loras",
         "precision": "test_sampling.py::test_half_precision_draws_nearly_the_same",
@@ -269,6 +270,38 @@ def test_a_size_in_the_file_is_a_number_or_two(tmp_path):
     for written, size in (("64", (64,)), ("[64, 48]", (64, 48)), ("null", None)):
         file.write_text(f'{{"prompt": "a", "size": {written}}}')
         assert read(SampleConfig, ["--config", str(file)], "").size == size
+
+
+@pytest.mark.parametrize(
+    ("settings", "words", "said"),
+    [
+        (
+            SampleConfig,
+            ["--prompt", "a dog <lora:film:0.7>, grain"],
+            "--prompt: <lora:film:0.7> is not read in a prompt; take it out and give --lora film.safetensors:0.7",
+        ),
+        (
+            SampleConfig,
+            ["--prompt", "a", "--negative", "<lyco:b>"],
+            "--negative: <lyco:b> is not read in a prompt; take it out and give --lora b.safetensors",
+        ),
+        (
+            TrainConfig,
+            ["--data", "x", "--sample-prompt", "a", "--sample-prompt", "<lora:c:-1:5>", "--sample-every", "1"],
+            "--sample-prompt: <lora:c:-1:5> is not read in a prompt; take it out and give --base-lora c.safetensors:-1",
+        ),
+        (
+            MorphConfig,
+            ["a.png", "b.png", "--prompt-a", "a", "--prompt-b", "<locon:d:1>"],
+            "--prompt-b: <locon:d:1> is not read in a prompt; take it out",
+        ),
+    ],
+)
+def test_a_lora_in_a_prompt_is_an_error_that_tells_how_to_give_it(settings, words, said):
+    with pytest.raises(UserError) as error:
+        read(settings, words, "")
+    assert str(error.value) == said
+    read(SampleConfig, ["--prompt", "1 < 2, a <lora and a lora:b> or <3"], "")
 
 
 HELPFUL = [TrainConfig, SampleConfig, MergeConfig, RestoreConfig, RestyleConfig]

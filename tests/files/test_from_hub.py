@@ -1,0 +1,144 @@
+"""files/from_hub.py: what a stand-in of the hub has is read as if it lay here, and later without a network, too."""
+
+import json
+import re
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import random_lora
+from huggingface_hub import close_session, constants
+from safetensors.torch import save_file
+
+from minilora.files.fold import fold
+from minilora.files.layout import Checkpoint
+from minilora.files.read import read_lora
+from minilora.files.write import difference, write_lora
+from minilora.settings.errors import UserError
+
+COMMIT = "0" * 39 + "1"
+MODULES = {f"unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_{n}": (8, 8) for n in "qkv"}
+
+
+class Answer(BaseHTTPRequestHandler):
+    """Answer for the repositories in `server.repos`, each a dictionary of files by their paths."""
+
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *_) -> None:
+        pass
+
+    def do_GET(self) -> None:
+        path = self.path.split("?")[0]
+        if found := re.fullmatch(r"/api/models/(\w+/\w+)(?:/revision/\w+)?", path):
+            self.send(self.server.repos.get(found[1]) and {"id": found[1], "sha": COMMIT, "siblings": []})
+        elif found := re.fullmatch(r"/api/models/(\w+/\w+)/tree/\w+", path):
+            files = self.server.repos.get(found[1])
+            self.send(files and [{"type": "file", "path": p, "size": len(c), "oid": "0"} for p, c in files.items()])
+        elif found := re.fullmatch(r"/(\w+/\w+)/resolve/\w+/(.+)", path):
+            self.send(self.server.repos.get(found[1], {}).get(found[2]))
+        else:
+            raise AssertionError(f"the hub was asked for {self.path}")
+
+    do_HEAD = do_GET
+
+    def send(self, content: bytes | list | dict | None) -> None:
+        body = content if isinstance(content, bytes) else json.dumps(content or {"error": "Not found"}).encode()
+        self.send_response(404 if content is None else 200)
+        for name, value in {"ETag": f'"{hash(body)}"', "X-Repo-Commit": COMMIT, "Content-Length": len(body)}.items():
+            self.send_header(name, str(value))
+        if content is None:
+            self.send_header("X-Error-Code", "RepoNotFound")
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(body)
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Answer)
+    server.repos = {}
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    address = f"http://127.0.0.1:{server.server_port}"
+    cache = str(tmp_path / "cache")
+    for name, value in {"ENDPOINT": address, "HF_HUB_CACHE": cache, "HF_HUB_DISABLE_XET": True}.items():
+        monkeypatch.setattr(constants, name, value)  # which are read from the environment only once
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.chdir(tmp_path)
+    close_session()
+    yield server
+    server.shutdown()
+    server.server_close()
+    close_session()
+
+
+def files_of(folder) -> dict[str, bytes]:
+    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+@pytest.mark.parametrize(
+    ("names", "asked"),
+    [
+        (["style.safetensors", "optimizer.safetensors", "README.md"], "someone/lora"),
+        (["other.safetensors", "pytorch_lora_weights.safetensors"], "someone/lora"),
+        (["a.safetensors", "deep/b.safetensors"], "someone/lora/deep/b.safetensors"),
+    ],
+)
+def test_a_lora_is_chosen_as_by_diffusers_or_named_and_read_again_without_a_network(
+    names, asked, hub, tmp_path, monkeypatch
+):
+    lora, other = (random_lora(MODULES, seed, share=1) for seed in (1, 2))
+    meant = asked.partition("lora/")[2] or next((n for n in names if n.startswith("pytorch")), names[0])
+    for name in names:
+        write_lora(tmp_path / "hub" / name, lora if name == meant else other, "diffusers", MODULES)
+    hub.repos["someone/lora"] = files_of(tmp_path / "hub")
+    assert difference(lora, read_lora(Path(asked), MODULES)) <= 1
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    hub.repos.clear()
+    assert difference(lora, read_lora(Path(asked), MODULES)) <= 1
+
+
+def test_a_peft_adapter_on_the_hub_has_its_scale(hub, tmp_path):
+    lora = random_lora(MODULES, 3, share=1, ranks=(2, 3))
+    write_lora(tmp_path / "hub", lora, "peft", MODULES)
+    config = tmp_path / "hub" / "unet" / "adapter_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"lora_alpha": 14}))
+    hub.repos["someone/adapter"] = files_of(tmp_path / "hub")
+    changes = read_lora(Path("someone/adapter"), MODULES).changes
+    assert [change.scale for change in changes.values()] == [7] * len(MODULES)
+
+
+def test_a_base_on_the_hub_is_merged_into(hub, tmp_path):
+    weights = {f"{name.removeprefix('unet.')}.weight": torch.randn(8, 8) for name in MODULES}
+    base = tmp_path / "base"
+    (base / "unet").mkdir(parents=True)
+    save_file(weights, base / "unet" / "diffusion_pytorch_model.safetensors")
+    (base / "model_index.json").write_text('{"_class_name": "StableDiffusionPipeline"}')
+    half = {key: tensor.half() for key, tensor in weights.items()}
+    save_file(half, base / "unet" / "diffusion_pytorch_model.fp16.safetensors")
+    hub.repos["someone/base"] = files_of(base)
+    write_lora(tmp_path / "l.safetensors", random_lora(MODULES, 3), "diffusers", MODULES)
+    fold(Path("someone/base"), [(Path("l.safetensors"), 0.5)], tmp_path / "merged")
+    (base / "unet" / "diffusion_pytorch_model.fp16.safetensors").unlink()
+    fold(base, [(Path("l.safetensors"), 0.5)], tmp_path / "here")
+    assert files_of(tmp_path / "merged") == files_of(tmp_path / "here")
+
+
+def test_what_cannot_be_had_from_the_hub_is_said(hub, tmp_path):
+    hub.repos |= {"someone/several": {"a.safetensors": b"x", "b.safetensors": b"y"}, "someone/none": {"a.ckpt": b"x"}}
+    for name, said in {
+        "someone/gone": "LoRA someone/gone: there is no such file or folder, and none of that name on the hub",
+        "someone/several": "the .safetensors file that is meant: someone/several/a.safetensors, or another of 2",
+        "someone/none": "LoRA someone/none: give the .safetensors file that is meant: but it has none",
+        "someone/none/b.safetensors": "LoRA someone/none/b.safetensors: there is no such file or folder, and none",
+        "here.safetensors": "here.safetensors: not a safetensors file that can be read",
+        "folder/here.bin": "folder/here.bin: a pickle, which can run code",
+    }.items():
+        with pytest.raises(UserError, match=re.escape(said)) as error:
+            read_lora(Path(name), MODULES)
+        assert "\n" not in str(error.value)
+    with pytest.raises(UserError, match="someone/gone: there is no such file or folder, and none of that name on"):
+        Checkpoint(Path("someone/gone"))
+    assert not list(tmp_path.glob("someone*"))
