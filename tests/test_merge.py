@@ -211,7 +211,7 @@ def test_the_report_says_how_much_of_the_change_rounding_left(stored, dtype, siz
         said = float(re.search(r"([\d.]+)% of the change arrived, after rounding to", line)[1])
         assert said == pytest.approx(100 * max(0, share), abs=0.06)  # it is rounded to a tenth, of a float32 sum
         assert line.startswith("warning: ") == (share < 0.95)
-        assert line.endswith("see --dtype") == (share < 0.95)
+        assert line.endswith("; see --dtype") == (share < 0.95)
 
 
 @pytest.mark.parametrize("dtype", list(DTYPES))

@@ -78,17 +78,17 @@ class Rounding:
 
 
 def arrived(roundings: Iterable[Rounding]) -> list[str]:
-    """Return a line for each component on how much of ΔW arrived: 1 − ‖W′ − W − ΔW‖ / ‖ΔW‖, and not less than 0."""
-    by_component: dict[str, list[Rounding]] = {}
+    """Return a line for each component and type on how much of ΔW arrived: 1 − ‖W′ − W − ΔW‖ / ‖ΔW‖, at least 0."""
+    alike: dict[tuple[str, str], list[Rounding]] = {}
     for rounding in roundings:
-        by_component.setdefault(rounding.component, []).append(rounding)
+        alike.setdefault((rounding.component, rounding.type), []).append(rounding)
     lines = []
-    for component, several in by_component.items():
-        lost, whole = (sum(getattr(rounding, name) for rounding in several) for name in ("lost", "whole"))
+    for (component, kind), several in sorted(alike.items()):
+        lost, whole = (math.fsum(getattr(rounding, name) for rounding in several) for name in ("lost", "whole"))
         share = max(0.0, 1 - math.sqrt(lost / whole)) if whole else 1.0
-        after = f"{share:.1%} of the change arrived, after rounding to {' and '.join({r.type: 0 for r in several})}"
-        enough = share >= ENOUGH
-        lines.append(f"{component}: {after}" if enough else f"warning: {component}: only {after}; see --dtype")
+        after = f"{share:.1%} of the change arrived, after rounding to {kind}"
+        wider = "" if kind in ("F32", "F64") else "; see --dtype"
+        lines.append(f"{component}: {after}" if share >= ENOUGH else f"warning: {component}: only {after}{wider}")
     return lines
 
 

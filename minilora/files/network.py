@@ -37,8 +37,10 @@ def live_modules(target) -> dict[str, tuple[str, str, tuple[int, ...]]]:
     return result
 
 
-def save_lora(target, path: str | Path, name: str = "default", dialect: str = "diffusers") -> None:
+def save_lora(target, path: str | Path, name: str = "default", dialect: str = "diffusers") -> int:
     """Write the LoRA called `name` that a module or a diffusers pipeline carries; the same LoRA gives the same bytes.
+
+    Returns how many of the bytes are zeros, which make several ranks equal (docs/merging.md).
 
     `dialect` is "diffusers", "kohya" (for A1111, ComfyUI and kohya's tools) or "peft" (`path` is then a
     folder).  The scale alpha / rank is folded into B, because not every program reads it from elsewhere.
@@ -54,7 +56,7 @@ def save_lora(target, path: str | Path, name: str = "default", dialect: str = "d
     if not changes:
         raise ValueError(f"this {type(target).__name__} carries no LoRA named {name!r}; inject_lora or load_lora first")
     shapes = {full: shape for full, (_, _, shape) in live.items()}
-    write_lora(Path(path), LoRA(changes), dialect, shapes)
+    return write_lora(Path(path), LoRA(changes), dialect, shapes)
 
 
 def load_lora(

@@ -26,7 +26,7 @@ def finish(run: Run) -> Path:
     sheet_name = None
     in_dialects = {"kohya": f"{run.output.resolve().name}.safetensors", "peft": "peft"}
     if run.ranks.is_main:
-        save_lora(run.network, lora_file)
+        zeros = save_lora(run.network, lora_file)
         if run.average:
             with ema_weights(run.network, run.average):
                 save_lora(run.network, run.output / AVERAGE_NAME)
@@ -41,6 +41,10 @@ def finish(run: Run) -> Path:
         card = model_card(config, run.examples.items, run.base.is_xl, sheet_name)
         write_whole(run.output / "README.md", card.encode())
         run.ranks.say(f"wrote      {lora_file}{f' and {sheet_file}' if sheet_name else ''}")
+        if zeros:
+            run.ranks.say(
+                f"ranks      {zeros:,} bytes of the LoRA are zeros, so that every program reads its ranks alike"
+            )
     wait_for_all()  # drawing may take long, and sends heartbeats; pushing sends none
     if config.push_to_hub:
         results = [FILE_NAME, *([AVERAGE_NAME] if config.ema else []), *([BEST] if config.validation else [])]
