@@ -563,7 +563,9 @@ def test_extracting_between_a_folder_and_a_single_file(family, tmp_path, tokeniz
     if family == "sd2":  # whose single files have a layer more, which a folder does without
         tensors = load_file(base)
         layer = "cond_stage_model.model.transformer.resblocks."
-        save_file(tensors | {k.replace(f"{layer}1.", f"{layer}2."): t for k, t in tensors.items() if layer in k}, base)
+        save_file(
+            tensors | {k.replace(f"{layer}1.", f"{layer}2."): t.clone() for k, t in tensors.items() if layer in k}, base
+        )
     found, _, notes = extract(Checkpoint(base), Checkpoint(tmp_path / "tuned"), 6, None)
     assert found.changes.keys() == lora.changes.keys()
     for name, change in lora.changes.items():

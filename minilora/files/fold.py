@@ -30,7 +30,7 @@ from .read import Change, FormatError, LoRA, other_network, read_lora, some
 from .tensors import CHUNK, TensorFile, read_exactly, rewrite, staging
 from .undo import keeping, name_of
 
-SEEN = 1 << 15  # numbers of each piece of a tensor on which it is measured what rounding lost
+SEEN = 1 << 12  # numbers of each piece of a tensor on which it is measured what rounding took
 ENOUGH = 0.95  # of the change; where less has arrived, there is a warning
 
 # ---------------------------------------------------------------------------------------------- report
@@ -251,9 +251,9 @@ def _added(
         original = raw[:rows].reshape(-1).view(np.uint8)
         read_exactly(source, original, file.path)
         weight = widen(raw[:rows], wide[:rows])  # (rows, columns)
-        seen = min(rows, seen_shape[0])
+        seen, spans = min(rows, seen_shape[0]), []
         if parts:
-            before[:seen], wanted[:seen] = weight[:seen], 0
+            before[:seen] = weight[:seen]
         for part in parts:
             begin, end = max(first, part.first_row), min(first + rows, part.first_row + len(part.B))
             if begin < end:
@@ -263,18 +263,19 @@ def _added(
                 with np.errstate(over="ignore", invalid="ignore"):  # it is looked for below
                     change = np.matmul(b, part.A, product[: len(mine)])
                     mine += change
-                    until = max(begin - first, min(end - first, seen))
-                    wanted[begin - first : until] += change[: until - (begin - first)]
+                    if begin - first < seen:
+                        spans.append(slice(begin - first, min(end - first, seen)))
+                        wanted[spans[-1]] = change[: spans[-1].stop - spans[-1].start]
         extremes = np.array([weight.min(), weight.max()])
         if not np.isfinite(widen(narrow(extremes, kind))).all():
             modules = f" ({', '.join(split(part.module)[1] for part in parts)})" if parts else ""
             raise UserError(f"{file.path}: {key}{modules} would not be finite numbers of type {kind}")
         new = narrow(weight, kind)
-        if parts:
-            error = widen(new[:seen]) - before[:seen]
-            error -= wanted[:seen]
+        for span in spans:
+            error = widen(new[span]) - before[span]
+            error -= wanted[span]
             lost += float(np.vdot(error, error))
-            whole += float(np.vdot(wanted[:seen], wanted[:seen]))
+            whole += float(np.vdot(wanted[span], wanted[span]))
         new = new.reshape(-1).view(np.uint8)
         if keep:
             keep(first * columns * stored.itemsize, original, new)

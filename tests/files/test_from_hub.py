@@ -62,6 +62,8 @@ def hub(tmp_path, monkeypatch):
     server.repos = {}
     threading.Thread(target=server.serve_forever, daemon=True).start()
     address = f"http://127.0.0.1:{server.server_port}"
+    template = address + "/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
     cache = str(tmp_path / "cache")
     for name, value in {"ENDPOINT": address, "HF_HUB_CACHE": cache, "HF_HUB_DISABLE_XET": True}.items():
         monkeypatch.setattr(constants, name, value)  # which are read from the environment only once
