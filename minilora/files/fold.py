@@ -1,12 +1,11 @@
 """Fold LoRAs into a checkpoint: W ← W + Σ sᵢ · ΔWᵢ, file to file, streaming.
 
-A checkpoint is gigabytes of tensors of which a LoRA changes some.  Nothing is loaded as a model: the
-header of a safetensors file says where each tensor's bytes are, so the bytes of the others are copied,
-and those of a changed tensor are read, changed in float32, rounded once to their own type, and written,
-a few rows at a time.  The result has the same headers, order and files as the base, unless another type
-is asked for, in which all weights are then written.
+A checkpoint has gigabytes of tensors, and a LoRA changes some of them.  No model is loaded: the header of a safetensors
+file says where the bytes of each tensor are.  The bytes of unchanged tensors are copied.  Those of a changed tensor are
+read, summed in float32, rounded once to their own type and written, a few rows at a time.  The result has the same
+files, headers and order as the base, unless --dtype asks for another type of all weights.
 
-Rounding takes what is small beside a weight: how much of ΔW is left after it is measured on a sample.
+Rounding removes what is too small beside a weight.  How much of ΔW arrives is measured on a sample.
 """
 
 import math
@@ -17,7 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import BinaryIO
 
-# Said before numpy is imported: the threads of its matrix products would get in the way of those of tensors.rewrite.
+# Set before numpy is imported: threads in its matrix products would compete with the threads of tensors.rewrite.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import numpy as np
@@ -55,7 +54,7 @@ class Folded:
 
 @dataclass
 class Report:
-    """What became of LoRAs: by LoRA and component, the unmatched keys, and what else is to be known."""
+    """The report on folding LoRAs: what each did to each component, the unmatched keys, and notes."""
 
     folded: list[Folded]
     unmatched: dict[str, list[str]]
@@ -97,7 +96,7 @@ def arrived(roundings: Iterable[Rounding]) -> list[str]:
 
 @dataclass(frozen=True)
 class Part:
-    """What is added to some rows of a tensor: B A, the scales being folded into B, for all LoRAs together."""
+    """What is added to some rows of a tensor: B A of all LoRAs together, with scales and strengths folded into B."""
 
     module: str
     first_row: int
@@ -118,10 +117,10 @@ def fold(
 ) -> Report:
     """Write `base` with LoRAs folded in, each at its strength, to `output`, in the layout of `base`.
 
-    The sum is taken in `dtype` and rounded once to each weight's own type, or to the type `written`, as "F32", which
-    all weights then get.  `undo` is a file that then holds the original bytes of what changed.  Raises UserError, with
-    nothing left under `output`, for files that cannot be read, unmatched keys (unless allowed), shapes
-    that do not fit, sums that are not finite numbers, and a disk without room.
+    The sum is computed in `dtype` and rounded once to each weight's own type, or to the type `written`, as "F32", for
+    all weights.  `undo` is a file for the original bytes of what changes.  Raises UserError, with nothing left under
+    `output`, for files that cannot be read, unmatched keys (unless allowed), shapes that do not fit, sums that are not
+    finite numbers, and a full disk.
     """
     if undo and undo.resolve().is_relative_to(output.resolve()):
         raise UserError(f"--undo {undo}: it would lie in the --output {output}; choose a place beside it")
@@ -188,16 +187,16 @@ def read_for(path: Path, modules: Modules | None, base: str, allow_unmatched: bo
 
 
 def _types(file: TensorFile, written: str | None) -> dict[str, str]:
-    """Return the types that tensors of a file are written in if they are not their own, by key.
+    """Return the type that each tensor of a file is written in, by key, if it is not its own type.
 
-    Those without a dot in their name are no weights of a network, but tables, as of the levels of noise.
+    Tensors without a dot in their name are not weights but tables, for example of noise levels, and keep their type.
     """
     weights = (key for key, entry in file.entries.items() if written and entry.dtype in WEIGHTS and "." in key)
     return {key: written for key in weights if file.entries[key].dtype != written}
 
 
 def _plan(checkpoint: Checkpoint, read: list[LoRA], loras: list[tuple[Path, float]], dtype: type):
-    """Return what is added to which tensors, by file and key, and a report whose changes are still absolute."""
+    """Return what is added to which tensors, by file and key, and a report with ‖sΔW‖ instead of ‖sΔW‖ / ‖W‖."""
     plan: dict[Path, dict[str, list[Part]]] = {}
     folded: dict[tuple[int, str], Folded] = {}
     changes: dict[str, list[tuple[Change, float]]] = {}

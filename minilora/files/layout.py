@@ -1,4 +1,4 @@
-"""A base on disk: which files it is made of, and where in them the weight of each module lies.
+"""A base on disk: its files, and where in them the weight of each module lies.
 
 Two layouts: a diffusers folder, with a sub-folder for each component, and the single file in which
 Stable Diffusion was published ("original").
@@ -37,7 +37,7 @@ class Checkpoint:
         self.path = path = base_path(path)
         self.files: dict[Path, TensorFile] = {}  # by path relative to `path`
         self.others: list[Path] = []
-        self.left_out: list[Path] = []  # weights of other kinds, which would be those of the base
+        self.left_out: list[Path] = []  # weights in other formats, into which nothing is merged
         self.homes: dict[str, list[Home]] = {}
         if path.is_dir():
             self._look_through_folder()
@@ -84,7 +84,7 @@ class Checkpoint:
         return DTYPES[self.files[home.file].entries[home.key].dtype].itemsize
 
     def copy_others(self, target: Path) -> None:
-        """Copy all that is not a weight into another folder."""
+        """Copy all files that are not weights into another folder."""
         for path in self.others:
             write_whole(target / path, (self.path / path).read_bytes())
 

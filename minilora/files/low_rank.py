@@ -1,11 +1,11 @@
 """LoRA with LoRA: merge several into one, reduce the rank, extract one from two checkpoints.
 
-A sum of changes is again a product of two thin matrices, the factors standing side by side,
+A sum of several ΔW is again a product of two thin matrices, with the factors side by side,
 
     s·B₁A₁ + t·B₂A₂ = [s·B₁  t·B₂] · [A₁; A₂]
 
-so merging is exact and the ranks add up.  The best change of a smaller rank is what the singular value
-decomposition keeps (Eckart and Young, 1936).  The large matrix is never formed for it: with B = Q R and
+so merging is exact and the ranks add up.  The best approximation of a smaller rank has the largest singular values
+(Eckart and Young, 1936).  The large matrix is never formed for it: with B = Q R and
 Aᵀ = P S, B A = Q (R Sᵀ) Pᵀ, and only the small core R Sᵀ is decomposed.  All in float64.
 """
 
@@ -41,9 +41,9 @@ class Reduction:
 
 
 def combine(loras: Sequence[tuple[LoRA, float]]) -> LoRA:
-    """Return Σ sᵢ · ΔWᵢ as one LoRA, exactly; its rank in each module is the sum of the ranks there.
+    """Return Σ sᵢ · ΔWᵢ as one LoRA, exactly; its rank in each module is the sum of their ranks.
 
-    Raises UserError for two LoRAs whose changes of a module have different shapes.
+    Raises UserError if two LoRAs have a ΔW of different shapes for a module.
     """
     changes: dict[str, list[tuple[Change, float]]] = {}
     for lora, strength in loras:
@@ -77,7 +77,7 @@ def of_type(lora: LoRA, name: str) -> LoRA:
 
 
 def reduce(lora: LoRA, rank: int | None, energy: float | None) -> tuple[LoRA, Reduction]:
-    """Return the best LoRA of a smaller rank, or of the smallest rank that keeps a share of each change's energy."""
+    """Return the best LoRA of a smaller rank, or of the smallest rank that keeps a share of each ΔW's energy."""
     result, report = {}, Reduction()
     for name, change in lora.changes.items():
         q, r = np.linalg.qr(change.B.astype(np.float64))  # (out, k), (k, rank)

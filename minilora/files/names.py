@@ -6,11 +6,10 @@
     kohya for SDXL    lora_unet_input_blocks_1_1_transformer_blocks_0_attn1_to_q
     ComfyUI           diffusion_model.input_blocks.1.1.transformer_blocks.0.attn1.to_q
 
-A full name is a component, "unet", "text_encoder" or "text_encoder_2", and the path of a module in
-it, as diffusers and CLIP have always had it: transformers 5.6 dropped "text_model." from CLIP's own
-names, files did not.  No name is taken apart by rule: underscores cannot be undone.  Instead the
-modules of a base are listed, every name that each is known by is written down, and a file's name is
-looked up.
+A full name is a component, "unet", "text_encoder" or "text_encoder_2", and the path of a module in it, as in diffusers
+and CLIP.  (transformers 5.6 dropped "text_model." from the paths in CLIP; files still have it.)  Names are not parsed,
+because an underscore may stand for a dot or for itself.  Instead, all names of each module of a base are listed, and a
+name in a file is looked up.
 
 "Original" is the layout of the single files that Stable Diffusion was published in.
 """
@@ -51,10 +50,10 @@ _ENDS = {
 
 
 def _unet_pairs(blocks: int, layers: int) -> list[tuple[str, str]]:
-    """Return (diffusers, original) for every part of a U-Net of so many blocks with so many layers each.
+    """Return (diffusers, original) for every part of a U-Net with `blocks` blocks of `layers` layers each.
 
-    Diffusers has a list of blocks with resnets, attentions and samplers in each; the original has
-    one flat list down and one up, in which each place holds a resnet, its attention and a sampler.
+    In diffusers, a U-Net is a list of blocks with resnets, attentions and samplers in each.  In the original layout it
+    is one flat list down and one up, and each item has a resnet, its attention and a sampler.
     """
     pairs = [*_ENDS.items(), ("mid_block.attentions.0", "middle_block.1")]
     resnets = [("mid_block.resnets.0", "middle_block.0"), ("mid_block.resnets.1", "middle_block.2")]
@@ -77,9 +76,9 @@ def _unet_pairs(blocks: int, layers: int) -> list[tuple[str, str]]:
 def _renamed(path: str, renaming: Mapping[str, str]) -> str | None:
     """Return a path with its longest known beginning renamed; None if none is known."""
     parts = path.split(".")
-    for cut in range(len(parts), 0, -1):
-        if found := renaming.get(".".join(parts[:cut])):
-            return ".".join([found, *parts[cut:]])
+    for length in range(len(parts), 0, -1):
+        if found := renaming.get(".".join(parts[:length])):
+            return ".".join([found, *parts[length:]])
     return None
 
 
@@ -128,8 +127,8 @@ _OPENCLIP = {
 def modules_of_original(key: str) -> list[str]:
     """Return the full names of the text-encoder modules whose weights a single file keeps under a key.
 
-    The weights of several modules lie one below the other, each an equal number of rows; OpenCLIP's
-    "text_projection" lies transposed.  Empty if the key is no weight of a text encoder.
+    The weights of several modules are stacked, with an equal number of rows each; OpenCLIP's "text_projection" is
+    transposed.  The list is empty if the key is not a weight of a text encoder.
     """
     for prefix, component, layout in _ORIGINAL_TEXT_ENCODERS:
         if not key.startswith(prefix):
@@ -217,7 +216,7 @@ def last_layer(modules: Iterable[str]) -> str:
 
 
 _IN_ATTENTION = [f"attn{n}.to_{leaf}" for n in (1, 2) for leaf in ("q", "k", "v", "out.0")]
-# What is found below a module of each class, in the order in which a model lists its modules.
+# The layers below a module of each class, in the order in which a model lists its modules.
 _LEAVES = {
     "CrossAttention": _IN_ATTENTION,
     "Attention": _IN_ATTENTION,
@@ -227,7 +226,7 @@ _LEAVES = {
 
 
 def numbered(modules: Iterable[str], component: str, classes: Iterable[str]) -> list[list[str]]:
-    """Return the modules below the given classes in the orders that they may be counted in.
+    """Return the modules below the given classes, once in each order that they may be counted in.
 
     Raises KeyError for a class whose modules are not known.
     """
@@ -237,7 +236,7 @@ def numbered(modules: Iterable[str], component: str, classes: Iterable[str]) -> 
     )
 
     def place(name: str) -> tuple:
-        # Down, up, then the middle, which is made last; within them as numbered.
+        # Down, up, then the middle block, which is created last; within these by number.
         block = re.search(r"\.(down|up|mid)_block", name)
         numbers = [int(n) for n in re.findall(r"(?<=\.)\d+(?=\.)", name)]
         return ("down", "up", "mid").index(block[1]) if block else 0, numbers

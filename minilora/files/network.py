@@ -1,8 +1,8 @@
-"""LoRA files in and out of a network that is in memory: a module, or all parts of a diffusers pipeline.
+"""LoRA files in and out of a network in memory: a module, or all parts of a diffusers pipeline.
 
     a file of any dialect  <->  {full name: A, B, scale}  <->  LoRA layers in the network
 
-The names in between are those of the network's own layers (names.py), the dialects those of read.py.
+Full names are explained in names.py, dialects in read.py.
 """
 
 from pathlib import Path
@@ -19,7 +19,7 @@ from .write import write_lora
 
 
 def components(target) -> dict[str, nn.Module]:
-    """Return what can carry LoRA in a module, or in a diffusers pipeline, by the name it has in files."""
+    """Return the parts of a module or a diffusers pipeline that can have a LoRA, by their names in files."""
     parts = {name: getattr(target, name, None) for name in COMPONENTS}
     if not isinstance(target, nn.Module) or parts[UNET] is not None:
         return {name: part for name, part in parts.items() if part is not None}
@@ -28,7 +28,7 @@ def components(target) -> dict[str, nn.Module]:
 
 
 def live_modules(target) -> dict[str, tuple[str, str, tuple[int, ...]]]:
-    """Return (component, path, shape of the weight) of every layer that can carry LoRA, by its full name."""
+    """Return (component, path, shape of the weight) of every layer that can have a LoRA, by its full name."""
     result = {}
     for component, module in components(target).items():
         for path, layer in original_layers(module).items():
@@ -38,7 +38,7 @@ def live_modules(target) -> dict[str, tuple[str, str, tuple[int, ...]]]:
 
 
 def save_lora(target, path: str | Path, name: str = "default", dialect: str = "diffusers") -> int:
-    """Write the LoRA called `name` that a module or a diffusers pipeline carries; the same LoRA gives the same bytes.
+    """Write the LoRA called `name` of a module or a diffusers pipeline; the same LoRA gives the same bytes.
 
     Returns how many of the bytes are zeros, which make several ranks equal (docs/merging.md).
 

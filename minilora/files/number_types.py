@@ -9,14 +9,14 @@ A floating-point number is a sign, an exponent and a fraction:
     F8_E5M2    1 +  5 +  2     the upper half of an F16
     F8_E4M3    1 +  4 +  3     up to 448; it has no infinity, and one NaN
 
-`widen` makes numbers that can be computed with, and loses nothing.  `narrow` rounds them, once, to the
-nearest number of a type, of two equally near ones to the one whose last bit is 0, as IEEE 754 and torch
-do.  What is too large becomes infinite, or in F8_E4M3 the largest number.
+`widen` converts numbers to float32 or float64, exactly.  `narrow` rounds them once to the nearest number of a type; of
+two equally near ones it takes the one whose last bit is 0, as IEEE 754 and torch do.  A number that is too large
+becomes infinite, or in F8_E4M3 the largest number.
 
-The bits are moved by hand where numpy's own casts, number by number, take several times as long.
+Bits are moved by hand where numpy's own casts take several times as long.
 
-An array of a type that numpy lacks is one of records with a single field, so that it has the type about
-it.  Sources: IEEE 754-2019; Micikevicius et al., "FP8 formats for deep learning", 2022.
+An array of a type that numpy lacks is an array of records with a single field, whose name is the type.
+Sources: IEEE 754-2019; Micikevicius et al., "FP8 formats for deep learning", 2022.
 """
 
 import math
@@ -48,7 +48,7 @@ _kept = threading.local()
 
 
 def scratch(name: str, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    """Return an array over memory that this thread keeps: pages that are new cost as much as the sums on them."""
+    """Return an array in memory that this thread uses again: fresh pages would cost as much time as the sums."""
     size = math.prod(shape) * dtype.itemsize
     if len(getattr(_kept, name, b"")) < size:
         setattr(_kept, name, np.empty(size, np.uint8))
@@ -99,7 +99,7 @@ def rounding_error(numbers: np.ndarray, name: str) -> np.ndarray:
 
 
 def _from_f16(stored: np.ndarray, out: np.ndarray) -> None:
-    """Put the bits where float32 has them, and multiply by what the exponents then lack, 2^(127 - 15)."""
+    """Move the bits to their places in float32, and multiply by 2^(127 - 15), which the exponents then lack."""
     exponents = np.bitwise_and(
         stored.view(np.int16), 0x7C00, out=scratch("exponents", stored.shape, np.dtype(np.int16))
     )
@@ -141,7 +141,7 @@ def _to_f16(wide: np.ndarray) -> np.ndarray:
 
 
 def _to_bf16(wide: np.ndarray) -> np.ndarray:
-    """Round to the upper halves of float32 numbers: half of the last place is added, and the lower half cut off."""
+    """Round to the upper halves of float32 numbers: add half of the last place, and drop the lower half."""
     bits = (_to_odd(wide) if wide.dtype == np.float64 else wide).view(np.uint32)
     half = np.right_shift(bits, 16, out=scratch("half", bits.shape, bits.dtype))
     half &= 1  # just under half of the last place for an even number, half for an odd one
@@ -154,10 +154,10 @@ def _to_bf16(wide: np.ndarray) -> np.ndarray:
 
 
 def _to_odd(wide: np.ndarray) -> np.ndarray:
-    """Return float64 numbers as float32, of the two neighbours the one whose last bit is 1.
+    """Return float64 numbers as float32; an inexact one becomes the neighbour whose last bit is 1.
 
-    So a number beside the middle of two shorter ones does not come to lie on it, and rounding the
-    result is rounding the number (Boldo and Melquiond, 2008).
+    So a number near the middle between two BF16 numbers does not land on the middle, and rounding the result equals
+    rounding the number once (Boldo and Melquiond, 2008).
     """
     with np.errstate(over="ignore"):
         near = wide.astype(np.float32)
@@ -168,7 +168,7 @@ def _to_odd(wide: np.ndarray) -> np.ndarray:
 
 
 def _steps(exponent: int, fraction: int, finite: int) -> np.ndarray:
-    """Return what the 128 positive patterns of so many bits mean, in float64; `finite` of them are numbers."""
+    """Return the values of the 128 positive bit patterns, in float64; the first `finite` are numbers."""
     bits = np.arange(128)
     power, rest = bits >> fraction, bits & (2**fraction - 1)
     implied = np.where(power > 0, 2**fraction, 0)  # the 1 before the point, which only subnormal numbers lack
@@ -182,7 +182,7 @@ _STEPS[F8_E5M2][124] = np.inf
 
 
 def _to_float8(wide: np.ndarray, dtype: np.dtype) -> np.ndarray:
-    """Round by looking up between which two middles of neighbouring numbers each number lies."""
+    """Round each number by a search among the middles between neighbouring numbers of the type."""
     steps = _STEPS[dtype][np.isfinite(_STEPS[dtype])]
     if dtype == F8_E5M2:
         steps = np.append(steps, 2 * steps[-1] - steps[-2])  # where infinity stands among them

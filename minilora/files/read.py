@@ -1,11 +1,10 @@
 """LoRA files: read any dialect; write.py writes them.
 
-In memory a LoRA is one thing, whatever it was read from: for each module, by its full name
-(names.py), the two matrices of its change and their scale,
+In memory a LoRA is the same for all dialects: for each module, by its full name (names.py), two matrices and a scale,
 
     ΔW = scale · B A
 
-All else is a matter of naming, and of where the scale stands:
+The dialects differ in names, and in where the scale is:
 
     diffusers      unet.….to_q.lora_A.weight, .lora_B.weight; or .lora.down, .lora.up, and older spellings;
                    no scale, or one in the header's lora_adapter_metadata
@@ -15,8 +14,8 @@ All else is a matter of naming, and of where the scale stands:
     PEFT           adapter_model.safetensors, and the scale in adapter_config.json beside it
     cloneofsimo    unet:7:down, unet:7:up, counted in the order of the modules; no scale
 
-Only what is LoRA is read as LoRA; its relatives are refused by their names.  Sources: the writers of
-these files in diffusers 0.42, PEFT 0.21, kohya's sd-scripts 48d368f and cloneofsimo's lora d84074b.
+Only LoRA is read; its relatives (LoHa, DoRA, …) are refused by their names.  Sources: the code that writes these files
+in diffusers 0.42, PEFT 0.21, kohya's sd-scripts 48d368f and cloneofsimo's lora d84074b.
 """
 
 import math
@@ -57,10 +56,10 @@ class FormatError(UserError):
 
 @dataclass(frozen=True)
 class Change:
-    """The change of one module, ΔW = scale · B A.
+    """The ΔW of one module, scale · B A.
 
-    `A` is (rank, in), or (rank, in, height, width) for a convolution; `B` is (out, rank).  Both are
-    float32 or float64, and in a file of the types in `stored`.
+    `A` is (rank, in), or (rank, in, height, width) for a convolution; `B` is (out, rank).  Both are float32 or float64;
+    `stored` are their types in a file.
     """
 
     A: np.ndarray
@@ -94,7 +93,7 @@ class Word:
 
 @dataclass
 class LoRA:
-    """A LoRA: its changes by the modules' full names, and what its file said about it.
+    """A LoRA: its ΔW by the modules' full names, and what its file says about it.
 
     `unmatched` names the file's keys that belong to no module of the base; some of them are of `words`.
     """
@@ -114,9 +113,9 @@ _UP = tuple(end.replace("lora_A", "lora_B").replace("down", "up") for end in _DO
 _ENDINGS = [*((e, "A") for e in _DOWN), *((e, "B") for e in _UP), (".alpha", "alpha")]
 _ENDINGS.sort(key=lambda pair: -len(pair[0]))  # the longest first: they end alike
 _COUNTED = re.compile(r"(unet|text_encoder):(\d+):(up|down)")
-# Repetitions of repetitions, or many of them: a pattern of a stranger's that names no module any sooner.
+# Repetitions of repetitions, or many of them: such a pattern in a stranger's file could take for ever to match.
 _SLOW = re.compile(r"\)[*+?{]|([*+{].*){4}", re.DOTALL)
-_RELATIVES = {  # what a key looks like of a kind that is not LoRA
+_RELATIVES = {  # patterns in the keys of files that are not LoRA
     r"\.hada_": "LoHa",
     r"\.lokr_": "LoKr",
     r"\.oft_|\.oft_R|vera_lambda|boft": "OFT or VeRA",
@@ -128,7 +127,7 @@ _RELATIVES = {  # what a key looks like of a kind that is not LoRA
     r"\.bias$|\.bias_(indices|values|size)$": "LoRA with a bias",
 }
 _BEFORE = r"(base_model\.model\.|transformer\.|(model\.)?diffusion_model\.|unet\.|lora_(unet|transformer)_|lycoris_)*"
-_OTHERS = {  # what a name begins with in networks that are no Stable Diffusion 1, 2 or XL
+_OTHERS = {  # beginnings of names in networks other than Stable Diffusion 1, 2 and XL
     _BEFORE + r"(single_transformer_blocks|double_blocks|single_blocks)[._]\d": "Flux",
     _BEFORE + r"joint_blocks[._]\d": "Stable Diffusion 3",
     _BEFORE + r"(transformer_blocks|blocks|layers)[._]\d": "a diffusion transformer, as Stable Diffusion 3 is one",
@@ -216,7 +215,7 @@ def _words_in(path: Path, tensors: Tensors, metadata: dict[str, str]) -> dict[st
 
 
 def _gather(path: Path, tensors: Tensors, modules: Modules | None, scale_of: Callable[[str, int], float]) -> LoRA:
-    """Put A, B and alpha of each module together; `scale_of(name, rank)` is for those without alpha."""
+    """Collect A, B and alpha of each module; `scale_of(name, rank)` gives the scale of those without alpha."""
     known = known_by(modules) if modules is not None else None
     parts: dict[str, dict[str, tuple[str, np.ndarray]]] = {}  # module -> "A", "B", "alpha" -> key, tensor
     unmatched, problems = [], []
@@ -270,7 +269,7 @@ def some(problems: Iterable[str], most: int = 5) -> str:
 
 
 def _change(found: dict, shape: tuple[int, ...] | None, problems: list[str], scale_of: Callable) -> Change | None:
-    """Return the change that three tensors make, or add to `problems` why they make none."""
+    """Return the ΔW of three tensors, or None after adding to `problems` what is wrong with them."""
     for part in "AB":
         if part not in found:
             key = next(iter(found.values()))[0]
@@ -311,14 +310,14 @@ def _change(found: dict, shape: tuple[int, ...] | None, problems: list[str], sca
     if not (np.isfinite(a).all() and np.isfinite(b).all() and math.isfinite(scale)):
         problems.append(f"{key}, {key_b} or their scale {scale:g} holds numbers that are not finite")
         return None
-    # Zeros at the end only make all ranks of a file equal (write.py).
+    # Zeros at the end have no effect; they make all ranks of a file equal (write.py).
     used = np.flatnonzero(a.reshape(len(a), -1).any(1) | b.any(0))
     rank = used[-1] + 1 if len(used) else 1
     return Change(a[:rank], b[:, :rank], scale, types)
 
 
 def _spelt_out(name: str) -> set[str]:
-    """Return the full name that a key spells out, without a base to look it up in."""
+    """Return the full name that a key contains, for reading without a base to look it up in."""
     component, path = split(name)
     if component in ("down_blocks", "mid_block", "up_blocks"):  # bare, but only a U-Net has them
         component, path = UNET, name
@@ -329,7 +328,7 @@ def _spelt_out(name: str) -> set[str]:
     return {full_name(component, path)}
 
 
-# ---------------------------------------------------------------------- scales that stand beside, and PEFT
+# ------------------------------------------------------------------------ scales in other places, and PEFT
 
 
 def _configs_in(path: Path, metadata: dict[str, str]) -> dict[str, dict]:
@@ -419,7 +418,7 @@ def _component_of(folder: Path) -> str | None:
 
 
 def _read_peft_file(path: Path, tensors: Tensors, component: str | None, modules: Modules | None) -> LoRA:
-    """Read the tensors of a PEFT file, whose scale stands beside it."""
+    """Read the tensors of a PEFT file, whose scale is in the config beside it."""
     config_file = path.with_name(PEFT_CONFIG)
     try:
         config = parse_json(config_file.read_text(encoding="utf-8"))
@@ -437,7 +436,7 @@ def _read_peft_file(path: Path, tensors: Tensors, component: str | None, modules
 def _named_from_counted(
     path: Path, tensors: Tensors, metadata: dict[str, str], modules: Modules | None
 ) -> tuple[Tensors, list[str]]:
-    """Give the tensors of a file that only counts its modules the names of diffusers; return the other keys too."""
+    """Rename the tensors of a file that only counts its modules as diffusers does; return the unmatched keys, too."""
     if modules is None:
         raise FormatError(f"{path}: its modules are only counted; give the base that it was trained for")
     named: Tensors = {}

@@ -1,12 +1,11 @@
 """Files on disk: written whole or not at all, never unpickled; and safetensors files without loading them.
 
-A file first goes under a temporary name, is flushed to the disk, and only then takes its final name
-by a rename, which the file system does at once.  So a file that is there is whole, whenever the
-program or the machine stopped.
+A file is written under a temporary name and flushed to the disk.  Then it gets its final name by a rename, which is
+atomic.  So a file with a final name is complete, whenever the program or the machine stops.
 
-A safetensors file is 8 bytes with the length of a header, the header (JSON: the type, shape and place
-of each tensor), and the tensors' bytes.  So a file can be rewritten with some of its tensors changed
-by reading its header only and streaming the rest, in memory that does not grow with the file.
+A safetensors file has three parts: 8 bytes with the length of the header, the header (JSON with the type, shape and
+place of each tensor), and the tensors' bytes.  So some tensors of a file can be changed while the rest is streamed, in
+memory that does not grow with the file.
 """
 
 import errno
@@ -32,8 +31,8 @@ from ..settings.errors import UserError
 from ..settings.strict_json import parse_json
 from .number_types import DTYPES, NAMES
 
-CHUNK = 1 << 20  # bytes that are worked on at a time: few enough to stay in a processor's cache
-COMPUTING = 2  # threads that change tensors, beside the one that copies
+CHUNK = 1 << 20  # bytes that are processed at a time: few enough for a processor's cache
+COMPUTING = 2  # threads that change tensors, besides the one that copies
 UNCACHED = 0x80 if sys.platform == "linux" else 0  # RWF_DONTCACHE of Linux 6.14, which Python has no name for yet
 PICKLES = (".pt", ".pth", ".ckpt", ".bin")
 PICKLE_HELP = (
@@ -46,7 +45,7 @@ PICKLE_HELP = (
 
 
 def write_whole(path: Path, content: bytes) -> None:
-    """Write a file so that it is found under its name only when all of it is on the disk."""
+    """Write a file that gets its name only when all of it is on the disk."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
@@ -63,7 +62,7 @@ def write_whole(path: Path, content: bytes) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """See to it that the names in a folder are on the disk, so that a rename outlives a power cut."""
+    """Flush the names in a folder to the disk, so that a rename survives a power failure."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -86,9 +85,9 @@ def tensor_bytes(tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str])
 def file_header(
     tensors: Mapping[str, tuple[str, tuple[int, ...]]], metadata: Mapping[str, str]
 ) -> tuple[bytes, dict[str, int]]:
-    """Return what a file of tensors of some types and shapes begins with, and at which byte each one begins.
+    """Return the header of a file of tensors, given by type and shape, and the byte at which each one begins.
 
-    They are in the order that safetensors itself gives them: the widest first, so that all are aligned.
+    The order is that of safetensors itself: the widest types first, so that all tensors are aligned.
     """
     order, entries, begins, position = list(DTYPES), {}, {}, 0
     for key, (dtype, shape) in sorted(tensors.items(), key=lambda item: (order.index(item[1][0]), item[0])):
@@ -232,12 +231,12 @@ class TensorFile:
 def refuse_more_than_memory(files: Iterable[TensorFile], bytes_of_a_number: int) -> None:
     """Raise UserError if all numbers of some files are more than fits into the memory that is free, swap included.
 
-    Where the system does not tell how much is free (Linux does), nothing is refused.
+    Nothing is refused on systems that do not report how much is free (Linux does).
     """
     needed = sum(math.prod(entry.shape) for file in files for entry in file.entries.values()) * bytes_of_a_number
     try:
-        told = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
-        free = sum(int(told[name].split()[0]) * 1024 for name in ("MemAvailable", "SwapFree"))
+        lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+        free = sum(int(lines[name].split()[0]) * 1024 for name in ("MemAvailable", "SwapFree"))
     except (OSError, KeyError):
         return
     if needed > free:
@@ -250,11 +249,11 @@ def rewrite(
     changes: Mapping[str, Callable[[BinaryIO], Iterator]],
     types: Mapping[str, str] | None = None,
 ) -> None:
-    """Write a checkpoint file anew: for the keys in `changes` the bytes that these give, the others as they are.
+    """Write a checkpoint file with new bytes for the tensors in `changes`; the others are copied.
 
-    Each of `changes` is called, in a thread of a few, with the open file at the tensor's first byte, and
-    reads all of it.  Those of the keys in `types` give bytes of another type, by its name; where there are such, the
-    file gets a new header, and its tensors the order of that.
+    Each function in `changes` is called in one of a few threads, with the open file at the tensor's first byte; it
+    reads the whole tensor and yields the new bytes.  `types` names the new type of each tensor whose type changes; the
+    file then gets a new header, with the tensors in the order of `file_header`.
     """
     places = {key: entry.begin for key, entry in file.entries.items()}
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -327,9 +326,9 @@ def read_exactly(source: BinaryIO, piece: memoryview | np.ndarray, path: Path) -
 
 
 def write_at(out: int, piece, place: int) -> None:
-    """Write all of some bytes to a place in an open file, not to stay in the page cache if the system can do that.
+    """Write bytes to a place in an open file, past the page cache if the system can do that.
 
-    Nobody reads them again soon, and finding fresh pages for them takes longer than all else that is done to them.
+    They are not read again soon, and allocating pages for them would take longer than everything else.
     """
     done = 0
     while done < len(piece):

@@ -1,4 +1,4 @@
-"""Taking a merge back: the original bytes of what it changed are kept beside it, and put back byte for byte."""
+"""Undo a merge: a file keeps the original bytes of what was changed, and they are put back, byte for byte."""
 
 import json
 import os
@@ -20,8 +20,8 @@ CHECKSUMS = "checksums"
 class Undo:
     """A file with the original bytes of what a merge changed, and a checksum of what each became.
 
-    An ordinary safetensors file: a tensor is named by its file in the checkpoint and its key, and
-    `checksums` holds the CRC-32 of each changed tensor, in their order.  Tensors may come in any order.
+    It is an ordinary safetensors file.  A tensor is named by its file in the checkpoint and its key; `checksums` holds
+    the CRC-32 of each changed tensor, in their order.  Tensors may be kept in any order.
     """
 
     def __init__(self, path: Path, changed: Mapping[str, Entry]):
@@ -40,7 +40,7 @@ class Undo:
         self.places = {name: 8 + len(text) + about["data_offsets"][0] for name, about in header.items()}
 
     def keep(self, name: str, begin: int, original, new) -> None:
-        """Keep the bytes of a tensor from `begin` on as they were, and note what they became; called in order."""
+        """Keep original bytes of a tensor from `begin` on, and add the new bytes to its checksum; called in order."""
         write_at(self.out.fileno(), original, self.places[name] + begin)
         self.checksums[name] = zlib.crc32(new, self.checksums[name])
 
@@ -58,7 +58,7 @@ def name_of(path: Path, key: str) -> str:
 
 @contextmanager
 def keeping(path: Path | None, checkpoint: Checkpoint, plan: Mapping[Path, Collection[str]]) -> Iterator[Undo | None]:
-    """Write an undo file while the block runs; nothing if `path` is None.  One that is there is never overwritten."""
+    """Write an undo file while the block runs; nothing if `path` is None.  An existing file is never overwritten."""
     if path is None:
         yield None
         return
@@ -78,9 +78,9 @@ def keeping(path: Path | None, checkpoint: Checkpoint, plan: Mapping[Path, Colle
 
 
 def restore(merged: Path, undo: Path, output: Path, *, overwrite: bool = False) -> int:
-    """Write to `output` the base that `merged` was made from, byte for byte; return how many tensors were put back.
+    """Write the base that `merged` was made from to `output`, byte for byte; return how many tensors were put back.
 
-    Raises UserError if `merged` is not what that merge wrote.
+    Raises UserError if `merged` is not the result of the merge that wrote `undo`.
     """
     checkpoint, kept = Checkpoint(merged), TensorFile(undo)
     if CHECKSUMS not in kept.entries or kept.entries[CHECKSUMS].shape != (len(kept.entries) - 1,):

@@ -1,4 +1,4 @@
-"""Write a LoRA in any dialect that read.py reads, and read it back before it takes its name.
+"""Write a LoRA as diffusers, kohya or PEFT do, and read it back before the file gets its name.
 
 No clock, path or random value enters a file: the same LoRA gives the same bytes.
 """
@@ -22,9 +22,8 @@ DIALECTS = ("diffusers", "kohya", "peft")
 def write_lora(path: Path, lora: LoRA, dialect: str, modules: Modules | None) -> int:
     """Write a LoRA in a dialect, whole or not at all: a file, for PEFT a folder with one for each component.
 
-    It takes its name only after it was read back and every ΔW found to be what it was, up to the
-    rounding of A and B.  Returns how many of its bytes are zeros that make ranks equal.  Raises
-    FormatError if that is not so.
+    It gets its name only after it was read back, and every ΔW is the same up to the rounding of A and B; else
+    FormatError is raised.  Returns the number of its bytes that are zeros to make ranks equal.
     """
     if dialect == "peft":
         files = as_peft(lora)
@@ -46,8 +45,7 @@ def write_lora(path: Path, lora: LoRA, dialect: str, modules: Modules | None) ->
 def difference(one: LoRA, two: LoRA) -> float:
     """Return the largest ‖ΔW₁ − ΔW₂‖ of any module, relative to the largest that rounding B could make it.
 
-    The unit is what rounding each number of B to the coarser of the two types can do; infinite if the
-    modules are not the same.
+    The unit is the largest error from rounding B to the coarser of the two types.  Infinite if the modules differ.
     """
     if one.changes.keys() != two.changes.keys():
         return math.inf
@@ -65,8 +63,8 @@ def difference(one: LoRA, two: LoRA) -> float:
 def as_diffusers(lora: LoRA) -> dict[str, tuple[Tensors, dict[str, str]]]:
     """Return the file of the diffusers dialect, as tensors and metadata by file name.
 
-    The scale is folded into B: programs disagree on where else to look for it.  What a file from kohya's trainer says
-    of itself stays, for a way back.
+    The scale is folded into B, because programs disagree on where else it stands.  The metadata of a file from kohya's
+    trainer are kept, for a way back.
     """
     tensors = {}
     for name, (change, rank) in _with_file_ranks(lora).items():
@@ -102,7 +100,7 @@ def _padding(change: Change, rank: int) -> int:
 def as_kohya(lora: LoRA, modules: Modules) -> dict[str, tuple[Tensors, dict[str, str]]]:
     """Return the file of kohya's dialect, which A1111 and ComfyUI read, as tensors and metadata by file name.
 
-    The scale is folded into B, and alpha says so by being the rank.
+    The scale is folded into B, so alpha is the rank: a scale of 1.
     """
     names, tensors = kohya_names(modules), {}
     ranks = set()
@@ -119,11 +117,11 @@ def as_kohya(lora: LoRA, modules: Modules) -> dict[str, tuple[Tensors, dict[str,
         about |= {"ss_base_model_version": known, "ss_v2": str(known.startswith("sd_v2"))}
         about |= {"modelspec.architecture": f"{architecture}/lora", "modelspec.resolution": resolution}
     about |= {"ss_network_args": "{}", "modelspec.implementation": "diffusers", "modelspec.title": "LoRA"}
-    # What a file from kohya's trainer says of itself wins over that; what follows is so for any LoRA written here.
+    # Metadata of a file from kohya's trainer win over these; the lines below hold for any LoRA that is written here.
     about |= _kept_words(lora)
     about |= {"ss_network_module": "networks.lora", "ss_network_dim": rank, "ss_network_alpha": rank}
     about |= {"modelspec.sai_model_spec": "1.0.1"}
-    # The two hashes that user interfaces know a file by: of the tensors' bytes, and of 64 kB at a fixed place.
+    # User interfaces identify a file by two hashes: of the tensors' bytes, and of 64 kB at a fixed place.
     content = tensor_bytes(tensors, {key: value for key, value in about.items() if key.startswith("ss_")})
     first = 8 + int.from_bytes(content[:8], "little")
     about |= {"sshs_model_hash": hashlib.sha256(content[first:]).hexdigest()}
@@ -150,8 +148,8 @@ def _family(modules: Modules) -> tuple[str, str, str] | None:
 def as_peft(lora: LoRA) -> dict[str, tuple[Tensors, dict]]:
     """Return PEFT's files, a folder for each component, as tensors and settings by file name.
 
-    PEFT knows modules by the names of the live model only, and CLIPTextModel's are without "text_model."
-    from transformers 5.6 on; so the folder is for the transformers that is installed.
+    PEFT knows modules only by their names in the live model.  From transformers 5.6 on, those of CLIPTextModel have no
+    "text_model." in them, so the folder fits the version of transformers that is installed.
     """
     from importlib.metadata import version  # here: it takes as long to import as half of numpy
 
@@ -188,10 +186,10 @@ def _stored(name: str, change: Change, rank: int) -> tuple[np.ndarray, np.ndarra
 
 
 def _rounded(exact: np.ndarray, name: str) -> np.ndarray:
-    """Return numbers rounded to the type of that name, or to float32 where it cannot hold them.
+    """Return numbers rounded to the type of that name, or to float32 if the type is too small for them.
 
-    That is where it loses more of any than of a number of the usual size: of a matrix of usual numbers the smallest may
-    lose all their digits, without loss to the product.
+    It is too small if any number loses more than a number of the usual (root mean square) size may lose.  Smaller
+    numbers may lose all their digits, because that hardly changes the product B A.
     """
     rounded = narrow(exact, name)
     usual = math.sqrt(float(np.square(exact, dtype=np.float64).mean())) if exact.size else 0.0

@@ -1,4 +1,4 @@
-"""Training state on disk: a checkpoint after every so many steps, from which a run goes on as if never stopped."""
+"""Training state on disk: a checkpoint every few steps, from which a run goes on as if it had never stopped."""
 
 import json
 import os
@@ -18,7 +18,7 @@ from ..files.tensors import read_checked, write_checked
 from ..settings.errors import UserError
 from .ranks import decided_by_main
 
-UNFINISHED = "unfinished"  # folder of what a run has so far; while it is there, the run is not finished
+UNFINISHED = "unfinished"  # folder of the results so far; while it exists, the run is not finished
 
 
 def under(tensors: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
@@ -106,7 +106,7 @@ def refuse_unfinished(output: Path) -> None:
 
 
 def begin(output: Path) -> None:
-    """Begin a run from the first step: what a finished one left stays until `publish`, its checkpoints aside."""
+    """Begin a run at the first step; the results of a finished run stay until `publish`, its checkpoints are moved."""
     shutil.rmtree(output / UNFINISHED, ignore_errors=True)
     if all_in(output):
         shutil.rmtree(_aside(output), ignore_errors=True)
@@ -115,7 +115,7 @@ def begin(output: Path) -> None:
 
 
 def take_up(output: Path) -> None:
-    """Go on with a run; if the last one was stopped before its first checkpoint, with the one before it."""
+    """Prepare to go on with a run; if it has no checkpoint yet, with the finished run before it."""
     if not all_in(output) and _aside(output).exists():
         for folder in ("checkpoints", UNFINISHED):  # the one is empty, and the other of the run that was stopped
             shutil.rmtree(output / folder, ignore_errors=True)
@@ -123,9 +123,9 @@ def take_up(output: Path) -> None:
 
 
 def publish(output: Path, names: Collection[str], others: Collection[str]) -> None:
-    """End a run: put what it has so far of `names` in place, and delete what is left of the finished run before it.
+    """End a run: move its results `names` into place, and delete those of the finished run before it.
 
-    `others` are the names of results that this run has not made.
+    `others` are results that this run has not made.
     """
     for name in names:
         if (output / UNFINISHED / name).exists():
@@ -142,13 +142,13 @@ def _aside(output: Path) -> Path:
 
 @dataclass(frozen=True)
 class State:
-    """All that a run needs to go on: its random draws are functions of the step, so they need nothing."""
+    """All that a run needs to go on.  Random draws are functions of the step, so no generator state is needed."""
 
     step: int  # optimizer steps done
     lora: dict[str, torch.Tensor]
     optimizer: dict[str, torch.Tensor]
-    average: dict[str, torch.Tensor]  # of the LoRA, for --ema; mostly nothing
-    objective: dict[str, torch.Tensor]  # what the objective keeps from step to step; mostly nothing
+    average: dict[str, torch.Tensor]  # of the LoRA, for --ema; else empty
+    objective: dict[str, torch.Tensor]  # what the objective keeps from step to step; mostly empty
     scaler: dict[str, float]  # of the gradient scaler; empty without one
 
 
@@ -209,6 +209,6 @@ def load_optimizer_tensors(optimizer: torch.optim.Optimizer, tensors: dict[str, 
     state: dict[int, dict[str, torch.Tensor]] = {}
     for key, value in tensors.items():
         index, name = key.split(".", 1)
-        # A whole number is one that the optimizer counts with: 8-bit AdamW's step, where torch's is a float.
+        # An integer is the step count of 8-bit AdamW, which must be a Python number; torch's AdamW has a float tensor.
         state.setdefault(int(index), {})[name] = value.item() if value.dtype == torch.int64 else value
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})

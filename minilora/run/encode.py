@@ -1,4 +1,4 @@
-"""Encode once: what the cache lacks of pictures and captions, shared out over the processes."""
+"""Encode once: the pictures and captions that the cache lacks, divided over the processes."""
 
 import sys
 
@@ -11,7 +11,7 @@ from .ranks import Ranks, wait_for_all
 
 
 def encoded_examples(items, config, resolution: int, encoders: Base, length: int, ranks: Ranks, *more) -> Examples:
-    """Return the examples of a run once all that they read lies in the cache; `more` is as `Examples` takes it."""
+    """Return the examples of a run, after filling the cache for them; `more` is as `Examples` takes it."""
     examples = Examples(items, config, resolution, encoders, length, *more)
     if examples.encoders:
         ranks.say("note: --crop random shows no crop twice, so the VAE stays in memory and encodes each draw")
@@ -24,9 +24,9 @@ def encoded_examples(items, config, resolution: int, encoders: Base, length: int
 
 
 def fill_cache(examples: Examples, encoders: Base, ranks: Ranks) -> None:
-    """Encode what the cache lacks, each process its share of the files."""
+    """Encode what the cache lacks; each process makes a part of the files."""
     jobs = examples.to_encode(encoders)
-    # Shared out over all processes; then, where machines do not share the folder, each makes the rest.
+    # The work is divided over all processes; then, if machines do not share the folder, each machine makes the rest.
     for rank, world in ((ranks.rank, ranks.world), (ranks.local_rank, ranks.local_world)):
         share = [path for path in list(jobs)[rank::world] if not is_whole(path)]
         for path in tqdm(share, "encode", disable=not (ranks.is_main and share)):

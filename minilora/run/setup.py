@@ -1,4 +1,4 @@
-"""Before the first step: pictures read, base loaded, everything encoded, the LoRA put in, the optimizer made."""
+"""Before the first step: read the pictures, load the base, encode, inject the LoRA, make the optimizer."""
 
 import hashlib
 from contextlib import AbstractContextManager, nullcontext
@@ -35,7 +35,7 @@ from .validation import read_pictures
 
 @dataclass(frozen=True)
 class Run:
-    """What a run is made of, once everything is loaded, checked and encoded."""
+    """All parts of a run, loaded, checked and encoded."""
 
     config: TrainConfig
     objective: Objective
@@ -45,7 +45,7 @@ class Run:
     examples: Examples
     held_out: Examples | None  # the pictures of --validation
     identity: dict  # what the run is a function of, as JSON values
-    network: nn.Module  # what carries the LoRA: the U-Net, or it and its text encoders
+    network: nn.Module  # has the LoRA in it: the U-Net, or the U-Net with its text encoders
     model: nn.Module  # the network; compiled if asked for, and wrapped so that several processes average gradients
     parameters: list[nn.Parameter]  # all that is trained; the one list for optimizer, clipping and counting
     average: dict[str, torch.Tensor]  # of what is trained, over the steps; empty without --ema
@@ -57,13 +57,13 @@ class Run:
         return Path(self.config.output)
 
     def drawing(self, prompts: tuple[str, ...]) -> SampleConfig:
-        """Return the settings that sample.py has for these prompts by default, so that it draws the same."""
+        """Return the settings to draw these prompts as sample.py does by default."""
         config = self.config
         same = {name: getattr(config, name) for name in ("model", "model_config", "seed", "zero_terminal_snr")}
         return SampleConfig(prompt=prompts, **same)
 
     def as_drawn(self) -> AbstractContextManager:
-        """Return within what pictures are drawn: the LoRA is its average, with --sample-average, or stays as it is."""
+        """Return the context to draw pictures in: with --sample-average the network has the average as its LoRA."""
         return ema_weights(self.network, self.average) if self.config.sample_average else nullcontext()
 
 
@@ -71,7 +71,7 @@ class Run:
 
 
 def prepare(config: TrainConfig, objective: Objective, ranks: Ranks) -> Run:
-    """Read the pictures, encode them by the base, put the LoRA in, make the optimizer, and say so."""
+    """Read and encode the pictures, inject the LoRA, make the optimizer, and print a summary."""
     plan = BatchPlan(config.batch_size, config.micro_batch_size, ranks.rank, ranks.world)
     items, held_out_items = read_pictures(config, ranks)
     others = class_pictures(config, ranks) if config.class_prompt else []
@@ -95,7 +95,7 @@ def prepare(config: TrainConfig, objective: Objective, ranks: Ranks) -> Run:
     optimizer = make_optimizer(config, parameters, len(lora_parameters(unet)))
     scaler = torch.amp.GradScaler(ranks.device.type, enabled=config.precision == "fp16")
     model = torch.compile(network, **compile_options(ranks.device)) if config.compile else network
-    # Each process has loaded the base and drawn the LoRA itself, so that nothing but gradients has to travel.
+    # Each process loads the base and draws the same LoRA itself, so only gradients are exchanged.
     alone = {"init_sync": False, "forward_sync_buffers": False}
     model = DistributedDataParallel(model, **alone) if ranks.world > 1 else model
     average = {name: tensor.clone() for name, tensor in lora_state_dict(network).items()} if config.ema else {}
@@ -121,7 +121,7 @@ def load_base(config: TrainConfig, device: torch.device) -> Base:
 def encode(
     config: TrainConfig, base: Base, ranks: Ranks, items: list[Item], others: list[Item], held_out_items: list[Item]
 ) -> tuple[Examples, Examples | None]:
-    """Return what training sees of its pictures and of those of the class, and of held-out pictures, if any."""
+    """Return the encoded examples: of the training and class pictures, and of the held-out ones, if any."""
     resolution = config.resolution or base.resolution
     sizes = _sizes_for(base, resolution) if config.buckets else ()
     if config.train_text_encoder:
@@ -137,21 +137,21 @@ def encode(
 
 
 def make_optimizer(config: TrainConfig, parameters: list[nn.Parameter], of_unet: int) -> torch.optim.Optimizer:
-    """Return AdamW over all that is trained; those behind the U-Net's have the text encoders' learning rate."""
+    """Return AdamW for all parameters; those after the first `of_unet` have the text encoders' learning rate."""
     text_ratio = (config.text_encoder_learning_rate or config.learning_rate) / config.learning_rate
     groups = [{"params": parameters[:of_unet], "ratio": 1.0}, {"params": parameters[of_unet:], "ratio": text_ratio}]
     groups = [group for group in groups if group["params"]]
     options = {"betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 1e-2}
     if config.optimizer == "adamw":
         return torch.optim.AdamW(groups, **options, fused=True)
-    from bitsandbytes.optim import AdamW8bit  # which need not be there
+    from bitsandbytes.optim import AdamW8bit  # an optional package
 
-    # By default it leaves smaller ones than 4,096 numbers in float32, as most matrices of a LoRA are.
+    # By default tensors of fewer than 4,096 numbers stay in float32, and most matrices of a LoRA are that small.
     return AdamW8bit(groups, **options, min_8bit_size=256)
 
 
 def introduce(run: Run) -> None:
-    """Say what is trained, on what, and how."""
+    """Print what is trained, on what, and how."""
     config, examples, say = run.config, run.examples, run.ranks.say
     seen_at = f"{examples.resolution} × {examples.resolution}"
     if config.buckets:
