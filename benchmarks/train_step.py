@@ -92,7 +92,7 @@ def forward(base: Path) -> list[float]:
     import torch
     from diffusers import UNet2DConditionModel
 
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     unet = UNet2DConditionModel.from_pretrained(
         base, subfolder="unet", torch_dtype=torch.bfloat16, low_cpu_mem_usage=False
     )
@@ -103,8 +103,8 @@ def forward(base: Path) -> list[float]:
         for _ in range(FORWARDS):
             started = time.perf_counter()
             unet(x, torch.tensor([500], device=device), text)
-            if device == "cuda":
-                torch.cuda.synchronize()
+            if device.type != "cpu":
+                torch.accelerator.synchronize()
             seconds.append(time.perf_counter() - started)
     return seconds
 
@@ -117,11 +117,11 @@ def watch(script: str, arguments: list[str], steps: int, report: Path) -> None:
 
     def watched(self, *args, **kwargs):
         result = step(self, *args, **kwargs)
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
+        if torch.accelerator.is_available():
+            torch.accelerator.synchronize()
         times.append(time.time())
         if len(times) == steps:
-            gpu = torch.cuda.max_memory_allocated() / 2**20 if torch.cuda.is_available() else None
+            gpu = torch.accelerator.max_memory_allocated() / 2**20 if torch.accelerator.is_available() else None
             if os.environ.get("RANK", "0") == "0":
                 report.write_text(json.dumps({"times": times, "gpu": gpu}))
             os._exit(0)  # what comes after the last step is not what is measured

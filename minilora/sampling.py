@@ -171,12 +171,25 @@ def evaluating(*modules: torch.nn.Module) -> Iterator[None]:
 # ------------------------------------------------------------------------------- during training
 
 
+@contextmanager
+def beside_training(base: Base) -> Iterator[None]:
+    """Within the block every part is in evaluation mode; on a GPU the VAE takes as little memory as it can.
+
+    Then it decodes one picture after the other, and what is larger than its own size in tiles that overlap.
+    """
+    if base.device.type != "cpu":
+        base.vae.enable_slicing()
+        base.vae.enable_tiling()
+    with evaluating(*components(base.pipeline).values()):
+        yield
+
+
 def draw_prompts(
     base: Base, prompts: Sequence[str], size: int, config: SampleConfig, on_step: Callable[[], None] | None = None
 ) -> Image.Image:
     """Draw each prompt with the LoRA as it is now, three seeds to a row."""
     seeds = [config.seed, config.seed + 1, config.seed + 2]
-    with evaluating(*components(base.pipeline).values()):
+    with beside_training(base):
         rows = draw_each(base, prompts, seeds, size, config, on_step)
     return sheet(rows, [f"seed {seed}" for seed in seeds], list(prompts))
 
@@ -186,7 +199,7 @@ def before_after(
 ) -> Image.Image:
     """Draw a training picture's caption by the base, the LoRA at 0.5 and at 1.0, and the picture itself."""
     seeds, columns = [config.seed, config.seed + 1, config.seed + 2], []
-    with evaluating(*components(base.pipeline).values()):
+    with beside_training(base):
         for strength in (0.0, 0.5, 1.0):
             with merged_at(base, {"default": strength}):
                 # One after the other on a GPU: what trained there may leave little room.

@@ -31,6 +31,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from minilora.data import draws
 from minilora.diffusion import Conditioning, Schedule, denoising_loss
 from minilora.files.tensors import write_tensors
+from minilora.models.device import this_device
 from minilora.run.checkpoint import load_optimizer_tensors, optimizer_tensors, under
 
 from .pictures import (
@@ -320,7 +321,7 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
 
 def main(words: list[str] | None = None) -> None:
     args = parse(words)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = this_device()
     precision = torch.bfloat16 if args.bf16 else torch.float32
     styles = {style: read_style(args.data, style, args.work) for style in STYLES}
     things = read_things(args.things)

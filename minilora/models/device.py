@@ -1,4 +1,8 @@
-"""The device that a process computes on."""
+"""The device that a process computes on: a processor, or what torch calls an accelerator.
+
+That is a GPU by CUDA.  Apple's GPUs and others are taken in the same way, but this was not tried.  The environment
+variable MINILORA_DEVICE=cpu keeps a process off it.
+"""
 
 import os
 
@@ -6,15 +10,25 @@ import torch
 
 from ..settings.errors import UserError
 
+CPU = torch.device("cpu")
+
 
 def this_device() -> torch.device:
-    """Return where this process computes: its own GPU if there are any, else the CPU.
+    """Return where this process computes: its own accelerator if the machine has any, else the CPU.
 
-    Raises UserError if the machine has GPUs, but fewer than processes.
+    Raises UserError if the machine has fewer accelerators than processes, or none of the kind in MINILORA_DEVICE.
     """
-    if not torch.cuda.is_available():
-        return torch.device("cpu")
-    local_world, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
-    if local_world > gpus:
-        raise UserError(f"--nproc-per-node is {local_world}; this machine has {gpus} GPUs, and a process needs its own")
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    kind = (torch.accelerator.current_accelerator(check_available=True) or CPU).type
+    asked = os.environ.get("MINILORA_DEVICE") or kind
+    if asked not in ("cpu", kind):
+        there = "only cpu" if kind == "cpu" else f"cpu and {kind}"
+        raise UserError(f"MINILORA_DEVICE is {asked}; this machine has {there}")
+    if asked == "cpu":
+        return CPU
+    local_world, count = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.accelerator.device_count()
+    if local_world > count:
+        raise UserError(
+            f"--nproc-per-node is {local_world}; this machine has {count} GPUs, and a process needs its own "
+            "(with MINILORA_DEVICE=cpu none)"
+        )
+    return torch.device(kind, int(os.environ.get("LOCAL_RANK", 0)))

@@ -4,6 +4,9 @@ When a collective operation fails, its error says that a wait was too long or th
 process is missing.  So there is a roll call through the store, a small table of keys that all processes can reach: each
 process writes that it is there, and the missing ranks are named.  A process that works alone for long, for example
 encodes, sends heartbeats.
+
+`torch.distributed.monitored_barrier` does not replace it (tried with torch 2.13): it knows no heartbeats, tells only
+process 0 who is missing, and does not name a process that died.
 """
 
 import re

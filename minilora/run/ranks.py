@@ -59,13 +59,13 @@ def processes(timeout: float = TIMEOUT) -> Iterator[Ranks]:
     """
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = this_device()
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-        # NCCL itself ends a process that waited too long; this makes it say for whom.
-        os.environ.setdefault("TORCH_NCCL_DESYNC_DEBUG", "1")
+    if device.type != "cpu":
+        torch.accelerator.set_device_index(device)
+    # NCCL itself, on GPUs, ends a process that waited too long; this makes it say for whom.
+    os.environ.setdefault("TORCH_NCCL_DESYNC_DEBUG", "1")
     joining = world > 1 and not dist.is_initialized()
     if joining:
-        backend, wait = "nccl" if device.type == "cuda" else "gloo", timedelta(minutes=timeout)
+        backend, wait = dist.get_default_backend_for_device(device), timedelta(minutes=timeout)
         try:
             store = _store(timedelta(minutes=TIMEOUT))
             store.set_timeout(wait)
