@@ -1,13 +1,13 @@
-"""Whether minilora and the script that everybody starts from learn alike: their losses over the same steps.
+"""Do minilora and diffusers' official script learn alike?  Their losses over the same steps.
 
     python benchmarks/loss_curve.py --peer diffusers/examples/text_to_image/train_text_to_image_lora.py
 
-Both train on the same pictures with the same settings, in float32, on the bundled base, and write the loss of
-each step to TensorBoard, which is read afterwards.  They draw other noise, timesteps and orders of the pictures, so
-their losses agree in distribution only, and each contender runs with several seeds.  The losses of a run scatter
-mostly by the timesteps that were drawn, anew at each step; so of n of them with standard deviation s the mean
-has a standard error of about s / √n.  The difference of two means is told in standard errors of the
-difference, √(e² + e'²): where the contenders are alike, it is below 2 in 19 of 20 cases.
+Both train on the same pictures with the same settings, in float32, on the bundled base, and write the loss of each step
+to TensorBoard, from where it is read.  They draw different noise, timesteps and orders of the pictures, so only the
+means of their losses can agree, and each contender runs with several seeds.  The losses of a run vary mostly by the
+timesteps, which are drawn anew at each step.  So the mean of n losses with standard deviation s has a standard error
+of about s / √n.  The difference of two means is given in standard errors of the difference, √(e² + e'²).  If they
+learn alike, it is below 2 in 19 of 20 cases.
 
 The peer needs accelerate, datasets and peft.
 """
@@ -27,7 +27,7 @@ RESOLUTION = 64  # pixels, of the bundled base
 
 
 def make_pictures(folder: Path, data: Path) -> None:
-    """Write the pictures of a folder in the size that is trained on, so that nobody has to cut or shrink them."""
+    """Write the pictures of a folder in the training size, so that neither contender has to crop or resize them."""
     from minilora.data.pictures import crop, open_picture
 
     folder.mkdir(parents=True)
@@ -37,7 +37,7 @@ def make_pictures(folder: Path, data: Path) -> None:
 
 
 def losses(output: Path, name: str) -> list[float]:
-    """Return the losses of a run, one for each step, from what it wrote for TensorBoard."""
+    """Return the losses of a run, one for each step, from its TensorBoard files."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     for path in output.rglob("events.out.tfevents.*"):
@@ -69,13 +69,21 @@ def mean_and_error(values: list[float]) -> tuple[float, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--work", type=Path, default=Path(".cache/benchmark"), help="folder for what the runs write")
+    parser.add_argument(
+        "--work", type=Path, default=Path(".cache/benchmark"), metavar="FOLDER", help="folder for the runs' files"
+    )
     parser.add_argument("--peer", type=Path, metavar="SCRIPT", required=True, help="train_text_to_image_lora.py")
-    parser.add_argument("--data", type=Path, default=ROOT / "dataset" / "fluent", help="folder of square .png pictures")
-    parser.add_argument("--seeds", type=int, default=3, help="runs of each contender")
-    parser.add_argument("--steps", type=int, default=200, help="steps of a run")
-    parser.add_argument("--batch-size", type=int, default=8, help="pictures per step")
-    parser.add_argument("--learning-rate", type=float, default=2e-3)
+    parser.add_argument(
+        "--data",
+        type=Path,
+        default=ROOT / "dataset" / "fluent",
+        metavar="FOLDER",
+        help="folder of square .png pictures (default dataset/fluent)",
+    )
+    parser.add_argument("--seeds", type=int, default=3, metavar="N", help="runs of each contender (default 3)")
+    parser.add_argument("--steps", type=int, default=200, metavar="STEPS", help="steps of a run (default 200)")
+    parser.add_argument("--batch-size", type=int, default=8, metavar="PICTURES", help="pictures per step (default 8)")
+    parser.add_argument("--learning-rate", type=float, default=2e-3, metavar="RATE", help="(default 0.002)")
     args = parser.parse_args()
     work = args.work.resolve()
     data = work / f"pictures-{args.data.name}-{RESOLUTION}"

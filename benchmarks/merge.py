@@ -2,10 +2,10 @@
 
     python benchmarks/merge.py --work /a/disk/with/room
 
-Makes a Stable Diffusion 1.5-shaped U-Net with random weights, as a folder and as a single file, in float32
-and float16, and smaller ones; and two LoRAs, rank 8 on the attention layers and rank 32 on all linear layers.  Each
-contender is a process of its own, from its start to its data being on the disk (`sync`).  Peak memory is the most
-that the process itself had resident.  Diffusers runs if --peer is given and peft is installed.
+It makes U-Nets with random weights, of Stable Diffusion 1.5's shape and smaller, in float32 and float16, as folders
+and as single files; and two LoRAs, rank 8 on the attention layers and rank 32 on all linear layers.  Each contender is
+a process of its own, timed from its start until its data are on the disk (`sync`).  Peak memory is the largest resident
+memory of the process itself.  Diffusers runs if --peer is given and peft is installed.
 """
 
 import argparse
@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 from statistics import median
 
-LORAS = {8: (".to_q", ".to_k", ".to_v", ".to_out.0"), 32: ("",)}  # rank -> what its modules' names end with
+LORAS = {8: (".to_q", ".to_k", ".to_v", ".to_out.0"), 32: ("",)}  # rank -> the ends of its modules' names
 PEER = """
 import sys, torch
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
@@ -89,9 +89,13 @@ def measure(command: list[str], out: Path) -> tuple[float, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--work", type=Path, default=Path(".cache/benchmark"), help="folder for 15 GB of files")
-    parser.add_argument("--rounds", type=int, default=3, help="times that each contender runs; medians count")
-    parser.add_argument("--peer", action="store_true", help="run diffusers too")
+    parser.add_argument(
+        "--work", type=Path, default=Path(".cache/benchmark"), metavar="FOLDER", help="folder for 15 GB of files"
+    )
+    parser.add_argument(
+        "--rounds", type=int, default=3, metavar="ROUNDS", help="runs of each contender; medians count (default 3)"
+    )
+    parser.add_argument("--peer", action="store_true", help="also run diffusers")
     parser.add_argument("--make", nargs=2, metavar=("DTYPE", "BLOCKS"), help="only make the files of one base")
     args = parser.parse_args()
     if args.make:  # in a process of its own: a child never reports less memory than its parent had
@@ -122,7 +126,7 @@ def main() -> None:
             size = sum(p.stat().st_size for p in folder.rglob("*") if p.is_file()) / 1e9
             for name, results in runs.items():
                 seconds = median(seconds for seconds, _ in results)
-                # Round by round: what the disk does meanwhile changes from round to round.
+                # Round by round, because the speed of the disk changes from round to round.
                 ratio = median(mine / copy for (mine, _), (copy, _) in zip(results, runs["cp -r"], strict=True))
                 peak = max(memory for _, memory in results)
                 which = f"rank {rank}, {'attention' if len(ends) > 1 else 'all linear'}"

@@ -1,13 +1,13 @@
-"""Time of drawing: the base, the base with a LoRA merged, and with one beside its layers; compiled or not.
+"""Time of drawing: the base, the base with a merged LoRA, and with a live one; compiled or not.
 
     python benchmarks/sample.py --compile
     python benchmarks/sample.py --model .cache/benchmark/base --precision bf16 --steps 2 --count 1
 
-The contenders are U-Nets of their own in one process and draw the same pictures, in another order in each round.
-Machines drift, so that it is the ratios within a round that count, of which the median is told, and many short
-rounds tell more than a few long ones.  The LoRA is merged once and stays so, as sample.py does it.  The second line is
-for the base of Stable Diffusion 1.5's shapes that train_step.py makes.  Passes that compile are not counted; how long
-they took is told.  A second base, alike, tells how far apart equals are.
+The contenders are U-Nets in one process.  In each round they draw the same pictures, in another order.  Machines drift,
+so only the ratios within a round count, and many short rounds are better than a few long ones; the median is printed.
+The LoRA is merged once and stays merged, as in sample.py.  A second, equal base shows how far apart equals are.  The
+first pass, which compiles, is not counted; its time is printed.  The second line is for the base of Stable Diffusion
+1.5's shapes that train_step.py makes.
 """
 
 import argparse
@@ -27,12 +27,12 @@ from minilora.settings.sample import SampleConfig
 
 
 def contender(args: argparse.Namespace, lora: bool, compiled: bool) -> Base:
-    """Load a base; with a LoRA in it and to be compiled if asked for."""
+    """Load a base, with a LoRA and compiled if asked for."""
     base = Base(args.model, this_device(), DTYPES[args.precision])
     if lora:
         inject_lora(base.unet, args.rank, generator=torch.Generator().manual_seed(0))
         for parameter in lora_parameters(base.unet):
-            torch.nn.init.normal_(parameter, std=0.01)  # B is zero at first, which would be no change
+            torch.nn.init.normal_(parameter, std=0.01)  # with B = 0, as at first, ΔW would be 0
     if compiled:
         base.unet.compile(**compile_options(base.device))
     return base
@@ -42,19 +42,21 @@ def seconds(base: Base, args: argparse.Namespace) -> float:
     """Return how long drawing takes."""
     settings = SampleConfig(prompt=("apple",), steps=args.steps)
     started = time.perf_counter()
-    draw(base, "apple", range(args.count), base.resolution, settings)  # on the CPU in the end, so all is done
+    draw(base, "apple", range(args.count), base.resolution, settings)  # the pictures are on the CPU, so it is finished
     return time.perf_counter() - started
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", help="as that of sample.py; the bundled base if not given")
+    parser.add_argument("--model", metavar="BASE", help="as for sample.py; if not given, the bundled base")
     parser.add_argument("--precision", choices=DTYPES, default="fp32")
-    parser.add_argument("--rank", type=int, default=8)
-    parser.add_argument("--steps", type=int, default=2, help="denoising steps, each with guidance")
-    parser.add_argument("--count", type=int, default=4, help="pictures of a round")
-    parser.add_argument("--rounds", type=int, default=60, help="times that each contender draws")
-    parser.add_argument("--compile", action="store_true", help="the base and the merged LoRA once more, compiled")
+    parser.add_argument("--rank", type=int, default=8, metavar="RANK", help="rank of the LoRA (default 8)")
+    parser.add_argument(
+        "--steps", type=int, default=2, metavar="STEPS", help="denoising steps, each with guidance (default 2)"
+    )
+    parser.add_argument("--count", type=int, default=4, metavar="PICTURES", help="pictures per round (default 4)")
+    parser.add_argument("--rounds", type=int, default=60, metavar="ROUNDS", help="rounds (default 60)")
+    parser.add_argument("--compile", action="store_true", help="also the base and the merged LoRA, compiled")
     args = parser.parse_args()
     kinds = {"base": (False, False), "base again": (False, False), "merged": (True, False), "live": (True, False)}
     if args.compile:

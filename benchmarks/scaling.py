@@ -1,4 +1,4 @@
-"""Scaling on paper: how long the gradients of a LoRA travel, by the number of GPUs and the network between them.
+"""Scaling on paper: the time to exchange a LoRA's gradients, by number of GPUs and network.
 
     python benchmarks/scaling.py
 
@@ -6,9 +6,9 @@ A ring all-reduce of b bytes over N processes takes
 
     t = 2 (N − 1) / N · b / bandwidth + 2 (N − 1) · latency
 
-since each process sends and receives N − 1 pieces of b / N bytes twice.  The bytes are counted on U-Nets of the
-true shapes, without memory for their weights; bandwidth and latency are assumptions, written down below; a step
-that takes 20 t spends 5 % of its time in it, were nothing of it hidden behind the backward pass.
+because each process sends and receives N − 1 pieces of b / N bytes twice.  The bytes are counted on U-Nets of the true
+shapes, without memory for their weights.  Bandwidth and latency are the assumptions below.  A step that takes 20 t
+spends 5 % of its time on it, if nothing of it overlaps with the backward pass.
 """
 
 import torch
@@ -32,7 +32,7 @@ BASES = {
         "projection_class_embeddings_input_dim": 2816,
     },
 }
-# Assumed, not measured: bytes per second that a ring gets out of each process's link, and seconds per message.
+# Assumed, not measured: bytes per second over each process's link, and seconds per message.
 NETWORKS = {
     "NVLink": (200e9, 5e-6),
     "PCIe 4": (20e9, 10e-6),
@@ -41,12 +41,12 @@ NETWORKS = {
     "Ethernet, 10 Gbit/s": (1e9, 30e-6),
     "Ethernet, 1 Gbit/s": (0.11e9, 50e-6),
 }
-INSIDE = ("NVLink", "PCIe 4")  # a machine, of 8 GPUs
+INSIDE = ("NVLink", "PCIe 4")  # networks within a machine of 8 GPUs
 GPUS = (8, 64, 512)
 
 
 def count(shape: dict) -> tuple[int, int]:
-    """Return how many numbers a U-Net of this shape has, and how many of them a LoRA of rank 8 trains."""
+    """Return how many numbers a U-Net of this shape has, and how many a LoRA of rank 8 on it has."""
     with torch.device("meta"):
         unet = UNet2DConditionModel(**shape)
         total = sum(parameter.numel() for parameter in unet.parameters())
@@ -55,7 +55,7 @@ def count(shape: dict) -> tuple[int, int]:
 
 
 def seconds(sent: float, processes: int, bandwidth: float, latency: float) -> float:
-    """Return the time of a ring all-reduce of so many bytes."""
+    """Return the time of a ring all-reduce of `sent` bytes, in seconds."""
     return 2 * (processes - 1) / processes * sent / bandwidth + 2 * (processes - 1) * latency
 
 

@@ -1,15 +1,14 @@
-"""Time and memory of a training step: minilora, the script that everybody starts from, and the bare U-Net.
+"""Time and memory of a training step: minilora, diffusers' official script, and the bare U-Net.
 
     python benchmarks/train_step.py --peer diffusers/examples/text_to_image/train_text_to_image_lora.py
 
-Makes a base of Stable Diffusion 1.5's shapes with random weights, in bfloat16, and pictures.  The contenders
-run in turn, as whole processes that end after a few steps, with the same settings: bfloat16, batch 1, rank 8
-on the attention projections.  A step is what lies between two calls of AdamW's `step`, which is watched from
-outside in the same way for both.  The unit is a forward pass of the same U-Net without anything about it: a
-frozen base takes one forward and one backward pass, so that nothing can be below about two.
+It makes a base of Stable Diffusion 1.5's shapes with random weights, in bfloat16, and pictures.  The contenders run in
+turn, as whole processes that end after a few steps, with the same settings: bfloat16, batch 1, rank 8 on the attention
+projections.  A step is the time between two calls of AdamW's `step`, measured in the same way for both.  It is also
+given in forward passes of the bare U-Net.  A frozen base needs a forward and a backward pass, about 2 of them.
 
-Peak memory is the most that the process itself had resident, on a GPU the most that it had allocated there.
-The peer runs if --peer is given and accelerate, datasets and peft are installed.
+Peak memory is the largest resident memory of the process itself; on a GPU the largest allocated memory there.  The peer
+runs if --peer is given and accelerate, datasets and peft are installed.
 """
 
 import argparse
@@ -37,7 +36,7 @@ SWEEPS = {
 }
 
 
-# What else is not as in other sweeps: 1,000 pictures of 512 pixels take hours to encode on a CPU.
+# Settings of some sweeps that differ from the others: 1,000 pictures of 512 pixels take hours to encode on a CPU.
 SPECIAL = {"processes": {"batch-size": 2}, "pictures": {"resolution": 128}}
 
 
@@ -74,7 +73,7 @@ def make_base(folder: Path) -> None:
 
 
 def make_pictures(folder: Path, count: int) -> None:
-    """Write so many pictures of 768 pixels, with captions."""
+    """Write a folder of pictures of 768 pixels, with captions."""
     import numpy as np
     from PIL import Image
 
@@ -110,7 +109,7 @@ def forward(base: Path) -> list[float]:
 
 
 def watch(script: str, arguments: list[str], steps: int, report: Path) -> None:
-    """Run a script as `python script arguments` does, until AdamW made so many steps; write down when it made them."""
+    """Run a script as `python script arguments` does, for a number of AdamW's steps; write down their times."""
     import torch
 
     times, step = [], torch.optim.AdamW.step
@@ -124,7 +123,7 @@ def watch(script: str, arguments: list[str], steps: int, report: Path) -> None:
             gpu = torch.accelerator.max_memory_allocated() / 2**20 if torch.accelerator.is_available() else None
             if os.environ.get("RANK", "0") == "0":
                 report.write_text(json.dumps({"times": times, "gpu": gpu}))
-            os._exit(0)  # what comes after the last step is not what is measured
+            os._exit(0)  # what comes after the last step is not measured
         return result
 
     torch.optim.AdamW.step = watched
@@ -135,8 +134,8 @@ def watch(script: str, arguments: list[str], steps: int, report: Path) -> None:
 
 
 def stand_in_for_torchvision() -> None:
-    """Give the peer its few transforms where torchvision is not installed or does not fit the installed torch."""
-    import accelerate  # noqa: F401  these four look for torchvision, and are to find what is there
+    """Give the peer its five transforms if torchvision is not installed or does not fit the installed torch."""
+    import accelerate  # noqa: F401  these four look for torchvision, and must not find the stand-in
     import datasets  # noqa: F401
     import diffusers  # noqa: F401
     import numpy as np
@@ -248,12 +247,12 @@ def compare(work: Path, script: Path | None, compiled: bool, rounds: int, steps:
 
 
 def title(what: str) -> str:
-    """Return the name of a sweep, with what is special about it."""
+    """Return the name of a sweep, with its special settings."""
     return ", ".join([what, *(f"{name} {value}" for name, value in SPECIAL.get(what, {}).items())])
 
 
 def sweep(work: Path, what: str, steps: int) -> None:
-    """Print a table of minilora's step for the values of one setting, and keep it for `plot`."""
+    """Print a table of minilora's step for several values of one setting, and save it for `plot`."""
     print(f"| {title(what)} | seconds per step | until the first step | peak MB | size of the cache, MB |")
     print("|---|---|---|---|---|")
     results = {}
@@ -272,7 +271,7 @@ def sweep(work: Path, what: str, steps: int) -> None:
 
 
 def plot(work: Path, picture: Path) -> None:
-    """Draw the sweeps that there are in `work`: time of a step and peak memory, by the values of each setting."""
+    """Draw the sweeps in `work`: time of a step and peak memory, by the values of each setting."""
     from matplotlib import pyplot
 
     there = [what for what in SWEEPS if (work / f"sweep-{what}.json").exists()]
@@ -291,11 +290,17 @@ def plot(work: Path, picture: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--work", type=Path, default=Path(".cache/benchmark"), help="folder for 3 GB of files")
+    parser.add_argument(
+        "--work", type=Path, default=Path(".cache/benchmark"), metavar="FOLDER", help="folder for 3 GB of files"
+    )
     parser.add_argument("--peer", type=Path, metavar="SCRIPT", help="train_text_to_image_lora.py of diffusers")
-    parser.add_argument("--compile", action="store_true", help="minilora once more, with torch.compile")
-    parser.add_argument("--rounds", type=int, default=3, help="times that each contender runs; medians count")
-    parser.add_argument("--steps", type=int, default=8, help=f"steps of a run; {WARM_UP} of them are not counted")
+    parser.add_argument("--compile", action="store_true", help="also minilora with torch.compile")
+    parser.add_argument(
+        "--rounds", type=int, default=3, metavar="ROUNDS", help="runs of each contender; medians count (default 3)"
+    )
+    parser.add_argument(
+        "--steps", type=int, default=8, metavar="STEPS", help=f"steps of a run; {WARM_UP} are not counted (default 8)"
+    )
     parser.add_argument("--sweep", choices=SWEEPS, help="minilora alone, for several values of a setting")
     parser.add_argument("--plot", type=Path, metavar="PNG", help="draw the sweeps that ran; needs matplotlib")
     args = parser.parse_args()

@@ -1,7 +1,7 @@
 """Base + LoRAs + prompt -> pictures, and the sheets that show several of them side by side.
 
-The denoising itself is diffusers' StableDiffusionPipeline.  Every picture has a seed of its own, as
-in diffusers: `torch.Generator("cpu").manual_seed(seed)`.
+The denoising is done by diffusers' pipelines.  Every picture has a seed of its own, used as in diffusers:
+`torch.Generator("cpu").manual_seed(seed)`.
 """
 
 import io
@@ -34,7 +34,7 @@ TOGETHER = 4  # pictures drawn in one pass; more are faster and take more memory
 
 
 def use_scheduler(base: Base, name: str) -> None:
-    """Let the base draw with the sampler of that name, with its own noise levels."""
+    """Make the base draw with a sampler, by its name; the noise levels stay those of the base."""
     base.pipeline.scheduler = getattr(diffusers, SAMPLERS[name]).from_config(base.scheduler.config)
 
 
@@ -47,9 +47,10 @@ def draw(
     config: SampleConfig,
     on_step: Callable[[], None] | None = None,
 ) -> list[Image.Image]:
-    """Draw a prompt, or one of its own, for each seed with the steps and guidance of `config`.
+    """Draw one picture for each seed, with the steps and guidance of `config`.
 
-    `size` is the side of a square, or width and height, in pixels.  `on_step` is called after each step.
+    `prompt` is one for all pictures, or one for each.  `size` is the side of a square, or width and height, in pixels.
+    `on_step` is called after each step.
     """
     pictures, (width, height) = [], (size, size) if isinstance(size, int) else size
     prompts = [prompt] * len(seeds) if isinstance(prompt, str) else prompt
@@ -59,7 +60,7 @@ def draw(
         some = list(prompts[start : start + TOGETHER])
         drawn = base.pipeline(  # it runs the conditional and the unconditional pass as one batch
             some,
-            # None and not "": what is kept away from then is what the base was trained with.
+            # None and not "": the base then gets the empty prompt that it was trained with.
             negative_prompt=[config.negative] * len(generators) if config.negative else None,
             height=height,
             width=width,
@@ -88,14 +89,14 @@ def draw_each(
     config: SampleConfig,
     on_step: Callable[[], None] | None = None,
 ) -> list[list[Image.Image]]:
-    """Draw each prompt once for each seed, as many pictures at a time as go together: a list for each prompt."""
+    """Draw each prompt once for each seed, several pictures in one pass; return a list for each prompt."""
     each = [prompt for prompt in prompts for _ in seeds]
     drawn = iter(draw(base, each, [*seeds] * len(prompts), size, config, on_step))
     return [[next(drawn) for _ in seeds] for _ in prompts]
 
 
 def _after_each_step(compiled: bool, on_step: Callable[[], None] | None) -> Callable:
-    """Return what the pipeline calls after each step."""
+    """Return the function that the pipeline calls after each step."""
     began = time.monotonic()
 
     def after_step(pipeline, step: int, timestep, tensors: dict) -> dict:
@@ -109,7 +110,10 @@ def _after_each_step(compiled: bool, on_step: Callable[[], None] | None) -> Call
 
 
 def _inpainting(base: Base, size: Size, config: SampleConfig) -> dict:
-    """Return what an inpainting base draws in, and where, as the pipeline takes it; UserError if it does not fit."""
+    """Return the picture and the mask for an inpainting base, as the pipeline takes them.
+
+    Raises UserError if an inpainting base has none, or another base has some.
+    """
     if bool(config.image) != base.is_inpainting:
         what = "it paints in pictures, and needs --image and --mask" if base.is_inpainting else "it takes no --image"
         raise UserError(f"--model {base.source}: {what}")
@@ -126,9 +130,9 @@ def _inpainting(base: Base, size: Size, config: SampleConfig) -> dict:
 
 @contextmanager
 def merged_at(base: Base, strengths: dict[str, float]) -> Iterator[None]:
-    """Within the block the LoRAs are merged at the given strengths; afterwards all is as it was found.
+    """Within the block the LoRAs are merged at the given strengths; afterwards everything is as before.
 
-    Raises UserError if that gives weights that are not finite numbers.
+    Raises UserError if that gives weights that are not finite.
     """
     modules = [module for module in components(base.pipeline).values() if lora_layers(module)]
     adapters = [
@@ -157,7 +161,7 @@ def merged_at(base: Base, strengths: dict[str, float]) -> Iterator[None]:
 
 @contextmanager
 def evaluating(*modules: torch.nn.Module) -> Iterator[None]:
-    """Within the block the modules are in evaluation mode; afterwards every part is in the mode it had."""
+    """Within the block the modules are in evaluation mode; afterwards each sub-module is in its former mode."""
     found = {child: child.training for module in modules for child in module.modules()}
     try:
         for module in modules:
@@ -187,7 +191,7 @@ def beside_training(base: Base) -> Iterator[None]:
 def draw_prompts(
     base: Base, prompts: Sequence[str], size: int, config: SampleConfig, on_step: Callable[[], None] | None = None
 ) -> Image.Image:
-    """Draw each prompt with the LoRA as it is now, three seeds to a row."""
+    """Draw each prompt with the LoRA as it is now, with three seeds."""
     seeds = [config.seed, config.seed + 1, config.seed + 2]
     with beside_training(base):
         rows = draw_each(base, prompts, seeds, size, config, on_step)
@@ -202,7 +206,7 @@ def before_after(
     with beside_training(base):
         for strength in (0.0, 0.5, 1.0):
             with merged_at(base, {"default": strength}):
-                # One after the other on a GPU: what trained there may leave little room.
+                # One after the other on a GPU, where training may leave little memory.
                 groups = [seeds] if base.device.type == "cpu" else [[seed] for seed in seeds]
                 drawn = [draw(base, item.captions[0], group, size, config, on_step) for group in groups]
                 columns.append([picture for group in drawn for picture in group])
@@ -235,11 +239,11 @@ def sample(config: SampleConfig) -> Path:
     seeds, drawing = [config.seed + i for i in range(config.count)], config
 
     def draw_all(*factors: float) -> list[list[Image.Image]]:
-        """Draw every prompt, a list of seeds each, with the strengths times these factors, merged for speed."""
+        """Draw every prompt with every seed; the LoRAs are merged, at their strengths times these factors."""
         nonlocal drawing
         with merged_at(base, {name: strengths[name] * f for name, f in zip(strengths, factors, strict=True)}):
             rows = draw_each(base, config.prompt, seeds, (width, height), drawing)
-        drawing = replace(config, compile=False)  # it is compiled by now, and said how long that took
+        drawing = replace(config, compile=False)  # the U-Net is compiled now; the time is printed only once
         return rows
 
     if config.strengths:
@@ -285,9 +289,9 @@ def load_loras(base: Base, texts: Sequence[str], allow_unmatched: bool = False) 
 
 
 def sheet(rows: list[list[Image.Image]], columns: Sequence[str], labels: Sequence[str]) -> Image.Image:
-    """Put pictures on one labelled sheet: `columns` above, `labels` to the left; small ones enlarged.
+    """Put pictures on one labelled sheet: `columns` above, `labels` to the left.
 
-    Enlarged is by a whole number, so that every pixel stays what it is.
+    Small pictures are enlarged by a whole factor, so that every pixel becomes a square.
     """
     side = max(rows[0][0].size)
     cell = side * max(1, -(-128 // side))
@@ -305,12 +309,12 @@ def sheet(rows: list[list[Image.Image]], columns: Sequence[str], labels: Sequenc
             fitted = ImageOps.pad(picture, (cell, cell), Image.Resampling.BICUBIC, color="white")
             result.paste(fitted, (margin + x * (cell + 4), top))
     place = {"columns": list(columns), "rows": list(labels), "left": margin, "top": 28, "cell": cell, "gap": 4}
-    result.info["sheet"] = json.dumps(place)  # a PNG file keeps it, for programs that cut the pictures out again
+    result.info["sheet"] = json.dumps(place)  # a PNG file keeps it, for programs that crop the pictures out of it
     return result
 
 
 def save_picture(picture: Image.Image, path: Path) -> None:
-    """Write a picture, whole or not at all, in the format that its name ends with."""
+    """Write a picture, whole or not at all, in the format of its name's ending."""
     content, about = io.BytesIO(), PngImagePlugin.PngInfo()
     if "sheet" in picture.info:
         about.add_text("sheet", picture.info["sheet"])
@@ -319,7 +323,7 @@ def save_picture(picture: Image.Image, path: Path) -> None:
 
 
 def numbered_in(folder: Path, count: int) -> list[str]:
-    """Return names for so many pictures; UserError if the folder holds others, which would have no captions."""
+    """Return names for `count` pictures; UserError if the folder has other files, which would have no captions."""
     names = [f"{number:04d}.png" for number in range(1, count + 1)]
     others = {path.name for path in folder.glob("*")} - {*names, "metadata.jsonl"}
     if others:
@@ -328,13 +332,13 @@ def numbered_in(folder: Path, count: int) -> list[str]:
 
 
 def write_captions(folder: Path, names: Sequence[str], captions: Sequence[str | Sequence[str]]) -> None:
-    """Write the metadata.jsonl that training reads: the pictures' file names, and a caption or several of each."""
+    """Write the metadata.jsonl that training reads: file names, and one or several captions of each picture."""
     lines = [json.dumps({"file_name": n, "text": c}) + "\n" for n, c in zip(names, captions, strict=True)]
     write_whole(folder / "metadata.jsonl", "".join(lines).encode())
 
 
 def picture_format(path: Path) -> str:
-    """Return the format that a file's name stands for; UserError if there is none that can be written."""
+    """Return the picture format of a file's name; UserError if Pillow cannot write one of that name."""
     name = Image.registered_extensions().get(path.suffix.lower())
     if name not in Image.SAVE:
         raise UserError(f"--output {path}: its name must end as a picture's does, for example .png")
