@@ -86,7 +86,7 @@ def train(config: TrainConfig, objective: Objective | None = None) -> Path:
                 here.refuse_if_gone()
                 if config.compile and step == first_step:
                     bar.clear()
-                    ranks.say(f"compiled   within the first step, of {time.monotonic() - began:.0f} s")
+                    ranks.say(f"compiled   in the first step, which took {time.monotonic() - began:.0f} s")
                 bar.set_postfix(loss=f"{loss:.4f}", lr=f"{learning_rate:.1e}", refresh=False)
                 bar.update()
                 log.numbers(step + 1, loss=loss, learning_rate=learning_rate, grad_norm=grad_norm)

@@ -281,7 +281,7 @@ def test_undo_gives_the_base_back_byte_for_byte(kind, folder, tmp_path, tokenize
     assert bytes_of(merged) != bytes_of(base)
     restore(merged, undo, back)
     assert bytes_of(back) == bytes_of(base)
-    with pytest.raises(UserError, match="is not as the merge left it"):
+    with pytest.raises(UserError, match="was changed after the merge"):
         restore(base, undo, tmp_path / "wrong")
     with pytest.raises(UserError, match="no undo file"):
         restore(merged, tmp_path / "l.safetensors", tmp_path / "wrong")
@@ -352,7 +352,7 @@ def test_what_cannot_be_merged_leaves_nothing(folder, tmp_path):
         "lora_unet_nowhere.lora_up.weight": torch.ones(3, 2),
     }
     save_file(tensors | stray, lora)
-    refused("was not made for this base: nothing in .*base goes by the name in lora_unet_nowhere.lora_down.weight")
+    refused("was not made for this base: .*base has no module for lora_unet_nowhere.lora_down.weight")
     report = fold(folder, [(lora, 1.0)], out, allow_unmatched=True)
     assert report.unmatched == {str(lora): sorted(stray)}
     shutil.rmtree(out)
@@ -379,9 +379,9 @@ def test_a_folder_with_other_things_in_it_is_not_overwritten(folder, tmp_path, t
     (tmp_path / "out" / "work.txt").write_text("a year's work")
     single = original_file(tmp_path / "base.safetensors", "sd1", tokenizer)
     for base in (folder, single):
-        with pytest.raises(UserError, match=r"a folder with work\.txt in it, which is not overwritten"):
+        with pytest.raises(UserError, match=r"the folder has work\.txt in it, and is not overwritten"):
             fold(base, [(tmp_path / "l.safetensors", 1.0)], tmp_path / "out", overwrite=True)
-    with pytest.raises(UserError, match=r"a folder with work\.txt in it, which is not overwritten"):
+    with pytest.raises(UserError, match=r"the folder has work\.txt in it, and is not overwritten"):
         write_lora(tmp_path / "out", LoRA({}), "diffusers", {})
     assert (tmp_path / "out" / "work.txt").exists()
 

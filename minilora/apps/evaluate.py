@@ -139,7 +139,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, float]:
     figures |= losses_on(config, base, reference, side)
 
     order = (near[:, 0] / near[:, 1]).argsort().tolist()
-    print("nearest in the reference, the likest copies first:")
+    print("nearest in the reference, the most likely copies first:")
     for i in order:
         first, second = (reference[number].path.name for number in which[i])
         print(f"  {items[i].path.name} is {near[i, 0]:.3f} from {first}, {near[i, 1]:.3f} from {second}")

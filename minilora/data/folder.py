@@ -190,7 +190,7 @@ def _rows_of_csv(metadata: Path, problems: list[str]) -> Iterator[tuple[str, dic
                     problems.append(f"{where}: the header has no file_name, only {', '.join(header)}")
                     return
             elif len(cells) != len(header):
-                hint = "a text with a comma stands in quotation marks"
+                hint = "put a text with a comma in quotation marks"
                 problems.append(f"{where} has {len(cells)} cells and the header {len(header)}; {hint}")
             else:
                 yield where, dict(zip(header, cells, strict=True))

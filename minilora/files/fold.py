@@ -175,9 +175,7 @@ def read_for(path: Path, modules: Modules | None, base: str, allow_unmatched: bo
     if unmatched and modules is None:
         raise UserError(f"LoRA {path}: {unmatched[0]} does not spell out its module's name; give --base, which has it")
     if unmatched and (not allow_unmatched or not lora.changes):
-        raise UserError(
-            f"LoRA {path} was not made for this base: nothing in {base} goes by the name in {some(unmatched, 3)}"
-        )
+        raise UserError(f"LoRA {path} was not made for this base: {base} has no module for {some(unmatched, 3)}")
     if lora.words and not (with_words or allow_unmatched):
         raise UserError(
             f"LoRA {path} brings learnt words (embeddings), which only sample.py uses: {some(lora.words, 3)}; "

@@ -54,7 +54,7 @@ def combine(loras: Sequence[tuple[LoRA, float]]) -> LoRA:
         # (A linear layer and a convolution of 1 × 1 are the same.)
         shapes = {(len(change.B), change.A[0].size) for change, _ in several}
         if len(shapes) > 1:
-            raise UserError(f"{name} is {' and '.join(map(str, sorted(shapes)))}: these LoRAs are of different bases")
+            raise UserError(f"{name} is {' and '.join(map(str, sorted(shapes)))}: these LoRAs are for different bases")
         kernel = max((change.A.shape[1:] for change, _ in several), key=len)
         a = [narrow(change.A.reshape(change.rank, *kernel), "F32") for change, _ in several]
         b = [narrow(change.B * np.float64(change.scale * strength), "F32") for change, strength in several]

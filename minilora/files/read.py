@@ -154,7 +154,7 @@ def read_lora(path: Path, modules: Modules | None = None) -> LoRA:
     if any(key.startswith(PEFT_PREFIX) for key in tensors) and path.with_name(PEFT_CONFIG).exists():
         return _read_peft_file(path, tensors, _component_of(path.absolute().parent), modules)
     if path.name == PEFT_FILE:
-        raise FormatError(f"{path}: its scale stands in {PEFT_CONFIG}, which must lie beside it, and does not")
+        raise FormatError(f"{path}: its scale is in {PEFT_CONFIG}, which is missing beside it")
     configs = _configs_in(path, metadata)
 
     def scale_of(name: str, rank: int) -> float:
@@ -379,7 +379,7 @@ def _check_peft(where: str, config: dict) -> None:
         except (re.error, OverflowError, RecursionError) as error:
             problems.append(f"a pattern in alpha_pattern cannot be read ({error})")
         if _SLOW.search(pattern):
-            problems.append(f"alpha_pattern has {pattern!r}, which could take for ever to look for")
+            problems.append(f"alpha_pattern has {pattern!r}, which could take for ever to match")
     if problems:
         raise FormatError(f"{where}: {some(problems)}; only plain LoRA is read")
 

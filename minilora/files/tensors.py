@@ -55,7 +55,9 @@ def write_whole(path: Path, content: bytes) -> None:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
-        raise UserError(f"{path}: it cannot be written ({error.strerror}); what was there before is whole") from error
+        raise UserError(
+            f"{path}: it cannot be written ({error.strerror}); what was there before is unchanged"
+        ) from error
     finally:
         temporary.unlink(missing_ok=True)  # gone already, unless something went wrong
     sync_folder(path.parent)
@@ -136,7 +138,7 @@ def staging(output: Path, size: int, overwrite: bool, content: Collection[Path] 
     if output.is_dir():
         there = {path.relative_to(output) for path in output.rglob("*") if path.is_file()}
         if lost := sorted(there - set(content)):
-            raise UserError(f"{output}: a folder with {lost[0]} in it, which is not overwritten; choose another name")
+            raise UserError(f"{output}: the folder has {lost[0]} in it, and is not overwritten; choose another name")
     output.parent.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(output.parent).free
     if free < size:

@@ -84,7 +84,7 @@ def restore(merged: Path, undo: Path, output: Path, *, overwrite: bool = False) 
     """
     checkpoint, kept = Checkpoint(merged), TensorFile(undo)
     if CHECKSUMS not in kept.entries or kept.entries[CHECKSUMS].shape != (len(kept.entries) - 1,):
-        raise UserError(f"{undo}: it is no undo file of a merge")
+        raise UserError(f"{undo}: it is not the undo file of a merge")
     names = [name for name in kept.entries if name != CHECKSUMS]
     checksums = dict(zip(names, kept.read(CHECKSUMS).tolist(), strict=True))
 
@@ -99,7 +99,7 @@ def restore(merged: Path, undo: Path, output: Path, *, overwrite: bool = False) 
                 read_exactly(originals, piece, undo)
                 yield piece
         if checksum != checksums[name]:
-            raise UserError(f"{file.path}: {key} is not as the merge left it that {undo} undoes")
+            raise UserError(f"{file.path}: {key} was changed after the merge that {undo} undoes")
 
     with staging(output, checkpoint.size, overwrite, checkpoint.content) as new:
         for path, file in checkpoint.files.items():

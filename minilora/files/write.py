@@ -38,7 +38,7 @@ def write_lora(path: Path, lora: LoRA, dialect: str, modules: Modules | None) ->
             else:
                 write_tensors(new, tensors, about)
         if (apart := difference(lora, read_lora(new, modules))) > 1:
-            raise FormatError(f"{path}: read back, it differs by {apart:.2g} times what rounding can do")
+            raise FormatError(f"{path}: read back, it differs by {apart:.2g} times the rounding error")
     return 0 if dialect == "peft" else sum(_padding(change, rank) for change, rank in _with_file_ranks(lora).values())
 
 

@@ -100,10 +100,10 @@ class Base:
             raise UserError(f"--model {self.source}: {PICKLE_HELP}")
         self.is_file = Path(self.source).is_file()
         if self.is_file and Path(self.source).suffix != ".safetensors":
-            raise UserError(f"--model {self.source}: of single files only .safetensors are read")
+            raise UserError(f"--model {self.source}: a single file must be a .safetensors file")
         if config and not self.is_file:
             raise UserError(
-                f"--model-config {config}: --model {self.source} is no single file, and has its own settings"
+                f"--model-config {config}: --model {self.source} is not a single file, and has its own settings"
             )
         self.configs = (config or _config_of(self.source)) if self.is_file else self.source
         try:
@@ -166,8 +166,8 @@ class Base:
             raise UserError(f"--model {self.source}: {error}") from error
         if self.zero_terminal_snr and scheduler.config.prediction_type == "epsilon":
             raise UserError(
-                f"--zero-terminal-snr: {self.source} predicts epsilon, from which no picture follows where there is "
-                "only noise; it takes a base that predicts v"
+                f"--zero-terminal-snr: {self.source} predicts epsilon, which tells nothing of the picture in pure noise; "
+                "it needs a base that predicts v"
             )
         return scheduler
 
@@ -241,7 +241,7 @@ class Base:
         if missing := sorted(about["missing_keys"]):
             raise UserError(f"--model {self.source}: the weights of its {part} lack {some(missing)}")
         if more := sorted(about["unexpected_keys"]):
-            print(f"warning: --model {self.source}: its {part} has no use for {some(more)}", file=sys.stderr)
+            print(f"warning: --model {self.source}: its {part} does not use {some(more)}", file=sys.stderr)
         self._fold_into(module.requires_grad_(False))
         return module.eval().to(self.device)
 
@@ -303,7 +303,7 @@ class Base:
             side = UNet2DConditionModel.load_config(self.configs, subfolder=UNET).get("sample_size")
         if type(side) is not int or side < 1:
             raise UserError(
-                f"--model {self.source}: sample_size in its unet's config is {side!r}, and no side in latents"
+                f"--model {self.source}: sample_size in its unet's config is {side!r}, and should be a number of latents"
             )
         return side * self.pixels_per_latent
 

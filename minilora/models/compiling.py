@@ -30,4 +30,4 @@ def check_compiler(device: torch.device) -> None:
     try:
         torch.compile(twice, **compile_options(device))(torch.ones(1, device=device))
     except Exception as error:  # the parts of the compiler raise many kinds
-        raise UserError(f"--compile: torch.compile does not work here ({first_line(error)}); go without") from error
+        raise UserError(f"--compile: torch.compile does not work here ({first_line(error)}); leave it out") from error

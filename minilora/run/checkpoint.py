@@ -67,7 +67,7 @@ class OutputLock:
         except OSError as error:
             lacking = f"its file system has no locks ({error.strerror})"
             print(
-                f"warning: --output {self.output}: {lacking}; see to it that no other run writes there", file=sys.stderr
+                f"warning: --output {self.output}: {lacking}; make sure that no other run writes there", file=sys.stderr
             )
             self.file.touch()
         self.taken = self.file.stat()

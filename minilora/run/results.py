@@ -68,7 +68,7 @@ def draw_sheet(run: Run, item: Item, path: Path) -> str | None:
     except (RuntimeError, MemoryError, UserError) as error:
         if not isinstance(error, UserError) and not is_out_of_memory(error):
             raise
-        print(f"warning: no pictures were drawn ({first_line(error)}); the LoRA is whole", file=sys.stderr)
+        print(f"warning: no pictures were drawn ({first_line(error)}); the LoRA is complete", file=sys.stderr)
         path.unlink(missing_ok=True)  # an old sheet would show the LoRA of another run
         return None
     sampling.save_picture(sheet, path)

@@ -27,7 +27,7 @@ def read_pictures(config: TrainConfig, ranks: Ranks) -> tuple[list[Item], list[I
         if all(item.captions != given for item in (*items, *held_out)):
             raise UserError(
                 f"--caption (or --instance-prompt) is {config.caption!r}, and has no effect: all pictures have "
-                "captions of their own; go without it, or take those away"
+                "captions of their own; leave it out, or remove those captions"
             )
     if config.validation_share is not None:
         return keep_apart(items, config.validation_share, config.seed)

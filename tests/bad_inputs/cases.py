@@ -420,7 +420,7 @@ BASES = [
     ("has a tokenizer that is not JSON", with_bytes("tokenizer/tokenizer_config.json", "x"), "its tokenizer does not"),
     ("has weights of another shape", with_tensors(wrong_shape), NO_UNET),
     ("lacks one tensor", with_tensors(one_missing), "the weights of its unet lack conv_in.weight"),
-    ("has a tensor too many", with_tensors(one_more), "its unet has no use for conv_in.more", True),
+    ("has a tensor too many", with_tensors(one_more), "its unet does not use conv_in.more", True),
     ("has weights that are NaN", with_tensors(not_finite), "what it draws for 'a dog' is not finite"),
     ("has weights that are cut off", with_bytes(UNET, "", keep=5000), NO_UNET),
     ("has weights with more behind them", with_bytes(UNET, "more", keep=1 << 30), NO_UNET),

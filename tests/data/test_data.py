@@ -126,7 +126,7 @@ def test_a_csv_says_what_a_jsonl_says(pictures, tmp_path):
         (
             'file_name,text\n0.png,"a\nb"\n1.png,a dog, running\ngone.png,x\n2.png,x\n2.png,x\n../o.png,x\n',
             [
-                "metadata.csv line 4 has 3 cells and the header 2; a text with a comma stands in quotation marks",
+                "metadata.csv line 4 has 3 cells and the header 2; put a text with a comma in quotation marks",
                 "line 5: there is no file gone.png",
                 "line 7: 2.png stands there twice",
                 "line 8: ../o.png points outside the folder",

@@ -217,7 +217,7 @@ def test_the_scale_of_a_peft_file_that_is_named_itself_stands_beside_it(name, tm
         assert by_file.changes[change_name].scale == change.scale == 5 / np.sqrt(lora.changes[change_name].rank)
     if name == "adapter_model.safetensors":
         (folder / "adapter_config.json").unlink()
-        with pytest.raises(FormatError, match=r"its scale stands in adapter_config\.json, which must lie beside it"):
+        with pytest.raises(FormatError, match=r"its scale is in adapter_config\.json, which is missing beside it"):
             read_lora(folder / name, MODULES["sd1"])
 
 

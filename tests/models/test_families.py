@@ -221,7 +221,7 @@ def test_what_is_wrong_with_a_single_file_is_said(single_file, tmp_path, monkeyp
     (tmp_path / "base.ckpt").write_bytes(b"x")
     with pytest.raises(UserError, match=r"base\.ckpt: a pickle, which can run code"):
         Base(str(tmp_path / "base.ckpt"), ONE.device)
-    with pytest.raises(UserError, match="is no single file, and has its own settings"):
+    with pytest.raises(UserError, match="is not a single file, and has its own settings"):
         Base(str(settings), ONE.device, config=str(settings))
 
 

@@ -92,10 +92,10 @@ def change(tensors, kind):
         return r"are \(4, 99\) and \(16, 4\) but the base's weight is \(16, 16\)"
     if kind == "unknown layer":
         tensors |= {f"unet.nowhere.{part}.weight": tensor for part, tensor in stray.items()}
-        return r"was not made for this base: nothing in unet goes by the name in unet\.nowhere\.lora_A\.weight"
+        return r"was not made for this base: unet has no module for unet\.nowhere\.lora_A\.weight"
     if kind == "foreign component":
         tensors |= {f"text_encoder.x.{part}.weight": tensor for part, tensor in stray.items()}
-        return r"nothing in unet goes by the name in text_encoder\.x\.lora_A\.weight"
+        return r"unet has no module for text_encoder\.x\.lora_A\.weight"
     if kind == "no partner":
         del tensors[first]
         return "is alone: A, the down matrix is missing"
