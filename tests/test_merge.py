@@ -283,7 +283,7 @@ def test_undo_gives_the_base_back_byte_for_byte(kind, folder, tmp_path, tokenize
     assert bytes_of(back) == bytes_of(base)
     with pytest.raises(UserError, match="was changed after the merge"):
         restore(base, undo, tmp_path / "wrong")
-    with pytest.raises(UserError, match="no undo file"):
+    with pytest.raises(UserError, match="is not the undo file of a merge"):
         restore(merged, tmp_path / "l.safetensors", tmp_path / "wrong")
     assert not (tmp_path / "wrong").exists()
     assert not list(tmp_path.glob(".*"))

@@ -166,8 +166,8 @@ class Base:
             raise UserError(f"--model {self.source}: {error}") from error
         if self.zero_terminal_snr and scheduler.config.prediction_type == "epsilon":
             raise UserError(
-                f"--zero-terminal-snr: {self.source} predicts epsilon, which tells nothing of the picture in pure noise; "
-                "it needs a base that predicts v"
+                f"--zero-terminal-snr: {self.source} predicts epsilon, which says nothing about the picture in pure "
+                "noise; it needs a base that predicts v"
             )
         return scheduler
 
@@ -303,7 +303,7 @@ class Base:
             side = UNet2DConditionModel.load_config(self.configs, subfolder=UNET).get("sample_size")
         if type(side) is not int or side < 1:
             raise UserError(
-                f"--model {self.source}: sample_size in its unet's config is {side!r}, and should be a number of latents"
+                f"--model {self.source}: sample_size in its unet's config is {side!r}; it should be a number of latents"
             )
         return side * self.pixels_per_latent
 

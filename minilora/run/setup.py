@@ -171,9 +171,8 @@ def introduce(run: Run) -> None:
     if config.validation_share is not None:
         say(f"validation {len(run.held_out.items)} held-out pictures of them")
     if examples.class_items:
-        say(
-            f"class      {len(examples.class_items)} pictures of {config.class_prompt!r}, which are every other picture in training"
-        )
+        count = len(examples.class_items)
+        say(f"class      {count} pictures of {config.class_prompt!r}; every other picture in training is one of them")
     say(f"LoRA       rank {rank}, alpha {alpha}, in {len(layers)} layers")
     say(f"trained    {numbers:,} of {total:,} parameters")
     say(f"batch      {config.batch_size} = {run.plan}")
