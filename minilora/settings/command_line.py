@@ -113,6 +113,7 @@ def _parser(cls: type, description: str) -> argparse.ArgumentParser:
             raise UserError(message)
 
     examples = "".join(f"\n  {example}" for example in cls.examples)
+    switches: dict[str, str] = {}
     parser = Parser(
         prog=_program(),
         usage=" ".join(filter(None, ("%(prog)s", cls.usage, "[SETTING …]"))),
@@ -120,7 +121,7 @@ def _parser(cls: type, description: str) -> argparse.ArgumentParser:
         add_help=False,
         allow_abbrev=False,
         argument_default=argparse.SUPPRESS,  # so that only what was typed wins over the file
-        formatter_class=_Help,
+        formatter_class=lambda prog: _Help(prog, switches),
     )
     groups: dict[str, argparse._ArgumentGroup] = {}
     for field in sorted(dataclasses.fields(cls), key=lambda field: not field.metadata["basic"]):
@@ -135,6 +136,7 @@ def _parser(cls: type, description: str) -> argparse.ArgumentParser:
             continue
         if kind is bool:
             words["action"] = argparse.BooleanOptionalAction
+            switches[field.name] = option(f"no_{field.name}" if about["default"] else field.name)
         elif about["repeat"]:
             words |= {"action": "append", "type": kind, "metavar": metavar}
         else:
@@ -142,8 +144,7 @@ def _parser(cls: type, description: str) -> argparse.ArgumentParser:
             reads = _several(kind, about["separator"], metavar) if is_tuple else kind
             words |= {"type": reads, "metavar": choices or metavar}
         names = [option(field.name), about["alias"]]
-        action = group.add_argument(*filter(None, names), dest=field.name, **words)
-        action.shown = action.option_strings[about["default"] is True] if kind is bool else None
+        group.add_argument(*filter(None, names), dest=field.name, **words)
     others = parser.add_argument_group("other")
     others.add_argument(
         "--config",
@@ -156,13 +157,14 @@ def _parser(cls: type, description: str) -> argparse.ArgumentParser:
 
 
 class _Help(argparse.RawDescriptionHelpFormatter):
-    """Help as wide as the terminal, up to 100 columns; a switch is shown in the one form that one would type."""
+    """Help as wide as the terminal, up to 100 columns; `switches` are shown in the one form that one would type."""
 
-    def __init__(self, prog: str):
+    def __init__(self, prog: str, switches: dict[str, str]):
         super().__init__(prog, max_help_position=28, width=min(shutil.get_terminal_size().columns, 100))
+        self.switches = switches
 
     def _format_action_invocation(self, action: argparse.Action) -> str:
-        return getattr(action, "shown", None) or super()._format_action_invocation(action)
+        return self.switches.get(action.dest) or super()._format_action_invocation(action)
 
 
 def _program() -> str:
