@@ -115,10 +115,10 @@ def check_merged(base, merged, lora: LoRA, strength: float):
     before, after = ({path: load_file(place / path) for path in checkpoint.files} for place in (base, merged))
     changed = set()
     for name in lora.changes:
-        for home in checkpoint.homes[name]:
-            rows = slice(home.first_row, home.first_row + home.shape[0])
-            new, old = (tensors[home.file][home.key] for tensors in (after, before))
-            new, old = (new.T, old.T.double()) if home.transposed else (new[rows], old[rows].double())
+        for place in checkpoint.places[name]:
+            rows = slice(place.first_row, place.first_row + place.shape[0])
+            new, old = (tensors[place.file][place.key] for tensors in (after, before))
+            new, old = (new.T, old.T.double()) if place.transposed else (new[rows], old[rows].double())
             change = lora.changes[name]
             target = old + strength * torch.from_numpy(change.delta(np.float64))
             # A float32 sum of W and `rank` products, each as large as the size of its terms, rounded to W's type.
@@ -127,7 +127,7 @@ def check_merged(base, merged, lora: LoRA, strength: float):
             kind = torch.finfo(new.dtype)
             error += kind.eps * target.abs().clamp(min=kind.tiny)
             assert ((new.double() - target).abs() <= error).all(), name
-            changed.add((home.file, home.key))
+            changed.add((place.file, place.key))
     for path, file in checkpoint.files.items():
         one, two = before[path], after[path]
         assert list(one) == list(two)
@@ -222,12 +222,12 @@ def test_all_weights_are_written_in_the_type_that_is_asked_for(stored, dtype, tm
     fold(base, [(tmp_path / "l.safetensors", 0.5)], tmp_path / "out.safetensors", written=DTYPES[dtype])
     before, after = load_file(base), load_file(tmp_path / "out.safetensors")
     assert before.keys() == after.keys()
-    homes = {home.key for name in lora.changes for home in Checkpoint(base).homes[name]}
+    places = {place.key for name in lora.changes for place in Checkpoint(base).places[name]}
     kind = getattr(torch, dtype)
     for key, old in before.items():
         is_weight = "." in key and old.is_floating_point()
         assert after[key].dtype == (kind if is_weight else old.dtype)  # the tables of noise stay what they are
-        if key not in homes:
+        if key not in places:
             assert torch.equal(after[key], old.to(after[key].dtype))
     merged = Checkpoint(tmp_path / "out.safetensors")
     for name, change in lora.changes.items():

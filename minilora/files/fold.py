@@ -209,11 +209,11 @@ def _plan(checkpoint: Checkpoint, read: list[LoRA], loras: list[tuple[Path, floa
         a = np.concatenate(a, dtype=dtype)  # (ranks, columns)
         b = [change.B.astype(dtype, copy=False) * (change.scale * strength) for change, strength in several]
         b = np.concatenate(b, axis=1)  # (rows, ranks)
-        for home in checkpoint.homes[module]:
-            if home.shape != checkpoint.homes[module][0].shape:
-                raise UserError(f"{checkpoint.path / home.file}: {home.key} has another shape than its other variant")
-            parts = plan.setdefault(home.file, {}).setdefault(home.key, [])
-            parts.append(Part(module, home.first_row, *((b.T, a.T) if home.transposed else (a, b))))  # (B A)ᵀ = Aᵀ Bᵀ
+        for place in checkpoint.places[module]:
+            if place.shape != checkpoint.places[module][0].shape:
+                raise UserError(f"{checkpoint.path / place.file}: {place.key} has another shape than its other variant")
+            parts = plan.setdefault(place.file, {}).setdefault(place.key, [])
+            parts.append(Part(module, place.first_row, *((b.T, a.T) if place.transposed else (a, b))))  # (B A)ᵀ = Aᵀ Bᵀ
     return plan, list(folded.values())
 
 

@@ -17,7 +17,7 @@ from .tensors import PICKLES, Entry, TensorFile, write_whole
 
 
 @dataclass(frozen=True)
-class Home:
+class Place:
     """Where the weight of a module lies: rows `first_row` and on of a tensor of a file of a checkpoint."""
 
     file: Path  # relative to the checkpoint
@@ -38,15 +38,15 @@ class Checkpoint:
         self.files: dict[Path, TensorFile] = {}  # by path relative to `path`
         self.others: list[Path] = []
         self.left_out: list[Path] = []  # weights in other formats, into which nothing is merged
-        self.homes: dict[str, list[Home]] = {}
+        self.places: dict[str, list[Place]] = {}
         if path.is_dir():
             self._look_through_folder()
         elif path.is_file():
             self.files[Path()] = TensorFile(path)
-            self._find_original_homes()
+            self._find_original_places()
         else:
             raise UserError(f"{path}: there is no such file or folder")
-        if not self.homes:
+        if not self.places:
             raise UserError(
                 f"{path}: it is neither a diffusers folder with .safetensors weights nor a single file of one"
             )
@@ -63,25 +63,25 @@ class Checkpoint:
     @property
     def modules(self) -> dict[str, tuple[int, ...]]:
         """The shapes of the weights, by the modules' full names."""
-        return {name: homes[0].shape for name, homes in self.homes.items()}
+        return {name: places[0].shape for name, places in self.places.items()}
 
     def weight(self, name: str) -> np.ndarray:
         """Return the weight of a module, in float32 or, if it is stored so, in float64."""
-        home = self._home(name)
-        stored = self.files[home.file].read(home.key)
-        return widen(stored.T if home.transposed else stored[home.first_row : home.first_row + home.shape[0]])
+        place = self._place_of(name)
+        stored = self.files[place.file].read(place.key)
+        return widen(stored.T if place.transposed else stored[place.first_row : place.first_row + place.shape[0]])
 
     def type_of(self, name: str) -> str:
         """Return the type that the weight of a module is stored in, as safetensors files call it."""
-        home = self._home(name)
-        return self.files[home.file].entries[home.key].dtype
+        place = self._place_of(name)
+        return self.files[place.file].entries[place.key].dtype
 
-    def _home(self, name: str) -> Home:
+    def _place_of(self, name: str) -> Place:
         """Return, of several variants, that of the widest type, and not the one from before the moving average."""
-        return min(self.homes[name], key=lambda h: (-self._width(h), "non_ema" in h.file.name))
+        return min(self.places[name], key=lambda p: (-self._width(p), "non_ema" in p.file.name))
 
-    def _width(self, home: Home) -> int:
-        return DTYPES[self.files[home.file].entries[home.key].dtype].itemsize
+    def _width(self, place: Place) -> int:
+        return DTYPES[self.files[place.file].entries[place.key].dtype].itemsize
 
     def copy_others(self, target: Path) -> None:
         """Copy all files that are not weights into another folder."""
@@ -103,7 +103,7 @@ class Checkpoint:
                     for key, entry in self.files[path].entries.items():
                         self._add([full_name(component, key.removesuffix(".weight"))], path, key, entry)
 
-    def _find_original_homes(self) -> None:
+    def _find_original_places(self) -> None:
         prefix, entries = "model.diffusion_model.", self.files[Path()].entries
         originals = {key: key.removeprefix(prefix).removesuffix(".weight") for key in entries if key.startswith(prefix)}
         paths = diffusers_unet_paths(originals.values())
@@ -123,5 +123,5 @@ class Checkpoint:
         for number, name in enumerate(names):
             rows = entry.shape[0] // len(names)
             shape = entry.shape[::-1] if transposed else (rows, *entry.shape[1:])
-            home = Home(file, key, number * rows, shape, transposed)
-            self.homes.setdefault(name, []).append(home)
+            place = Place(file, key, number * rows, shape, transposed)
+            self.places.setdefault(name, []).append(place)

@@ -162,8 +162,8 @@ def _note(report: Reduction, name: str, values: np.ndarray, kept: int) -> None:
 
 def _others_that_differ(one: Checkpoint, two: Checkpoint) -> Iterator[str]:
     """Yield the keys of the tensors that are not the weight of a module and differ."""
-    known = {(home.file, home.key) for homes in one.homes.values() for home in homes}
-    files = {home.file for homes in one.homes.values() for home in homes}
+    known = {(place.file, place.key) for places in one.places.values() for place in places}
+    files = {place.file for places in one.places.values() for place in places}
     for path in files:
         file, other = one.files[path], two.files[path]
         for key in file.entries.keys() & other.entries.keys():

@@ -520,12 +520,12 @@ def test_what_is_wrong_with_a_file_is_said_with_the_key(tmp_path):
     assert "the alpha of x is '4'" in message(good(), {"lora_adapter_metadata": '{"unet.alpha_pattern": {"x": "4"}}'})
     assert "use_dora is True" in message(good(), {"lora_adapter_metadata": '{"unet.use_dora": true}'})
     assert "it holds no tensors" in message({})
-    assert read_lora_homeless(path, good() | {"unet.nowhere.lora_A.weight": torch.ones(2, 8)}) == [
+    assert unmatched_keys(path, good() | {"unet.nowhere.lora_A.weight": torch.ones(2, 8)}) == [
         "unet.nowhere.lora_A.weight"
     ]
 
 
-def read_lora_homeless(path, tensors):
+def unmatched_keys(path, tensors):
     save_file(tensors, path)
     return read_lora(path, MODULES["sd1"]).unmatched
 

@@ -21,9 +21,9 @@ from minilora.training import train
 
 
 @pytest.fixture
-def unseen(tmp_path) -> Path:
+def held_out(tmp_path) -> Path:
     """Three pictures, one of them wide."""
-    folder = tmp_path / "unseen"
+    folder = tmp_path / "held_out"
     folder.mkdir()
     for number, size in enumerate([(24, 20), (20, 20), (44, 11)]):
         make_picture(50 + number, *size).save(folder / f"v{number}.png")
@@ -32,9 +32,9 @@ def unseen(tmp_path) -> Path:
 
 
 @pytest.fixture
-def settings(pictures, unseen, tmp_path, tiny_base) -> dict:
+def settings(pictures, held_out, tmp_path, tiny_base) -> dict:
     recipe = {"steps": 8, "batch_size": 4, "rank": 2, "learning_rate": 0.03, "model": str(tiny_base), "buckets": True}
-    places = {"data": (str(pictures),), "validation": str(unseen), "cache": str(tmp_path / "cache")}
+    places = {"data": (str(pictures),), "validation": str(held_out), "cache": str(tmp_path / "cache")}
     return recipe | places | {"validate_every": 2, "checkpoint_every": 4}
 
 
@@ -86,9 +86,9 @@ def test_a_run_cut_in_two_has_the_figures_of_the_whole(run):
         assert (cut / name).read_bytes() == (whole / name).read_bytes()
 
 
-def test_going_on_with_other_pictures_measures_anew_and_a_new_run_clears_the_old_away(run, unseen):
+def test_going_on_with_other_pictures_measures_anew_and_a_new_run_clears_the_old_away(run, held_out):
     folder = run("a", steps=4)
-    (unseen / "v0.png").unlink()
+    (held_out / "v0.png").unlink()
     run("a", resume=True)
     assert list(figures(folder)["losses"]) == ["4", "6", "8"]
     run("a", validation=None, validate_every=None)
@@ -142,7 +142,7 @@ def test_what_a_share_can_be(run, settings, tmp_path, monkeypatch):
         run("a", validation="0.5", data=(f"{settings['data'][0]}/0.png",), caption="a dog")
     assert len(keep_apart(read_folders(TrainConfig(data=settings["data"])), 0.01, 0)[1]) == 1  # at least
     monkeypatch.chdir(tmp_path)
-    Path("unseen").rename("0.1")  # a folder of that name is a folder
+    Path("held_out").rename("0.1")  # a folder of that name is a folder
     assert TrainConfig(data=("a",), validation="0.1").validation_share is None
 
 
@@ -152,11 +152,11 @@ def test_the_noise_is_the_same_whatever_the_seed(run):
     assert one["8"] != two["8"]
 
 
-def test_what_is_wrong_with_the_folder_is_said_by_its_option(run, unseen, pictures, capsys):
+def test_what_is_wrong_with_the_folder_is_said_by_its_option(run, held_out, pictures, capsys):
     with pytest.raises(UserError, match="--validation nowhere: there is no such folder"):
         run("a", validation="nowhere")
     with pytest.raises(UserError, match="--validate-every needs --validation, the pictures"):
         run("a", validation=None)
-    (unseen / "v0.png").write_bytes((pictures / "0.png").read_bytes())
+    (held_out / "v0.png").write_bytes((pictures / "0.png").read_bytes())
     run("a", steps=1)
     assert "warning: 1 pictures of --validation" in capsys.readouterr().err
