@@ -131,7 +131,7 @@ def broken_output(place: Place) -> list[str]:
 
 
 FOLDERS = [
-    ("a folder that there is not", no_folder, "data: there is no such folder or picture"),
+    ("a folder that does not exist", no_folder, "data: there is no such folder or picture"),
     ("an empty folder", empty_folder, "data: there is no picture in it"),
     ("a file that is no picture", text_as_data, "data: it cannot be opened as a picture"),
     ("a folder that cannot be read", partial(unreadable, name="loop"), "loop: there is no such folder or picture"),
@@ -163,7 +163,7 @@ TABLES = [
     ("has an empty list of texts", '{"file_name": "a.png", "text": []}', "'text' holds no text"),
     ("names a picture twice", f"{ROW}\n{ROW}", "metadata.jsonl line 2: a.png stands there twice"),
     ("leaves a picture out", "", "a.png has no caption"),
-    ("names a picture that there is not", f'{ROW}\n{{"file_name": "b.png", "text": "x"}}', "there is no file b.png"),
+    ("names a picture that does not exist", f'{ROW}\n{{"file_name": "b.png", "text": "x"}}', "there is no file b.png"),
     ("leads outside by ..", f'{ROW}\n{{"file_name": "../a.png", "text": "x"}}', "../a.png points outside the folder"),
     ("leads outside by an absolute path", f'{ROW}\n{{"file_name": "/a.png", "text": "x"}}', "points outside"),
     ("has a name with NUL in it", f'{ROW}\n{{"file_name": "\\u0000", "text": "x"}}', "there is no file"),
@@ -398,7 +398,7 @@ BASES = [
     ("has an empty model_index.json", with_bytes(INDEX, ""), "model_index.json"),
     ("has a model_index.json that is a list", with_bytes(INDEX, "[]"), "it holds a None; what is known is"),
     ("has a model_index.json that is cut off", with_bytes(INDEX, "", keep=30), "model_index.json"),
-    ("is a pipeline that is not known", with_json(INDEX, _class_name="Flux"), "it holds a Flux; what is known is"),
+    ("is an unknown pipeline", with_json(INDEX, _class_name="Flux"), "it holds a Flux; what is known is"),
     ("has a list for its pipeline", with_json(INDEX, _class_name=["a", "b"]), "it holds a ['a', 'b']"),
     ("names code of its own in model_index.json", with_json(INDEX, unet=["evil", "Unet"]), "wrote", True),
     ("lacks its U-Net", without("unet"), NO_UNET),
@@ -423,27 +423,27 @@ BASES = [
     ("has a tensor too many", with_tensors(one_more), "its unet does not use conv_in.more", True),
     ("has weights that are NaN", with_tensors(not_finite), "what it draws for 'a dog' is not finite"),
     ("has weights that are cut off", with_bytes(UNET, "", keep=5000), NO_UNET),
-    ("has weights with more behind them", with_bytes(UNET, "more", keep=1 << 30), NO_UNET),
+    ("has weights with extra bytes behind them", with_bytes(UNET, "more", keep=1 << 30), NO_UNET),
     ("has weights of 0 bytes", with_bytes(UNET, ""), NO_UNET),
     ("has weights of a terabyte", a_terabyte, "its numbers need 4,000.0 GB of memory, and"),
     ("has only pickles of the U-Net (.bin)", only_pickle, NO_UNET),
-    ("is in parts", sharded(), "wrote", True),
-    ("is in parts, of which one is missing", sharded("3.safetensors"), NO_UNET),
-    ("is in parts, and the index leads outside by ..", sharded("../1.safetensors"), "leads outside its folder"),
+    ("is sharded", sharded(), "wrote", True),
+    ("is sharded, of which one is missing", sharded("3.safetensors"), NO_UNET),
+    ("is sharded, and the index leads outside by ..", sharded("../1.safetensors"), "leads outside its folder"),
     (
         "is in parts, and the index leads outside by an absolute path",
         sharded("/1.safetensors"),
         "leads outside its folder",
     ),
-    ("is in parts, its text encoder, too", sharded(weights=TEXT), "wrote", True),
+    ("is sharded, its text encoder, too", sharded(weights=TEXT), "wrote", True),
     (
         "is in parts, and its text encoder's index leads outside",
         sharded("../1.safetensors", weights=TEXT),
         "leads outside its folder",
     ),
     ("has a text encoder's index that leads to /", sharded("/1.safetensors", weights=TEXT), "leads outside its folder"),
-    ("is in parts, and the index is no JSON", sharded(index="x"), NO_UNET),
-    ("is in parts, and the index lists nothing", sharded(index="{}"), NO_UNET),
+    ("is sharded, and the index is no JSON", sharded(index="x"), NO_UNET),
+    ("is sharded, and the index lists nothing", sharded(index="{}"), NO_UNET),
     (
         "predicts what is not known",
         with_json("scheduler/scheduler_config.json", prediction_type="x"),
@@ -541,7 +541,7 @@ LORAS = [
     ("has a type that is not known", headers(entry(dtype="F99")), "has type F99"),
     ("has a shape of texts", headers(entry(shape=("2", "2"))), "which is not known"),
     ("has a negative shape", headers(entry(shape=(-2, -2))), "which is not known"),
-    ("has a shape of truths", headers(entry(shape=(True, 4))), "which is not known"),
+    ("has a shape of true and false", headers(entry(shape=(True, 4))), "which is not known"),
     ("has a shape of 10³⁰", headers(entry(shape=(10**30, 2))), "should begin at byte"),
     ("has a shape that its bytes do not fit", headers(entry(shape=(2, 3))), "should begin at byte"),
     ("has tensors that overlap", headers(entry(), entry(8, 24), 24), "should begin at byte"),
@@ -551,7 +551,7 @@ LORAS = [
     ("has a tensor beyond the end", headers(entry(), size=16), "it was cut off or added to"),
     ("has more bytes than it says", headers(entry(), size=48), "it was cut off or added to"),
     ("has numbers for a terabyte", vast, "its numbers need 8,000.0 GB of memory, and"),
-    ("has a place that is a fraction", headers(entry(0.0, 16.0)), HEADER),
+    ("has an offset that is a fraction", headers(entry(0.0, 16.0)), HEADER),
     ("is cut off", save(GOOD)[:-8], "it was cut off or added to"),
     ("holds no tensors", save({}), "it holds no tensors"),
     ("holds NaN", of({A: torch.full((2, 16), torch.nan)}), "holds numbers that are not finite"),
@@ -597,9 +597,9 @@ LORAS = [
     ("has settings that are a list", of({}, {"lora_adapter_metadata": "[]"}), "lora_adapter_metadata is no JSON"),
     ("has an alpha that is a text", of({}, {"lora_adapter_metadata": '{"unet.lora_alpha": "8"}'}), "is '8'"),
     ("is a pickle (.pt)", pickled, "a pickle, which can run code when it is opened, is not read"),
-    ("is not there, but a pickle of its name", pickle_beside, "a pickle, which can run code"),
+    ("is missing, but a pickle of the same name is there", pickle_beside, "a pickle, which can run code"),
     ("is not there", lambda place: place.folder / "gone.safetensors", "gone.safetensors: not a safetensors file"),
-    ("is a folder without one", folder_without, "it holds neither pytorch_lora_weights.safetensors nor"),
+    ("is a folder without a LoRA", folder_without, "it holds neither pytorch_lora_weights.safetensors nor"),
     ("is a PEFT folder whose settings are no JSON", partial(peft_folder, text="{"), "adapter_config.json: Expecting"),
     ("is a PEFT folder whose settings are a list", partial(peft_folder, text="[]"), "settings are no JSON object"),
     ("is a PEFT folder whose pattern has no end", partial(peft_folder, text=SLOW), "could take for ever to look for"),
@@ -720,11 +720,11 @@ def page() -> str:
     lines = [
         "# Bad input",
         "",
-        f"{len(CASES)} bad and unusual inputs, and what comes of each.  What is refused ends with exit code 2 and a "
-        "message on standard error that has the words of the last column; no file is then left under the name of a "
-        "result.",
+        f"{len(CASES)} bad and unusual inputs, and what happens with each.  What is refused ends with exit code 2 "
+        "and a message on standard error that contains the words of the last column; there is then no file under the "
+        "name of a result.",
         "",
-        "[`tests/bad_inputs/cases.py`](../tests/bad_inputs/cases.py) makes all of them, and this page; "
+        "[`tests/bad_inputs/cases.py`](../tests/bad_inputs/cases.py) makes all of them, and writes this page; "
         "[`tests/bad_inputs/test_bad_inputs.py`](../tests/bad_inputs/test_bad_inputs.py) runs them.",
     ]
     for room, (about, _, rows) in ROOMS.items():
