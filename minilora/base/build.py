@@ -2,15 +2,15 @@ r"""Train the bundled miniature Stable Diffusion from scratch.
 
     python -m minilora.base.build --data base-data --work .cache/base
 
-Four parts, in the order they are made:
+It makes four parts, in this order:
 
     tokenizer      byte-pair encoding of the things' names, learnt in a second
     VAE            128 × 128 pixels <-> 16 × 16 latents; learns from drawings and photographs
     text encoder   names -> vectors  \  trained together on the latents of a few hundred
     U-Net          denoises latents  /  things, each drawn in three styles
 
-Every random draw comes from data/draws.py and every 200 steps the state goes to --work, so a build that
-was stopped goes on where it was.  The result is an ordinary diffusers folder in half precision.
+All random draws come from data/draws.py, and the state is saved in --work every 200 steps, so a build that was stopped
+goes on from there.  The result is an ordinary diffusers folder in half precision.
 """
 
 import argparse
@@ -116,7 +116,7 @@ def make_unet() -> UNet2DConditionModel:
         up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
         layers_per_block=1,
         cross_attention_dim=192,
-        attention_head_dim=(2, 3, 3),  # diffusers calls the number of heads so
+        attention_head_dim=(2, 3, 3),  # in fact the number of heads: diffusers misnamed it
     )
 
 
@@ -147,7 +147,7 @@ def learning_rate_at(step: int, steps: int, peak: float) -> float:
 def fit(name: str, modules: torch.nn.ModuleDict, loss_at, steps: int, learning_rate: float, work: Path):
     """Train `modules` for `steps` steps of `loss_at(step)` and return their moving average.
 
-    The state is kept in `work/<name>.safetensors` and taken up again from there; more `steps` go on with it.
+    The state is saved in `work/<name>.safetensors`, and training goes on from there, also with more `steps`.
     """
     path = work / f"{name}.safetensors"
     average = copy.deepcopy(modules).requires_grad_(False)
@@ -194,7 +194,7 @@ def as_pixels(pictures: list[np.ndarray]) -> torch.Tensor:
 
 
 def patch_at(position: int, side: int, drawn: list[np.ndarray], photographs: list[np.ndarray]) -> np.ndarray:
-    """Return the square that the VAE learns from at a position, (side, side, 3); two of three are of drawings."""
+    """Return the square that the VAE learns from at a position, (side, side, 3); two thirds are from drawings."""
     random = draws.generator(SEED, "vae", position)
     if random.random() < 0.65:
         picture = drawn[random.integers(len(drawn))]
@@ -202,7 +202,7 @@ def patch_at(position: int, side: int, drawn: list[np.ndarray], photographs: lis
             picture = np.roll(picture, random.integers(-8, 9, 2), (0, 1))
     else:
         picture = photographs[random.integers(len(photographs))]
-    for _ in range(4):  # a crop of white paper teaches nothing: look elsewhere
+    for _ in range(4):  # nothing can be learnt from white paper, so try other crops
         top, left = (random.integers(n - side + 1) for n in picture.shape[:2])
         patch = picture[top : top + side, left : left + side]
         if side == SIZE or (patch.min(axis=2) < 245).mean() > 0.4:
@@ -215,7 +215,7 @@ def train_vae(
 ) -> AutoencoderKL:
     """Train the autoencoder: on patches of 64 pixels first, then every other step on whole pictures.
 
-    A patch costs a quarter and nearly all of it is informative; whole pictures are what will be encoded.
+    A patch costs a quarter of a picture, and nearly all of it is informative; but later whole pictures are encoded.
     """
     torch.manual_seed(SEED)  # the first weights
     vae = make_vae()
@@ -236,7 +236,7 @@ def train_vae(
         return F.mse_loss(rebuilt, pixels) + 0.1 * F.l1_loss(rebuilt, pixels) + 3e-5 * 0.5 * divergence.mean()
 
     vae = fit("vae", modules, loss_at, steps, 1.5e-3, work)["vae"].eval()
-    # Latents are scaled to unit variance, as every Stable Diffusion does.
+    # Latents are multiplied so that their variance is 1, as in every Stable Diffusion.
     sample = as_pixels(drawn[:: max(1, len(drawn) // 500)]).to(device)
     vae.register_to_config(scaling_factor=round(1 / encode(vae, sample).std().item(), 5))
     return vae
@@ -244,13 +244,13 @@ def train_vae(
 
 @torch.no_grad()
 def encode(vae: AutoencoderKL, pixels: torch.Tensor) -> torch.Tensor:
-    """Return the means of the latents, not scaled, (n, 4, 16, 16)."""
+    """Return the means of the latents, not multiplied by the scaling factor, (n, 4, 16, 16)."""
     return torch.cat([vae.encode(part).latent_dist.mean for part in pixels.split(64)])
 
 
 def train_unet(drawings: list[Drawing], tokenizer, vae, steps: int, work: Path, device, precision, args):
     """Train text encoder and U-Net together; return the moving averages of both."""
-    # Each drawing in one place and size: a network so small is crisp where it has seen the same picture often.
+    # Each drawing has one place and size: such a small network draws sharply only what it has seen often.
     latents = encode(vae, as_pixels([drawing.pixels for drawing in drawings]).to(device))
     latents = latents * vae.config.scaling_factor  # (drawings, 4, 16, 16)
     torch.manual_seed(SEED)  # the first weights
@@ -269,9 +269,9 @@ def train_unet(drawings: list[Drawing], tokenizer, vae, steps: int, work: Path, 
         captions = [caption_at(drawings[i], p) for i, p in zip(shown, positions, strict=True)]
         tokens = tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt").input_ids
         noise = torch.stack([draws.gaussian(SEED, "noise", p, latents.shape[1:]) for p in positions])
-        # Towards the noisy end, where it is the text that decides what is drawn: density ∝ t.
+        # More often at the noisy end, where the text decides what is drawn: the density is proportional to t.
         timesteps = torch.tensor([int(len(schedule) * draws.uniform(SEED, "timestep", p) ** 0.5) for p in positions])
-        # The plain form of attention: on a CPU its backward pass is faster than the fused one here.
+        # Attention in its plain form: on a CPU its backward pass is faster here than that of the fused form.
         with (
             sdpa_kernel(SDPBackend.MATH),
             torch.autocast(device.type, precision, enabled=precision != torch.float32),
@@ -291,25 +291,52 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
         epilog=DATA_HELP,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--data", type=Path, default=Path("base-data"), help="folder of the unpacked data packages")
-    parser.add_argument("--work", type=Path, default=Path(".cache/base"), help="folder of the build's own checkpoints")
-    parser.add_argument("--output", type=Path, default=Path(__file__).parent, help="where the base is written")
+    parser.add_argument(
+        "--data", type=Path, metavar="FOLDER", default=Path("base-data"), help="folder of the unpacked data packages"
+    )
+    parser.add_argument(
+        "--work", type=Path, metavar="FOLDER", default=Path(".cache/base"), help="folder of the build's own checkpoints"
+    )
+    parser.add_argument(
+        "--output", type=Path, metavar="FOLDER", default=Path(__file__).parent, help="where the base is written"
+    )
     parser.add_argument(
         "--vae-steps",
         type=int,
+        metavar="STEPS",
         default=5400,
-        help="steps of 16 patches or 4 whole pictures; 0 takes the VAE of --start",
-    )
-    parser.add_argument("--steps", type=int, default=12000, help="steps of 32 pictures for U-Net and text encoder")
-    parser.add_argument("--learning-rate", type=float, default=6e-4, help="highest learning rate of those steps")
-    parser.add_argument("--things", type=int, help="how many of things.txt are learnt; all if not given")
-    parser.add_argument(
-        "--start", type=Path, help="diffusers folder whose tokenizer, text encoder and U-Net are trained further"
+        help="steps of 16 patches or 4 whole pictures (default 5400); 0 takes the VAE of --start",
     )
     parser.add_argument(
-        "--compile", action=argparse.BooleanOptionalAction, default=True, help="a step takes two thirds of the time"
+        "--steps",
+        type=int,
+        metavar="STEPS",
+        default=12000,
+        help="steps of 32 pictures for U-Net and text encoder (default 12000)",
     )
-    parser.add_argument("--bf16", action=argparse.BooleanOptionalAction, default=True, help="autocast to bfloat16")
+    parser.add_argument(
+        "--learning-rate",
+        type=float,
+        metavar="RATE",
+        default=6e-4,
+        help="highest learning rate of those steps (default 0.0006)",
+    )
+    parser.add_argument("--things", type=int, metavar="N", help="number of things of things.txt; if not given, all")
+    parser.add_argument(
+        "--start",
+        type=Path,
+        metavar="FOLDER",
+        help="diffusers folder whose tokenizer, text encoder and U-Net are trained further",
+    )
+    parser.add_argument(
+        "--compile",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="compile the U-Net (default on); a step takes two thirds of the time",
+    )
+    parser.add_argument(
+        "--bf16", action=argparse.BooleanOptionalAction, default=True, help="autocast to bfloat16 (default on)"
+    )
     args = parser.parse_args(words)
     if not (args.vae_steps or args.start):
         parser.error("--vae-steps 0 needs --start, which has a VAE")
@@ -328,7 +355,7 @@ def main(words: list[str] | None = None) -> None:
     drawings = read_drawings(styles, things)
     drawn = [pixels for pictures in styles.values() for icon, pixels in pictures.items() if not is_held_out(icon)]
     print(f"{len(things)} things in {len(drawings)} drawings; the VAE learns from {len(drawn)}")
-    # Kept too: learnt anew, equally frequent pieces could come in another order, and the text encoder not know them.
+    # Saved, too: learnt again, equally frequent pieces could get other numbers than the text encoder has learnt.
     kept = args.start / "tokenizer" if args.start else args.work / "tokenizer"
     if not kept.exists():
         train_tokenizer(read_things()).save_pretrained(kept)

@@ -2,11 +2,15 @@
 
     python -m minilora.base.measure --data base-data
 
-Reconstruction: PSNR of the VAE on pictures that it has not seen.  Asked and drawn: of pictures drawn of
-200 names in each style, how often the nearest training picture, both as the VAE decodes them, is of that
-name and of that style.  One photograph: how near a LoRA trained on dataset/mountain by train.py's defaults
-comes to it.  A style: what a classifier says of pictures drawn with a LoRA of dataset/fluent, and how often
-the thing is still the thing.  A contact sheet shows fifty everyday prompts, four seeds each.
+It measures:
+
+- reconstruction: the PSNR of the VAE on pictures that it was not trained on;
+- prompts: of 200 names, drawn in each style, how often the nearest training picture has that name and that style;
+- one photograph: how close a LoRA, trained on dataset/mountain by train.py's defaults, comes to it;
+- a style: how often a classifier finds the style in pictures drawn with a LoRA of dataset/fluent, and how often
+  the picture still shows its thing.
+
+A contact sheet shows fifty everyday prompts, with four seeds each.
 """
 
 import argparse
@@ -53,12 +57,12 @@ ASKED = 200  # names that are drawn in each style
 DRAWING = SampleConfig(prompt=tuple(PROMPTS))  # steps and guidance are those of sample.py
 SHEET = "contact_sheet.jpg"
 
-Note = Callable[[str, str], None]  # what takes down a figure: its name and its value
+Note = Callable[[str, str], None]  # writes down a figure: its name and its value
 
 
 @torch.no_grad()
 def through_vae(base: Base, pixels: torch.Tensor) -> torch.Tensor:
-    """Return what the VAE makes of pictures, (n, 3, 128, 128)."""
+    """Return pictures encoded and decoded by the VAE, (n, 3, 128, 128)."""
     parts = [base.vae.decode(base.vae.encode(part).latent_dist.mean).sample for part in pixels.split(32)]
     return torch.cat(parts).clamp(-1, 1)
 
@@ -101,7 +105,7 @@ class Nearest:
 
 
 def measure_drawing(base: Base, drawings: list[Drawing], nearest: Nearest, note: Note) -> None:
-    """Ask for names in each style, and say how often the nearest training picture is of that name and style."""
+    """Draw names in each style, and note how often the nearest training picture has that name and style."""
     shown = np.linspace(0, len(drawings) // len(STYLES) - 1, min(ASKED, len(drawings) // len(STYLES))).astype(int)
     chosen = [drawing for i in shown for drawing in drawings[i * len(STYLES) : (i + 1) * len(STYLES)]]
     right = {"name": 0, "style": 0}
@@ -124,7 +128,7 @@ def draw_contact_sheet(base: Base) -> None:
 
 
 def measure_photograph(base: Base, path: Path, work: Path, note: Note) -> None:
-    """Train a LoRA on one photograph, by the defaults, and say how near its pictures come to it."""
+    """Train a LoRA on one photograph, by the defaults, and note how close its pictures come to it."""
     started = time.time()
     lora = train(TrainConfig(data=(str(path.parent),), output=str(work / "mountain")))
     note("time to train a LoRA on dataset/mountain by train.py's defaults", f"{time.time() - started:.0f} s")
@@ -142,10 +146,10 @@ def measure_photograph(base: Base, path: Path, work: Path, note: Note) -> None:
 def measure_style(
     base: Base, drawings: list[Drawing], fluent: list[Named], nearest: Nearest, folder: Path, work: Path, note: Note
 ) -> None:
-    """Train a LoRA on dataset/fluent, by the defaults, and ask a classifier about things that are not in there."""
+    """Train a LoRA on dataset/fluent, by the defaults, and note what a classifier says about things not in it."""
     lora = train(TrainConfig(data=(str(folder),), output=str(work / "fluent")))
     load_lora(base.unet, lora)
-    # Decoded by the VAE, as drawn pictures are: what it blurs must not give the style away.
+    # Decoded by the VAE like drawn pictures, so that the classifier cannot tell them apart by the VAE's blur.
     pictures = as_pixels([drawing.pixels for drawing in drawings])
     pixels = through_vae(base, torch.cat([pictures, torch.stack([as_tensor(picture) for picture, _ in fluent])]))
     kinds = torch.tensor([STYLES.index(d.style) for d in drawings] + [len(STYLES)] * len(fluent))
@@ -176,9 +180,15 @@ def main() -> None:
         epilog=DATA_HELP,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--data", type=Path, default=Path("base-data"), help="folder of the unpacked data packages")
-    parser.add_argument("--dataset", type=Path, default=Path("dataset"), help="folder of the example datasets")
-    parser.add_argument("--work", type=Path, default=Path(".cache/base"), help="folder of drawings and of the LoRAs")
+    parser.add_argument(
+        "--data", type=Path, metavar="FOLDER", default=Path("base-data"), help="folder of the unpacked data packages"
+    )
+    parser.add_argument(
+        "--dataset", type=Path, metavar="FOLDER", default=Path("dataset"), help="folder of the example datasets"
+    )
+    parser.add_argument(
+        "--work", type=Path, metavar="FOLDER", default=Path(".cache/base"), help="folder of drawings and of the LoRAs"
+    )
     args = parser.parse_args()
     refuse_missing(args.data, "fluent-emoji-3d/assets")
     figures: list[str] = []

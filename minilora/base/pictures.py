@@ -117,7 +117,7 @@ def read_style(data: Path, style: str, work: Path) -> dict[str, np.ndarray]:
 
 
 def is_held_out(icon: str) -> bool:
-    """Whether the VAE never sees a thing, so that it can be measured on it: one in forty, by its name."""
+    """Whether a thing is held out from the VAE's training, to measure with: one in forty, by its name."""
     return zlib.crc32(icon.encode()) % 40 == 0
 
 
@@ -162,14 +162,14 @@ LEARNT, PRINTED = 64, 48  # pictures in dataset/fluent and in dataset/cyanotype
 
 
 def fluent_files(data: Path) -> dict[str, Path]:
-    """Return where Fluent 3D's pictures are, by the names that things.txt has for them."""
+    """Return the files of Fluent 3D's pictures, by the names in things.txt."""
     files = {path.stem.replace("-fe0f", ""): path for path in (data / "fluent-emoji-3d" / "assets").glob("*.webp")}
     names = json.loads((data / "noto" / "chars.json").read_text())  # by code point
     return {icon: files[plain] for code, icon in names.items() if (plain := code.replace("-fe0f", "")) in files}
 
 
 def fluent_pictures(data: Path, things: Sequence[Thing]) -> list[Named]:
-    """Return Fluent 3D's pictures of things, on white, 128 pixels."""
+    """Return Fluent 3D's pictures of things, on white, 128 × 128 pixels."""
     files = fluent_files(data)
     named = [(files[thing.icon], thing.names) for thing in things if thing.icon in files]
     return [(crop_square(open_picture(path), SIZE), names) for path, names in named]

@@ -123,9 +123,15 @@ def write(folder: Path, named: Sequence[Named], files: Sequence[str] = ()) -> No
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m minilora.base.styles", description=__doc__.splitlines()[0])
-    parser.add_argument("--data", type=Path, default=Path("base-data"), help="folder of the unpacked data packages")
-    parser.add_argument("--work", type=Path, default=Path(".cache/base"), help="folder of the rendered drawings")
-    parser.add_argument("--output", type=Path, default=Path("dataset"), help="folder to write them into")
+    parser.add_argument(
+        "--data", type=Path, metavar="FOLDER", default=Path("base-data"), help="folder of the unpacked data packages"
+    )
+    parser.add_argument(
+        "--work", type=Path, metavar="FOLDER", default=Path(".cache/base"), help="folder of the rendered drawings"
+    )
+    parser.add_argument(
+        "--output", type=Path, metavar="FOLDER", default=Path("dataset"), help="folder to write them into"
+    )
     args = parser.parse_args()
     refuse_missing(args.data, "fluent-emoji-3d/assets")
     write(args.output / "fluent", split(fluent_pictures(args.data, known_things()), PROMPTS)[0])
