@@ -60,7 +60,7 @@ class LatentConsistency(Objective):
         self.unet = unet  # `loss` may get it in a wrapper that averages gradients
         base = Base(config.model, unet.device, config=config.model_config, loras=config.base_lora)
         self.empty = base.encode_text("").to(unet.device)  # (tokens, width)
-        self.follower = {
+        self.target = {
             name: parameter.detach().clone() for name, parameter in unet.named_parameters() if parameter.requires_grad
         }  # θ⁻
 
@@ -74,18 +74,18 @@ class LatentConsistency(Objective):
                 prediction = guided(self.unet, text, self.empty, guidance)(x, t).float()
             here, there = schedule.alpha_bar(t), schedule.alpha_bar(t_next)
             x_next = ddim_step(x, prediction, here, there, schedule.prediction_type)
-            prediction = functional_call(self.unet, self.follower, (x_next, t_next, text)).sample
+            prediction = functional_call(self.unet, self.target, (x_next, t_next, text)).sample
             wanted = consistency(prediction, x_next, t_next, schedule)
         return pseudo_huber(ours - wanted, HUBER).mean(dim=(1, 2, 3))  # (batch,)
 
     @torch.no_grad()
     def after_step(self) -> None:
         for name, parameter in self.unet.named_parameters():
-            if name in self.follower:
-                self.follower[name].lerp_(parameter, 1 - self.decay)
+            if name in self.target:
+                self.target[name].lerp_(parameter, 1 - self.decay)
 
     def state(self) -> dict[str, torch.Tensor]:
-        return self.follower
+        return self.target
 
     def neighbours(
         self, positions: tuple[int, ...], schedule: Schedule, seed: int

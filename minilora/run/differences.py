@@ -20,6 +20,8 @@ HASHES = {
     "text_encoder": ("the text encoder", ("model", "model_config", "base_lora")),
     "init_from": ("the LoRA", ("init_from",)),
 }
+# Settings that decide which pictures and captions there are; --data is left out, because the pictures are named.
+ABOUT_PICTURES = ("caption", "caption_column", "class_data", "class_pictures", "validation")
 OTHERS = {"objective": "the objective", "schedule": "the noise schedule of the base"}  # identities that are no settings
 
 Content = tuple[str, tuple[str, ...]]  # of a picture: its digest and its captions
@@ -30,16 +32,20 @@ def differences(run: Run, saved: dict) -> list[str]:
     there, here = saved["fingerprint"], run.identity
     different = {key for key in there.keys() | here.keys() if there.get(key) != here.get(key)}
     before, now = _typed_before(run), json.loads(run.config.to_json())
+
+    def changed(names: Iterable[str]) -> list[str]:
+        found = [name for name in names if name in before and before[name] != now[name]]
+        return [_changed(option(name), before[name], now[name]) for name in found]
+
     lines = []
     for key in sorted(different & HASHES.keys()):
         what, settings = HASHES[key]
-        moved = [name for name in settings if name in before and before[name] != now[name]]
-        lines += [_changed(option(name), before[name], now[name]) for name in moved]
-        if not moved:
-            lines.append(f"the weights of {what} of {option(settings[0])} {_shown(now[settings[0]])} have changed")
+        source = f"{option(settings[0])} {now[settings[0]]}" if now[settings[0]] else "the bundled base"
+        lines += changed(settings) or [f"the weights of {what} of {source} have changed"]
     for key in sorted(different - HASHES.keys() - {"pictures"}):
         lines.append(_changed(OTHERS.get(key, option(key)), there.get(key), here.get(key)))
     if "pictures" in different:
+        lines += changed(ABOUT_PICTURES)
         listed = [(digest, tuple(captions)) for digest, captions in saved.get("pictures", [])]
         pictures = picture_differences(listed, (*run.examples.items, *run.examples.class_items))
         more = [f"and {len(pictures) - SHOWN} more pictures"] if len(pictures) > SHOWN else []

@@ -84,11 +84,11 @@ def test_its_levels_are_those_that_lcm_scheduler_draws_through(base):
 # ------------------------------------------------------------------------------------------ the loss
 
 
-def test_the_loss_is_between_the_trained_and_the_follower_on_the_teachers_path(base, batch):
+def test_the_loss_is_between_the_trained_and_the_target_on_the_teachers_path(base, batch):
     objective, schedule = started(base), base.schedule
     with torch.no_grad():
         for parameter in lora_parameters(base.unet):
-            parameter.mul_(0.5)  # the follower stays
+            parameter.mul_(0.5)  # the target stays
     found = objective.loss(base.unet, batch, schedule, CONFIG)
 
     t, t_next = objective.neighbours(batch.positions, schedule, CONFIG.seed)
@@ -100,12 +100,12 @@ def test_the_loss_is_between_the_trained_and_the_follower_on_the_teachers_path(b
             predict = guided(teacher, batch.conditioning.text[one], objective.empty, guidance)
             here, there = schedule.alpha_bar(t[one]), schedule.alpha_bar(t_next[one])
             x_next = ddim_step(x[one], predict(x[one], t[row]), here, there, schedule.prediction_type)
-            follower = functional_call(
-                base.unet, objective.follower, (x_next, t_next[one], batch.conditioning.text[one])
+            target = functional_call(
+                base.unet, objective.target, (x_next, t_next[one], batch.conditioning.text[one])
             ).sample
             ours = base.unet(x[one], t[one], batch.conditioning.text[one]).sample
             difference = consistency(ours, x[one], t[one], schedule) - consistency(
-                follower, x_next, t_next[one], schedule
+                target, x_next, t_next[one], schedule
             )
             wanted = ((difference.square() + 1e-6).sqrt() - 1e-3).mean()
             torch.testing.assert_close(found[row], wanted, rtol=1e-4, atol=1e-5)  # another size of batch
@@ -129,7 +129,7 @@ def test_the_lowest_level_leads_to_the_teachers_own_end(base, batch):
     objective = started(base)
     objective.neighbours = lambda *_: (torch.tensor([19] * 3), torch.tensor([0] * 3))
     before = objective.loss(base.unet, batch, base.schedule, CONFIG)
-    for tensor in objective.follower.values():
+    for tensor in objective.target.values():
         tensor.zero_()
     torch.testing.assert_close(objective.loss(base.unet, batch, base.schedule, CONFIG), before, rtol=0, atol=0)
 
@@ -142,7 +142,7 @@ def test_where_both_places_are_one_and_nothing_has_moved_the_loss_is_zero(base, 
     torch.testing.assert_close(loss, torch.zeros(3), rtol=0, atol=1e-6)
 
 
-def test_the_follower_follows_by_its_formula(base):
+def test_the_target_moves_by_its_formula(base):
     objective = started(base, decay=0.9)
     names = [name for name, parameter in base.unet.named_parameters() if parameter.requires_grad]
     assert list(objective.state()) == names
@@ -186,7 +186,7 @@ def test_a_distillation_that_was_cut_in_two_gives_the_same_bytes(learn):
     cut = learn("cut", steps=4, checkpoint_every=4).parent
     state = load_file(checkpoint.path_of(cut, 4))
     moved = [key for key in state if key.startswith("objective.") and "lora_B" in key and state[key].any()]
-    assert moved  # the follower is in the checkpoint
+    assert moved  # the target is in the checkpoint
     assert learn("cut", resume=True).read_bytes() == whole
     with pytest.raises(UserError, match=r"objective was 'LatentConsistency.*decay=0\.95.* is 'LatentConsistency.*0\.5"):
         learn("cut", LatentConsistency((2.0, 4.0), decay=0.5), resume=True)
