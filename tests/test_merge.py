@@ -208,7 +208,7 @@ def test_the_report_says_how_much_of_the_change_rounding_left(stored, dtype, siz
     for component in lost:
         [line] = [note for note in report.notes if f"{component}:" in note]
         share = 1 - np.sqrt(lost[component] / whole[component])
-        said = float(re.search(r"([\d.]+)% of the change arrived, after rounding to", line)[1])
+        said = float(re.search(r"([\d.]+)% of ΔW arrived, after rounding to", line)[1])
         assert said == pytest.approx(100 * max(0, share), abs=0.06)  # it is rounded to a tenth, of a float32 sum
         assert line.startswith("warning: ") == (share < 0.95)
         assert line.endswith("; see --dtype") == (share < 0.95)
@@ -305,7 +305,7 @@ def test_an_undo_file_is_never_lost(folder, tmp_path):
     lora_for(folder, tmp_path / "l.safetensors")
     loras, out = [(tmp_path / "l.safetensors", 1.0)], tmp_path / "out"
     for inside in (out, out / "undo"):
-        with pytest.raises(UserError, match="it would lie in the --output"):
+        with pytest.raises(UserError, match="it is inside --output"):
             fold(folder, loras, out, undo=inside)
     (tmp_path / "undo").write_text("of another merge")
     with pytest.raises(UserError, match="undo: it exists"):
@@ -589,7 +589,7 @@ def test_the_command_does_each_of_its_things(folder, tmp_path, monkeypatch, caps
     lora = lora_for(folder, tmp_path / "l.safetensors", dialect="diffusers")
     loras, out = tmp_path / "l.safetensors", tmp_path / "out"
     assert run(monkeypatch, folder, f"{loras}:0.7", "--output", out, "--undo", tmp_path / "undo") == 0
-    assert "change of the weight" in capsys.readouterr().out
+    assert "of the weight on average" in capsys.readouterr().out
     check_merged(folder, out, lora, 0.7)
     assert run(monkeypatch, "--restore", out, tmp_path / "undo", "--output", tmp_path / "back") == 0
     assert bytes_of(tmp_path / "back") == bytes_of(folder)
@@ -620,7 +620,7 @@ def test_dtype_is_that_of_what_is_written(folder, tmp_path, monkeypatch, capsys)
     assert run(monkeypatch, *mixed) == 0  # and without, that of what is read
     assert {entry.dtype for entry in TensorFile(tmp_path / "y.safetensors").entries.values()} == {"F16"}
     assert run(monkeypatch, folder, loras, "--dtype", "bfloat16", "--output", tmp_path / "merged") == 0
-    assert "of the change arrived, after rounding to BF16" in capsys.readouterr().out
+    assert "of ΔW arrived, after rounding to BF16" in capsys.readouterr().out
     extracted = ("--extract", folder, tmp_path / "merged", "--rank", "2", "--dtype", "bfloat16", "--output")
     assert run(monkeypatch, *extracted, tmp_path / "z.safetensors") == 0
     assert {entry.dtype for entry in TensorFile(tmp_path / "z.safetensors").entries.values()} == {"BF16"}

@@ -47,8 +47,8 @@ class Folded:
         largest = max(self.changes, key=self.changes.get)
         mean = sum(self.changes.values()) / len(self.changes)
         return (
-            f"{self.lora}: {len(self.changes)} modules of {self.component}, change of the weight {mean:.2%} on "
-            f"average, {self.changes[largest]:.2%} at most ({split(largest)[1]})"
+            f"{self.lora}: {len(self.changes)} modules of {self.component}, ΔW is {mean:.2%} of the weight on average, "
+            f"{self.changes[largest]:.2%} at most ({split(largest)[1]})"
         )
 
 
@@ -68,7 +68,7 @@ class Report:
 
 @dataclass(frozen=True)
 class Rounding:
-    """What rounding the sum took of the change of a tensor, in squares: ‖W′ − W − ΔW‖² of ‖ΔW‖²."""
+    """How much of a tensor's ΔW was lost by rounding the sum, in squares: ‖W′ − W − ΔW‖² of ‖ΔW‖²."""
 
     component: str
     type: str
@@ -85,7 +85,7 @@ def arrived(roundings: Iterable[Rounding]) -> list[str]:
     for (component, kind), several in sorted(alike.items()):
         lost, whole = (math.fsum(getattr(rounding, name) for rounding in several) for name in ("lost", "whole"))
         share = max(0.0, 1 - math.sqrt(lost / whole)) if whole else 1.0
-        after = f"{share:.1%} of the change arrived, after rounding to {kind}"
+        after = f"{share:.1%} of ΔW arrived, after rounding to {kind}"
         wider = "" if kind in ("F32", "F64") else "; see --dtype"
         lines.append(f"{component}: {after}" if share >= ENOUGH else f"warning: {component}: only {after}{wider}")
     return lines
@@ -123,7 +123,7 @@ def fold(
     finite numbers, and a full disk.
     """
     if undo and undo.resolve().is_relative_to(output.resolve()):
-        raise UserError(f"--undo {undo}: it would lie in the --output {output}; choose a place beside it")
+        raise UserError(f"--undo {undo}: it is inside --output {output}; choose a place outside")
     checkpoint = Checkpoint(base)
     read = [read_for(path, checkpoint.modules, str(base), allow_unmatched) for path, _ in loras]
     plan, folded = _plan(checkpoint, read, loras, dtype)

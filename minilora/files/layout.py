@@ -114,12 +114,12 @@ class Checkpoint:
                 self._add([full_name(UNET, path)], Path(), key, entry)
 
     def _add(self, names: list[str], file: Path, key: str, entry: Entry) -> None:
-        """Note that the weights of some modules lie, one below the other, under a key."""
+        """Note that a key holds the weights of some modules, one below the other."""
         transposed = key.endswith(".text_projection")  # a parameter P of OpenCLIP, in x P; a layer's W is in x Wᵀ
         if not (key.endswith("weight") or transposed) or len(entry.shape) not in (2, 4):
             return
         if entry.dtype not in WEIGHTS or any(".embeddings." in name for name in names):
-            return  # tables of vectors, and whole numbers: no layer that can carry LoRA
+            return  # tables of vectors, and integers: not a layer that can have a LoRA
         for number, name in enumerate(names):
             rows = entry.shape[0] // len(names)
             shape = entry.shape[::-1] if transposed else (rows, *entry.shape[1:])

@@ -128,11 +128,11 @@ def refuse_existing(output: Path, overwrite: bool) -> None:
 
 @contextmanager
 def staging(output: Path, size: int, overwrite: bool, content: Collection[Path] = ()) -> Iterator[Path]:
-    """Give a temporary path to write to, which takes the name `output` once the block is done, or goes away.
+    """Give a temporary path to write to; it is renamed to `output` after the block, or deleted if the block fails.
 
-    Raises UserError if there is something at `output` already, unless it may be overwritten, or if
-    the disk has no room for `size` bytes.  A folder is overwritten only if all files in it are among
-    `content`, the files of the new one: others may be what nobody means to lose.
+    Raises UserError if `output` exists and may not be overwritten, or if the disk has no room for `size` bytes.  A
+    folder is overwritten only if all files in it are among `content`, the files of the new one, so that nothing else
+    is lost.
     """
     refuse_existing(output, overwrite)
     if output.is_dir():
