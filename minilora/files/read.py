@@ -151,7 +151,8 @@ def read_lora(path: Path, modules: Modules | None = None) -> LoRA:
         return _read_peft(path, modules)
     path = path / FILE_NAME if path.is_dir() else path
     tensors, metadata = _read_tensors(path)
-    if any(key.startswith(PEFT_PREFIX) for key in tensors) and path.with_name(PEFT_CONFIG).exists():
+    is_peft = path.name == PEFT_FILE or any(key.startswith(PEFT_PREFIX) for key in tensors)
+    if is_peft and path.with_name(PEFT_CONFIG).exists():
         return _read_peft_file(path, tensors, _component_of(path.absolute().parent), modules)
     if path.name == PEFT_FILE:
         raise FormatError(f"{path}: its scale is in {PEFT_CONFIG}, which is missing beside it")
