@@ -210,7 +210,7 @@ def before_after(
                 groups = [seeds] if base.device.type == "cpu" else [[seed] for seed in seeds]
                 drawn = [draw(base, item.captions[0], group, size, config, on_step) for group in groups]
                 columns.append([picture for group in drawn for picture in group])
-    columns.append([crop(open_picture(item.path), size)] * len(seeds))
+    columns.append([crop(item.open(), size)] * len(seeds))
     rows = [list(row) for row in zip(*columns, strict=True)]
     return sheet(rows, ["base", "LoRA at 0.5", "LoRA at 1.0", "training picture"], [f"seed {seed}" for seed in seeds])
 

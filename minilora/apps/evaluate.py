@@ -41,7 +41,7 @@ from PIL import Image
 
 from ..data.folder import Item, read_folder
 from ..data.held_out import held_out_loss
-from ..data.pictures import as_tensor, crop_square, open_picture
+from ..data.pictures import as_tensor, crop_square
 from ..models.base import DTYPES, Base, UNetWithText
 from ..models.device import this_device
 from ..run.encode import encoded_examples
@@ -123,7 +123,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, float]:
         if len(there) < least:
             raise UserError(f"{folder}: {len(there)} pictures are too few to compare; at least {least}")
     side = base.resolution
-    drawn, real = ([crop_square(open_picture(item.path), side) for item in each] for each in (items, reference))
+    drawn, real = ([crop_square(item.open(), side) for item in each] for each in (items, reference))
     seen, wanted = features_of(base, drawn), features_of(base, real)
     spread = wanted.std(0).clamp(min=1e-6)  # (width,)
     figures = {"distance of distributions": kernel_distance(seen / spread, wanted / spread)}

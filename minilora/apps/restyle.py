@@ -26,7 +26,7 @@ import torch
 from PIL import Image
 
 from ..data.folder import Item, read_folder
-from ..data.pictures import as_tensor, crop_square, open_picture
+from ..data.pictures import as_tensor, crop_square
 from ..files.read import some
 from ..models.base import DTYPES, Base
 from ..models.device import this_device
@@ -135,7 +135,7 @@ def restyle(config: RestyleConfig) -> dict[str, float]:
     base.refuse_inpainting()
     strengths = load_loras(base, config.lora)
     draw_again = pipeline_for(base, config)
-    pictures = [crop_square(open_picture(item.path), base.resolution) for item in items]
+    pictures = [crop_square(item.open(), base.resolution) for item in items]
     captions = [item.captions[0] for item in items]
 
     figures: dict[str, float] = {}
@@ -248,7 +248,7 @@ def distance(pictures: Sequence[Image.Image], drawn: Sequence[Image.Image]) -> f
 def learn_style(base: Base, config: RestyleConfig) -> tuple[torch.nn.Module, float]:
     """Return a classifier, for which kind 1 is the style, and how often it is right on held-out pictures."""
     items = read_pictures(config.style, config.prompt, "--style ")
-    seen = pixels_of([crop_square(open_picture(item.path), base.resolution) for item in items])
+    seen = pixels_of([crop_square(item.open(), base.resolution) for item in items])
     latents = [base.encode_picture(picture)[0][None].to(base.device) for picture in seen]
     ours = torch.cat([base.decode_latents(x) for x in latents])
     how = SampleConfig(prompt=("any",), model=config.model)

@@ -25,8 +25,9 @@ from ..settings.errors import UserError
 from ..settings.train import TrainConfig
 from . import buckets, draws
 from .buckets import Size
-from .folder import Item
-from .pictures import CENTRE, as_tensor, crop, crop_at, open_picture
+from .folder import ChangedError, Item
+from .known import forget
+from .pictures import CENTRE, as_tensor, crop, crop_at
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ class Batch:
     weights: torch.Tensor  # (batch,), of each picture's loss
 
 
-_CROP = 1  # raise this number when open_picture or crop give other pixels than before
+_CROP = 2  # raise this number when open_picture or crop give other pixels than before
 
 
 class Examples:
@@ -161,7 +162,12 @@ class Examples:
         return captions[draws.integer(seed, "caption", position, 0, len(captions))]
 
     def _pixels(self, item: Item, mirrored: bool, place: tuple[float, float] = CENTRE) -> torch.Tensor:
-        pixels = as_tensor(crop(open_picture(item.path), self.size_of(item), place))
+        try:
+            picture = item.open()
+        except ChangedError:  # in a way that the times of its file do not show, perhaps: the next run looks at all anew
+            forget(self.config.cache)
+            raise
+        pixels = as_tensor(crop(picture, self.size_of(item), place))
         return pixels.flip(-1) if mirrored else pixels
 
     def _file(self, *ingredients) -> Path:

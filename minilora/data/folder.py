@@ -1,23 +1,34 @@
-"""A folder of pictures with captions: what is in it, and everything that is wrong with it.
+"""A folder of pictures with captions: which pictures are learnt from, and everything that is wrong with it.
 
-Captions stand in metadata.jsonl or metadata.csv, or in a .txt beside each picture.
+No file is passed over in silence.  A picture that cannot be learnt from is an error.  A copy, a text without a picture
+or a file of another kind is named in a printed line.
 """
 
-import csv
 import hashlib
 import io
 import os
-from collections.abc import Iterator
+import sys
+import unicodedata
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 from PIL import Image
+from tqdm import tqdm
 
 from ..settings.errors import UserError
 from ..settings.shared import WEIGHT, path_and_number
-from ..settings.strict_json import parse_json
 from ..settings.train import TrainConfig
-from .pictures import NO_PICTURE, open_picture
+from .captions import TABLES, read_table, read_text, texts_beside
+from .contents import files_in, told_left_out, told_unused
+from .kinds import is_picture, kind_of_bytes, named, remedy, unread_kind
+from .known import Known, state_of
+from .pictures import BOMB, NO_PICTURE, look_at, open_picture, pixels_claimed, pixels_limited
+
+
+class ChangedError(UserError):
+    """A picture is not what it was when its folder was read."""
 
 
 @dataclass(frozen=True)
@@ -29,17 +40,24 @@ class Item:
     size: tuple[int, int]  # width and height in pixels
     captions: tuple[str, ...]  # one or more
 
+    def open(self) -> Image.Image:
+        """Return the picture as `open_picture` does; ChangedError if the file has another content than the hash's."""
+        content = self.path.read_bytes()
+        if hashlib.sha256(content).hexdigest() != self.digest:
+            raise ChangedError(f"{self.path} has changed since its folder was read; start again")
+        return open_picture(io.BytesIO(content), self.size[0] * self.size[1])
 
-def read_folders(config: TrainConfig) -> list[Item]:
+
+def read_folders(config: TrainConfig, quiet: bool = False) -> list[Item]:
     """Return the pictures of all folders of `config.data`, each as often as its folder's weight says.
 
-    Raises UserError with everything that is wrong with the folders, in one message.
+    Raises UserError with everything that is wrong with the folders, in one message.  `quiet`: print nothing.
     """
     items, problems = [], []
     for text in config.data:
         folder, weight = path_and_number(text, WEIGHT)
         try:
-            items += [item for item in read_folder(folder, config) for _ in range(int(weight))]
+            items += [item for item in read_folder(folder, config, quiet=quiet) for _ in range(int(weight))]
         except UserError as error:
             problems.append(str(error))
     if problems:
@@ -47,39 +65,42 @@ def read_folders(config: TrainConfig) -> list[Item]:
     return items
 
 
-def read_folder(name: str, config: TrainConfig, option: str = "--data") -> list[Item]:
+def read_folder(name: str, config: TrainConfig, option: str = "--data", quiet: bool = False) -> list[Item]:
     """Return the pictures of a folder with their captions, in the order of their names.
 
     Captions come from metadata.jsonl or metadata.csv, or else from a .txt beside each picture, or else
     from --caption; --trigger stands before each.  `name` may also be a single picture, whose caption is
-    --caption.  Raises UserError with everything that is wrong with the folder, in one message, which
-    names the option.
+    --caption.  Prints, unless `quiet`, what in the folder is not used.  Raises UserError with everything that is
+    wrong with the folder, in one message, which names the option.
     """
-    folder, problems = Path(os.path.normpath(name)), []
+    folder, problems, remarks = Path(os.path.normpath(name)), [], []
     if folder.is_file():
         if config.caption is None:
             raise UserError(f"{option} {folder}: one picture needs its --caption")
-        captions, pictures = {folder: (config.caption,)}, [folder]
+        captions = {folder: (config.caption,)}
     elif not folder.is_dir():
         raise UserError(f"{option} {folder}: there is no such folder or picture")
     else:
-        captions, pictures = _look_into(folder, config, problems)
-        if not pictures and not problems:
-            raise UserError(f"{option} {folder}: there is no picture in it")
-    items = []
-    for path in pictures:
-        if path not in captions:
-            problems.append(
-                f"{path.name} has no caption in metadata.jsonl, metadata.csv or a .txt beside it; "
-                "give one, or --caption"
-            )
-        try:
-            size = open_picture(path).size
-        except NO_PICTURE as error:
-            problems.append(f"{'it' if path == folder else path.name} cannot be opened as a picture ({error})")
+        captions = _captions(folder, config, problems, remarks)
+        if not captions and not problems:
+            raise UserError("; ".join([f"{option} {folder}: there is no picture in it", *remarks]))
+    items, unread = [], {}
+    for path, look in _look_at_all(list(captions), folder, config, quiet).items():
+        if look.kind:
+            unread[_name(path, folder)] = look.kind
+        elif look.size is None:
+            problems.append(f"{'it' if path == folder else _name(path, folder)} {look.wrong}")
         else:
-            texts = tuple(with_trigger(text, config) for text in captions.get(path, ()))
-            items.append(Item(path, hashlib.sha256(path.read_bytes()).hexdigest(), size, texts))
+            if look.wrong:
+                remarks.append(f"{_name(path, folder)}: its colour profile cannot be used ({look.wrong})")
+            texts = tuple(with_trigger(text, config) for text in captions[path])
+            items.append(Item(path, look.digest, look.size, texts))
+    if unread:
+        kinds = list(dict.fromkeys(unread.values()))
+        problems.append(f"{named(list(unread), 'pictures')} cannot be read, being {', '.join(kinds)}; {remedy(kinds)}")
+    if not quiet:
+        for remark in remarks:
+            print(f"note: {option} {folder}: {remark}", file=sys.stderr)
     if problems:
         raise UserError(f"{option} {folder}: " + "; ".join(problems))
     return items
@@ -90,109 +111,118 @@ def with_trigger(caption: str, config: TrainConfig) -> str:
     return ", ".join(filter(None, (config.trigger, caption)))
 
 
-def _look_into(
-    folder: Path, config: TrainConfig, problems: list[str]
-) -> tuple[dict[Path, tuple[str, ...]], list[Path]]:
-    """Return the captions by picture, and the pictures; add what is wrong with them to `problems`."""
-    suffixes = Image.registered_extensions()
+def _name(path: Path, folder: Path) -> str:
+    """Return what a file is called in messages: its path from the folder on."""
+    return path.name if path == folder else str(path.relative_to(folder))
 
-    def unreadable(error: OSError) -> None:
-        problems.append(f"{error.filename} cannot be read ({error.strerror})")
 
-    below = os.walk(folder, onerror=unreadable)
-    inside = [Path(place, name) for place, folders, files in below for name in (*folders, *files)]
-    # (A link that leads nowhere is no file, and opening it will say so.)
-    pictures = [p for p in inside if p.suffix.lower() in suffixes and (p.is_file() or not p.exists())]
-    problems += [
-        f"{p.relative_to(folder)} is a link to a folder, which is not followed; put the pictures themselves there"
-        for p in inside
-        if p.is_symlink() and p.is_dir()
-    ]
-    tables = [folder / name for name in ("metadata.jsonl", "metadata.csv") if (folder / name).exists()]
-    captions: dict[Path, tuple[str, ...]] = {}
+# ------------------------------------------------------------------------------------- captions
+
+
+def _captions(
+    folder: Path, config: TrainConfig, problems: list[str], remarks: list[str]
+) -> dict[Path, tuple[str, ...]]:
+    """Return the captions of each picture, in the order of the names; a picture that lacks one is a problem.
+
+    Adds to `problems` what is wrong, and to `remarks` what is not used.
+    """
+    files, left_out = files_in(folder, problems)
+    tables = [folder / name for name in TABLES if (folder / name).exists()]
     if len(tables) > 1:
         raise UserError(f"{folder} holds metadata.jsonl and metadata.csv; keep one of them")
+    pictures = {path for path in files if is_picture(path)}
+    beside = texts_beside(pictures, files)
     if tables:
-        captions = _read_metadata(tables[0], config.caption_column, problems)
+        captions = read_table(tables[0], config.caption_column, [*files, *left_out], problems)
     else:
-        for picture in pictures:
-            beside = picture.with_suffix(".txt")
-            if beside.exists():
-                captions[picture] = (_read_text(beside, problems).strip(),)
+        captions = {path: (read_text(text, _name(text, folder), problems).strip(),) for path, text in beside.items()}
+    pictures |= captions.keys()  # a table may name a picture whatever its name ends with, and wherever it lies
+    lacking = sorted(pictures - captions.keys())
     if config.caption is not None:
-        captions = dict.fromkeys(pictures, (config.caption,)) | captions
-    return captions, sorted({*pictures, *captions})  # metadata may name a picture whatever its name ends with
+        captions |= dict.fromkeys(lacking, (config.caption,))
+        lacking = []
+
+    remarks += told_left_out({*left_out} - pictures, folder)
+    unused = told_unused({*files} - pictures - {*beside.values()} - {*tables}, folder)
+    if lacking:
+        problems.append("; ".join([_told_lacking(lacking, tables, beside, folder), *unused]))
+    else:
+        remarks += unused
+        if tables and beside:
+            texts = named(sorted({_name(text, folder) for text in beside.values()}), "texts beside pictures")
+            remarks.append(f"{texts}: not read, as the captions stand in {tables[0].name}")
+    return {path: captions.get(path, ()) for path in sorted(pictures, key=_order)}
 
 
-def _read_text(path: Path, problems: list[str]) -> str:
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-        if "\0" in text:
-            raise ValueError(f"character {text.index(chr(0)) + 1} is NUL, as in UTF-16")
-    except (OSError, ValueError) as error:
-        problems.append(f"{path.name} cannot be read as UTF-8 text ({error})")
-        return ""
-    return text
+def _order(path: Path) -> list[str]:
+    """Return what pictures are sorted by: the parts of their path, in the same Unicode form on all systems."""
+    return [unicodedata.normalize("NFC", part) for part in path.parts]
 
 
-def _read_metadata(metadata: Path, column: str, problems: list[str]) -> dict[Path, tuple[str, ...]]:
-    """Read a table of captions: rows with `file_name` and a text, or in metadata.jsonl a list of texts."""
-    folder, captions = metadata.parent, {}
-    rows = _rows_of_csv if metadata.suffix == ".csv" else _rows_of_jsonl
-    for where, row in rows(metadata, problems):
-        if not isinstance(row, dict) or not isinstance(row.get("file_name"), str):
-            problems.append(f"{where} has no file_name")
-            continue
-        name, texts = row["file_name"], row.get(column)
-        path = Path(os.path.normpath(folder / name))
-        texts = [texts] if isinstance(texts, str) else texts
-        if not path.is_relative_to(folder):
-            problems.append(f"{where}: {name} points outside the folder")
-        elif not os.path.isfile(path):  # of a name that is too long for a file, pathlib would raise
-            problems.append(f"{where}: there is no file {name}")
-        elif not (isinstance(texts, list) and texts and all(isinstance(text, str) for text in texts)):
-            others = ", ".join(key for key in row if key != "file_name") or "nothing else"
-            problems.append(f"{where}: {column!r} holds no text; the line has {others} (see --caption-column)")
-        elif path in captions:
-            problems.append(f"{where}: {name} stands there twice")
-        else:
-            captions[path] = tuple(texts)
-    return captions
+def _told_lacking(lacking: Sequence[Path], tables: Sequence[Path], beside: dict[Path, Path], folder: Path) -> str:
+    """Return which pictures lack a caption, where one was looked for, and what to do."""
+    names = [_name(path, folder) for path in lacking]
+    told = f"{named(names, 'pictures')} {'has' if len(names) == 1 else 'have'} no caption"
+    if not tables:
+        return f"{told}: there is no metadata.jsonl, no metadata.csv and no .txt beside; give one, or --caption"
+    texts = [_name(beside[path], folder) for path in lacking if path in beside]
+    hint = f"{named(texts, 'texts')} beside: not read, as there is a table; " if texts else ""
+    return f"{told} in {tables[0].name}; {hint}add it there, or give --caption"
 
 
-def _rows_of_jsonl(metadata: Path, problems: list[str]) -> Iterator[tuple[str, object]]:
-    """Yield where each row stands and its value: one JSON object a line."""
-    # Not splitlines(): a text may hold what that, and not JSON, takes for the end of a line.
-    for number, line in enumerate(_read_text(metadata, problems).split("\n"), start=1):
-        where = f"{metadata.name} line {number}"
-        if not line.strip():
-            continue
+# ------------------------------------------------------------------------------------- pictures
+
+
+@dataclass(frozen=True)
+class _Look:
+    """What is found in a file: hash and size, or what is wrong with it, or which kind that cannot be read it is."""
+
+    digest: str = ""
+    size: tuple[int, int] | None = None
+    wrong: str = ""
+    kind: str = ""
+
+
+def _look_at_all(paths: list[Path], folder: Path, config: TrainConfig, quiet: bool) -> dict[Path, _Look]:
+    """Look at all pictures, in threads on all cores: Pillow decodes and hashlib hashes without Python's lock."""
+    known, most = Known(config.cache, folder), config.max_pixels
+
+    def look(path: Path) -> _Look:
+        if kind := unread_kind(path):
+            return _Look(kind=kind)
+        content = b""
         try:
-            row = parse_json(line)
-        except ValueError as error:
-            problems.append(f"{where} is not JSON ({error})")
-        else:
-            yield where, row
+            state = state_of(path)
+            if before := known.get(path, state):
+                digest, size = before
+                if size[0] * size[1] <= most:
+                    return _Look(digest, size)
+            content = path.read_bytes()
+            size, wrong = look_at(io.BytesIO(content))
+            digest = hashlib.sha256(content).hexdigest()
+            if not wrong:  # a warning must be printed by each run
+                known.add(path, state, digest, size)
+            return _Look(digest, size, wrong)
+        except BOMB as error:
+            pixels = pixels_claimed(error)
+            advice = f"make it smaller or, if it is no bomb, train with --max-pixels {pixels}"
+            return _Look(wrong=f"has {pixels:,} pixels, more than the {most:,} of --max-pixels; {advice}")
+        except NO_PICTURE as error:
+            return _Look(kind=kind_of_bytes(content), wrong=f"cannot be opened as a picture ({error})")
 
-
-def _rows_of_csv(metadata: Path, problems: list[str]) -> Iterator[tuple[str, dict[str, str]]]:
-    """Yield where each row begins, and its cells by the names of the header."""
-    reader = csv.reader(io.StringIO(_read_text(metadata, problems)), skipinitialspace=True, strict=True)
-    header, number = None, 1
+    pool = ThreadPoolExecutor(_cores())
     try:
-        for cells in reader:
-            where, number = f"{metadata.name} line {number}", reader.line_num + 1
-            if not cells:
-                continue
-            if header is None:
-                header = cells
-                if "file_name" not in header:
-                    problems.append(f"{where}: the header has no file_name, only {', '.join(header)}")
-                    return
-            elif len(cells) != len(header):
-                hint = "put a text with a comma in quotation marks"
-                problems.append(f"{where} has {len(cells)} cells and the header {len(header)}; {hint}")
-            else:
-                yield where, dict(zip(header, cells, strict=True))
-    except csv.Error as error:
-        problems.append(f"{metadata.name} line {number} is not CSV ({error})")
+        with pixels_limited(most):
+            done = pool.map(look, paths)
+            bar = tqdm(done, "read", total=len(paths), unit="picture", delay=2, disable=quiet)
+            found = dict(zip(paths, bar, strict=True))
+    finally:
+        pool.shutdown(cancel_futures=True)  # Ctrl-C need not wait for all of them
+    known.save(paths)
+    return found
+
+
+def _cores() -> int:
+    """Return how many cores this process may use; the processes that torchrun started on a machine share its cores."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))

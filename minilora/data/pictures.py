@@ -1,35 +1,143 @@
-"""Pictures: opened, cropped, turned into tensors and back."""
+"""Pictures: opened, brought to sRGB, cropped, turned into tensors and back."""
 
+import io
+import re
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
+
+with suppress(ImportError):  # it need not be there
+    from pillow_heif import register_heif_opener
+
+    register_heif_opener()
 
 # What Pillow raises for a file that is no picture, is truncated, or is a decompression bomb.
-NO_PICTURE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError, Image.DecompressionBombWarning)
+BOMB = (Image.DecompressionBombError, Image.DecompressionBombWarning)
+NO_PICTURE = (OSError, SyntaxError, ValueError, *BOMB)
 CENTRE = (0.5, 0.5)  # where a picture is cropped by default
+_TURNED = (5, 6, 7, 8)  # the orientations of EXIF that swap width and height
+# By the colour space of a profile, the modes of the pictures that it fits; the first is what they are converted to.
+_MODES = {"RGB": ("RGB", "RGBX", "P", "L", "YCbCr"), "GRAY": ("L",), "CMYK": ("CMYK",)}
 
 
-def open_picture(path: Path) -> Image.Image:
-    """Return a picture as RGB: turned as its EXIF says, transparency laid on white.
+def open_picture(source: Path | io.BytesIO, most: int | None = Image.MAX_IMAGE_PIXELS) -> Image.Image:
+    """Return a picture as RGB: turned as its EXIF says, in sRGB, transparency laid on white.
 
-    Raises one of `NO_PICTURE` if it is no picture, is cut off, or is a decompression bomb.
+    Raises one of `NO_PICTURE` if it is no picture, is cut off, or has more than `most` pixels.
     """
+    with pixels_limited(most), Image.open(source) as file:
+        picture, alpha = _decoded(file)
+        picture = _in_srgb(picture, file.info.get("icc_profile"))
+    if alpha is not None:
+        picture.putalpha(alpha)
+        white = Image.new("RGBA", picture.size, "white")
+        picture = Image.alpha_composite(white, picture)
+    return picture.convert("RGB")
+
+
+def look_at(source: io.BytesIO) -> tuple[tuple[int, int], str]:
+    """Return width and height as of `open_picture`, and what is wrong with the colour profile, if anything.
+
+    All of the picture is decoded, so that damage is found.  Several threads may do this at once.  Their caller sets
+    the limit, by `pixels_limited`.
+    """
+    try:
+        with Image.open(source) as file:
+            picture, _ = _decoded(file, turn=False)
+            turned = file.getexif().get(0x0112) in _TURNED  # after decoding, when Pillow has turned a TIFF itself
+            profile = file.info.get("icc_profile")
+    except UnidentifiedImageError as error:  # which names the source by its place in memory
+        raise ValueError("it is of no kind that Pillow reads") from error
+    width, height = picture.size
+    wrong = ""
+    if profile:
+        try:
+            _transform(profile, picture.mode)
+        except (ImageCms.PyCMSError, OSError) as error:
+            wrong = str(error)
+    return (height, width) if turned else (width, height), wrong
+
+
+def pixels_claimed(error: Exception) -> int:
+    """Return how many pixels a picture has, or claims to have, from Pillow's error about a decompression bomb."""
+    return int(re.search(r"\d+", str(error))[0])
+
+
+@contextmanager
+def pixels_limited(most: int | None) -> Iterator[None]:
+    """Let Pillow refuse pictures of more than `most` pixels within the block, in all threads."""
+    before = Image.MAX_IMAGE_PIXELS
     with warnings.catch_warnings():
         warnings.simplefilter("error", Image.DecompressionBombWarning)
-        with Image.open(path) as file:
-            picture = ImageOps.exif_transpose(file)
-            if picture.mode.startswith("I;16"):  # Pillow would clip at 255
-                picture = Image.fromarray((np.array(picture) // 256).astype(np.uint8))
-            if picture.mode in ("I", "F"):
-                raise ValueError(f"its numbers are of Pillow's mode {picture.mode}, whose white is not defined")
-            if picture.has_transparency_data:
-                picture = picture.convert("RGBA")
-                white = Image.new("RGBA", picture.size, "white")
-                picture = Image.alpha_composite(white, picture)
-            return picture.convert("RGB")
+        Image.MAX_IMAGE_PIXELS = most
+        try:
+            yield
+        finally:
+            Image.MAX_IMAGE_PIXELS = before
+
+
+def _decoded(file: Image.Image, turn: bool = True) -> tuple[Image.Image, Image.Image | None]:
+    """Return the colours of a picture in 8 bits, and its alpha channel, if it has one."""
+    if turn:
+        picture = ImageOps.exif_transpose(file)
+    else:
+        file.load()
+        picture = file
+    if picture.mode.startswith("I;16"):  # Pillow would clip at 255
+        picture = Image.fromarray((np.array(picture) // 256).astype(np.uint8))
+    if picture.mode in ("I", "F"):
+        raise ValueError(f"its numbers are of Pillow's mode {picture.mode}, whose white is not defined")
+    if picture.mode == "1":
+        picture = picture.convert("L")
+    if not picture.has_transparency_data:
+        return picture, None
+    with_alpha = picture.convert("RGBA")
+    grey = picture.mode in ("L", "LA", "La")
+    return picture.convert("L") if grey else with_alpha.convert("RGB"), with_alpha.getchannel("A")
+
+
+def _in_srgb(picture: Image.Image, profile: bytes | None) -> Image.Image:
+    """Return a picture as RGB, its colours brought from those of its ICC profile to sRGB.
+
+    Without a profile, or with one that cannot be used, its numbers are taken for sRGB, as viewers do.
+    """
+    if profile:
+        with suppress(ImageCms.PyCMSError, OSError):
+            mode, transform = _transform(profile, picture.mode)
+            if transform:
+                return ImageCms.applyTransform(picture.convert(mode), transform)
+    return picture.convert("RGB")
+
+
+@lru_cache(maxsize=16)
+def _transform(profile: bytes, mode: str) -> tuple[str, ImageCms.ImageCmsTransform | None]:
+    """Return the mode that a picture of `mode` is converted to, and then the transform from its profile to sRGB.
+
+    The transform is None if the profile is sRGB itself, under whatever name: if no colour would change by more than
+    1 of 255, the picture keeps its numbers.  Raises PyCMSError or OSError for a profile that cannot be used.
+
+    Source: ICC.1:2022, 7.2.6 (the colour space of a profile).
+    """
+    source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+    space = source.profile.xcolor_space.strip()
+    if mode not in _MODES.get(space, ()):
+        raise ImageCms.PyCMSError(f"it is for {space}, and the picture is {mode}")
+    takes = _MODES[space][0]
+    transform = ImageCms.buildTransform(source, ImageCms.createProfile("sRGB"), takes, "RGB")
+    if takes == "CMYK":
+        return takes, transform
+    levels = np.arange(0, 256, 15, dtype=np.uint8)  # 18 of them, with 0 and 255
+    colours = np.stack(np.meshgrid(levels, levels, levels), axis=-1).reshape(1, -1, 3)  # (1, 5832, 3)
+    before = Image.fromarray(colours) if takes == "RGB" else Image.fromarray(np.arange(256, dtype=np.uint8)[None])
+    after = np.array(ImageCms.applyTransform(before, transform)).astype(int)
+    same = np.abs(after - np.array(before.convert("RGB"))).max() <= 1
+    return takes, None if same else transform
 
 
 def crop_square(picture: Image.Image, side: int, place: tuple[float, float] = CENTRE) -> Image.Image:

@@ -34,10 +34,11 @@ def class_pictures(config: TrainConfig, ranks: Ranks) -> list[Item]:
     cannot be read.
     """
     folder, needed = Path(config.class_data), config.class_pictures
-    what = TrainConfig(data=(str(folder),), caption=config.class_prompt, caption_column=config.caption_column)
+    same = {name: getattr(config, name) for name in ("caption_column", "max_pixels", "cache")}
+    what = TrainConfig(data=(str(folder),), caption=config.class_prompt, **same)
 
-    def look() -> list[Item]:
-        return read_folder(str(folder), what, "--class-data")
+    def look(quiet: bool = True) -> list[Item]:
+        return read_folder(str(folder), what, "--class-data", quiet)
 
     there = decided_by_main(lambda: len(look()) if folder.is_dir() and any(folder.iterdir()) else 0)
     names = (folder / f"class-{number:05d}.png" for number in range(needed + there))
@@ -60,7 +61,7 @@ def class_pictures(config: TrainConfig, ranks: Ranks) -> list[Item]:
             for path, picture in zip(part, drawn, strict=True):
                 save_picture(picture, path)
         wait_for_all()
-    return look()
+    return look(quiet=not ranks.is_main)
 
 
 def seconds_per_picture(base: Base, side: int, drawing: SampleConfig) -> float:

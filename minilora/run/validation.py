@@ -19,9 +19,9 @@ FIGURES, BEST = "validation.json", "pytorch_lora_weights_best.safetensors"
 
 def read_pictures(config: TrainConfig, ranks: Ranks) -> tuple[list[Item], list[Item]]:
     """Return the pictures to train on, and the held-out ones of --validation."""
-    items, held_out = read_folders(config), []
+    items, held_out = read_folders(config, quiet=not ranks.is_main), []
     if config.validation and config.validation_share is None:
-        held_out = read_folder(config.validation, config, "--validation")
+        held_out = read_folder(config.validation, config, "--validation", quiet=not ranks.is_main)
     if config.caption is not None:
         given = (with_trigger(config.caption, config),)
         if all(item.captions != given for item in (*items, *held_out)):

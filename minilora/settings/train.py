@@ -104,6 +104,14 @@ class TrainConfig(Settings):
         metavar="SHARE",
         within=SHARE,
     )
+    max_pixels: int = setting(
+        89_478_485,
+        "most pixels that a picture may have; a small file can claim more than memory holds",
+        group=DATA,
+        metavar="PIXELS",
+        within=AT_LEAST_1,
+        in_identity=False,
+    )
     cache: str = setting(
         "~/.cache/minilora",
         "folder of the encoded pictures and captions; all runs share it",

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageCms
 from safetensors.torch import load, load_file, save, save_file
 
 PAGE = Path(__file__).parents[2] / "docs" / "bad_input.md"
@@ -125,6 +125,29 @@ def two_tables(place: Place) -> list[str]:
     return metadata(place, '{"file_name": "a.png", "text": "x"}')
 
 
+def beside(files: dict[str, bytes | str], place: Place, *words: str) -> list[str]:
+    """Put files beside a picture that has its caption."""
+    for name, content in {"a.png": png(), "a.txt": "x", **files}.items():
+        place.write(f"data/{name}", content)
+    return train(place, *words)
+
+
+def rows_of(*names: str) -> str:
+    return "".join(json.dumps({"file_name": name, "text": "x"}) + "\n" for name in names)
+
+
+def below(place: Place, name: str) -> list[str]:
+    """Put a picture and a table, or something like it, into a folder below the one that is given."""
+    place.write("data/train/a.png", png())
+    place.write(f"data/train/{name}", '{"file_name": "a.png", "text": "x"}')
+    return train(place)
+
+
+def only_copies(place: Place) -> list[str]:
+    place.write("data/.thumbnails/a.png", png())
+    return train(place, "--caption", "x")
+
+
 def broken_output(place: Place) -> list[str]:
     place.write("out", "a file")
     return picture(place, png())
@@ -139,6 +162,56 @@ FOLDERS = [
     ("a link to a folder", partial(linked, folder=True), "more is a link to a folder, which is not followed"),
     ("a picture that is a link to a file", partial(linked, folder=False), "pictures   1 of", True),
     ("metadata.jsonl and metadata.csv", two_tables, "data holds metadata.jsonl and metadata.csv; keep one of them"),
+    (
+        "pictures of kinds that cannot be read beside one that can",
+        partial(beside, {"b.jxl": b"", "c.CR2": b"", "b.txt": "x", "c.txt": "x"}),
+        "2 pictures (b.jxl, c.CR2) cannot be read, being JPEG XL, camera raw; save them as .png or .jpg",
+    ),
+    ("only pictures in a hidden folder", only_copies, ".thumbnails (holding 1): pictures are left out there"),
+    (
+        "pictures and copies of them that programs made",
+        partial(beside, dict.fromkeys((".ipynb_checkpoints/a.png", "@eaDir/a.png", "__MACOSX/a.png", "._a.png"), b"")),
+        "4 places (._a.png, .ipynb_checkpoints (holding 1), @eaDir (holding 1), __MACOSX (holding 1)): pictures are",
+        True,
+    ),
+    (
+        "texts without a picture",
+        partial(beside, {"b.txt": "x", "c.txt": "x"}),
+        "2 texts (b.txt, c.txt): not read, as there is no picture of that name",
+        True,
+    ),
+    (
+        "files of other kinds",
+        partial(beside, {"a.json": "{}", "clip.mov": b""}),
+        "2 files (a.json, clip.mov): not read, being neither picture nor caption",
+        True,
+    ),
+    (
+        "a picture below the folder, of a name that one at its top has, too",
+        partial(beside, {"masks/a.png": png()}),
+        "masks/a.png has no caption",
+    ),
+    (
+        "a table that leaves out a picture with a .txt beside it",
+        partial(beside, {"b.png": png(), "b.txt": "x", "metadata.csv": "file_name,text\na.png,x\n"}),
+        "b.png has no caption in metadata.csv; b.txt beside: not read, as there is a table",
+    ),
+    (
+        "a table in a folder below",
+        partial(below, name="metadata.jsonl"),
+        "train/metadata.jsonl: not read, as it is not at the top; give",
+    ),
+    (
+        "captions in .caption",
+        partial(below, name="a.caption"),
+        "train/a.caption: not read; a caption stands in a .txt",
+    ),
+    (
+        "a table that writes a name in another Unicode form",
+        partial(beside, {"a.png": png(), "\u00e9.png": png(), "metadata.jsonl": rows_of("a.png", "e\u0301.png")}),
+        "pictures   2 of",
+        True,
+    ),
     ("an --output that is a file", broken_output, "out: nothing can be written there (File exists)"),
 ]
 
@@ -226,6 +299,7 @@ def frames(kind: str) -> bytes:
 
 
 WHOLE = png()
+PROFILE = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
 NOISE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (20, 20, 3), dtype=np.uint8))
 JPEG, WEBP = io.BytesIO(), io.BytesIO()
 NOISE.save(JPEG, "JPEG")
@@ -242,10 +316,15 @@ PICTURES = [
     ("a GIF cut off", png(kind="GIF")[:15], "a.png cannot be opened"),
     ("text", b"not a picture", "a.png cannot be opened"),
     ("a PNG with a wrong checksum", BAD_CRC, "a.png cannot be opened"),
-    ("a PNG that claims 30,000 × 30,000 pixels", png_of(30_000, 30_000), "a.png cannot be opened"),
-    ("a PNG that claims 2³¹ − 1 pixels each way", png_of(2**31 - 1, 2**31 - 1), "a.png cannot be opened"),
+    ("a PNG that claims 30,000 × 30,000 pixels", png_of(30_000, 30_000), "train with --max-pixels 900000000"),
+    ("a PNG that claims 2³¹ − 1 pixels each way", png_of(2**31 - 1, 2**31 - 1), "a.png has 4,611,686,014,132,420,609"),
     ("a PNG of 0 × 0 pixels", png_of(0, 0), "a.png cannot be opened"),
     ("a picture of floating-point numbers", png("F", kind="TIFF"), "whose white is not defined"),
+    ("JPEG XL named .png", b"\xff\x0a", "a.png cannot be read, being JPEG XL; save it as .png or .jpg"),
+    ("one with a colour profile that is none", png(icc_profile=b"x"), "a.png: its colour profile cannot be used", True),
+    ("one with a colour profile cut in half", png(icc_profile=PROFILE[:300]), "profile cannot be used", True),
+    ("grey with a colour profile of colours", png("L", icc_profile=PROFILE), "trained", True),
+    ("CMYK with a colour profile of colours", png("CMYK", kind="TIFF", icc_profile=PROFILE), "it is for RGB", True),
     ("a JPEG named .png", JPEG.getvalue(), "trained", True),
     ("16 bits", png("I;16"), "trained", True),
     ("a palette with transparency", png("P", transparency=0), "trained", True),

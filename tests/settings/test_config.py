@@ -111,6 +111,7 @@ def test_what_follows_from_other_settings_goes_on_following_them(tmp_path):
 SHOWN = {  # which test shows what a setting does, but for the CHANGES of test_training.py
     TrainConfig: {
         "data": "test_data.py::test_each_folder_comes_as_often_as_its_weight_says",
+        "max_pixels": "test_folder.py::test_a_larger_picture_is_read_where_max_pixels_says_so",
         "caption": "test_data.py::test_captions_come_from_text_files_and_the_option_fills_the_gaps",
         "class_prompt": "test_dreambooth.py::test_what_is_learnt_depends_on_the_class",
         "class_data": "test_dreambooth.py::test_missing_pictures_are_drawn_and_those_that_are_there_are_counted",

@@ -1,0 +1,115 @@
+"""Captions, from a table (metadata.jsonl or metadata.csv) or from a .txt beside each picture.
+
+Names are compared in one Unicode form (NFC).  macOS and some programs write "é" as "e" and an accent, so a name in a
+table and the name of the file may differ in their bytes.
+"""
+
+import csv
+import io
+import os
+import unicodedata
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from ..settings.strict_json import parse_json
+
+TABLES = ("metadata.jsonl", "metadata.csv")
+
+
+def spelling(path: Path) -> str:
+    """Return a path as it is compared with others."""
+    return unicodedata.normalize("NFC", str(path))
+
+
+def texts_beside(pictures: Iterable[Path], files: Iterable[Path]) -> dict[Path, Path]:
+    """Return the .txt of each picture that has one among the files."""
+    texts = [path for path in files if path.suffix.lower() == ".txt"]
+    exact = {path.with_suffix(""): path for path in texts}
+    alike = {spelling(path.with_suffix("")): path for path in texts}
+    found = {}
+    for picture in pictures:
+        stem = picture.with_suffix("")
+        if text := exact.get(stem) or alike.get(spelling(stem)):
+            found[picture] = text
+    return found
+
+
+def read_text(path: Path, name: str, problems: list[str]) -> str:
+    """Return the text of a file.  A problem with it is added to `problems`, which call it `name`."""
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+        if "\0" in text:
+            raise ValueError(f"character {text.index(chr(0)) + 1} is NUL, as in UTF-16")
+    except (OSError, ValueError) as error:
+        problems.append(f"{name} cannot be read as UTF-8 text ({error})")
+        return ""
+    return text
+
+
+def read_table(table: Path, column: str, files: Iterable[Path], problems: list[str]) -> dict[Path, tuple[str, ...]]:
+    """Read a table of captions: rows with `file_name` and a text, or in metadata.jsonl a list of texts.
+
+    `files` are those that there are below the table's folder.
+    """
+    folder, captions = table.parent, {}
+    alike = {spelling(path): path for path in files}
+    rows = _rows_of_csv if table.suffix == ".csv" else _rows_of_jsonl
+    for where, row in rows(table, problems):
+        if not isinstance(row, dict) or not isinstance(row.get("file_name"), str):
+            problems.append(f"{where} has no file_name")
+            continue
+        name, texts = row["file_name"], row.get(column)
+        path = Path(os.path.normpath(folder / name))
+        texts = [texts] if isinstance(texts, str) else texts
+        if not os.path.isfile(path):  # of a name that is too long for a file, pathlib would raise
+            path = alike.get(spelling(path), path)
+        if not path.is_relative_to(folder):
+            problems.append(f"{where}: {name} points outside the folder")
+        elif not os.path.isfile(path):
+            problems.append(f"{where}: there is no file {name}")
+        elif not (isinstance(texts, list) and texts and all(isinstance(text, str) for text in texts)):
+            others = ", ".join(key for key in row if key != "file_name") or "nothing else"
+            problems.append(f"{where}: {column!r} holds no text; the line has {others} (see --caption-column)")
+        elif path in captions:
+            problems.append(f"{where}: {name} stands there twice")
+        else:
+            captions[path] = tuple(texts)
+    return captions
+
+
+def _rows_of_jsonl(metadata: Path, problems: list[str]) -> Iterator[tuple[str, object]]:
+    """Yield where each row stands and its value: one JSON object a line."""
+    # Not splitlines(): a text may hold what that, and not JSON, takes for the end of a line.
+    for number, line in enumerate(read_text(metadata, metadata.name, problems).split("\n"), start=1):
+        where = f"{metadata.name} line {number}"
+        if not line.strip():
+            continue
+        try:
+            row = parse_json(line)
+        except ValueError as error:
+            problems.append(f"{where} is not JSON ({error})")
+        else:
+            yield where, row
+
+
+def _rows_of_csv(metadata: Path, problems: list[str]) -> Iterator[tuple[str, dict[str, str]]]:
+    """Yield where each row begins, and its cells by the names of the header."""
+    reader = csv.reader(io.StringIO(read_text(metadata, metadata.name, problems)), skipinitialspace=True, strict=True)
+    header, number = None, 1
+    try:
+        for cells in reader:
+            where, number = f"{metadata.name} line {number}", reader.line_num + 1
+            if not cells:
+                continue
+            if header is None:
+                header = cells
+                if "file_name" not in header:
+                    problems.append(f"{where}: the header has no file_name, only {', '.join(header)}")
+                    return
+            elif len(cells) != len(header):
+                hint = "put a text with a comma in quotation marks"
+                problems.append(f"{where} has {len(cells)} cells and the header {len(header)}; {hint}")
+            else:
+                yield where, dict(zip(header, cells, strict=True))
+    except csv.Error as error:
+        problems.append(f"{metadata.name} line {number} is not CSV ({error})")

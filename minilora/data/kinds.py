@@ -1,0 +1,69 @@
+"""Kinds of pictures that Pillow does not read: how to recognise them, and how to get them read."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from PIL import Image
+
+_NAMES = {
+    "HEIC": "heic heics heif heifs hif",
+    "AVIF": "avif avifs",
+    "JPEG XL": "jxl",
+    "JPEG XR": "jxr wdp hdp",
+    "camera raw": "3fr arw cr2 cr3 crw dcr dng erf fff gpr iiq kdc mef mos mrw nef nrw orf pef raf raw rw2 rwl sr2 srf "
+    "srw x3f",
+    "HDR": "exr hdr",
+    "SVG": "svg svgz",
+    "a drawing program's": "afphoto ai clip kra pdn psb sai xcf",
+}
+_BY_SUFFIX = {f".{suffix}": kind for kind, suffixes in _NAMES.items() for suffix in suffixes.split()}
+# mif1, a picture of any coding, comes last: AVIF has it, too.
+_BRANDS = {b"avif": "AVIF", b"avis": "AVIF", b"crx ": "camera raw", b"heic": "HEIC", b"heix": "HEIC", b"mif1": "HEIC"}
+_MOST = 20  # names in one message
+
+
+def is_picture(path: Path) -> bool:
+    """Whether a file is a picture by its name, whether or not its kind can be read."""
+    return path.suffix.lower() in Image.registered_extensions() or path.suffix.lower() in _BY_SUFFIX
+
+
+def unread_kind(path: Path) -> str:
+    """Return the kind of a picture that cannot be read, by its name; nothing if it can be.
+
+    The name decides: a raw file of a camera is often a TIFF that begins with a thumbnail, and Pillow would read that.
+    """
+    suffix = path.suffix.lower()
+    return "" if suffix in Image.registered_extensions() else _BY_SUFFIX.get(suffix, "")
+
+
+def kind_of_bytes(content: bytes) -> str:
+    """Return which kind that cannot be read a file is by its first bytes, whatever it is called; nothing if it is none.
+
+    Source: ISO/IEC 14496-12, 4.3 (the brands of a `ftyp` box); ISO/IEC 18181-2, for JPEG XL.
+    """
+    box = content[8 : min(64, int.from_bytes(content[:4]))]
+    brands = [box[i : i + 4] for i in range(0, len(box), 4)] if content[4:8] == b"ftyp" else []
+    kind = next((kind for brand, kind in _BRANDS.items() if brand in brands), "")
+    if content.startswith((b"\xff\x0a", b"\0\0\0\x0cJXL ")):
+        kind = "JPEG XL"
+    # A picture of a kind that is read, and that could not be opened, is damaged.
+    return kind if kind and unread_kind(Path(f"a.{_NAMES[kind].split()[0]}")) else ""
+
+
+def remedy(kinds: Sequence[str]) -> str:
+    """Return what makes pictures of these kinds readable."""
+    ways = ["HEIC needs pillow-heif: pip install -e '.[heic]'"] if "HEIC" in kinds else []
+    ways += ["AVIF needs a newer Pillow: pip install -U pillow"] if "AVIF" in kinds else []
+    others = "others" if ways else "them" if len(kinds) > 1 else "it"
+    ways += (
+        [f"save {others} as .png or .jpg, or move {others} out of the folder"] if {*kinds} - {"HEIC", "AVIF"} else []
+    )
+    return "; ".join(ways)
+
+
+def named(names: Sequence[str], what: str) -> str:
+    """Return the one name that there is, or else the number and the names, as in "2 pictures (a.png, b.png)"."""
+    if len(names) == 1:
+        return names[0]
+    more = f", and {len(names) - _MOST:,} more" if len(names) > _MOST else ""
+    return f"{len(names):,} {what} ({', '.join(names[:_MOST])}{more})"
