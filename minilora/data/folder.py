@@ -41,8 +41,11 @@ class Item:
     captions: tuple[str, ...]  # one or more
 
     def open(self) -> Image.Image:
-        """Return the picture as `open_picture` does; ChangedError if the file has another content than the hash's."""
-        content = self.path.read_bytes()
+        """Return the picture as `open_picture` does; ChangedError if the file is gone or has other content."""
+        try:
+            content = self.path.read_bytes()
+        except OSError as error:
+            raise ChangedError(f"{self.path} cannot be read any more ({error.strerror})") from error
         if hashlib.sha256(content).hexdigest() != self.digest:
             raise ChangedError(f"{self.path} has changed since its folder was read; start again")
         return open_picture(io.BytesIO(content), self.size[0] * self.size[1])

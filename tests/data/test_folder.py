@@ -346,6 +346,10 @@ def test_another_content_than_that_which_was_read_is_not_encoded(data, settled, 
     make_picture(7).save(data / "a.jpg")
     with pytest.raises(ChangedError, match=r"a\.jpg has changed since its folder was read; start again"):
         encode(items)
+    (data / "a.jpg").rename(data / "b.jpg")
+    with pytest.raises(ChangedError, match=r"a\.jpg cannot be read any more \(No such file"):
+        items[0].open()
+    (data / "b.jpg").rename(data / "a.jpg")
     # Even if a file changed in a way that its times do not show, the next run is right.
     items = read_folders(config)
     [index] = (data.parent / "cache" / "read").iterdir()
