@@ -370,7 +370,11 @@ def test_diffusers_reads_every_change(dialect, tmp_path, pipeline):
         modules = {n: s for n, s in modules.items() if not any(word in n for word in outside)}
         if pipeline.family == "sdxl":
             modules = {n: s for n, s in modules.items() if not n.startswith("unet.") or ".attentions." in n}
-    lora = random_lora(modules, 5, ranks=(1, 6))
+    lora = LoRA({})
+    for component, ranks in (("unet.", (1, 6)), ("text_encoder.", (2, 9)), ("text_encoder_2.", (2, 4))):
+        lora.changes |= random_lora(
+            {n: s for n, s in modules.items() if n.startswith(component)}, 5, ranks=ranks
+        ).changes
     write_lora(tmp_path / "l.safetensors", lora, dialect, MODULES[pipeline.family])
     pipeline.load_lora_weights(tmp_path / "l.safetensors", adapter_name=dialect)
     theirs = {}
