@@ -1,7 +1,7 @@
-"""What is named as on the Hugging Face hub, OWNER/NAME, is fetched from there, into the hub's own cache.
+"""Fetch LoRAs and bases that are named as on the Hugging Face hub, OWNER/NAME, into the hub's own cache.
 
-Of a repository with several LoRA files the one is taken that diffusers takes: the only .safetensors file, or
-pytorch_lora_weights.safetensors.  Any other is named with its path there, OWNER/NAME/FILE.safetensors.
+From a repository, the same LoRA file is taken as by diffusers: the only .safetensors file, or
+pytorch_lora_weights.safetensors.  Another file is named with its path: OWNER/NAME/FILE.safetensors.
 """
 
 import re
@@ -12,14 +12,14 @@ from .tensors import PICKLES
 
 FILE_NAME = "pytorch_lora_weights.safetensors"  # of diffusers
 PEFT_CONFIG, PEFT_FILE = "adapter_config.json", "adapter_model.safetensors"
-WEIGHTS = (".safetensors", *PICKLES)  # what the names of files end with
-NO_WEIGHTS = ("scheduler", "optimizer", "checkpoint")  # in the name of what is no LoRA, as diffusers has it
+WEIGHTS = (".safetensors", *PICKLES)  # endings of files' names
+NO_WEIGHTS = ("scheduler", "optimizer", "checkpoint")  # parts of names of files that are not LoRAs, as in diffusers
 BASE_FILES = ["*.json", "*/*.json", "*/*.txt", "*/*.safetensors"]
 VARIANTS = ["*.fp16.*", "*.non_ema.*"]
 
 
 def lora_path(path: Path) -> Path:
-    """Return a path as it is, or where the LoRA of the hub that it names was put; UserError if there is none."""
+    """Return a path; if it names a LoRA on the hub, the path of the fetched file.  UserError if there is none."""
     found = re.fullmatch(r"(\w[\w.-]*/[\w.-]+?)(?:/(.+\.safetensors))?", path.as_posix())
     if path.exists() or not found or (not found[2] and path.suffix in WEIGHTS):
         return path
@@ -28,15 +28,15 @@ def lora_path(path: Path) -> Path:
     repo, name = found.groups()
     name = name or _chosen(repo, _names_in(repo))
     try:
-        if PurePosixPath(name).name == PEFT_FILE:  # whose scale stands beside it
+        if PurePosixPath(name).name == PEFT_FILE:  # its scale is in the config
             hf_hub_download(repo, str(PurePosixPath(name).with_name(PEFT_CONFIG)))
         return Path(hf_hub_download(repo, name))
-    except Exception as error:  # of whatever kind: no network, no such file, no right to read it
+    except Exception as error:  # of any kind: no network, no such file, no permission
         raise UserError(f"LoRA {path}: {_nothing(first_line(error))}") from error
 
 
 def base_path(path: Path) -> Path:
-    """Return a path as it is, or where the base of the hub that it names was put; UserError if there is none."""
+    """Return a path; if it names a base on the hub, the path of the fetched folder.  UserError if there is none."""
     named = re.fullmatch(r"\w[\w.-]*/[\w.-]+", path.as_posix())
     if path.exists() or not named or path.suffix in WEIGHTS:
         return path
@@ -54,7 +54,7 @@ def _nothing(reason: str) -> str:
 
 
 def _names_in(repo: str) -> list[str]:
-    """Return the names of the files of a repository; without a network those that were fetched before."""
+    """Return the names of the files of a repository; without a network, those that were fetched before."""
     from huggingface_hub import HfApi, snapshot_download
 
     try:
@@ -68,10 +68,12 @@ def _names_in(repo: str) -> list[str]:
 
 
 def _chosen(repo: str, names: list[str]) -> str:
-    """Return which of the files of a repository is its LoRA."""
+    """Return the name of the LoRA file of a repository; UserError if there is none, or no obvious one."""
     weights = [n for n in names if n.endswith(".safetensors") and not any(word in n for word in NO_WEIGHTS)]
     chosen = weights if len(weights) == 1 else [name for name in weights if name.endswith(FILE_NAME)]
     if len(chosen) != 1:
-        which = f"{repo}/{sorted(weights)[0]}, or another of {len(weights)}" if weights else "but it has none"
-        raise UserError(f"LoRA {repo}: give the .safetensors file that is meant: {which}")
+        if not weights:
+            raise UserError(f"LoRA {repo}: it has no .safetensors file of a LoRA")
+        example = f"{repo}/{sorted(weights)[0]}"
+        raise UserError(f"LoRA {repo}: it has {len(weights)} .safetensors files; name one of them, as {example}")
     return chosen[0]

@@ -84,7 +84,7 @@ class Change:
 
 @dataclass(frozen=True)
 class Word:
-    """A word that was learnt beside a LoRA (textual inversion): the vectors that a text encoder reads in its place."""
+    """A word that was learnt with a LoRA (textual inversion): the vectors that stand for it in a text encoder."""
 
     text: str
     component: str
@@ -254,7 +254,7 @@ def _gather(path: Path, tensors: Tensors, modules: Modules | None, scale_of: Cal
 
 
 def other_network(keys: Iterable[str]) -> tuple[str, str] | None:
-    """Return which network some keys are of that is no Stable Diffusion 1, 2 or XL, and one that tells; mostly None."""
+    """Return the network other than Stable Diffusion 1, 2 and XL that keys belong to, and such a key; mostly None."""
     keys = list(keys)
     for look, network in _OTHERS.items():  # in their order: the first ones say most
         if key := next((key for key in keys if re.match(look, key)), None):

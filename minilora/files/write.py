@@ -73,13 +73,13 @@ def as_diffusers(lora: LoRA) -> dict[str, tuple[Tensors, dict[str, str]]]:
 
 
 def _kept_words(lora: LoRA) -> dict[str, str]:
-    """Return what a file in kohya's dialect said of itself, but for hashes, ranks and alphas, which are others now."""
+    """Return the metadata of a file in kohya's dialect, without hashes, ranks and alphas, which have changed."""
     words = {key: value for key, value in lora.metadata.items() if key.startswith(("ss_", "modelspec."))}
     return {key: value for key, value in words.items() if key not in ("ss_network_dim", "ss_network_alpha")}
 
 
 def _with_file_ranks(lora: LoRA) -> dict[str, tuple[Change, int]]:
-    """Return each change and the rank that it has in a file: in each component all have that of the largest.
+    """Return each ΔW and its rank in a file, which is the largest one in the component.
 
     Programs do not agree on the scale where ranks differ: diffusers before 0.40 takes the most frequent rank for the
     alpha of all modules, and up to 0.42 it finds only some of kohya's alphas.  Rows and columns of zeros change no ΔW.
@@ -92,7 +92,7 @@ def _with_file_ranks(lora: LoRA) -> dict[str, tuple[Change, int]]:
 
 
 def _padding(change: Change, rank: int) -> int:
-    """Return how many bytes of zeros bring a change to a rank."""
+    """Return how many bytes of zeros pad a ΔW to a rank."""
     sizes = [DTYPES[name].itemsize for name in change.stored]
     return (rank - change.rank) * (change.A[0].size * sizes[0] + len(change.B) * sizes[1])
 

@@ -132,8 +132,8 @@ def test_what_cannot_be_had_from_the_hub_is_said(hub, tmp_path):
     hub.repos |= {"someone/several": {"a.safetensors": b"x", "b.safetensors": b"y"}, "someone/none": {"a.ckpt": b"x"}}
     for name, said in {
         "someone/gone": "LoRA someone/gone: there is no such file or folder, and none of that name on the hub",
-        "someone/several": "the .safetensors file that is meant: someone/several/a.safetensors, or another of 2",
-        "someone/none": "LoRA someone/none: give the .safetensors file that is meant: but it has none",
+        "someone/several": "it has 2 .safetensors files; name one of them, as someone/several/a.safetensors",
+        "someone/none": "LoRA someone/none: it has no .safetensors file of a LoRA",
         "someone/none/b.safetensors": "LoRA someone/none/b.safetensors: there is no such file or folder, and none",
         "here.safetensors": "here.safetensors: not a safetensors file that can be read",
         "folder/here.bin": "folder/here.bin: a pickle, which can run code",
