@@ -110,7 +110,7 @@ def read_folder(name: str, config: TrainConfig, option: str = "--data", quiet: b
 
 
 def with_trigger(caption: str, config: TrainConfig) -> str:
-    """Return a caption with --trigger before it; of an empty one, the trigger alone."""
+    """Return a caption with --trigger before it; for an empty caption, the trigger alone."""
     return ", ".join(filter(None, (config.trigger, caption)))
 
 
@@ -158,12 +158,12 @@ def _captions(
 
 
 def _order(path: Path) -> list[str]:
-    """Return what pictures are sorted by: the parts of their path, in the same Unicode form on all systems."""
+    """Return the key to sort pictures by: the parts of the path, in the same Unicode form on all systems."""
     return [unicodedata.normalize("NFC", part) for part in path.parts]
 
 
 def _told_lacking(lacking: Sequence[Path], tables: Sequence[Path], beside: dict[Path, Path], folder: Path) -> str:
-    """Return which pictures lack a caption, where one was looked for, and what to do."""
+    """Return a message about pictures without a caption: which they are, where one was looked for, what to do."""
     names = [_name(path, folder) for path in lacking]
     told = f"{named(names, 'pictures')} {'has' if len(names) == 1 else 'have'} no caption"
     if not tables:
@@ -178,7 +178,7 @@ def _told_lacking(lacking: Sequence[Path], tables: Sequence[Path], beside: dict[
 
 @dataclass(frozen=True)
 class _Look:
-    """What is found in a file: hash and size, or what is wrong with it, or which kind that cannot be read it is."""
+    """What is known of a file: its hash and size, or what is wrong with it, or its kind if that cannot be read."""
 
     digest: str = ""
     size: tuple[int, int] | None = None
@@ -226,6 +226,6 @@ def _look_at_all(paths: list[Path], folder: Path, config: TrainConfig, quiet: bo
 
 
 def _cores() -> int:
-    """Return how many cores this process may use; the processes that torchrun started on a machine share its cores."""
+    """Return how many cores this process may use; the processes of a machine divide its cores among them."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 
-with suppress(ImportError):  # it need not be there
+with suppress(ImportError):  # an optional package
     from pillow_heif import register_heif_opener
 
     register_heif_opener()
@@ -29,7 +29,7 @@ _MODES = {"RGB": ("RGB", "RGBX", "P", "L", "YCbCr"), "GRAY": ("L",), "CMYK": ("C
 def open_picture(source: Path | io.BytesIO, most: int | None = Image.MAX_IMAGE_PIXELS) -> Image.Image:
     """Return a picture as RGB: turned as its EXIF says, in sRGB, transparency laid on white.
 
-    Raises one of `NO_PICTURE` if it is no picture, is cut off, or has more than `most` pixels.
+    Raises one of `NO_PICTURE` if it is not a picture, is truncated, or has more than `most` pixels.
     """
     with pixels_limited(most), Image.open(source) as file:
         picture, alpha = _decoded(file)
@@ -42,10 +42,10 @@ def open_picture(source: Path | io.BytesIO, most: int | None = Image.MAX_IMAGE_P
 
 
 def look_at(source: io.BytesIO) -> tuple[tuple[int, int], str]:
-    """Return width and height as of `open_picture`, and what is wrong with the colour profile, if anything.
+    """Return the width and height that `open_picture` gives, and what is wrong with the colour profile, if anything.
 
-    All of the picture is decoded, so that damage is found.  Several threads may do this at once.  Their caller sets
-    the limit, by `pixels_limited`.
+    The whole picture is decoded, so that damage is found.  Several threads may do this at once; the caller sets the
+    limit with `pixels_limited`.
     """
     try:
         with Image.open(source) as file:
