@@ -1,5 +1,6 @@
 """LoRA for Stable Diffusion, from scratch.  Read lora.py first, then diffusion.py, then training.py."""
 
+import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -38,9 +39,9 @@ __all__ = [
 def __getattr__(name: str):
     """Import a public name when it is first used: importing torch takes seconds, and merging files does not need it."""
     if name in ("load_lora", "load_lora_state_dict", "lora_state_dict", "save_lora"):
-        from .files import network as module
+        module = importlib.import_module(".files.network", __name__)
     elif name in __all__:
-        from . import lora as module
+        module = importlib.import_module(".lora", __name__)
     else:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(module, name)

@@ -38,6 +38,7 @@ Source: Hu et al., "LoRA: low-rank adaptation of large language models", 2021.
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -45,6 +46,7 @@ from torch import nn
 
 from .settings.errors import refuse
 
+Layer = nn.Linear | nn.Conv2d  # what can carry a LoRA
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")  # the attention projections of diffusers' U-Nets
 
 
@@ -57,7 +59,7 @@ class Adapter(nn.Module):
 
     features = -1  # the dimension of x that A maps from
 
-    def __init__(self, base: nn.Module, rank: int, alpha: float, generator: torch.Generator | None = None):
+    def __init__(self, base: Layer, rank: int, alpha: float, generator: torch.Generator | None = None):
         super().__init__()
         self.rank, self.alpha, self.scale = rank, alpha, alpha / rank
         self.strength = 1.0
@@ -120,14 +122,16 @@ class LoRALinear(nn.Module):
     `merged` are in the base's weight, and so not in the sum.
     """
 
-    kind = Adapter
+    kind: type[Adapter] = Adapter
+    adapters: dict[str, Adapter]
 
-    def __init__(self, base: nn.Module, rank: int, alpha: float | None = None, name: str = "default", generator=None):
+    def __init__(self, base: Layer, rank: int, alpha: float | None = None, name: str = "default", generator=None):
         super().__init__()
         self.base = base
-        self.adapters = nn.ModuleDict()
+        self.adapters = nn.ModuleDict()  # type: ignore[assignment]
         self.enabled = True
         self.merged: set[str] = set()
+        self.original_weight: torch.Tensor | None
         self.register_buffer("original_weight", None, persistent=False)  # kept while anything is merged
         self.add(rank, alpha, name, generator)
 
@@ -168,7 +172,7 @@ class LoRAConv2d(LoRALinear):
     kind = ConvAdapter
 
 
-KINDS = {nn.Linear: LoRALinear, nn.Conv2d: LoRAConv2d}
+KINDS: dict[type[nn.Module], type[LoRALinear]] = {nn.Linear: LoRALinear, nn.Conv2d: LoRAConv2d}
 
 
 # ------------------------------------------------------------------------- putting it in, taking it out
@@ -218,11 +222,12 @@ def inject_lora(
     """
     ranks = rank if isinstance(rank, Mapping) else dict.fromkeys(matching(module, targets), rank)
     alphas = alpha if isinstance(alpha, Mapping) else dict.fromkeys(ranks, alpha)
-    layers, carrying = original_layers(module), lora_layers(module)
+    layers: dict[str, Any] = original_layers(module)
+    carrying = lora_layers(module)
     problems = [] if name and "." not in name else [f"name {name!r} is empty or has a dot in it"]
     for path, r in ranks.items():
         layer = layers[path]
-        if not isinstance(layer, tuple(KINDS)):
+        if not isinstance(layer, Layer):
             problems.append(f"{path} is a {type(layer).__name__}; only Linear and Conv2d can take a LoRA")
         elif getattr(layer, "groups", 1) != 1:
             problems.append(f"{path} is a convolution in {layer.groups} groups, of which B A is no change")
@@ -241,7 +246,8 @@ def inject_lora(
             kind = next(KINDS[base] for base in KINDS if isinstance(layers[path], base))
             wrapper = kind(layers[path], r, alphas.get(path), name, generator)
             module.set_submodule(path, wrapper.train(layers[path].training))
-    return {path: module.get_submodule(path) for path in ranks}
+    carrying = lora_layers(module)
+    return {path: carrying[path] for path in ranks}
 
 
 def layers_with(module: nn.Module, name: str | None = None, unmerged: bool = False) -> dict[str, LoRALinear]:

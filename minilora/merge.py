@@ -29,7 +29,8 @@ def merge(config: MergeConfig) -> None:
     """Do what `config` asks for and print a report."""
     output = Path(config.output)
     if config.restore:
-        count = restore(*map(Path, config.files), output, overwrite=config.overwrite)
+        merged, undo = map(Path, config.files)
+        count = restore(merged, undo, output, overwrite=config.overwrite)
         report = Report([], {}, [f"put back {count} tensors"])
     elif config.loras_only or config.extract:
         report = _write_lora(config, output)
@@ -52,7 +53,8 @@ def merge(config: MergeConfig) -> None:
 def _write_lora(config: MergeConfig, output: Path) -> Report:
     """Write the LoRA that --extract or --loras-only asks for."""
     refuse_existing(output, config.overwrite)
-    notes, reduction = [], None
+    notes: list[str] = []
+    reduction = None
     if config.extract:
         base, tuned = (Checkpoint(Path(path)) for path in config.files)
         lora, reduction, notes = extract(base, tuned, config.rank, config.energy)

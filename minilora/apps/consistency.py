@@ -51,15 +51,16 @@ class LatentConsistency(Objective):
     is N, which LCMScheduler calls original_inference_steps, and `decay` is μ.
     """
 
-    guidance: tuple[float, float]
+    guidance: tuple[float, ...]  # the lowest and the highest
     skip: int = 1
     levels: int = 50
     decay: float = 0.95
 
     def begin(self, unet: nn.Module, config: TrainConfig) -> None:
         self.unet = unet  # `loss` may get it in a wrapper that averages gradients
-        base = Base(config.model, unet.device, config=config.model_config, loras=config.base_lora)
-        self.empty = base.encode_text("").to(unet.device)  # (tokens, width)
+        device = next(unet.parameters()).device
+        base = Base(config.model, device, config=config.model_config, loras=config.base_lora)
+        self.empty = base.encode_text("").to(device)  # (tokens, width)
         self.target = {
             name: parameter.detach().clone() for name, parameter in unet.named_parameters() if parameter.requires_grad
         }  # θ⁻

@@ -214,7 +214,7 @@ def apart(one: Sequence[torch.Tensor], other: Sequence[torch.Tensor]) -> torch.T
     2018.
     """
     units = [(F.normalize(a.float(), dim=1), F.normalize(b.float(), dim=1)) for a, b in zip(one, other, strict=True)]
-    return sum((a - b).square().sum(1).mean((1, 2)).cpu() for a, b in units).sqrt()
+    return torch.stack([(a - b).square().sum(1).mean((1, 2)).cpu() for a, b in units]).sum(0).sqrt()
 
 
 def features_of(base: Base, pictures: Sequence[Image.Image]) -> torch.Tensor:

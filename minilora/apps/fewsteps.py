@@ -62,7 +62,8 @@ def few_steps(base: Base, captions: Sequence[str], learnt: Path, config) -> tupl
 @torch.no_grad()
 def compared(base: Base, pixels: dict[str, torch.Tensor], many: str) -> dict[str, float]:
     """Return the distances of pictures to those of many steps, one by one and as distributions."""
-    far, seen = ({name: [] for name in pixels} for _ in range(2))
+    far: dict[str, list[torch.Tensor]] = {name: [] for name in pixels}
+    seen: dict[str, list[torch.Tensor]] = {name: [] for name in pixels}
     for start in range(0, len(pixels[many]), TOGETHER):  # the features of all would be too much to keep
         part = slice(start, start + TOGETHER)
         wanted = encoder_features(base, pixels[many][part])
@@ -70,7 +71,6 @@ def compared(base: Base, pixels: dict[str, torch.Tensor], many: str) -> dict[str
             features = wanted if name == many else encoder_features(base, pictures[part])
             far[name].append(apart(features, wanted))
             seen[name].append(pooled(features))
-    seen = {name: torch.cat(rows) for name, rows in seen.items()}  # (n, width) each
     figures = {}
     for name in pixels:
         if name == many:
@@ -78,9 +78,9 @@ def compared(base: Base, pixels: dict[str, torch.Tensor], many: str) -> dict[str
         near = torch.tensor([psnr(one, other) for one, other in zip(pixels[name], pixels[many], strict=True)])
         figures[f"PSNR to the same seed at {MANY} steps, dB; {name}"] = near.mean().item()
         figures[f"perceptual distance to the same seed at {MANY} steps; {name}"] = torch.cat(far[name]).mean().item()
-    for name, features in seen.items():
+    for name, rows in seen.items():
         what = f"distance of distributions to {MANY} steps with another seed; {name}"
-        figures[what] = crossed(features, seen[many])
+        figures[what] = crossed(torch.cat(rows), torch.cat(seen[many]))  # of (n, width) each
     return figures
 
 

@@ -158,7 +158,7 @@ def morph(config: MorphConfig) -> dict[str, float]:
         if config != plain:
             ways["LoRA and options"] = way(base, levels, config, pictures, texts)
 
-    figures = {}
+    figures: dict[str, float] = {}
     for name, frames in ways.items():
         figures |= {f"{what}; {name}": value for what, value in figures_of(base, frames, pictures).items()}
     ceilings = [psnr(base.decode_latents(base.encode_picture(p)[0][None])[0], p) for p in pictures]
@@ -195,7 +195,7 @@ def way(
 
 
 def draw_frames(
-    base: Base, levels: Levels, config: MorphConfig, ends: Sequence[End], times: Sequence[float]
+    base: Base, levels: Levels, config: MorphConfig, ends: Sequence[End], times: np.ndarray
 ) -> torch.Tensor:
     """Draw the frames at the given times, the first 0 and the last 1; (frames, 3, h, w)."""
     a, b = ends

@@ -17,6 +17,7 @@ section 3; Karras et al., "Analyzing and improving the image quality of StyleGAN
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers.models.attention_processor import AttnProcessor
@@ -48,7 +49,7 @@ class SmoothDenoising(Objective):
 
     weight: float = 1.0
 
-    def begin(self, unet: nn.Module, config: TrainConfig) -> None:
+    def begin(self, unet: Any, config: TrainConfig) -> None:
         # The loss needs a second derivative, which the fused attention does not have.
         unet.set_attn_processor(AttnProcessor())
         self.mean = torch.zeros((), device=unet.device)  # a

@@ -24,12 +24,12 @@ from minilora.files.tensors import write_whole
 SIZE = 128  # pixels
 SEED = 0
 STYLES = ("noto", "twemoji", "openmoji")
-PROMPTS = """apple, banana, strawberry, lemon, watermelon, tomato, carrot, pizza, hamburger, ice cream,
+_PROMPTS = """apple, banana, strawberry, lemon, watermelon, tomato, carrot, pizza, hamburger, ice cream,
 doughnut, birthday cake, dog, cat, rabbit, bear, pig, frog, penguin, octopus, butterfly, bee, tulip,
 sunflower, cactus, mushroom, evergreen tree, house, car, bus, bicycle, rocket, airplane, sailboat,
 umbrella, rainbow, snowman, star, key, balloon, book, pencil, guitar, soccer ball, trophy, crown,
 heart, ghost, smile, mountain"""  # those of the contact sheet, which no style set learns from
-PROMPTS = [prompt.strip() for prompt in PROMPTS.replace("\n", " ").split(",")]
+PROMPTS = [prompt.strip() for prompt in _PROMPTS.replace("\n", " ").split(",")]
 THINGS = Path(__file__).parent / "things.txt"
 DATA_HELP = """\
 The build reads these packages, unpacked side by side in --data:
@@ -151,9 +151,8 @@ def read_photographs(data: Path) -> list[np.ndarray]:
         if not path.name.startswith(PHOTOGRAPHS_LEFT_OUT):
             picture = open_picture(path)
             for short in (144, 224, 352, 544):
-                scale = short / min(picture.size)
-                size = tuple(round(side * scale) for side in picture.size)
-                sizes.append(np.asarray(picture.resize(size, Image.Resampling.LANCZOS)))
+                width, height = (round(side * short / min(picture.size)) for side in picture.size)
+                sizes.append(np.asarray(picture.resize((width, height), Image.Resampling.LANCZOS)))
     return sizes
 
 

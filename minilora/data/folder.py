@@ -76,7 +76,10 @@ def read_folder(name: str, config: TrainConfig, option: str = "--data", quiet: b
     --caption.  Prints, unless `quiet`, what in the folder is not used.  Raises UserError with everything that is
     wrong with the folder, in one message, which names the option.
     """
-    folder, problems, remarks = Path(os.path.normpath(name)), [], []
+    folder = Path(os.path.normpath(name))
+    problems: list[str] = []
+    remarks: list[str] = []
+    captions: dict[Path, tuple[str, ...]]
     if folder.is_file():
         if config.caption is None:
             raise UserError(f"{option} {folder}: one picture needs its --caption")

@@ -205,10 +205,9 @@ def _plan(checkpoint: Checkpoint, read: list[LoRA], loras: list[tuple[Path, floa
             about.changes[module] = abs(strength) * change.norm()
             changes.setdefault(module, []).append((change, strength))
     for module, several in changes.items():
-        a = [change.A.reshape(change.rank, -1) for change, _ in several]
-        a = np.concatenate(a, dtype=dtype)  # (ranks, columns)
-        b = [change.B.astype(dtype, copy=False) * (change.scale * strength) for change, strength in several]
-        b = np.concatenate(b, axis=1)  # (rows, ranks)
+        a = np.concatenate([change.A.reshape(change.rank, -1).astype(dtype, copy=False) for change, _ in several])
+        scaled = [change.B.astype(dtype, copy=False) * (change.scale * strength) for change, strength in several]
+        b = np.concatenate(scaled, axis=1)  # (rows, ranks); a is (ranks, columns)
         for place in checkpoint.places[module]:
             if place.shape != checkpoint.places[module][0].shape:
                 raise UserError(f"{checkpoint.path / place.file}: {place.key} has another shape than its other variant")

@@ -58,11 +58,11 @@ def combine(loras: Sequence[tuple[LoRA, float]]) -> LoRA:
         kernel = max((change.A.shape[1:] for change, _ in several), key=len)
         a = [narrow(change.A.reshape(change.rank, *kernel), "F32") for change, _ in several]
         b = [narrow(change.B * np.float64(change.scale * strength), "F32") for change, strength in several]
-        a, b = np.concatenate(a), np.concatenate(b, axis=1)  # (ranks, in), (out, ranks)
+        A, B = np.concatenate(a), np.concatenate(b, axis=1)  # (ranks, in), (out, ranks)
         stored = tuple(_widest([change.stored[i] for change, _ in several]) for i in (0, 1))
-        if not np.isfinite(b).all():
+        if not np.isfinite(B).all():
             raise UserError(f"{name}: at strength {', '.join(f'{s:g}' for _, s in several)} it is not finite")
-        result[name] = Change(a, b, stored=stored)
+        result[name] = Change(A, B, stored=stored)
     return LoRA(result)
 
 
@@ -101,7 +101,8 @@ def extract(
     last = last_layer(shapes | others)
     if any(not n.startswith(last) or (n in shapes and n in others) for n in different):
         raise UserError(f"{one.path} and {two.path} differ in {len(different)} modules, as {different[0]}")
-    changes, report, equal = {}, Reduction(), 0
+    changes: dict[str, Change] = {}
+    report, equal = Reduction(), 0
     rounded: dict[str, list[str]] = {}  # by types
     for name, shape in shapes.items():
         if name in different:
@@ -133,8 +134,8 @@ def extract(
         notes.append(f"{last.removesuffix('.')} is in one of the two only: Stable Diffusion 2 does without it")
     if one.files.keys() != two.files.keys():
         notes.append("other tensors (norms, biases, embeddings) were not compared: the files are not the same")
-    elif others := sum(1 for _ in _others_that_differ(one, two)):
-        notes.append(f"{others} other tensors differ (norms, biases, embeddings); no LoRA can hold them")
+    elif count := sum(1 for _ in _others_that_differ(one, two)):
+        notes.append(f"{count} other tensors differ (norms, biases, embeddings); no LoRA can hold them")
     if not changes:
         but = ", but for rounding" if rounded else ""
         raise UserError(f"{one.path} and {two.path} have the same weights{but}; there is no LoRA between them")

@@ -194,7 +194,7 @@ def known_by(modules: Iterable[str]) -> dict[str, set[str]]:
             names |= {older, f"{component}.{older}"}
         if component == UNET and path in originals:
             paths |= {originals[path]}
-            prefixes = ("", "unet.", "diffusion_model.", "model.diffusion_model.")
+            prefixes = ["", "unet.", "diffusion_model.", "model.diffusion_model."]
         else:
             prefixes = [f"text_encoders.{clip}.transformer." for clip in _COMFY.get(component, ())]
         names |= {f"{prefix}{originals.get(path, path)}" for prefix in prefixes}

@@ -5,12 +5,13 @@
 Full names are explained in names.py, dialects in read.py.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from ..lora import KINDS, LoRALinear, inject_lora, layers_with, original_layers, remove_lora, set_lora_strength
+from ..lora import Layer, LoRALinear, inject_lora, layers_with, original_layers, remove_lora, set_lora_strength
 from ..settings.errors import UserError, refuse
 from .fold import Folded, Report, read_for
 from .names import COMPONENTS, TEXT_ENCODER, TEXT_ENCODER_2, UNET, full_name
@@ -32,7 +33,7 @@ def live_modules(target) -> dict[str, tuple[str, str, tuple[int, ...]]]:
     result = {}
     for component, module in components(target).items():
         for path, layer in original_layers(module).items():
-            if isinstance(layer, tuple(KINDS)):
+            if isinstance(layer, Layer):
                 result[full_name(component, path)] = (component, path, tuple(layer.weight.shape))
     return result
 
@@ -94,7 +95,8 @@ def load_lora(
             state[f"{path_there}.lora_B.weight"] = torch.from_numpy(change.B).float() * change.scale
         load_lora_state_dict(module, state, name)
         set_lora_strength(module, strength, name)
-        weights = {path_there: module.get_submodule(path_there).base.weight for path_there in mine}
+        layers = layers_with(module, name)
+        weights = {path_there: layers[path_there].base.weight for path_there in mine}
         relative = {p: abs(strength) * mine[p].norm() / max(weights[p].float().norm().item(), 1e-30) for p in mine}
         report.folded.append(Folded(f"{path} at {strength:g}", component, relative))
     for word in words.values():
@@ -137,7 +139,7 @@ def lora_state_dict(module: nn.Module, name: str = "default") -> dict[str, torch
 
 
 @torch.no_grad()
-def load_lora_state_dict(module: nn.Module, state: dict[str, torch.Tensor], name: str = "default") -> None:
+def load_lora_state_dict(module: nn.Module, state: Mapping[str, torch.Tensor], name: str = "default") -> None:
     """Copy tensors named as by `lora_state_dict` into the LoRA called `name`, in place.
 
     Raises ValueError, with nothing changed, naming every missing key, unknown key and wrong shape.

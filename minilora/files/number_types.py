@@ -27,10 +27,18 @@ import numpy as np
 BF16 = np.dtype([("BF16", "<u2")])
 F8_E4M3, F8_E5M2 = np.dtype([("F8_E4M3", "u1")]), np.dtype([("F8_E5M2", "u1")])
 # In the order in which safetensors lays tensors out in a file.
-DTYPES = {"U64": "<u8", "I64": "<i8", "F64": "<f8", "F32": "<f4", "U32": "<u4", "I32": "<i4", "BF16": BF16}
-DTYPES |= {"F16": "<f2", "U16": "<u2", "I16": "<i2", "F8_E4M3": F8_E4M3, "F8_E5M2": F8_E5M2}
-DTYPES |= {"I8": "i1", "U8": "u1", "BOOL": "?"}
-DTYPES = {name: np.dtype(dtype) for name, dtype in DTYPES.items()}
+_IN_NUMPY: dict[str, str | np.dtype] = {
+    "U64": "<u8",
+    "I64": "<i8",
+    "F64": "<f8",
+    "F32": "<f4",
+    "U32": "<u4",
+    "I32": "<i4",
+    "BF16": BF16,
+}
+_IN_NUMPY |= {"F16": "<f2", "U16": "<u2", "I16": "<i2", "F8_E4M3": F8_E4M3, "F8_E5M2": F8_E5M2}
+_IN_NUMPY |= {"I8": "i1", "U8": "u1", "BOOL": "?"}
+DTYPES: dict[str, np.dtype] = {name: np.dtype(dtype) for name, dtype in _IN_NUMPY.items()}
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 EPSILON = {"F64": 2.0**-52, "F32": 2.0**-23, "F16": 2.0**-10, "BF16": 2.0**-7, "F8_E4M3": 2.0**-3, "F8_E5M2": 2.0**-2}
 WEIGHTS = tuple(EPSILON)  # the types that a weight can have

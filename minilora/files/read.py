@@ -23,6 +23,7 @@ import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -65,7 +66,7 @@ class Change:
     A: np.ndarray
     B: np.ndarray
     scale: float = 1.0
-    stored: tuple[str, str] = ("F32", "F32")
+    stored: tuple[str, ...] = ("F32", "F32")
 
     @property
     def rank(self) -> int:
@@ -73,12 +74,13 @@ class Change:
 
     def delta(self, dtype: type = np.float32) -> np.ndarray:
         """Return ΔW in the shape of the weight, (out, in) or (out, in, height, width)."""
-        product = self.B.astype(dtype) @ self.A.reshape(self.rank, -1).astype(dtype)  # (out, in · height · width)
+        a: np.ndarray = self.A.reshape(self.rank, -1).astype(dtype)  # (rank, in · height · width)
+        product: np.ndarray = self.B.astype(dtype) @ a  # (out, in · height · width)
         return (self.scale * product).reshape(len(self.B), *self.A.shape[1:])
 
     def norm(self) -> float:
         """Return the root of the sum of ΔW's squares, without forming it: with Aᵀ = Q R, ‖B A‖ = ‖B Rᵀ‖."""
-        r = np.linalg.qr(self.A.reshape(self.rank, -1).T.astype(np.float64), mode="r")  # (rank, rank)
+        r: Any = np.linalg.qr(self.A.reshape(self.rank, -1).T.astype(np.float64), mode="r")  # (rank, rank)
         return abs(self.scale) * float(np.linalg.norm(self.B.astype(np.float64) @ r.T))
 
 
@@ -107,8 +109,8 @@ class LoRA:
 # ------------------------------------------------------------------------------------------- reading
 
 
-_DOWN = (".lora_A.weight", ".lora_A.default.weight", ".lora.down.weight", ".lora_down.weight")
-_DOWN += (".lora_linear_layer.down.weight", "_lora.down.weight", ".lora_A")
+_DOWN = [".lora_A.weight", ".lora_A.default.weight", ".lora.down.weight", ".lora_down.weight"]
+_DOWN += [".lora_linear_layer.down.weight", "_lora.down.weight", ".lora_A"]
 _UP = tuple(end.replace("lora_A", "lora_B").replace("down", "up") for end in _DOWN)
 _ENDINGS = [*((e, "A") for e in _DOWN), *((e, "B") for e in _UP), (".alpha", "alpha")]
 _ENDINGS.sort(key=lambda pair: -len(pair[0]))  # the longest first: they end alike
@@ -287,7 +289,7 @@ def _change(found: dict, shape: tuple[int, ...] | None, problems: list[str], sca
     ):
         problems.append(f"{shapes}, which do not make a LoRA")
         return None
-    types = NAMES[a.dtype], NAMES[b.dtype]
+    types: tuple[str, ...] = NAMES[a.dtype], NAMES[b.dtype]
     if not all(name in WEIGHTS for name in types):
         problems.append(f"{shapes}, of types {' and '.join(types)}")
         return None

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from functools import partial
 from operator import index
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -72,12 +72,12 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def write_tensors(path: Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> None:
+def write_tensors(path: Path, tensors: Mapping[str, Any], metadata: Mapping[str, str]) -> None:
     """Write arrays, or torch's tensors on the CPU, as a safetensors file; equal arguments give equal bytes."""
     write_whole(path, tensor_bytes(tensors, metadata))
 
 
-def tensor_bytes(tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> bytes:
+def tensor_bytes(tensors: Mapping[str, Any], metadata: Mapping[str, str]) -> bytes:
     """Return a safetensors file of some tensors and its metadata."""
     arrays = {key: np.asarray(tensor) for key, tensor in tensors.items()}
     header, places = file_header({key: (NAMES[a.dtype], a.shape) for key, a in arrays.items()}, metadata)
@@ -102,7 +102,7 @@ def file_header(
     return struct.pack("<Q", len(text)) + text, {key: 8 + len(text) + begin for key, begin in begins.items()}
 
 
-def write_checked(path: Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> None:
+def write_checked(path: Path, tensors: Mapping[str, Any], metadata: Mapping[str, str]) -> None:
     """Write tensors as `write_tensors` does, with a checksum of them and the metadata for `read_checked`."""
     write_tensors(path, tensors, {**metadata, "checksum": _checksum(tensors, metadata)})
 
@@ -116,7 +116,7 @@ def read_checked(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     return tensors, metadata
 
 
-def _checksum(tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> str:
+def _checksum(tensors: Mapping[str, Any], metadata: Mapping[str, str]) -> str:
     return hashlib.sha256(tensor_bytes(tensors, metadata)).hexdigest()
 
 
@@ -317,7 +317,7 @@ def copy_bytes(source: int, out: int, begin: int, end: int, path: Path) -> None:
         begin += count
 
 
-def read_exactly(source: BinaryIO, piece: memoryview | np.ndarray, path: Path) -> None:
+def read_exactly(source: Any, piece: memoryview | np.ndarray, path: Path) -> None:
     """Fill `piece` from an unbuffered file, or raise UserError if the file ends before."""
     done = 0
     while done < len(piece):

@@ -27,7 +27,8 @@ class Undo:
     def __init__(self, path: Path, changed: Mapping[str, Entry]):
         self.out = open(path, "wb", buffering=0)  # noqa: SIM115  closed by `keeping`
         self.checksums = dict.fromkeys(changed, 0)
-        header, position = {}, 0
+        header: dict[str, dict] = {}
+        position = 0
         for name, entry in changed.items():
             size = entry.end - entry.begin
             header[name] = {"dtype": entry.dtype, "shape": entry.shape, "data_offsets": [position, position + size]}

@@ -110,7 +110,7 @@ def as_kohya(lora: LoRA, modules: Modules) -> dict[str, tuple[Tensors, dict[str,
         tensors[f"{names[name]}.lora_up.weight"] = b
         tensors[f"{names[name]}.alpha"] = narrow(np.array(float(rank)), NAMES[b.dtype])
         ranks.add(rank)
-    rank = str(*ranks) if len(ranks) == 1 else "Dynamic"
+    dim = str(*ranks) if len(ranks) == 1 else "Dynamic"
     about = {"ss_v2": "False"}
     if family := _family(modules):
         known, architecture, resolution = family
@@ -119,7 +119,7 @@ def as_kohya(lora: LoRA, modules: Modules) -> dict[str, tuple[Tensors, dict[str,
     about |= {"ss_network_args": "{}", "modelspec.implementation": "diffusers", "modelspec.title": "LoRA"}
     # Metadata of a file from kohya's trainer win over these; the lines below hold for any LoRA that is written here.
     about |= _kept_words(lora)
-    about |= {"ss_network_module": "networks.lora", "ss_network_dim": rank, "ss_network_alpha": rank}
+    about |= {"ss_network_module": "networks.lora", "ss_network_dim": dim, "ss_network_alpha": dim}
     about |= {"modelspec.sai_model_spec": "1.0.1"}
     # User interfaces identify a file by two hashes: of the tensors' bytes, and of 64 kB at a fixed place.
     content = tensor_bytes(tensors, {key: value for key, value in about.items() if key.startswith("ss_")})

@@ -9,6 +9,7 @@ No group contains the layers before and behind the blocks, which are nearly the 
 """
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from torch import nn
 
@@ -22,7 +23,7 @@ BLOCKS = ("down_blocks.", "mid_block.", "up_blocks.")
 
 def named_targets(module: nn.Module, targets: Sequence[str]) -> list[str]:
     """Return targets with the names of groups replaced by the layers that they stand for."""
-    result = []
+    result: list[str] = []
     for target in targets:
         kinds = KIND_SETS.get(target, ())
         found = [
@@ -47,10 +48,11 @@ def ranks_and_alphas(
     `rank_for` maps a part of a layer's name, as "attn2" or "ff.net.2", to a rank at the same scale; `alpha_for`
     maps it to an alpha.  The last match wins.  Raises ValueError, naming every target and part that matches nothing.
     """
-    found, problems = matching(module, named_targets(module, targets)), []
+    found = matching(module, named_targets(module, targets))
+    problems: list[str] = []
 
-    def by_part(what: str, given: Mapping[str, float] | None) -> dict[str, float]:
-        result = {}
+    def by_part(what: str, given: Mapping[str, Any] | None) -> dict[str, Any]:
+        result: dict[str, Any] = {}
         for part, value in (given or {}).items():
             fitting = [path for path in found if f".{part}." in f".{path}."]
             problems.extend([] if fitting else [f"{what} for {part!r} fits none of the layers"])

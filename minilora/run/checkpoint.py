@@ -9,6 +9,7 @@ from collections.abc import Callable, Collection
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from filelock import FileLock, Timeout
@@ -191,7 +192,8 @@ def load_newest_checkpoint(output: Path, differences: Callable[[dict], list[str]
 
     tensors = {key: torch.from_numpy(array) for key, array in arrays.items()}
     parts = [under(tensors, prefix) for prefix in ("lora.", "optimizer.", "average.", "objective.")]
-    return State(about["step"], *parts, about["scaler"])
+    lora, optimizer, average, objective = parts
+    return State(about["step"], lora, optimizer, average, objective, about["scaler"])
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
@@ -206,7 +208,7 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tenso
 
 def load_optimizer_tensors(optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Tensor]) -> None:
     """Put back what `optimizer_tensors` gave, into an optimizer over the same parameters."""
-    state: dict[int, dict[str, torch.Tensor]] = {}
+    state: dict[int, dict[str, Any]] = {}
     for key, value in tensors.items():
         index, name = key.split(".", 1)
         # An integer is the step count of 8-bit AdamW, which must be a Python number; torch's AdamW has a float tensor.

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -116,7 +117,7 @@ _places = itertools.count()
 def wait_for_all() -> None:
     """Return once every process is here."""
     if dist.is_initialized():
-        store = dist.group.WORLD.get_group_store()
+        store: Any = dist.group.WORLD.get_group_store()
         if missing_ranks(f"place {next(_places)}", store.timeout):
             raise dist.DistError(f"waited for longer than {store.timeout.total_seconds() / 60:g} minutes")
 
@@ -195,7 +196,7 @@ class StopSignals:
         hangup = getattr(signal, "SIGHUP", None)  # which Windows lacks, and nohup ignores
         if hangup and signal.getsignal(hangup) != signal.SIG_IGN:
             numbers.append(hangup)
-        self.before = {number: signal.signal(number, self._notice) for number in numbers}
+        self.before: dict[int, Any] = {number: signal.signal(number, self._notice) for number in numbers}
         return self
 
     def _notice(self, number: int, frame) -> None:

@@ -4,6 +4,7 @@ import hashlib
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -46,7 +47,7 @@ class Run:
     held_out: Examples | None  # the pictures of --validation
     identity: dict  # what the run is a function of, as JSON values
     network: nn.Module  # has the LoRA in it: the U-Net, or the U-Net with its text encoders
-    model: nn.Module  # the network; compiled if asked for, and wrapped so that several processes average gradients
+    model: Any  # the network; compiled if asked for, and wrapped so that several processes average gradients
     parameters: list[nn.Parameter]  # all that is trained; the one list for optimizer, clipping and counting
     average: dict[str, torch.Tensor]  # of what is trained, over the steps; empty without --ema
     optimizer: torch.optim.Optimizer
@@ -96,11 +97,11 @@ def prepare(config: TrainConfig, objective: Objective, ranks: Ranks) -> Run:
     scaler = torch.amp.GradScaler(ranks.device.type, enabled=config.precision == "fp16")
     model = torch.compile(network, **compile_options(ranks.device)) if config.compile else network
     # Each process loads the base and draws the same LoRA itself, so only gradients are exchanged.
-    alone = {"init_sync": False, "forward_sync_buffers": False}
-    model = DistributedDataParallel(model, **alone) if ranks.world > 1 else model
+    if ranks.world > 1:
+        model = DistributedDataParallel(model, init_sync=False, forward_sync_buffers=False)
     average = {name: tensor.clone() for name, tensor in lora_state_dict(network).items()} if config.ema else {}
-    trained = network, model, parameters, average, optimizer, scaler
-    run = Run(config, objective, ranks, plan, base, examples, held_out, identity, *trained)
+    given = config, objective, ranks, plan, base, examples, held_out, identity
+    run = Run(*given, network, model, parameters, average, optimizer, scaler)
     introduce(run)
     return run
 
@@ -141,7 +142,7 @@ def make_optimizer(config: TrainConfig, parameters: list[nn.Parameter], of_unet:
     text_ratio = (config.text_encoder_learning_rate or config.learning_rate) / config.learning_rate
     groups = [{"params": parameters[:of_unet], "ratio": 1.0}, {"params": parameters[of_unet:], "ratio": text_ratio}]
     groups = [group for group in groups if group["params"]]
-    options = {"betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 1e-2}
+    options: dict[str, Any] = {"betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 1e-2}
     if config.optimizer == "adamw":
         return torch.optim.AdamW(groups, **options, fused=True)
     from bitsandbytes.optim import AdamW8bit  # an optional package
@@ -178,7 +179,7 @@ def introduce(run: Run) -> None:
     say(f"batch      {config.batch_size} = {run.plan}")
 
 
-def put_lora(network: nn.Module, unet: nn.Module, config: TrainConfig) -> dict:
+def put_lora(network: UNetWithText | Any, unet: nn.Module, config: TrainConfig) -> dict:
     """Inject the LoRA that is trained; return what it adds to the run's identity, as JSON values."""
     if config.init_from:
         try:

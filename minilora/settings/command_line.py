@@ -18,7 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from .errors import UserError, first_line, is_out_of_memory
-from .setting import ByBase, as_typed, option
+from .setting import ByBase, Settings, as_typed, option
 from .strict_json import parse_json
 
 
@@ -74,7 +74,7 @@ def _named(what):
 # ------------------------------------------------------------------------------ command line and file
 
 
-def read(cls: type, argv: list[str], description: str):
+def read(cls: type[Settings], argv: list[str], description: str):
     """Return the settings given on a command line, and in the `--config` file that it may name.
 
     Raises UserError for an unknown setting, with the nearest name, and for a value that does not fit.
@@ -84,14 +84,16 @@ def read(cls: type, argv: list[str], description: str):
         raise UserError(f"{broken[0]!r} on the command line holds bytes that are not UTF-8; spell it in UTF-8")
     parser = _parser(cls, description)
     bare = any(field.metadata["bare"] for field in dataclasses.fields(cls))
-    given, unknown = (parser.parse_known_intermixed_args if bare else parser.parse_known_args)(argv)
+    typed, unknown = (parser.parse_known_intermixed_args if bare else parser.parse_known_args)(argv)
     names = {field.name for field in dataclasses.fields(cls)}
     if unknown:
         options = {option(name) for name in names} | {"--config", "--print-config"}
         wrong = [word for word in unknown if word.startswith("-")] or unknown
         raise UserError("; ".join(_unknown(word, options) for word in wrong))
     # (Values that stand without an option are an empty list when there are none.)
-    given = {k: tuple(v) if isinstance(v, list) else v for k, v in vars(given).items() if v != []}
+    given: dict[str, typing.Any] = {
+        k: tuple(v) if isinstance(v, list) else v for k, v in vars(typed).items() if v != []
+    }
     show, path = given.pop("print_config", False), given.pop("config", None)
     values = _read_file(cls, Path(path)) if path else {}
     # A value in the file that is only a default is left out, so that it depends on the command line, too: with another
@@ -105,7 +107,7 @@ def read(cls: type, argv: list[str], description: str):
     return settings
 
 
-def _parser(cls: type, description: str) -> argparse.ArgumentParser:
+def _parser(cls: type[Settings], description: str) -> argparse.ArgumentParser:
     """Make the command line of a settings class: the basic settings, then the advanced ones by their groups."""
 
     class Parser(argparse.ArgumentParser):

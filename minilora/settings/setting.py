@@ -106,6 +106,7 @@ def as_typed(value, separator: str = ",") -> str:
     return f"{value:g}" if isinstance(value, float) and float(f"{value:g}") == value else str(value)
 
 
+@dataclass(frozen=True)
 class Settings:
     """What the settings of every command share: defaults that follow other settings, and checks."""
 

@@ -6,6 +6,7 @@ import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from .setting import (
     ABOVE_0,
@@ -427,7 +428,7 @@ class TrainConfig(Settings):
             follows["class_data"] = str(Path("out") / "-".join(["class", *words]))
         return follows
 
-    def by_part(self) -> dict[str, dict[str, float]]:
+    def by_part(self) -> dict[str, Any]:
         """Return --rank-for and --alpha-for as mappings, as `inject_lora` takes them."""
         pairs = {"rank_for": int, "alpha_for": float}
         return {
