@@ -23,7 +23,8 @@ def files_in(folder: Path, problems: list[str]) -> tuple[list[Path], list[Path]]
         if not _left_out(Path(error.filename), folder):
             problems.append(f"{error.filename} cannot be read ({error.strerror})")
 
-    files, left_out = [], []
+    files: list[Path] = []
+    left_out: list[Path] = []
     for place, folders, names in os.walk(folder, onerror=unreadable):
         for path in (Path(place, name) for name in (*folders, *names)):
             if path.is_symlink() and path.is_dir() and not _left_out(path, folder):

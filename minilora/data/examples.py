@@ -11,10 +11,11 @@ be out of date.
 import hashlib
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -113,7 +114,7 @@ class Examples:
         """Return the width and height, in pixels, that a picture is cropped to."""
         return buckets.nearest(item.size, self.sizes)
 
-    def _row(self, position: int) -> tuple[torch.Tensor, ...]:
+    def _row(self, position: int) -> tuple[Any, ...]:
         seed, item = self.config.seed, self.picture_at(position)
         mirrored = self.config.mirror and draws.uniform(seed, "mirror", position) < 0.5
         place = CENTRE
@@ -121,7 +122,7 @@ class Examples:
             encoded = _load(self._picture_file(item, mirrored))
             mean, std = encoded["mean"], encoded["std"]  # (channels, h, w) each
         else:
-            place = tuple(draws.uniform(seed, f"crop {axis}", position) for axis in "xy")
+            place = draws.uniform(seed, "crop x", position), draws.uniform(seed, "crop y", position)
             mean, std = self.encoders.encode_picture(self._pixels(item, mirrored, place))
         latents = mean + std * draws.gaussian(seed, "posterior", position, mean.shape)
         noise = draws.gaussian(seed, "noise", position, mean.shape)
@@ -221,11 +222,14 @@ def _write(path: Path, encode: partial) -> None:
 
 def _collate(positions: tuple[int, ...], rows: list[tuple], device: torch.device) -> Batch:
     """Stack rows of `Examples._row` into a batch."""
+
+    def stack(column: Iterable[torch.Tensor]) -> torch.Tensor:
+        return torch.stack(list(column)).to(device)
+
     latents, conditionings, *drawn = zip(*rows, strict=True)
-    conditioning = {key: torch.stack([each[key] for each in conditionings]).to(device) for key in conditionings[0]}
+    conditioning = {key: stack(each[key] for each in conditionings) for key in conditionings[0]}
     kind = Tokens if "tokens" in conditioning else Conditioning
-    latents, *drawn = (torch.stack(column).to(device) for column in (latents, *drawn))
-    return Batch(positions, latents, kind(**conditioning), *drawn)
+    return Batch(positions, stack(latents), kind(**conditioning), *map(stack, drawn))
 
 
 @lru_cache(maxsize=4096)
