@@ -26,10 +26,12 @@ from .lora import lora_layers, merge_lora, unmerge_lora
 from .models.base import DTYPES, Base
 from .models.compiling import check_compiler, compile_options
 from .models.device import this_device
+from .models.text import warn_of_cuts
 from .settings.errors import UserError
 from .settings.sample import SAMPLERS, SampleConfig
 from .settings.shared import path_and_number
 
+DRAWN_BY = "drawn by"  # under which a picture's file tells for which prompt it was drawn, and by which base
 TOGETHER = 4  # pictures drawn in one pass; more are faster and take more memory
 
 
@@ -227,11 +229,12 @@ def sample(config: SampleConfig) -> Path:
     precision, device = DTYPES[config.precision], this_device()
     if config.compile:
         check_compiler(device)
-    base = Base(config.model, device, precision, config.model_config, config.zero_terminal_snr)
+    base = Base.of(config, device, precision)
+    print(f"base       {base.source}, {base.predicts}, {config.precision} on {device.type}")
     width, height = (*config.size, *config.size)[:2] if config.size else (base.resolution, base.resolution)
     if width % base.side_multiple or height % base.side_multiple:
         raise UserError(f"--size is {width}x{height}; this base needs multiples of {base.side_multiple}")
-    base.warn_of_cuts(dict.fromkeys((*config.prompt, config.negative)), "prompt")
+    warn_of_cuts(base.tokenizers, dict.fromkeys((*config.prompt, config.negative)), "prompt")
     strengths = load_loras(base, config.lora, config.allow_unmatched)
     if config.compile:
         base.unet.compile(**compile_options(device))
@@ -316,8 +319,9 @@ def sheet(rows: list[list[Image.Image]], columns: Sequence[str], labels: Sequenc
 def save_picture(picture: Image.Image, path: Path) -> None:
     """Write a picture, whole or not at all, in the format of its name's ending."""
     content, about = io.BytesIO(), PngImagePlugin.PngInfo()
-    if "sheet" in picture.info:
-        about.add_text("sheet", picture.info["sheet"])
+    for what in ("sheet", DRAWN_BY):
+        if what in picture.info:
+            about.add_text(what, picture.info[what])
     picture.save(content, picture_format(path), pnginfo=about)
     write_whole(path, content.getvalue())
 

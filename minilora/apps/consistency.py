@@ -59,7 +59,7 @@ class LatentConsistency(Objective):
     def begin(self, unet: nn.Module, config: TrainConfig) -> None:
         self.unet = unet  # `loss` may get it in a wrapper that averages gradients
         device = next(unet.parameters()).device
-        base = Base(config.model, device, config=config.model_config, loras=config.base_lora)
+        base = Base.of(config, device, loras=config.base_lora)
         self.empty = base.encode_text("").to(device)  # (tokens, width)
         self.target = {
             name: parameter.detach().clone() for name, parameter in unet.named_parameters() if parameter.requires_grad

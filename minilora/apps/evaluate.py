@@ -42,8 +42,9 @@ from PIL import Image
 from ..data.folder import Item, read_folder
 from ..data.held_out import held_out_loss
 from ..data.pictures import as_tensor, crop_square
-from ..models.base import DTYPES, Base, UNetWithText
+from ..models.base import DTYPES, Base
 from ..models.device import this_device
+from ..models.text import UNetWithText
 from ..run.encode import encoded_examples
 from ..run.ranks import Ranks
 from ..sampling import load_loras, merged_at, save_picture, sheet
@@ -180,7 +181,8 @@ def losses_on(config: EvaluateConfig, base: Base, items: list[Item], resolution:
 
         def loss() -> float:
             with base.autocast():
-                return held_out_loss(UNetWithText(base), examples, base.schedule, numbers).mean().item()
+                network = UNetWithText(base.unet, base.text_encoders)
+                return held_out_loss(network, examples, base.schedule, numbers).mean().item()
 
         losses["denoising loss on the reference; base"] = loss()
         if config.lora:

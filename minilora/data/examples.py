@@ -21,7 +21,8 @@ import torch
 
 from ..diffusion import Conditioning
 from ..files.tensors import read_checked, write_checked
-from ..models.base import Base, Tokens
+from ..models.base import Base
+from ..models.text import Tokens
 from ..settings.errors import UserError
 from ..settings.train import TrainConfig
 from . import buckets, draws

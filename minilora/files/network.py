@@ -69,24 +69,39 @@ def load_lora(
     good.  Raises UserError, with nothing changed, if it is not a LoRA, has a shape that does not fit, unmatched
     keys, or words that cannot be taught (unless `allow_unmatched`).
     """
-    live, modules = live_modules(target), components(target)
-    shapes = {full: shape for full, (_, _, shape) in live.items()}
-    where = " and ".join(modules)
-    lora = read_for(Path(path), shapes, where, allow_unmatched, with_words=hasattr(target, "load_textual_inversion"))
+    shapes = {full: shape for full, (_, _, shape) in live_modules(target).items()}
+    where, with_words = " and ".join(components(target)), hasattr(target, "load_textual_inversion")
+    lora = read_for(Path(path), shapes, where, allow_unmatched, with_words=with_words)
     problems = {key: problem for key, word in lora.words.items() if (problem := _no_word_for(target, word))}
     if problems and not allow_unmatched:
         raise UserError(f"LoRA {path}: {some(problems.values())}; --allow-unmatched leaves it out")
     words = {key: word for key, word in lora.words.items() if key not in problems}
     unmatched = [key for key in lora.unmatched if key not in words]
-    report = Report([], {str(path): unmatched} if unmatched else {}, [])
+    report = Report(attach_lora(target, lora, name, strength, path), {str(path): unmatched} if unmatched else {}, [])
+    for word in words.values():
+        tokenizer, encoder = _readers(target, word)
+        vectors = torch.from_numpy(word.vectors)
+        target.load_textual_inversion(vectors, token=word.text, tokenizer=tokenizer, text_encoder=encoder)
+        report.notes.append(f"{path} brings the word {word.text!r}, {len(vectors)} vectors of {word.component}")
+    return report
+
+
+def attach_lora(target, lora: LoRA, name: str, strength: float, path: str | Path) -> list[Folded]:
+    """Put a LoRA that was read from `path` into a module or a diffusers pipeline; return its effect on each part.
+
+    Modules of the LoRA that `target` does not have are left out.  Raises UserError, with nothing changed, if the name
+    is in use or a module cannot have a LoRA.
+    """
+    live, modules, done = live_modules(target), components(target), []
     for component, module in modules.items():
-        mine = {live[full][1]: change for full, change in lora.changes.items() if live[full][0] == component}
+        there = [full for full in lora.changes if full in live and live[full][0] == component]
+        mine = {live[full][1]: lora.changes[full] for full in there}
         if not mine:
             continue
         try:
             inject_lora(module, {path: change.rank for path, change in mine.items()}, name=name, fitting=False)
         except ValueError as error:
-            for folded in report.folded:
+            for folded in done:
                 remove_lora(modules[folded.component], name)
             raise UserError(f"LoRA {path}: {error}") from error
         state = {}
@@ -98,13 +113,8 @@ def load_lora(
         layers = layers_with(module, name)
         weights = {path_there: layers[path_there].base.weight for path_there in mine}
         relative = {p: abs(strength) * mine[p].norm() / max(weights[p].float().norm().item(), 1e-30) for p in mine}
-        report.folded.append(Folded(f"{path} at {strength:g}", component, relative))
-    for word in words.values():
-        tokenizer, encoder = _readers(target, word)
-        vectors = torch.from_numpy(word.vectors)
-        target.load_textual_inversion(vectors, token=word.text, tokenizer=tokenizer, text_encoder=encoder)
-        report.notes.append(f"{path} brings the word {word.text!r}, {len(vectors)} vectors of {word.component}")
-    return report
+        done.append(Folded(f"{path} at {strength:g}", component, relative))
+    return done
 
 
 def _readers(pipeline, word: Word) -> tuple:

@@ -185,7 +185,7 @@ def _read_tensors(path: Path) -> tuple[Tensors, dict[str, str]]:
         raise FormatError(f"{pickle}: {PICKLE_HELP}")
     try:
         file = TensorFile(path)
-        refuse_more_than_memory([file], 8)  # as they are stored, and in float32
+        refuse_more_than_memory(file.numbers, 8)  # as they are stored, and in float32
         return {key: file.read(key) for key in sorted(file.entries)}, file.metadata
     except (OSError, UserError) as error:
         reason = str(error).removeprefix(f"{path}: ")

@@ -16,7 +16,7 @@ import os
 import shutil
 import struct
 import sys
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -220,6 +220,11 @@ class TensorFile:
         if end != self.size:
             raise UserError(f"{path}: it has {self.size:,} bytes and should have {end:,}; it was cut off or added to")
 
+    @property
+    def numbers(self) -> int:
+        """How many numbers all tensors hold together."""
+        return sum(math.prod(entry.shape) for entry in self.entries.values())
+
     def read(self, key: str) -> np.ndarray:
         """Return one tensor as it is stored."""
         entry = self.entries[key]
@@ -230,12 +235,12 @@ class TensorFile:
         return np.frombuffer(content, DTYPES[entry.dtype]).reshape(entry.shape)
 
 
-def refuse_more_than_memory(files: Iterable[TensorFile], bytes_of_a_number: int) -> None:
-    """Raise UserError if all numbers of some files are more than fits into the memory that is free, swap included.
+def refuse_more_than_memory(numbers: int, bytes_of_a_number: int) -> None:
+    """Raise UserError if so many numbers are more than fits into the memory that is free, swap included.
 
     Nothing is refused on systems that do not report how much is free (Linux does).
     """
-    needed = sum(math.prod(entry.shape) for file in files for entry in file.entries.values()) * bytes_of_a_number
+    needed = numbers * bytes_of_a_number
     try:
         lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
         free = sum(int(lines[name].split()[0]) * 1024 for name in ("MemAvailable", "SwapFree"))

@@ -8,13 +8,14 @@ import dataclasses
 import json
 import os
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from huggingface_hub import ModelCardData
 
 from ..data.folder import Item
 from ..files.read import FILE_NAME
+from ..settings.setting import option
 from ..settings.shared import WEIGHT, path_and_number
 from ..settings.train import TrainConfig
 
@@ -26,13 +27,22 @@ def drawing_command(config: TrainConfig, prompt: str, lora: str) -> str:
     """Return the command that draws a prompt with the LoRA of a run, on the base that it was trained on."""
     words = ["python", "sample.py", "--prompt", prompt]
     words += [word for each in (lora, *config.base_lora) for word in ("--lora", each)]
-    words += ["--model", config.model] if config.model else []
-    words += ["--model-config", config.model_config] if config.model_config else []
+    for name in ("model", "model_config", "vae", "prediction_type"):
+        words += [option(name), getattr(config, name)] if getattr(config, name) else []
     return shlex.join(words + (["--zero-terminal-snr"] if config.zero_terminal_snr else []))
 
 
-def model_card(config: TrainConfig, items: Sequence[Item], is_xl: bool, picture: str | None) -> str:
-    """Return the page of a finished run, in Markdown; `picture` is the path of a picture on it, if there is one."""
+def model_card(
+    config: TrainConfig,
+    items: Sequence[Item],
+    is_xl: bool,
+    picture: str | None,
+    scheduler_options: Mapping | None = None,
+) -> str:
+    """Return the page of a finished run, in Markdown.
+
+    `picture` is the path of the picture on it, if there is one; `scheduler_options` are those of `Base`.
+    """
     captions = list(dict.fromkeys(caption for item in items for caption in item.captions))[:SHOWN]
     head = ModelCardData(  # it leaves out what is None
         base_model=config.model if config.model and not os.path.exists(config.model) else None,
@@ -59,23 +69,25 @@ def model_card(config: TrainConfig, items: Sequence[Item], is_xl: bool, picture:
         "Words that it was trained with: " + "; ".join(f"“{caption}”" for caption in captions) + ".",
         f"To draw with it, with minilora:\n\n```bash\n{fetch}{drawing_command(config, captions[0], folder)}\n```",
         "Or with diffusers (and peft, which it needs for LoRA):\n\n"
-        f"```python\n{_in_diffusers(config, is_xl, repo or folder, captions[0])}\n```",
+        f"```python\n{_in_diffusers(config, is_xl, repo or folder, captions[0], scheduler_options or {})}\n```",
         f"How it was trained; what is not listed is minilora's default:\n\n| setting | value |\n|---|---|\n{rows}",
     ]
     return "\n\n".join(paragraphs) + "\n"
 
 
-def _in_diffusers(config: TrainConfig, is_xl: bool, lora: str, prompt: str) -> str:
+def _in_diffusers(config: TrainConfig, is_xl: bool, lora: str, prompt: str, scheduler_options: Mapping) -> str:
     kind = "StableDiffusionXLPipeline" if is_xl else "StableDiffusionPipeline"
     model = config.model or "minilora/base"
     load = f"from_pretrained({model!r})"
     if os.path.isfile(model):
         load = f"from_single_file({model!r}" + (f", config={config.model_config!r})" if config.model_config else ")")
     lines = [f"from diffusers import {kind}", "", f"pipeline = {kind}.{load}"]
-    if config.zero_terminal_snr:
-        options = "rescale_betas_zero_snr=True, timestep_spacing='trailing'"
+    if scheduler_options:
         lines[0] = f"from diffusers import DDIMScheduler, {kind}"
-        lines.append(f"pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, {options})")
+        changed = ", ".join(f"{name}={value!r}" for name, value in scheduler_options.items())
+        lines.append(f"pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, {changed})")
+    if config.vae:
+        lines.append(f"# It was trained with the VAE of {config.vae}, which belongs into pipeline.vae.")
     for path, strength in map(path_and_number, config.base_lora):
         lines += [f"pipeline.load_lora_weights({str(path)!r})", f"pipeline.fuse_lora(lora_scale={strength:g})"]
         lines.append("pipeline.unload_lora_weights()")

@@ -7,49 +7,56 @@ are class pictures, of "a dog", that the base draws before training (prior prese
 
 The subject stands at the even positions of the stream, the class at the odd ones.  The class pictures have a folder of
 their own, and the number of each is its seed.  Only missing ones are drawn; other pictures in the folder count, too.
+A drawn picture's file says by which base and for which prompt it was drawn; those of another are refused.
 
 Source: Ruiz et al., "DreamBooth: fine tuning text-to-image diffusion models for subject-driven
 generation", 2022.
 """
 
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from PIL import Image
 from tqdm import tqdm
 
 from ..data.folder import Item, read_folder
-from ..models.base import DTYPES, Base
-from ..sampling import TOGETHER, draw, save_picture
+from ..data.pictures import pixels_limited
+from ..models.base import Base
+from ..sampling import DRAWN_BY, TOGETHER, draw, save_picture
+from ..settings.errors import UserError
 from ..settings.sample import SampleConfig
 from ..settings.train import TrainConfig
 from .lost import heartbeat
 from .ranks import Ranks, decided_by_main, wait_for_all
 
 
-def class_pictures(config: TrainConfig, ranks: Ranks) -> list[Item]:
+def class_pictures(config: TrainConfig, base: Base, ranks: Ranks) -> list[Item]:
     """Return pictures of the class, at least --class-pictures.
 
     Each process draws its share of the missing ones.  Raises UserError for a folder that holds what
-    cannot be read.
+    cannot be read, or pictures that were drawn by another base or for another prompt.
     """
     folder, needed = Path(config.class_data), config.class_pictures
+    drawn_by = f"{config.class_prompt!r} by the base {base.content[:16]}"
     same = {name: getattr(config, name) for name in ("caption_column", "max_pixels", "cache")}
     what = TrainConfig(data=(str(folder),), caption=config.class_prompt, **same)
 
     def look(quiet: bool = True) -> list[Item]:
         return read_folder(str(folder), what, "--class-data", quiet)
 
-    there = decided_by_main(lambda: len(look()) if folder.is_dir() and any(folder.iterdir()) else 0)
+    def count() -> int:
+        items = look() if folder.is_dir() and any(folder.iterdir()) else []
+        refuse_others(items, drawn_by)
+        return len(items)
+
+    there = decided_by_main(count)
     names = (folder / f"class-{number:05d}.png" for number in range(needed + there))
     missing = [path for path in names if not path.exists()][: max(0, needed - there)]
     wait_for_all()  # all processes count before the first picture is drawn
     if missing:
-        precision = DTYPES[config.precision]
-        terminal = config.zero_terminal_snr
-        base = Base(config.model, ranks.device, precision, config.model_config, terminal, config.base_lora)
-        about = {"model": config.model, "model_config": config.model_config, "zero_terminal_snr": terminal}
-        drawing = SampleConfig(prompt=(config.class_prompt,), **about)
+        drawing = SampleConfig(prompt=(config.class_prompt,), model=config.model)
         share, side = missing[ranks.rank :: ranks.world], config.resolution or base.resolution
         minutes = seconds_per_picture(base, side, drawing) * len(share) / 60
         found = f"{there} of {needed} pictures of {config.class_prompt!r} are in {folder}"
@@ -59,9 +66,28 @@ def class_pictures(config: TrainConfig, ranks: Ranks) -> list[Item]:
             seeds = [int(path.stem.split("-")[1]) for path in part]
             drawn = draw(base, config.class_prompt, seeds, side, drawing, heartbeat)
             for path, picture in zip(part, drawn, strict=True):
+                picture.info[DRAWN_BY] = drawn_by
                 save_picture(picture, path)
+        base.release("pipeline", "vae", "text_encoder", "text_encoder_2")
         wait_for_all()
     return look(quiet=not ranks.is_main)
+
+
+def refuse_others(items: Sequence[Item], drawn_by: str) -> None:
+    """Raise UserError for class pictures that say that they were drawn by another base, or for another prompt."""
+    others = {}
+    for item in items:
+        with pixels_limited(None), Image.open(item.path) as picture:  # which decodes nothing
+            told = picture.info.get(DRAWN_BY, drawn_by)  # nothing is told by what the user put there
+        if told != drawn_by:
+            others[item.path] = told
+    if others:
+        path, told = next(iter(others.items()))
+        raise UserError(
+            f"--class-data {path.parent}: {len(others)} of its {len(items)} pictures are another base's, or of another "
+            f"prompt: {path.name} was drawn for {told}, and this run is for {drawn_by}; choose another folder, or "
+            "delete them"
+        )
 
 
 def seconds_per_picture(base: Base, side: int, drawing: SampleConfig) -> float:

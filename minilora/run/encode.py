@@ -6,6 +6,7 @@ from tqdm import tqdm
 
 from ..data.examples import Examples, is_whole
 from ..models.base import Base
+from ..models.text import warn_of_cuts
 from .lost import heartbeat
 from .ranks import Ranks, wait_for_all
 
@@ -18,7 +19,7 @@ def encoded_examples(items, config, resolution: int, encoders: Base, length: int
     if ranks.is_main:
         for line in examples.enlarged():
             print(f"warning: {line}", file=sys.stderr)
-        encoders.warn_of_cuts(examples.captions, "caption")
+        warn_of_cuts(encoders.tokenizers, examples.captions, "caption")
     fill_cache(examples, encoders, ranks)
     return examples
 

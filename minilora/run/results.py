@@ -38,7 +38,7 @@ def finish(run: Run) -> Path:
             save_lora(run.network, also, dialect=dialect)
             run.ranks.say(f"wrote      {also}, for programs that read {dialect}'s dialect")
         sheet_name = draw_sheet(run, item, sheet_file)
-        card = model_card(config, run.examples.items, run.base.is_xl, sheet_name)
+        card = model_card(config, run.examples.items, run.base.is_xl, sheet_name, run.base.scheduler_options)
         write_whole(run.output / "README.md", card.encode())
         run.ranks.say(f"wrote      {lora_file}{f' and {sheet_file}' if sheet_name else ''}")
         if zeros:

@@ -16,9 +16,11 @@ from ..data.folder import Item
 from ..files.names import UNET
 from ..files.network import load_lora, lora_state_dict
 from ..lora import inject_lora, lora_layers, lora_parameters
-from ..models.base import DTYPES, Base, UNetWithText, fingerprint
+from ..models.base import DTYPES, Base
 from ..models.compiling import compile_options
+from ..models.fingerprint import fingerprint
 from ..models.targets import ranks_and_alphas
+from ..models.text import UNetWithText
 from ..settings.errors import UserError
 from ..settings.sample import SampleConfig
 from ..settings.train import TrainConfig
@@ -60,8 +62,8 @@ class Run:
     def drawing(self, prompts: tuple[str, ...]) -> SampleConfig:
         """Return the settings to draw these prompts as sample.py does by default."""
         config = self.config
-        same = {name: getattr(config, name) for name in ("model", "model_config", "seed", "zero_terminal_snr")}
-        return SampleConfig(prompt=prompts, **same)
+        same = "model", "model_config", "vae", "prediction_type", "zero_terminal_snr", "seed"
+        return SampleConfig(prompt=prompts, **{name: getattr(config, name) for name in same})
 
     def as_drawn(self) -> AbstractContextManager:
         """Return the context to draw pictures in: with --sample-average the network has the average as its LoRA."""
@@ -75,16 +77,16 @@ def prepare(config: TrainConfig, objective: Objective, ranks: Ranks) -> Run:
     """Read and encode the pictures, inject the LoRA, make the optimizer, and print a summary."""
     plan = BatchPlan(config.batch_size, config.micro_batch_size, ranks.rank, ranks.world)
     items, held_out_items = read_pictures(config, ranks)
-    others = class_pictures(config, ranks) if config.class_prompt else []
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     base = load_base(config, ranks.device)
+    others = class_pictures(config, base, ranks) if config.class_prompt else []
     examples, held_out = encode(config, base, ranks, items, others, held_out_items)
     identity = _identity(config, base, examples) | {"objective": objective.name()}
 
     unet = base.unet
     if ranks.device.type == "cuda":  # before the LoRA: what the optimizer keeps of it has no order of its own
         unet.to(memory_format=torch.channels_last)
-    network = (UNetWithText(base) if config.train_text_encoder else unet).train()
+    network = (UNetWithText(unet, base.text_encoders) if config.train_text_encoder else unet).train()
     identity |= put_lora(network, unet, config)
     refuse_differences(identity)
     if config.gradient_checkpointing:
@@ -108,8 +110,7 @@ def prepare(config: TrainConfig, objective: Objective, ranks: Ranks) -> Run:
 
 def load_base(config: TrainConfig, device: torch.device) -> Base:
     """Return the base; UserError if the settings do not fit it."""
-    names = config.model_config, config.zero_terminal_snr, config.base_lora
-    base = Base(config.model, device, DTYPES[config.precision], *names)
+    base = Base.of(config, device, DTYPES[config.precision], config.base_lora)
     if config.timestep_range and config.timestep_range[1] > len(base.schedule):
         given = ",".join(map(str, config.timestep_range))
         raise UserError(f"--timestep-range is {given}; this base has the timesteps 0 to {len(base.schedule) - 1}")
@@ -128,7 +129,7 @@ def encode(
     if config.train_text_encoder:
         ranks.say("note: --train-text-encoder changes what captions mean, so they are encoded anew at each step")
     # Pictures and captions are encoded in float32: a VAE in half precision can overflow.
-    encoders = Base(config.model, ranks.device, config=config.model_config, loras=config.base_lora)
+    encoders = Base.of(config, ranks.device, loras=config.base_lora)
     how = resolution, encoders, len(base.schedule), ranks, sizes
     examples = encoded_examples(items, config, *how, others)
     plain = replace(config, mirror=False, crop="center")
@@ -164,10 +165,7 @@ def introduce(run: Run) -> None:
     )
     numbers, total = (sum(p.numel() for p in some) for some in (run.parameters, run.network.parameters()))
     on_top = "".join(f" + {lora}" for lora in config.base_lora)
-    say(
-        f"base       {run.base.source}{on_top}, {run.base.schedule.prediction_type}, {config.precision} on "
-        f"{run.ranks.device.type}"
-    )
+    say(f"base       {run.base.source}{on_top}, {run.base.predicts}, {config.precision} on {run.ranks.device.type}")
     say(f"pictures   {len(examples.items)} of {', '.join(config.data)}, at {seen_at} pixels")
     if config.validation_share is not None:
         say(f"validation {len(run.held_out.items)} held-out pictures of them")

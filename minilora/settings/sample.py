@@ -16,8 +16,11 @@ from .shared import (
     PICTURES,
     PRECISION_HELP,
     PRECISIONS,
+    PREDICTION_HELP,
+    PREDICTIONS,
     SEED_HELP,
     SPEED,
+    VAE_HELP,
     ZERO_SNR_HELP,
 )
 
@@ -85,6 +88,8 @@ class SampleConfig(Settings):
         False, "leave out keys and learnt words of a LoRA that have no place in the base", group=MODEL
     )
     model_config: str | None = setting(None, MODEL_CONFIG_HELP, group=MODEL, metavar="FOLDER")
+    vae: str | None = setting(None, VAE_HELP, group=MODEL, metavar="VAE")
+    prediction_type: str | None = setting(None, PREDICTION_HELP, choices=PREDICTIONS, group=MODEL)
     strengths: tuple[float, ...] = setting(
         (),
         "compare strengths of the LoRAs, one column each: --strengths=-1,0,1 multiplies those of --lora by these",

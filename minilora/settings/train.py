@@ -33,11 +33,14 @@ from .shared import (
     OUTPUT,
     PRECISION_HELP,
     PRECISIONS,
+    PREDICTION_HELP,
+    PREDICTIONS,
     SPEED,
     TEXT_ATTENTION,
     TEXT_ENCODERS,
     TIMEOUT,
     TRAINING,
+    VAE_HELP,
     VALIDATION,
     WEIGHT,
     ZERO_SNR_HELP,
@@ -170,6 +173,8 @@ class TrainConfig(Settings):
 
     model: str | None = setting(None, MODEL_HELP, group=MODEL, metavar="BASE", basic=True, in_identity=False)
     model_config: str | None = setting(None, MODEL_CONFIG_HELP, group=MODEL, metavar="FOLDER", in_identity=False)
+    vae: str | None = setting(None, VAE_HELP, group=MODEL, metavar="VAE", in_identity=False)
+    prediction_type: str | None = setting(None, PREDICTION_HELP, choices=PREDICTIONS, group=MODEL, in_identity=False)
     base_lora: tuple[str, ...] = setting(
         (),
         "LoRA to merge into the base before training; with a strength: out/fluent:0.8; may be repeated",

@@ -385,8 +385,27 @@ def base(place: Place, spoil: Callable[[Path], None]) -> list[str]:
     return sample(place, base=copy)
 
 
-def single(place: Place, content: bytes) -> list[str]:
+def single(place: Place, content: bytes | Callable[[Place], bytes]) -> list[str]:
+    content = content(place) if callable(content) else content
     return sample(place, "--model-config", place.base, base=place.write("single.safetensors", content))
+
+
+def single_without(*parts: str, **more: torch.Tensor) -> Callable[[Place], bytes]:
+    """Return what makes the base a single file, without the tensors whose names have one of these parts."""
+
+    def content(place: Place) -> bytes:
+        from helpers import original_tensors  # of the tests, which `python tests/bad_inputs/cases.py` does without
+
+        tensors = original_tensors(place.base)
+        return save({key: t for key, t in tensors.items() if not any(part in key for part in parts)} | more)
+
+    return content
+
+
+def only_half(copy: Path) -> None:
+    half = {key: tensor.half() for key, tensor in load_file(copy / UNET).items()}
+    save_file(half, (copy / UNET).with_suffix(".fp16.safetensors"), {"format": "pt"})
+    (copy / UNET).unlink()
 
 
 def without(name: str) -> Callable[[Path], None]:
@@ -506,6 +525,7 @@ BASES = [
     ("has weights of 0 bytes", with_bytes(UNET, ""), NO_UNET),
     ("has weights of a terabyte", a_terabyte, "its numbers need 4,000.0 GB of memory, and"),
     ("has only pickles of the U-Net (.bin)", only_pickle, NO_UNET),
+    ("has only an fp16 variant of the U-Net", only_half, "of its unet there is only the variant fp16", True),
     ("is sharded", sharded(), "wrote", True),
     ("is sharded, of which one is missing", sharded("3.safetensors"), NO_UNET),
     ("is sharded, and the index leads outside by ..", sharded("../1.safetensors"), "leads outside its folder"),
@@ -529,11 +549,25 @@ BASES = [
         "prediction_type is 'x'; known are",
     ),
 ]
+ORIGINAL = "model.diffusion_model.middle_block.1.transformer_blocks.0.attn2.to_k"
 SINGLES = [
     ("is empty", b"", "single.safetensors"),
     ("is text", b"not a base at all", "single.safetensors"),
     ("holds no tensors", save({}), "single.safetensors"),
     ("holds tensors of another kind", save({"x": torch.ones(2)}), "single.safetensors"),
+    ("is whole", single_without(), "wrote", True),
+    ("lacks a tensor of its U-Net", single_without(f"{ORIGINAL}.weight"), f"the weights of its unet lack {ORIGINAL}."),
+    ("lacks a tensor of its VAE", single_without("decoder.conv_in.bias"), "its vae lack first_stage_model.decoder"),
+    ("lacks a tensor of its text encoder", single_without("0.mlp.fc1.bias"), "its text_encoder lack cond_stage_model."),
+    ("has no U-Net", single_without("diffusion_model."), "single.safetensors: it holds no U-Net"),
+    ("has no VAE", single_without("first_stage_model."), "it holds no VAE; take one with --vae"),
+    ("has no text encoder", single_without("cond_stage_model."), "it holds no text encoder"),
+    ("is marked v_pred", single_without(v_pred=torch.ones(0)), "v_prediction (marked in the file)", True),
+    (
+        "is marked with EDM",
+        single_without(edm_mean=torch.ones(4)),
+        "edm_mean marks a base with the noise levels of EDM",
+    ),
 ]
 
 # ------------------------------------------------------------------------------------- LoRA files

@@ -17,6 +17,7 @@ from minilora.data.examples import Batch
 from minilora.data.folder import read_folders
 from minilora.data.pictures import as_tensor, crop_square, open_picture
 from minilora.models.base import Base
+from minilora.models.text import cut_off
 from minilora.run.encode import encoded_examples
 from minilora.run.ranks import BatchPlan, Ranks
 from minilora.run.validation import read_pictures
@@ -395,11 +396,11 @@ def test_a_caption_longer_than_the_text_encoder_reads_is_said(pictures, tmp_path
 def test_what_is_cut_off_a_caption_is_what_the_tokenizer_leaves_out(words, tiny_base):
     base = Base(str(tiny_base), ONE.device)
     caption = " ".join(["apple"] * words)
-    end = base.cut_off(caption)
+    end = cut_off(base.tokenizers, caption)
     seen = caption.removesuffix(end)
     assert caption == seen + end
     assert torch.equal(base.tokens(seen), base.tokens(caption))  # nothing of the end is seen
-    assert base.cut_off(seen) == ""  # and all that is before it
+    assert cut_off(base.tokenizers, seen) == ""  # and all that is before it
     assert not end or not torch.equal(base.tokens(seen.removesuffix("apple ")), base.tokens(caption))
 
 

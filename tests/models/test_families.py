@@ -1,6 +1,5 @@
 """Every family of Stable Diffusion, in tiny models of its shape: trained, drawn and loaded as by diffusers."""
 
-import shutil
 from dataclasses import replace
 
 import diffusers
@@ -11,14 +10,13 @@ from conftest import FAMILIES, make_picture
 from diffusers import DDPMScheduler
 from helpers import relative_difference, torchrun
 from PIL import Image
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
-from minilora import inject_lora, lora_parameters, save_lora
 from minilora.data import draws
 from minilora.data.folder import read_folders
 from minilora.data.pictures import as_tensor, crop_square, open_picture
-from minilora.files import names
-from minilora.models.base import Base, UNetWithText
+from minilora.models.base import Base
+from minilora.models.text import UNetWithText
 from minilora.run.encode import encoded_examples
 from minilora.run.objective import Denoising
 from minilora.run.ranks import Ranks
@@ -132,99 +130,6 @@ def test_an_ordinary_base_takes_no_picture(tiny_base, tmp_path):
         sample(SampleConfig(prompt=("a",), model=str(tiny_base), image=path, mask=path, output=str(tmp_path / "b.png")))
 
 
-# ------------------------------------------------------------------------------------------ single files
-
-
-def original_vae_name(key: str) -> str:
-    """Return what a VAE's tensor is called in the original layout."""
-    for ours, theirs in [
-        ("mid_block.resnets.0", "mid.block_1"),
-        ("mid_block.resnets.1", "mid.block_2"),
-        ("mid_block.attentions.0", "mid.attn_1"),
-        *((f"down_blocks.{i}", f"down.{i}") for i in range(2)),
-        *((f"up_blocks.{i}", f"up.{1 - i}") for i in range(2)),
-        *((f".{a}samplers.0", f".{a}sample") for a in ("down", "up")),
-        *((".resnets.", ".block."), ("conv_norm_out", "norm_out"), ("conv_shortcut", "nin_shortcut")),
-        *(
-            (".group_norm.", ".norm."),
-            (".to_q.", ".q."),
-            (".to_k.", ".k."),
-            (".to_v.", ".v."),
-            (".to_out.0.", ".proj_out."),
-        ),
-    ]:
-        key = key.replace(ours, theirs)
-    return f"first_stage_model.{key}"
-
-
-@pytest.fixture
-def single_file(family_base, tmp_path):
-    """A base of the first family as a single file in the original layout, and a folder with its settings only."""
-    folder = family_base("sd1")
-    tensors = {}
-    unet = load_file(folder / "unet" / "diffusion_pytorch_model.safetensors")
-    originals = names.original_unet_paths(dict.fromkeys(key.rsplit(".", 1)[0] for key in unet))
-    for key, tensor in unet.items():
-        path, leaf = key.rsplit(".", 1)
-        tensors[f"model.diffusion_model.{originals[path]}.{leaf}"] = tensor
-    for key, tensor in load_file(folder / "vae" / "diffusion_pytorch_model.safetensors").items():
-        linear = ".attentions." in key and ".to_" in key and tensor.ndim == 2
-        tensors[original_vae_name(key)] = tensor[..., None, None] if linear else tensor
-    for key, tensor in load_file(folder / "text_encoder" / "model.safetensors").items():
-        path = names.full_name("text_encoder", key).removeprefix("text_encoder.")
-        tensors[f"cond_stage_model.transformer.{path}"] = tensor
-    save_file(tensors, tmp_path / "base.safetensors")
-    shutil.copytree(folder, tmp_path / "settings", ignore=shutil.ignore_patterns("*.safetensors"))
-    return tmp_path / "base.safetensors", tmp_path / "settings"
-
-
-def test_a_single_file_is_the_same_base(single_file, family_base, pictures, tmp_path):
-    file, settings = single_file
-    common = {"data": (str(pictures),), "steps": 2, "learning_rate": 0.01, "cache": str(tmp_path / "cache")}
-    bases = Base(str(family_base("sd1")), ONE.device), Base(str(file), ONE.device, config=str(settings))
-    for part in ("unet", "vae", "text_encoder"):
-        one, other = (getattr(base, part).state_dict() for base in bases)
-        assert one.keys() == other.keys()
-        assert all(torch.equal(one[key], other[key]) for key in one)
-    train(TrainConfig(model=str(family_base("sd1")), output=str(tmp_path / "one"), **common))
-    train(TrainConfig(model=str(file), model_config=str(settings), output=str(tmp_path / "other"), **common))
-    # Numbers that lie elsewhere in memory are summed in another order; Adam magnifies that where a gradient is near 0.
-    assert relative_difference(tmp_path / "one", tmp_path / "other") < 1e-4
-
-
-def test_loras_are_folded_into_a_single_file_as_into_a_folder(single_file, family_base, tmp_path):
-    file, settings = single_file
-    unet = Base(str(file), ONE.device, config=str(settings)).unet
-    before = {key: tensor.clone() for key, tensor in unet.state_dict().items()}
-    inject_lora(unet, rank=2)
-    for parameter in lora_parameters(unet):
-        torch.nn.init.normal_(parameter)
-    save_lora(unet, tmp_path / "lora.safetensors")
-    bases = {str(family_base("sd1")): None, str(file): str(settings)}
-    loras = (f"{tmp_path / 'lora.safetensors'}:0.5",)
-    one, other = (Base(n, ONE.device, config=c, loras=loras).unet.state_dict() for n, c in bases.items())
-    assert all(torch.equal(tensor, other[key]) for key, tensor in one.items())
-    assert any(not torch.equal(tensor, before[key]) for key, tensor in one.items())
-    drawing = {"prompt": ("a dog",), "lora": loras, "steps": 2}
-    ours, theirs = (
-        sample(SampleConfig(model=n, model_config=c, output=str(tmp_path / f"{bool(c)}.png"), **drawing))
-        for n, c in bases.items()
-    )
-    assert abs(np.array(Image.open(ours), int) - np.array(Image.open(theirs), int)).max() <= 1  # a level is rounded
-
-
-def test_what_is_wrong_with_a_single_file_is_said(single_file, tmp_path, monkeypatch):
-    file, settings = single_file
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(UserError, match="give a folder that has them with --model-config"):
-        Base(str(file), ONE.device)
-    (tmp_path / "base.ckpt").write_bytes(b"x")
-    with pytest.raises(UserError, match=r"base\.ckpt: a pickle, which can run code"):
-        Base(str(tmp_path / "base.ckpt"), ONE.device)
-    with pytest.raises(UserError, match="is not a single file, and has its own settings"):
-        Base(str(settings), ONE.device, config=str(settings))
-
-
 # --------------------------------------------------------------------------------------- text encoders
 
 
@@ -261,7 +166,7 @@ def test_before_they_have_learnt_it_is_the_ordinary_loss(family_base, pictures, 
     for each in (config, plain):
         base = Base(each.model, ONE.device)
         examples = encoded_examples(read_folders(each), each, 16, Base(each.model, ONE.device), 1000, ONE)
-        network = UNetWithText(base) if each.train_text_encoder else base.unet
+        network = UNetWithText(base.unet, base.text_encoders) if each.train_text_encoder else base.unet
         with torch.no_grad():
             losses.append(Denoising().loss(network, examples.batch(range(4), ONE.device), base.schedule, each))
     torch.testing.assert_close(*losses, rtol=1e-5, atol=1e-6)  # captions are encoded one by one, or four at once

@@ -11,7 +11,8 @@ from safetensors.torch import load_file, save_file
 from minilora import inject_lora, load_lora, lora_state_dict, merge_lora, save_lora
 from minilora.files.fold import fold
 from minilora.lora import lora_layers
-from minilora.models.base import BUNDLED, Base, fingerprint
+from minilora.models.base import BUNDLED, Base
+from minilora.models.fingerprint import fingerprint
 from minilora.settings.errors import UserError
 
 

@@ -1,6 +1,7 @@
 """run/dreambooth.py: class pictures drawn once, counted, and seen at every other position."""
 
 import re
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -9,16 +10,18 @@ import numpy as np
 import pytest
 import torch
 from conftest import make_picture
-from helpers import ROOT, relative_difference
+from helpers import ROOT, randomize, relative_difference
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
-from minilora import training
+from minilora import inject_lora, save_lora, training
 from minilora.data.folder import read_folders
 from minilora.models.base import Base
 from minilora.models.device import this_device
 from minilora.run.dreambooth import class_pictures
 from minilora.run.encode import encoded_examples
 from minilora.run.ranks import Ranks
+from minilora.run.setup import load_base
 from minilora.sampling import sample
 from minilora.settings.errors import UserError
 from minilora.settings.sample import SampleConfig
@@ -34,11 +37,15 @@ def config(pictures, tmp_path, tiny_base) -> TrainConfig:
     return TrainConfig(data=(str(pictures),), model=str(tiny_base), class_prompt="a dog", **settings, **places)
 
 
+def drawn_for(config: TrainConfig) -> list:
+    return class_pictures(config, load_base(config, ONE.device), ONE)
+
+
 def test_missing_pictures_are_drawn_and_those_that_are_there_are_counted(config, tmp_path, monkeypatch):
     folder = tmp_path / "dogs"
     folder.mkdir()
     make_picture(7).save(folder / "mine.png")
-    items = class_pictures(config, ONE)
+    items = drawn_for(config)
     names = ["class-00000.png", "class-00001.png", "class-00002.png", "mine.png"]
     assert [item.path.name for item in items] == names
     assert {item.captions for item in items} == {("a dog",)}
@@ -48,16 +55,16 @@ def test_missing_pictures_are_drawn_and_those_that_are_there_are_counted(config,
     # Stopped on the way: only the missing one is drawn.
     before = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
     (folder / "class-00001.png").unlink()
-    class_pictures(config, ONE)
+    drawn_for(config)
     after = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
     assert {name for name in names if before[name] != after[name]} == {"class-00001.png"}
     monkeypatch.setattr("minilora.run.dreambooth.draw", None)  # would fail, but there is nothing left to draw
-    assert len(class_pictures(config, ONE)) == 4
+    assert len(drawn_for(config)) == 4
 
 
 def test_the_class_stands_at_every_other_position_with_its_weight(config):
     config = replace(config, prior_weight=0.25)
-    subject, dogs = read_folders(config), class_pictures(config, ONE)
+    subject, dogs = read_folders(config), drawn_for(config)
     examples = encoded_examples(subject, config, 16, Base(config.model, this_device()), 1000, ONE, (), dogs)
     batch = examples.batch(range(2, 8), ONE.device)
     assert batch.weights.tolist() == [1, 0.25] * 3
@@ -108,3 +115,38 @@ def test_two_processes_share_the_drawing_and_learn_what_one_does(config, tmp_pat
 def test_a_class_folder_needs_its_prompt(config):
     with pytest.raises(UserError, match="--class-data needs --class-prompt, what"):
         replace(config, class_prompt=None)
+
+
+def test_pictures_of_another_base_or_prompt_are_refused(config, tmp_path, family_base):
+    make_picture(7).save(tmp_path / "mine.png")
+    drawn_for(config)
+    moved = shutil.copytree(config.model, tmp_path / "moved")
+    drawn_for(replace(config, model=str(moved)))  # the same base
+    drawn_for(replace(config, precision="bf16"))  # for which nobody draws them anew
+    (tmp_path / "mine.png").rename(tmp_path / "dogs" / "mine.png")
+    drawn_for(replace(config, class_pictures=5))
+
+    unet = Base(config.model, ONE.device).unet
+    inject_lora(unet, rank=2)
+    randomize(unet)
+    save_lora(unet, tmp_path / "lora.safetensors")
+    refused = r"--class-data .*dogs: 4 of its 5 pictures .*class-00000\.png was drawn for 'a dog' by the base"
+    for other in (
+        {"class_prompt": "a cat"},
+        {"model": str(family_base("sd1"))},
+        {"base_lora": (str(tmp_path / "lora.safetensors"),)},
+        {"prediction_type": "v_prediction"},
+        {"vae": str(other_vae(moved))},
+    ):
+        with pytest.raises(UserError, match=refused):
+            training.train(replace(config, **other))
+    assert not (tmp_path / "run").exists() or not list((tmp_path / "run").glob("*.safetensors"))
+
+
+def other_vae(folder):
+    """Change one number of a base's VAE, and return the base."""
+    path = folder / "vae" / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(path)
+    tensors["decoder.conv_out.bias"][0] += 1
+    save_file(tensors, path, {"format": "pt"})
+    return folder

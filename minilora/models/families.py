@@ -1,0 +1,169 @@
+"""The families of Stable Diffusion: the settings of a base that its single file does not hold.
+
+What the file's shapes tell is read from them; what they do not, such as the number of attention heads and the noise
+levels, all bases of a family have in common.  CLIP's vocabulary, which they all share, lies in clip/.
+
+Sources: the configurations that Stability AI and RunwayML published with their bases; clip/merges.txt is the
+beginning of OpenAI's bpe_simple_vocab_16e6.txt (CLIP, d05afc4), under the MIT licence beside it.
+"""
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+from transformers import CLIPTokenizer
+
+from ..files.names import TEXT_ENCODER, TEXT_ENCODER_2, UNET, diffusers_unet_paths
+from ..settings.errors import UserError
+from .folder import SCHEDULER, VAE, Marks
+
+_CLIP: dict = {
+    "vocab_size": 49408,
+    "max_position_embeddings": 77,
+    "bos_token_id": 0,
+    "eos_token_id": 2,
+    "pad_token_id": 1,
+}
+CLIP_L = _CLIP | {
+    "hidden_size": 768,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+}
+CLIP_L |= {"hidden_act": "quick_gelu", "projection_dim": 768}
+OPENCLIP_H = _CLIP | {
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "num_attention_heads": 16,
+    "hidden_act": "gelu",
+}
+OPENCLIP_H |= {"num_hidden_layers": 23, "projection_dim": 512}  # of 24: the U-Net gets the last but one
+OPENCLIP_G = _CLIP | {
+    "hidden_size": 1280,
+    "intermediate_size": 5120,
+    "num_attention_heads": 20,
+    "hidden_act": "gelu",
+}
+OPENCLIP_G |= {"num_hidden_layers": 32, "projection_dim": 1280}
+# What fills a short prompt up to 77 tokens.
+CLIPS_PAD, OPENCLIPS_PAD = "<|endoftext|>", "!"
+
+AUTOENCODER: dict = {
+    "block_out_channels": (128, 256, 512, 512),
+    "down_block_types": ("DownEncoderBlock2D",) * 4,
+    "up_block_types": ("UpDecoderBlock2D",) * 4,
+    "layers_per_block": 2,
+    "latent_channels": 4,
+}
+NOISE_LEVELS: dict = {
+    "beta_schedule": "scaled_linear",
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "num_train_timesteps": 1000,
+    "clip_sample": False,
+    "set_alpha_to_one": False,
+    "steps_offset": 1,
+}
+
+
+class Family:
+    """The settings of a base by the shapes of its single file, in the way that a folder gives them.
+
+    `shapes` are those of the tensors by key, `prediction_type` is what the U-Net predicts, if that is known.  Raises
+    UserError, which begins with `title`, for shapes of no known family, and for a Stable Diffusion 2 of which
+    nobody says what it predicts.
+    """
+
+    marks, commit = Marks(), ""
+
+    def __init__(self, shapes: Mapping[str, tuple[int, ...]], title: str, prediction_type: str | None = None):
+        self.title = title
+        self.prediction_type = prediction_type
+        self.unet = unet_config(shapes)
+        if not self.unet:
+            raise UserError(
+                f"{title}: it holds no U-Net (model.diffusion_model.…); of a base in a diffusers folder name the folder"
+            )
+        width, embedding = self.unet.get("cross_attention_dim"), self.unet.get("projection_class_embeddings_input_dim")
+        self.is_inpainting = self.unet.get("in_channels") == 9
+        self.generation = {(768, None): 1, (1024, None): 2, (2048, 2816): "XL"}.get((width, embedding))
+        if self.generation is None or self.unet["in_channels"] not in (4, 9):
+            raise UserError(
+                f"{title}: the settings of its parts are not in the file, and its shapes are not those of Stable "
+                "Diffusion 1, 2 or XL, or their inpainting; give a folder that has them with --model-config"
+            )
+        if self.generation == 2 and not self.is_inpainting and prediction_type is None:
+            raise UserError(
+                f"{title}: a Stable Diffusion 2, of which no shape tells what it predicts; say --prediction-type "
+                "epsilon (as the base for 512 pixels does) or v_prediction (as that for 768)"
+            )
+
+    def index(self) -> dict:
+        kind = f"StableDiffusion{'XL' if self.generation == 'XL' else ''}{'Inpaint' if self.is_inpainting else ''}"
+        return {"_class_name": f"{kind}Pipeline", "force_zeros_for_empty_prompt": True}
+
+    def config(self, part: str) -> dict:
+        latent_side = {1: 64, 2: 96 if self.prediction_type == "v_prediction" else 64, "XL": 128}[self.generation]
+        if part == UNET:
+            return self.unet | {"sample_size": latent_side, "upcast_attention": self.generation == 2}
+        if part == VAE:
+            scale = 0.13025 if self.generation == "XL" else 0.18215
+            return AUTOENCODER | {"sample_size": latent_side * 8, "scaling_factor": scale}
+        if part == SCHEDULER:
+            return NOISE_LEVELS | {"prediction_type": self.prediction_type or "epsilon"}
+        return {TEXT_ENCODER: OPENCLIP_H if self.generation == 2 else CLIP_L, TEXT_ENCODER_2: OPENCLIP_G}[part]
+
+    def tokenizer(self, part: str) -> CLIPTokenizer:
+        openclip = self.generation == 2 or part == "tokenizer_2"
+        return clip_tokenizer(OPENCLIPS_PAD if openclip else CLIPS_PAD)
+
+
+def unet_config(shapes: Mapping[str, tuple[int, ...]]) -> dict:
+    """Return the settings of a U-Net by the shapes of a single file; empty if there is no such U-Net in it."""
+    prefix = "model.diffusion_model."
+    parts = [key.removeprefix(prefix).rpartition(".") for key in shapes if key.startswith(prefix)]
+    paths = diffusers_unet_paths(dict.fromkeys(path for path, _, _ in parts))
+    unet = {f"{paths[path]}.{leaf}": shapes[f"{prefix}{path}.{leaf}"] for path, _, leaf in parts if path in paths}
+
+    def numbers(pattern: str) -> list[int]:
+        """Return the different numbers that stand at the group of a pattern, in order."""
+        return sorted({int(match[1]) for key in unet if (match := re.match(pattern, key))})
+
+    blocks = numbers(r"down_blocks\.(\d+)\.")
+    attending = numbers(r"down_blocks\.(\d+)\.attentions\.")
+    one = next((key for key in unet if key.endswith("attn2.to_k.weight")), None)
+    if not {"conv_in.weight", "conv_out.weight"} <= unet.keys() or one is None:
+        return {}
+    channels = [unet[f"down_blocks.{block}.resnets.0.conv1.weight"][0] for block in blocks]
+    linear = len(unet[f"{one.split('.transformer_blocks')[0]}.proj_in.weight"]) == 2
+    transformers = [rf"down_blocks\.{block}\.attentions\.0\.transformer_blocks\.(\d+)\." for block in blocks]
+    config: dict = {
+        "in_channels": unet["conv_in.weight"][1],
+        "out_channels": unet["conv_out.weight"][0],
+        "block_out_channels": tuple(channels),
+        "layers_per_block": len(numbers(r"down_blocks\.0\.resnets\.(\d+)\.")),
+        "down_block_types": tuple("CrossAttnDownBlock2D" if b in attending else "DownBlock2D" for b in blocks),
+        "up_block_types": tuple("CrossAttnUpBlock2D" if b in attending else "UpBlock2D" for b in reversed(blocks)),
+        "transformer_layers_per_block": tuple(len(numbers(pattern)) or 1 for pattern in transformers),
+        "cross_attention_dim": unet[one][1],
+        "use_linear_projection": linear,
+        # By its name the width of a head, it is their number: 8, or as many as have 64 each.
+        "attention_head_dim": tuple(width // 64 for width in channels) if linear else 8,
+    }
+    if (embedding := unet.get("add_embedding.linear_1.weight")) is not None:
+        config |= {"addition_embed_type": "text_time", "addition_time_embed_dim": 256}
+        config["projection_class_embeddings_input_dim"] = embedding[1]
+    return config
+
+
+def clip_tokenizer(pad: str) -> CLIPTokenizer:
+    """Return CLIP's tokenizer, for 77 tokens, with the token that fills up short prompts."""
+    lines = Path(__file__).parent.joinpath("clip", "merges.txt").read_text(encoding="utf-8").strip().split("\n")
+    merges = [tuple(line.split(" ")) for line in lines[1:]]
+    # Each byte is a word, and ends one; then comes what each merge makes.  (Bytes that cannot be printed stand as
+    # characters from 256 on.)
+    printed = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    single = [chr(byte) for byte in printed] + [chr(256 + number) for number in range(256 - len(printed))]
+    words = [*single, *(f"{each}</w>" for each in single), *("".join(pair) for pair in merges)]
+    words += ["<|startoftext|>", "<|endoftext|>"]
+    return CLIPTokenizer({word: n for n, word in enumerate(words)}, merges, pad_token=pad, model_max_length=77)

@@ -1,0 +1,48 @@
+"""What a base is, as hashes: of its parts in memory, and of its files."""
+
+import hashlib
+import json
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+from torch import nn
+
+from ..files.tensors import TensorFile
+
+_ABOUT_THE_FILE = ("transformers_version", "dtype", "torch_dtype", "architectures")
+_BEGINNING = 4096  # bytes of each tensor
+
+
+def fingerprint(module: nn.Module, *more: str) -> str:
+    """Return a hash of a module's config, of its state (names, types, shapes, numbers), and of `more`."""
+    config = module.config if isinstance(module.config, dict) else module.config.to_dict()
+    # Left out is what does not change the results: the folder, the version and the type that it was loaded as.
+    computing = {key: value for key, value in config.items() if not key.startswith("_") and key not in _ABOUT_THE_FILE}
+    digest = hashlib.sha256("\0".join((json.dumps(computing, sort_keys=True, default=str), *more)).encode())
+
+    def hashed(named: tuple[str, torch.Tensor]) -> bytes:
+        name, tensor = named
+        digest = hashlib.sha256(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+        return digest.digest()
+
+    with ThreadPoolExecutor() as pool:  # a base has gigabytes, and one thread hashes about one GB/s
+        for one in pool.map(hashed, sorted(module.state_dict().items())):
+            digest.update(one)
+    return digest.hexdigest()
+
+
+def hash_of_files(files: Iterable[TensorFile], *more: str) -> str:
+    """Return a hash of the names, types and shapes of all tensors of some files, of how each begins, and of more text.
+
+    It is there at once, however large the files are.  Training and merging change a tensor from its beginning on.
+    """
+    digest = hashlib.sha256("\0".join(more).encode())
+    for file in files:
+        with open(file.path, "rb", buffering=0) as source:
+            for key, entry in sorted(file.entries.items()):
+                source.seek(entry.begin)
+                beginning = source.read(min(_BEGINNING, entry.end - entry.begin))
+                digest.update(json.dumps([key, entry.dtype, list(entry.shape)]).encode() + beginning)
+    return digest.hexdigest()

@@ -1,0 +1,180 @@
+"""A diffusers folder, or a hub id: each part of a base in a sub-folder, its settings beside its weights."""
+
+import os
+import re
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+# Set before diffusers is imported: it makes transformers warn about parts that are not used here.
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+import diffusers
+import torch
+import transformers
+from diffusers import AutoencoderKL, DDIMScheduler, DiffusionPipeline, UNet2DConditionModel
+from huggingface_hub import try_to_load_from_cache
+from torch import nn
+from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+from ..files.names import TEXT_ENCODER, TEXT_ENCODER_2, UNET
+from ..files.read import some
+from ..files.tensors import TensorFile, refuse_more_than_memory
+from ..settings.errors import UserError, first_line
+from ..settings.strict_json import parse_json
+
+transformers.logging.disable_progress_bar()
+diffusers.utils.logging.set_verbosity_error()  # our own messages are shorter
+
+VAE, SCHEDULER = "vae", "scheduler"
+KINDS = {
+    UNET: UNet2DConditionModel,
+    VAE: AutoencoderKL,
+    TEXT_ENCODER: CLIPTextModel,
+    TEXT_ENCODER_2: CLIPTextModelWithProjection,
+}
+
+
+@dataclass(frozen=True)
+class Marks:
+    """What a base is marked with, beside its settings: what its U-Net predicts, and whether ᾱ ends at 0."""
+
+    prediction_type: str | None = None
+    zero_terminal_snr: bool = False
+
+
+class Folder:
+    """A diffusers folder or hub id; `title` is what messages call it by.
+
+    `subfolders` says where parts lie that are not in the sub-folder of their own name.
+    """
+
+    marks = Marks()
+
+    def __init__(self, name: str, title: str, subfolders: dict[str, str] | None = None):
+        self.name = name
+        self.title = title
+        self.subfolders = subfolders or {}
+
+    def index(self) -> dict:
+        """Return what model_index.json says: which pipeline it is, and of which parts."""
+        try:
+            return DiffusionPipeline.load_config(self.name)
+        except Exception as error:  # as in loading
+            raise UserError(
+                f"{self.title}: neither a diffusers folder (with model_index.json) nor a hub id that can be reached "
+                f"({first_line(error)})"
+            ) from error
+
+    def config(self, part: str) -> dict:
+        """Return the settings of the U-Net, the VAE, a text encoder or the scheduler."""
+        with loading(self.title, part):
+            if part in (UNET, VAE, SCHEDULER):
+                config = KINDS.get(part, DDIMScheduler).load_config(self.name, subfolder=self._subfolder(part))
+                if not isinstance(config, dict):
+                    raise ValueError(f"its settings are {config!r}, and no JSON object")
+                return config
+            kind = KINDS[part]
+            return kind.config_class.from_pretrained(self.name, subfolder=self._subfolder(part)).to_dict()
+
+    def tokenizer(self, part: str) -> CLIPTokenizer:
+        with loading(self.title, part):
+            return CLIPTokenizer.from_pretrained(self.name, subfolder=self._subfolder(part))
+
+    def module(self, part: str, dtype: torch.dtype) -> nn.Module:
+        """Load a part, with its numbers in `dtype`.  Raises UserError for weights that lack a tensor, by its name."""
+        # Only transformers goes without accelerate whatever it is told.
+        options: dict = {"low_cpu_mem_usage": False} if part in (UNET, VAE) else {}
+        options |= {"subfolder": self._subfolder(part), "torch_dtype": dtype, "output_loading_info": True}
+        kind = KINDS[part]
+        with loading(self.title, part):
+            variant = self._variant(part)
+            refuse_more_than_memory(sum(file.numbers for file in self.files(part)), dtype.itemsize)
+            for index in self._place(part).glob("*.index*.json"):  # of weights in several files
+                if any(Path(name).name != name for name in parse_json(index.read_bytes())["weight_map"].values()):
+                    raise ValueError(f"{index.name} leads outside its folder")
+            try:
+                module, about = kind.from_pretrained(self.name, variant=variant, use_safetensors=True, **options)
+            except OSError as error:
+                if Path(self.name).is_dir():
+                    raise
+                variant = "fp16"  # which variants a hub id has is not known before
+                try:
+                    module, about = kind.from_pretrained(self.name, variant=variant, use_safetensors=True, **options)
+                except OSError:
+                    raise error from None  # the first one says what is wrong
+        if variant:
+            say_once(f"note: {self.title}: of its {part} there is only the variant {variant}, which is used")
+        refuse_missing(self.title, part, about["missing_keys"])
+        warn_of_more(self.title, part, about["unexpected_keys"])
+        return module
+
+    def files(self, part: str) -> list[TensorFile]:
+        """Return the files of a part's weights; none for a hub id."""
+        ending = f".{variant}" if (variant := self._variant(part)) else ""
+        inside = sorted(path for path in self._place(part).glob("*.safetensors") if _variant_of(path) == ending[1:])
+        return [TensorFile(path) for path in inside]
+
+    @property
+    def commit(self) -> str:
+        """The name and commit of a hub id, as it is in the cache; nothing for a folder, whose files tell."""
+        if Path(self.name).is_dir():
+            return ""
+        cached = [try_to_load_from_cache(self.name, name) for name in ("model_index.json", "config.json")]
+        return "@".join([self.name, *(Path(path).parent.name for path in cached if isinstance(path, str))])
+
+    def _variant(self, part: str) -> str | None:
+        """Return the variant of a part's weights that is to be loaded: None, unless there are only others."""
+        found = {_variant_of(path) for path in self._place(part).glob("*.safetensors")}
+        return None if not found or "" in found else min(found, key=lambda variant: ("ema" in variant, variant))
+
+    def _place(self, part: str) -> Path:
+        return Path(self.name) / self._subfolder(part)
+
+    def _subfolder(self, part: str) -> str:
+        return self.subfolders.get(part, part)
+
+
+def empty_module(part: str, config: dict, title: str) -> nn.Module:
+    """Return a part as its settings make it, with names and shapes but no numbers."""
+    kind = KINDS[part]
+    with torch.device("meta"), loading(title, part):
+        if part in (UNET, VAE):
+            return kind.from_config(config)
+        return kind(kind.config_class.from_dict(config))
+
+
+def _variant_of(path: Path) -> str:
+    """Return "fp16" of model.fp16.safetensors, also in parts, model.fp16-00001-of-00002.safetensors; "" of others."""
+    return re.sub(r"-\d+-of-\d+", "", ".".join(path.name.split(".")[1:-1]))
+
+
+@contextmanager
+def loading(title: str, part: str) -> Iterator[None]:
+    """Within the block turn any error of diffusers and transformers, as for a broken file, into a UserError."""
+    try:
+        yield
+    except Exception as error:
+        hint = "; --vae takes another" if part == VAE and title.startswith("--model ") else ""
+        raise UserError(f"{title}: its {part} does not load ({first_line(error)}){hint}") from error
+
+
+def refuse_missing(title: str, part: str, missing) -> None:
+    """Raise UserError for tensors that weights lack: the libraries would make them up at random."""
+    if missing:
+        raise UserError(f"{title}: the weights of its {part} lack {some(sorted(missing))}")
+
+
+def warn_of_more(title: str, part: str, more) -> None:
+    if more:
+        say_once(f"warning: {title}: its {part} does not use {some(sorted(more))}")
+
+
+@cache
+def say_once(text: str) -> None:
+    """Print a line on stderr, once, however often a part is loaded, and by one process of several."""
+    if int(os.environ.get("RANK", 0)) == 0:
+        print(text, file=sys.stderr)

@@ -1,0 +1,85 @@
+"""models/folder.py: a base in a folder, its weights in whatever variant there is."""
+
+import shutil
+
+import pytest
+import torch
+from helpers import CPU
+from safetensors.torch import load_file, save_file
+
+from minilora.models.base import Base
+from minilora.models.folder import KINDS, Folder
+from minilora.settings.errors import UserError
+
+
+@pytest.fixture
+def copy(family_base, tmp_path):
+    """A folder of a tiny base of XL that a test may change."""
+    return shutil.copytree(family_base("sdxl"), tmp_path / "base")
+
+
+def only_variant(path, variant: str) -> None:
+    """Write a file of weights in half precision, as a variant, and no longer as it was."""
+    half = {key: tensor.half() for key, tensor in load_file(path).items()}
+    save_file(half, path.with_suffix(f".{variant}.safetensors"), {"format": "pt"})
+    path.unlink()
+
+
+@pytest.mark.parametrize("variant", ["fp16", "half"])
+def test_a_variant_is_used_where_there_is_no_other(variant, copy, family_base, capsys):
+    for path in list(copy.glob("*/*.safetensors")):
+        only_variant(path, variant)
+    ours, whole = Base(str(copy), CPU), Base(str(family_base("sdxl")), CPU)
+    for part in KINDS:
+        one, other = (getattr(base, part).state_dict() for base in (ours, whole))
+        assert one.keys() == other.keys()
+        assert all(torch.equal(one[key], other[key].half().float()) for key in one)
+    told = capsys.readouterr().err
+    assert all(f"of its {part} there is only the variant {variant}, which is used" in told for part in KINDS)
+
+
+def test_the_plain_weights_come_before_a_variant_and_a_variant_before_one_of_before_the_average(copy, capsys):
+    unet = copy / "unet" / "diffusion_pytorch_model.safetensors"
+    plain = load_file(unet)
+    one, two = ({key: tensor + more for key, tensor in plain.items()} for more in (1, 2))
+    save_file(one, unet.with_suffix(".fp16.safetensors"), {"format": "pt"})
+    ours = Base(str(copy), CPU).unet.state_dict()
+    assert all(torch.equal(ours[key], plain[key]) for key in plain)
+    assert "variant" not in capsys.readouterr().err
+    save_file(two, unet.with_suffix(".a_non_ema.safetensors"), {"format": "pt"})
+    unet.unlink()
+    ours = Base(str(copy), CPU).unet.state_dict()
+    assert all(torch.equal(ours[key], one[key]) for key in plain)
+
+
+def test_a_variant_in_parts_is_used_too(copy, family_base):
+    for part in ("unet", "text_encoder_2"):
+        module = Folder(str(copy), "--model x").module(part, torch.float32)
+        for path in (copy / part).glob("*.safetensors"):
+            path.unlink()
+        module.save_pretrained(copy / part, variant="fp16", max_shard_size="40KB")
+        assert len(list((copy / part).glob("*.safetensors"))) > 1
+        ours = getattr(Base(str(copy), CPU), part).state_dict()
+        whole = getattr(Base(str(family_base("sdxl")), CPU), part).state_dict()
+        assert all(torch.equal(ours[key], whole[key]) for key in whole)
+
+
+@pytest.mark.parametrize("part", KINDS)
+def test_a_tensor_that_a_part_lacks_is_named_in_a_variant_too(part, copy):
+    [path] = (copy / part).glob("*.safetensors")
+    tensors = load_file(path)
+    key = sorted(tensors)[3]
+    save_file({k: t for k, t in tensors.items() if k != key}, path, {"format": "pt"})
+    only_variant(path, "fp16")
+    lacking = key if part != "text_encoder" else key.removeprefix("text_model.")
+    with pytest.raises(UserError, match=f"the weights of its {part} lack (text_model.)?{lacking}$"):
+        getattr(Base(str(copy), CPU), part)
+
+
+def test_a_folder_without_vae_takes_one(copy, family_base):
+    shutil.rmtree(copy / "vae")
+    with pytest.raises(UserError, match=r"its vae does not load \(.*\); --vae takes another"):
+        _ = Base(str(copy), CPU).vae
+    base = Base(str(copy), CPU, vae=str(family_base("sd1")))
+    assert base.resolution == 16
+    assert base.vae.config.latent_channels == 4
