@@ -92,7 +92,8 @@ def attach_lora(target, lora: LoRA, name: str, strength: float, path: str | Path
     Modules of the LoRA that `target` does not have are left out.  Raises UserError, with nothing changed, if the name
     is in use or a module cannot have a LoRA.
     """
-    live, modules, done = live_modules(target), components(target), []
+    live, modules = live_modules(target), components(target)
+    done: list[Folded] = []
     for component, module in modules.items():
         there = [full for full in lora.changes if full in live and live[full][0] == component]
         mine = {live[full][1]: lora.changes[full] for full in there}

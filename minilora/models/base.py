@@ -117,7 +117,8 @@ class Base:
 
     @cached_property
     def vae(self) -> AutoencoderKL:
-        vae, channels = self._load(VAE), self.parts.config(UNET).get("out_channels", 4)
+        vae: AutoencoderKL = self._load(VAE)
+        channels = self.parts.config(UNET).get("out_channels", 4)
         if vae.config.latent_channels != channels:
             what = (
                 f"its latents have {vae.config.latent_channels} channels, and those of --model {self.source} {channels}"
@@ -153,7 +154,7 @@ class Base:
         """How the scheduler differs from the base's settings: as it is asked for, or as the file is marked."""
         marks = self.parts.marks
         predicts = self.prediction_type or marks.prediction_type
-        options = {"prediction_type": predicts} if predicts else {}
+        options: dict = {"prediction_type": predicts} if predicts else {}
         predicts = predicts or self.parts.config(SCHEDULER).get("prediction_type", "epsilon")
         # (--prediction-type epsilon overrules a mark of zero terminal SNR, too.)
         if self.zero_terminal_snr or (marks.zero_terminal_snr and predicts != "epsilon"):

@@ -4,6 +4,7 @@ import hashlib
 import json
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import torch
 from torch import nn
@@ -16,7 +17,8 @@ _BEGINNING = 4096  # bytes of each tensor
 
 def fingerprint(module: nn.Module, *more: str) -> str:
     """Return a hash of a module's config, of its state (names, types, shapes, numbers), and of `more`."""
-    config = module.config if isinstance(module.config, dict) else module.config.to_dict()
+    config: Any = module.config
+    config = config if isinstance(config, dict) else config.to_dict()
     # Left out is what does not change the results: the folder, the version and the type that it was loaded as.
     computing = {key: value for key, value in config.items() if not key.startswith("_") and key not in _ABOUT_THE_FILE}
     digest = hashlib.sha256("\0".join((json.dumps(computing, sort_keys=True, default=str), *more)).encode())
@@ -24,7 +26,8 @@ def fingerprint(module: nn.Module, *more: str) -> str:
     def hashed(named: tuple[str, torch.Tensor]) -> bytes:
         name, tensor = named
         digest = hashlib.sha256(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
-        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+        numbers: Any = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
+        digest.update(numbers)
         return digest.digest()
 
     with ThreadPoolExecutor() as pool:  # a base has gigabytes, and one thread hashes about one GB/s

@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -91,7 +92,8 @@ class UNetWithText(nn.Module):
             inject_lora(encoder, *args, **kwargs)
         if len(encoders) > 1:
             # The U-Net of XL gets the last layer but one of the first encoder, so the last layer has no gradient.
-            last = f"layers.{encoders[0].config.num_hidden_layers - 1}"
+            config: Any = encoders[0].config
+            last = f"layers.{config.num_hidden_layers - 1}"
             [behind] = [child for path, child in encoders[0].named_modules() if path.endswith(last)]
             if lora_layers(behind):
                 remove_lora(behind)
