@@ -38,7 +38,7 @@ class Batch:
 
     positions: tuple[int, ...]  # for an objective that draws numbers of its own
     latents: torch.Tensor  # (batch, channels, h, w)
-    conditioning: Conditioning | Tokens  # of the captions
+    conditioning: Conditioning  # of the captions
     noise: torch.Tensor  # (batch, channels, h, w)
     noise_offset: torch.Tensor  # (batch, channels, 1, 1)
     timesteps: torch.Tensor  # (batch,)
@@ -229,8 +229,11 @@ def _collate(positions: tuple[int, ...], rows: list[tuple], device: torch.device
 
     latents, conditionings, *drawn = zip(*rows, strict=True)
     conditioning = {key: stack(each[key] for each in conditionings) for key in conditionings[0]}
-    kind = Tokens if "tokens" in conditioning else Conditioning
-    return Batch(positions, stack(latents), kind(**conditioning), *map(stack, drawn))
+    if "tokens" in conditioning:
+        seen: Conditioning = Tokens(conditioning.pop("tokens"), **conditioning)
+    else:
+        seen = Conditioning(**conditioning)
+    return Batch(positions, stack(latents), seen, *map(stack, drawn))
 
 
 @lru_cache(maxsize=4096)

@@ -2,7 +2,6 @@
 
 import sys
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -57,16 +56,12 @@ def warn_of_cuts(tokenizers: Sequence[CLIPTokenizer], texts: Iterable[str], what
 # ------------------------------------------------------------------------- text encoders that are trained
 
 
-@dataclass(frozen=True)
-class Tokens:
-    """The conditioning if the text encoders are trained, too: captions as tokens, not yet encoded."""
-
-    tokens: torch.Tensor  # (batch, encoders, tokens)
-    sizes: torch.Tensor | None = None  # (batch, 6), as in Conditioning
+class Tokens(Conditioning):
+    """The conditioning if the text encoders are trained, too: `text` holds tokens, (batch, encoders, tokens)."""
 
     def inputs(self) -> dict:
         """Return it as the keyword arguments of UNetWithText."""
-        return {"tokens": self.tokens, "sizes": self.sizes}
+        return {"tokens": self.text, "sizes": self.sizes}
 
 
 class UNetWithText(nn.Module):
