@@ -31,13 +31,7 @@ from .run.ema import ema_update
 from .run.hub import check_login
 from .run.lost import rescue
 from .run.objective import Denoising, Objective
-from .run.ranks import (
-    StopSignals,
-    decided_by_main,
-    mean_over_ranks,
-    processes,
-    wait_for_all,
-)
+from .run.ranks import StopSignals, decided_by_main, mean_over_ranks, processes, wait_for_all
 from .run.results import finish
 from .run.setup import Run, prepare
 from .run.tracking import Log

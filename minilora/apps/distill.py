@@ -8,20 +8,23 @@ Every 32nd caption is held out to measure with.  The ordinary loop trains the Lo
 and the effect is measured without and with the LoRA.  The same command again goes on with a run that was stopped.
 """
 
+if __name__ == "__main__":  # before torch is imported, which takes seconds: --help answers at once
+    from minilora.settings.command_line import distill as command
+
+    command()
+    raise SystemExit
+
 import json
-import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 from ..files.network import load_lora
 from ..files.tensors import write_whole
-from ..lora import ATTENTION
 from ..models.base import DTYPES, Base
 from ..run.ranks import Ranks, processes, wait_for_all
 from ..sampling import save_picture
-from ..settings.command_line import run
-from ..settings.setting import ABOVE_0, AT_LEAST_1, SEED, ByBase, Settings, is_miniature, setting
-from ..settings.shared import DATA, LORA, MODEL, MODEL_HELP, OUTPUT, PRECISION_HELP, PRECISIONS, SPEED, TRAINING
+from ..settings.distill import DistillConfig
+from ..settings.setting import is_miniature
 from ..settings.train import TrainConfig
 from ..training import train
 from .consistency import LatentConsistency
@@ -29,121 +32,6 @@ from .drawing import draw_pictures, read_captions
 from .fewsteps import few_steps
 from .report import write_figures
 from .smooth import SmoothDenoising, smoothness
-
-# Another objective needs more than the attention layers, so all kinds of layers are adapted.
-ALL_LAYERS = (
-    *ATTENTION,
-    *("proj_in", "proj_out", "ff.net.0.proj", "ff.net.2", "time_emb_proj"),
-    *("conv1", "conv2", "conv_shortcut", "downsamplers.0.conv", "upsamplers.0.conv"),
-)
-
-
-@dataclass(frozen=True)
-class DistillConfig(Settings):
-    """Every setting of minilora.apps.distill."""
-
-    usage = ""
-    examples = (
-        "python -m minilora.apps.distill",
-        "python -m minilora.apps.distill --objective smooth --output out/smooth",
-    )
-
-    objective: str = setting(
-        "lcm",
-        "what is learnt: to draw in four steps (lcm), or that pictures change evenly with their noise (smooth)",
-        choices=("lcm", "smooth"),
-        group=TRAINING,
-        basic=True,
-    )
-    data: str | None = setting(
-        None,
-        "folder of pictures with captions; if not given, the base draws them",
-        group=DATA,
-        metavar="FOLDER",
-        basic=True,
-    )
-    captions: str | None = setting(
-        None,
-        "file of the captions to draw, one a line; if not given, the bundled base's words",
-        group=DATA,
-        metavar="FILE",
-        basic=True,
-    )
-    model: str | None = setting(None, MODEL_HELP, group=MODEL, metavar="BASE", basic=True)
-    train_steps: int | None = setting(
-        None,
-        "optimizer steps; if not given, 500 for lcm and 150 for smooth",
-        group=TRAINING,
-        metavar="STEPS",
-        basic=True,
-        within=AT_LEAST_1,
-    )
-    output: str | None = setting(
-        None, "folder of the results; if not given, out/<objective>", group=OUTPUT, metavar="FOLDER", basic=True
-    )
-
-    pictures: int = setting(
-        320, "number of pictures that the base draws to learn from", group=DATA, metavar="PICTURES", within=AT_LEAST_1
-    )
-    guidance: tuple[float, ...] = setting(
-        ByBase((5.0, 10.0), (2.5, 3.5)),
-        "guidance that lcm learns to do without; pictures are drawn with the middle",
-        group=TRAINING,
-        metavar="LOWEST,HIGHEST",
-    )
-    skip: int | None = setting(
-        None,
-        "levels, of 50, that one step of lcm's teacher goes over; if not given, 1, and 5 on the bundled base",
-        group=TRAINING,
-        metavar="LEVELS",
-        within=AT_LEAST_1,
-    )
-    weight: float | None = setting(
-        None,
-        "weight of the variation in the loss of smooth; if not given, 1",
-        group=TRAINING,
-        metavar="WEIGHT",
-        within=ABOVE_0,
-    )
-    batch_size: int = setting(8, "pictures per optimizer step", group=TRAINING, metavar="PICTURES", within=AT_LEAST_1)
-    learning_rate: float = setting(
-        ByBase(1e-4, 1e-3),
-        "highest learning rate, from which it falls to 0",
-        group=TRAINING,
-        metavar="RATE",
-        within=ABOVE_0,
-    )
-    seed: int = setting(0, "seed of every random draw", group=TRAINING, metavar="SEED", within=SEED)
-    rank: int = setting(ByBase(64, 32), "rank of the LoRA", group=LORA, metavar="RANK", within=AT_LEAST_1)
-    targets: tuple[str, ...] = setting(
-        ALL_LAYERS, "layers to adapt, by the ends of their names; if not given, all kinds", group=LORA, metavar="LAYERS"
-    )
-    precision: str = setting("fp32", PRECISION_HELP, choices=PRECISIONS, group=SPEED)
-
-    @property
-    def middle_guidance(self) -> float:
-        return sum(self.guidance) / 2
-
-    @classmethod
-    def following(cls, values: dict) -> dict:
-        objective = values.get("objective", "lcm")
-        steps = {"lcm": 500, "smooth": 150}.get(objective)
-        return super().following(values) | {"output": f"out/{objective}", "train_steps": steps}
-
-    def problems(self) -> list[str]:
-        wrong = []
-        if len(self.guidance) != 2 or not 1 <= self.guidance[0] <= self.guidance[-1] < math.inf:
-            given = ",".join(map(str, self.guidance))
-            wrong.append(f"--guidance is {given}; it takes two numbers, the lowest, at least 1, and the highest")
-        other = {"lcm": "weight", "smooth": "skip"}.get(self.objective)
-        if other and getattr(self, other) is not None:
-            wrong.append(f"--{other} has no effect on --objective {self.objective}")
-        return wrong
-
-    def objective_itself(self) -> LatentConsistency | SmoothDenoising:
-        if self.objective == "lcm":
-            return LatentConsistency(self.guidance, self.skip or (5 if is_miniature(self.model) else 1))
-        return SmoothDenoising(self.weight or 1.0)
 
 
 def distill(config: DistillConfig) -> dict[str, float] | None:
@@ -168,7 +56,7 @@ def distill(config: DistillConfig) -> dict[str, float] | None:
             checkpoint_every=min(100, config.train_steps),
             resume=about_the_same(config, output / "distill.json", ranks),
         )
-        lora = train(settings, config.objective_itself())
+        lora = train(settings, objective_of(config))
     if not ranks.is_main:
         return None
     base = Base(config.model, ranks.device, DTYPES[config.precision])
@@ -191,9 +79,8 @@ def about_the_same(config: DistillConfig, about: Path, ranks: Ranks) -> bool:
     return same
 
 
-def main() -> None:
-    run(DistillConfig, distill, "Train a LoRA to draw in few steps, or smoothly.")
-
-
-if __name__ == "__main__":
-    main()
+def objective_of(config: DistillConfig) -> LatentConsistency | SmoothDenoising:
+    """Return what the settings ask the LoRA to learn."""
+    if config.objective == "lcm":
+        return LatentConsistency(config.guidance, config.skip or (5 if is_miniature(config.model) else 1))
+    return SmoothDenoising(config.weight or 1.0)

@@ -29,9 +29,14 @@ Sources: Bińkowski et al., "Demystifying MMD GANs", 2018; Yoon et al., "Diffusi
 generalize when they fail to memorize", 2023 (the third).
 """
 
+if __name__ == "__main__":  # before torch is imported, which takes seconds: --help answers at once
+    from minilora.settings.command_line import evaluate as command
+
+    command()
+    raise SystemExit
+
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -48,10 +53,8 @@ from ..models.text import UNetWithText
 from ..run.encode import encoded_examples
 from ..run.ranks import Ranks
 from ..sampling import load_loras, merged_at, save_picture, sheet
-from ..settings.command_line import run
 from ..settings.errors import UserError
-from ..settings.setting import Settings, setting
-from ..settings.shared import DATA, MODEL, MODEL_HELP, OUTPUT, PRECISION_HELP, PRECISIONS, SPEED
+from ..settings.evaluate import EvaluateConfig
 from ..settings.train import TrainConfig
 from .report import write_figures
 from .vision import frechet_distance, vectors_of
@@ -59,57 +62,6 @@ from .vision import frechet_distance, vectors_of
 TOGETHER = 8  # pictures looked at in one pass
 COPY = 1 / 3  # a picture is a copy below this share of the distance to the next nearest
 SHOWN = 8  # pictures on the sheet, with their nearest
-
-
-@dataclass(frozen=True)
-class EvaluateConfig(Settings):
-    """Every setting of minilora.apps.evaluate."""
-
-    usage = "PICTURES REFERENCE"
-    examples = (
-        "python -m minilora.apps.evaluate out/pictures dataset/fluent",
-        "python -m minilora.apps.evaluate out/pictures dataset/fluent --lora out/fluent",
-    )
-
-    folders: tuple[str, ...] = setting(
-        (),
-        "folder of drawn pictures, and folder of real pictures with captions",
-        group=DATA,
-        metavar="PICTURES REFERENCE",
-        basic=True,
-        bare=True,
-    )
-    lora: tuple[str, ...] = setting(
-        (),
-        "LoRA whose denoising loss is measured; with a strength: out/fluent:0.8; may be repeated",
-        repeat=True,
-        group=MODEL,
-        metavar="LORA[:STRENGTH]",
-        basic=True,
-    )
-    model: str | None = setting(None, MODEL_HELP, group=MODEL, metavar="BASE", basic=True)
-    output: str = setting(
-        "out/evaluate",
-        "folder of the figures, and of a sheet of nearest pictures",
-        group=OUTPUT,
-        metavar="FOLDER",
-        basic=True,
-    )
-
-    caption: str | None = setting(None, "caption of every picture of REFERENCE that has none", group=DATA)
-    features: str | None = setting(
-        None,
-        "vision model whose features give distances as in publications, a folder or hub id: facebook/dinov2-base, "
-        "openai/clip-vit-base-patch32",
-        group=DATA,
-        metavar="MODEL",
-    )
-    precision: str = setting("fp32", PRECISION_HELP, choices=PRECISIONS, group=SPEED)
-
-    def problems(self) -> list[str]:
-        if len(self.folders) != 2:
-            return [f"evaluate takes two folders, PICTURES REFERENCE, not {' '.join(self.folders) or 'nothing'}"]
-        return []
 
 
 def evaluate(config: EvaluateConfig) -> dict[str, float]:
@@ -242,11 +194,3 @@ def kernel_distance(one: torch.Tensor, other: torch.Tensor) -> float:
         return (k.sum() - k.trace()) / (len(x) * (len(x) - 1))  # of different pictures
 
     return (within(one) + within(other) - 2 * kernel(one, other).mean()).item()
-
-
-def main() -> None:
-    run(EvaluateConfig, evaluate, "Compare drawn pictures with others.")
-
-
-if __name__ == "__main__":
-    main()

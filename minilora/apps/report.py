@@ -11,11 +11,6 @@ from ..files.tensors import write_whole
 Curves = Mapping[str, tuple[Sequence[float], Sequence[float]]]  # xs and ys by name
 
 
-def folder_for(application: str, names: Sequence[str]) -> Path:
-    """Return the default folder for an application's results on some pictures: out/morph-a-b."""
-    return Path("out") / "-".join([application, *(Path(name).stem for name in names)])
-
-
 def write_figures(folder: Path, figures: Mapping[str, float], curves: Curves | None = None) -> None:
     """Print figures, and write them with the command line and curves to `figures.json` in a folder."""
     for name, value in figures.items():

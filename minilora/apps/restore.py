@@ -11,8 +11,14 @@ DragDiffusion (Shi et al., 2023) also trains a LoRA on one picture and inverts i
 whole model.
 """
 
+if __name__ == "__main__":  # before torch is imported, which takes seconds: --help answers at once
+    from minilora.settings.command_line import restore as command
+
+    command()
+    raise SystemExit
+
 import json
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -23,78 +29,12 @@ from ..lora import lora_disabled, set_lora_strength
 from ..models.base import DTYPES, Base
 from ..models.device import this_device
 from ..sampling import save_picture, sheet
-from ..settings.command_line import run
 from ..settings.errors import UserError
-from ..settings.setting import AT_LEAST_0, AT_LEAST_1, ByBase, Settings, setting
-from ..settings.shared import LORA, MODEL, MODEL_HELP, OUTPUT, PICTURES, PRECISION_HELP, PRECISIONS, SPEED
+from ..settings.restore import RestoreConfig
 from ..settings.train import TrainConfig
 from ..training import train
 from .ddim import Levels, ddim_draw, ddim_invert, guided
-from .report import folder_for, write_figures
-
-
-@dataclass(frozen=True)
-class RestoreConfig(Settings):
-    """Every setting of minilora.apps.restore."""
-
-    usage = "PICTURE --prompt TEXT"
-    examples = (
-        "python -m minilora.apps.restore photo.png --prompt 'red apple'",
-        "python -m minilora.apps.restore photo.png --prompt 'red apple' \\\n      --edit 'green apple' --strength 0.5",
-    )
-
-    picture: tuple[str, ...] = setting(
-        (), "picture to restore", group=PICTURES, metavar="PICTURE", basic=True, bare=True
-    )
-    prompt: str | None = setting(None, "what it shows", group=PICTURES, basic=True)
-    edit: tuple[str, ...] = setting(
-        (),
-        "another prompt to draw from the picture's noise; may be repeated",
-        repeat=True,
-        group=PICTURES,
-        basic=True,
-    )
-    strength: float = setting(
-        0.4, "strength of the LoRA for --edit", group=PICTURES, metavar="STRENGTH", basic=True, within=AT_LEAST_0
-    )
-    lora: str | None = setting(
-        None, "LoRA of this picture; if not given, one is trained", group=LORA, metavar="LORA", basic=True
-    )
-    model: str | None = setting(None, MODEL_HELP, group=MODEL, metavar="BASE", basic=True)
-    output: str | None = setting(
-        None, "folder of the results; if not given, out/restore-<name>", group=OUTPUT, metavar="FOLDER", basic=True
-    )
-
-    guidance: float = setting(
-        ByBase(4.0, 1.5),
-        "classifier-free guidance of --edit, at least 1; 1 is without",
-        group=PICTURES,
-        metavar="FACTOR",
-        within=AT_LEAST_1,
-    )
-    steps: int = setting(
-        50,
-        "DDIM steps from the picture to its noise, and as many back",
-        group=PICTURES,
-        metavar="STEPS",
-        within=AT_LEAST_1,
-    )
-    rank: int = setting(16, "rank of the LoRA that is trained", group=LORA, metavar="RANK", within=AT_LEAST_1)
-    train_steps: int = setting(
-        ByBase(500, 400), "optimizer steps that it is trained for", group=LORA, metavar="STEPS", within=AT_LEAST_1
-    )
-    precision: str = setting("fp32", PRECISION_HELP, choices=PRECISIONS, group=SPEED)
-
-    @classmethod
-    def following(cls, values: dict) -> dict:
-        names = values.get("picture", ())
-        return super().following(values) | {"output": str(folder_for("restore", names[:1])) if names else None}
-
-    def problems(self) -> list[str]:
-        wrong = [] if len(self.picture) == 1 else [f"restore takes one picture, not {len(self.picture)}"]
-        if self.prompt is None:
-            wrong.append("--prompt is needed: what the picture shows")
-        return wrong
+from .report import write_figures
 
 
 def restore(config: RestoreConfig) -> dict[str, float]:
@@ -174,11 +114,3 @@ def psnr(one: torch.Tensor, two: torch.Tensor) -> float:
 def relative_error(one: torch.Tensor, two: torch.Tensor) -> float:
     """Return the sum of squares of the difference, divided by that of the second tensor."""
     return ((one - two).square().sum() / two.square().sum()).item()
-
-
-def main() -> None:
-    run(RestoreConfig, restore, "Draw a picture again from its own noise, with and without a LoRA of it; edit it.")
-
-
-if __name__ == "__main__":
-    main()

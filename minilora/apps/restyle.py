@@ -17,8 +17,13 @@ Sources: Meng et al., "SDEdit", 2021; Zhang et al., "Adding conditional control 
 models", 2023.  The denoising itself is diffusers' image-to-image pipelines.
 """
 
+if __name__ == "__main__":  # before torch is imported, which takes seconds: --help answers at once
+    from minilora.settings.command_line import restyle as command
+
+    command()
+    raise SystemExit
+
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import diffusers
@@ -31,100 +36,15 @@ from ..files.read import some
 from ..models.base import DTYPES, Base
 from ..models.device import this_device
 from ..sampling import TOGETHER, draw, load_loras, merged_at, save_picture, sheet
-from ..settings.command_line import run
 from ..settings.errors import UserError, first_line
+from ..settings.restyle import RestyleConfig
 from ..settings.sample import SampleConfig
-from ..settings.setting import AT_LEAST_1, SEED, ByBase, Settings, Within, setting
-from ..settings.shared import (
-    DATA,
-    GUIDANCE_HELP,
-    LORA_HELP,
-    MODEL,
-    MODEL_HELP,
-    OUTPUT,
-    PICTURES,
-    PRECISION_HELP,
-    PRECISIONS,
-    SEED_HELP,
-    SPEED,
-)
 from ..settings.train import TrainConfig
 from .canny import canny
 from .classifier import probability, share_right, train_classifier
-from .report import folder_for, write_figures
+from .report import write_figures
 
 SHOWN = 6  # pictures on the sheet
-
-
-@dataclass(frozen=True)
-class RestyleConfig(Settings):
-    """Every setting of minilora.apps.restyle."""
-
-    usage = "PICTURE --lora LORA"
-    examples = (
-        "python -m minilora.apps.restyle photo.png --prompt apple --lora out/fluent:0.8",
-        "python -m minilora.apps.restyle pictures --lora out/fluent --strengths 0,0.5,1",
-    )
-
-    data: tuple[str, ...] = setting(
-        (), "picture, or folder of pictures with captions", group=DATA, metavar="PICTURE", basic=True, bare=True
-    )
-    prompt: str | None = setting(None, "what they show, for those without a caption", group=DATA, basic=True)
-    lora: tuple[str, ...] = setting((), LORA_HELP, repeat=True, group=MODEL, metavar="LORA[:STRENGTH]", basic=True)
-    strength: float = setting(
-        0.5,
-        "how much of a picture is drawn anew: above 0, up to 1 for all of it",
-        group=PICTURES,
-        metavar="SHARE",
-        basic=True,
-        within=Within(0, 1, above=True),
-    )
-    model: str | None = setting(None, MODEL_HELP, group=MODEL, metavar="BASE", basic=True)
-    output: str | None = setting(
-        None, "folder of the results; if not given, out/restyle-<name>", group=OUTPUT, metavar="FOLDER", basic=True
-    )
-
-    strengths: tuple[float, ...] = setting(
-        (1.0,),
-        "compare strengths of the LoRAs, one row each: 0,0.5,1 multiplies those of --lora by these",
-        group=PICTURES,
-        metavar="FACTOR,…",
-    )
-    steps: int = setting(
-        ByBase(50, 30),
-        "denoising steps at --strength 1; at 0.5 half of them are taken",
-        group=PICTURES,
-        metavar="STEPS",
-        within=AT_LEAST_1,
-    )
-    guidance: float = setting(ByBase(7.5, 3.0), GUIDANCE_HELP, group=PICTURES, metavar="FACTOR", within=AT_LEAST_1)
-    negative: str = setting("", "what to keep out of the pictures (negative prompt)", group=PICTURES)
-    seed: int = setting(0, SEED_HELP, group=PICTURES, metavar="SEED", within=SEED)
-    controlnet: str | None = setting(
-        None,
-        "ControlNet for Canny edges, which keeps a picture's edges: a diffusers folder",
-        group=PICTURES,
-        metavar="FOLDER",
-    )
-    style: str | None = setting(
-        None,
-        "folder of pictures in the style, to measure how much of it the results have",
-        group=PICTURES,
-        metavar="FOLDER",
-    )
-    precision: str = setting("fp32", PRECISION_HELP, choices=PRECISIONS, group=SPEED)
-
-    @classmethod
-    def following(cls, values: dict) -> dict:
-        names = values.get("data", ())
-        return super().following(values) | {"output": str(folder_for("restyle", names[:1])) if names else None}
-
-    def problems(self) -> list[str]:
-        wrong = [] if len(self.data) == 1 else [f"restyle takes one picture or folder, not {len(self.data)}"]
-        wrong += [] if self.lora else ["--lora is needed: the style"]
-        if 0 < self.strength * self.steps < 1:
-            wrong.append(f"--strength {self.strength} of --steps {self.steps} is less than one step")
-        return wrong
 
 
 def restyle(config: RestyleConfig) -> dict[str, float]:
@@ -259,11 +179,3 @@ def learn_style(base: Base, config: RestyleConfig) -> tuple[torch.nn.Module, flo
     held_out = torch.arange(len(pixels)) % 5 == 0
     model = train_classifier(pixels[~held_out], kinds[~held_out])
     return model, share_right(model, pixels[held_out], kinds[held_out])
-
-
-def main() -> None:
-    run(RestyleConfig, restyle, "Draw pictures again in the style of a LoRA.")
-
-
-if __name__ == "__main__":
-    main()

@@ -37,6 +37,31 @@ def merge() -> None:
     run("minilora.settings.merge:MergeConfig", "minilora.merge:merge", merge.__doc__)
 
 
+def restore() -> None:
+    """Draw a picture again from its own noise, with and without a LoRA of it; edit it."""
+    run("minilora.settings.restore:RestoreConfig", "minilora.apps.restore:restore", restore.__doc__)
+
+
+def morph() -> None:
+    """Morph between two pictures, with a LoRA of each."""
+    run("minilora.settings.morph:MorphConfig", "minilora.apps.morph:morph", morph.__doc__)
+
+
+def restyle() -> None:
+    """Draw pictures again in the style of a LoRA."""
+    run("minilora.settings.restyle:RestyleConfig", "minilora.apps.restyle:restyle", restyle.__doc__)
+
+
+def distill() -> None:
+    """Train a LoRA to draw in few steps, or smoothly."""
+    run("minilora.settings.distill:DistillConfig", "minilora.apps.distill:distill", distill.__doc__)
+
+
+def evaluate() -> None:
+    """Compare drawn pictures with others."""
+    run("minilora.settings.evaluate:EvaluateConfig", "minilora.apps.evaluate:evaluate", evaluate.__doc__)
+
+
 def run(settings: str | type, work: str | Callable, description: str) -> None:
     """Read the settings from the command line and do `work` with them; a user's mistake ends with exit code 2.
 

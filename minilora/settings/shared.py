@@ -2,6 +2,8 @@
 
 import math
 import os
+from collections.abc import Sequence
+from pathlib import Path
 
 from .errors import UserError
 
@@ -44,3 +46,8 @@ def path_and_number(text: str, what: str = "the strength") -> tuple[str, float]:
     if not math.isfinite(number):
         raise UserError(f"{text}: {what} {last} is not a finite number")
     return path, number
+
+
+def folder_for(application: str, names: Sequence[str]) -> Path:
+    """Return the default folder for an application's results on some pictures: out/morph-a-b."""
+    return Path("out") / "-".join([application, *(Path(name).stem for name in names)])

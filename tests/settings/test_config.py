@@ -4,6 +4,8 @@ import dataclasses
 import json
 import re
 import shlex
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -11,14 +13,14 @@ import torch
 from helpers import ROOT
 from test_training import CHANGES
 
-from minilora.apps.distill import DistillConfig
-from minilora.apps.evaluate import EvaluateConfig
-from minilora.apps.morph import MorphConfig
-from minilora.apps.restore import RestoreConfig
-from minilora.apps.restyle import RestyleConfig
 from minilora.settings.command_line import read, run
+from minilora.settings.distill import DistillConfig
 from minilora.settings.errors import UserError
+from minilora.settings.evaluate import EvaluateConfig
 from minilora.settings.merge import MergeConfig
+from minilora.settings.morph import MorphConfig
+from minilora.settings.restore import RestoreConfig
+from minilora.settings.restyle import RestyleConfig
 from minilora.settings.sample import SampleConfig
 from minilora.settings.setting import BUNDLED, ByBase, as_typed, option
 from minilora.settings.train import TrainConfig
@@ -404,3 +406,21 @@ def test_more_memory_than_there_is_is_one_line(empty, monkeypatch, capsys):
 def test_a_setting_that_may_be_repeated_may_stand_once_in_the_file(tmp_path):
     (tmp_path / "old.json").write_text('{"data": "x/y"}')
     assert parse("--config", str(tmp_path / "old.json")).data == ("x/y",)
+
+
+MODULES = ["train", "sample", "minilora.merge"]  # train.py and sample.py stand at the top
+MODULES += [f"minilora.apps.{name}" for name in ("restore", "morph", "restyle", "distill", "evaluate")]
+
+
+@pytest.mark.parametrize("word", ["--help", "--no-such-setting"])
+def test_help_and_a_misspelt_setting_are_answered_before_torch_is_imported(word):
+    program = f"""
+import contextlib, io, runpy, sys
+for module in {MODULES}:
+    sys.argv = [module, {word!r}]
+    with contextlib.suppress(SystemExit), contextlib.redirect_stdout(io.StringIO()) as said:
+        runpy.run_module(module, run_name="__main__", alter_sys=True)
+    assert "torch" not in sys.modules, module
+    assert {word!r} != "--help" or "--output" in said.getvalue(), module
+"""
+    subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True, capture_output=True)

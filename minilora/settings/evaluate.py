@@ -1,0 +1,57 @@
+"""The settings of minilora.apps.evaluate, declared once."""
+
+from dataclasses import dataclass
+
+from .setting import Settings, setting
+from .shared import DATA, MODEL, MODEL_HELP, OUTPUT, PRECISION_HELP, PRECISIONS, SPEED
+
+
+@dataclass(frozen=True)
+class EvaluateConfig(Settings):
+    """Every setting of minilora.apps.evaluate."""
+
+    usage = "PICTURES REFERENCE"
+    examples = (
+        "python -m minilora.apps.evaluate out/pictures dataset/fluent",
+        "python -m minilora.apps.evaluate out/pictures dataset/fluent --lora out/fluent",
+    )
+
+    folders: tuple[str, ...] = setting(
+        (),
+        "folder of drawn pictures, and folder of real pictures with captions",
+        group=DATA,
+        metavar="PICTURES REFERENCE",
+        basic=True,
+        bare=True,
+    )
+    lora: tuple[str, ...] = setting(
+        (),
+        "LoRA whose denoising loss is measured; with a strength: out/fluent:0.8; may be repeated",
+        repeat=True,
+        group=MODEL,
+        metavar="LORA[:STRENGTH]",
+        basic=True,
+    )
+    model: str | None = setting(None, MODEL_HELP, group=MODEL, metavar="BASE", basic=True)
+    output: str = setting(
+        "out/evaluate",
+        "folder of the figures, and of a sheet of nearest pictures",
+        group=OUTPUT,
+        metavar="FOLDER",
+        basic=True,
+    )
+
+    caption: str | None = setting(None, "caption of every picture of REFERENCE that has none", group=DATA)
+    features: str | None = setting(
+        None,
+        "vision model whose features give distances as in publications, a folder or hub id: facebook/dinov2-base, "
+        "openai/clip-vit-base-patch32",
+        group=DATA,
+        metavar="MODEL",
+    )
+    precision: str = setting("fp32", PRECISION_HELP, choices=PRECISIONS, group=SPEED)
+
+    def problems(self) -> list[str]:
+        if len(self.folders) != 2:
+            return [f"evaluate takes two folders, PICTURES REFERENCE, not {' '.join(self.folders) or 'nothing'}"]
+        return []
