@@ -89,10 +89,10 @@ def denoising_loss(
     """Return one float32 loss per picture, (batch,): the mean squared error of the U-Net's prediction.
 
     `latents` x₀ and `noise` ε are (batch, channels, h, w), `timesteps` (batch,).  `unet` is called as diffusers' are.
-    The optional arguments are those of `min_snr_weight`, `huber` and `rectified`.
+    The optional arguments are those of `min_snr_weight`, `huber` and `dream_noise`.
     """
     if dream is not None:
-        noise = rectified(unet, latents, conditioning, noise, timesteps, schedule, dream)
+        noise = dream_noise(unet, latents, conditioning, noise, timesteps, schedule, dream)
     noisy = add_noise(latents, noise, timesteps, schedule)
     prediction = unet(noisy, timesteps, **conditioning.inputs()).sample
     wanted = target(latents, noise, timesteps, schedule)
@@ -146,8 +146,8 @@ def offset_noise(noise: torch.Tensor, offset: torch.Tensor, strength: float) -> 
 def min_snr_weight(timesteps: torch.Tensor, schedule: Schedule, gamma: float) -> torch.Tensor:
     """Return a weight for each picture's loss, so that the error in x₀ counts by min(SNR, γ); (batch,).
 
-    The signal-to-noise ratio is SNR = ᾱ / (1 − ᾱ).  The result is the same for every prediction type.  The form for
-    epsilon is written so that an SNR of 0 gives 1 and not 0 / 0.
+    The signal-to-noise ratio is SNR = ᾱ / (1 − ᾱ).  The weights differ by prediction type, so that the error in x₀ is
+    weighted alike.  The form for epsilon is written so that an SNR of 0 gives 1 and not 0 / 0.
     """
     alpha_bar = schedule.alphas_cumprod[timesteps]
     snr = alpha_bar / (1 - alpha_bar)  # (batch,)
@@ -176,7 +176,7 @@ def huber(difference: torch.Tensor, c: float) -> torch.Tensor:
 
 
 @torch.no_grad()
-def rectified(
+def dream_noise(
     unet,
     latents: torch.Tensor,
     conditioning: Conditioning,
@@ -185,7 +185,7 @@ def rectified(
     schedule: Schedule,
     preservation: float,
 ) -> torch.Tensor:
-    """Return the noise ε + λ (ε − ε̂), which contains the U-Net's own error ε − ε̂; (batch, channels, h, w).
+    """Return the noise plus λ times the U-Net's error in it, ε + λ (ε − ε̂); (batch, channels, h, w).
 
     When drawing, each step starts from the errors of the step before, which plain training never shows to the U-Net.
     λ = (√(1 − ᾱ_t))^p; a larger p = `preservation` keeps more details.  It costs one more forward pass.
@@ -193,5 +193,5 @@ def rectified(
     """
     noisy, alpha_bar = add_noise(latents, noise, timesteps, schedule), schedule.alpha_bar(timesteps)
     prediction = unet(noisy, timesteps, **conditioning.inputs()).sample.float()
-    _, seen = clean_and_noise(prediction, noisy, alpha_bar, schedule.prediction_type)
-    return noise + (1 - alpha_bar).sqrt() ** preservation * (noise - seen)
+    _, predicted_noise = clean_and_noise(prediction, noisy, alpha_bar, schedule.prediction_type)
+    return noise + (1 - alpha_bar).sqrt() ** preservation * (noise - predicted_noise)

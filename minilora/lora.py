@@ -57,7 +57,7 @@ class Adapter(nn.Module):
     Both are float32 whatever the base is: half precision would round the small steps of training away.
     """
 
-    features = -1  # the dimension of x that A maps from
+    feature_dim = -1  # the dimension of x that A maps from
 
     def __init__(self, base: Layer, rank: int, alpha: float, generator: torch.Generator | None = None):
         super().__init__()
@@ -76,9 +76,9 @@ class Adapter(nn.Module):
             x = x.to(self.lora_A.dtype)
         if self.training and self.dropout_mask is not None:
             shape = [len(x), *[1] * (x.ndim - 1)]
-            shape[self.features] = -1
+            shape[self.feature_dim] = -1
             x = x * self.dropout_mask.view(shape)  # (batch, …, in)
-        return self.up(self.down(x) * (self.strength * self.scale))  # scaled where it is small: (…, rank)
+        return self.up(self.down(x) * (self.strength * self.scale))  # scaled at (…, rank), where numbers are few
 
     def down(self, x: torch.Tensor) -> torch.Tensor:
         return F.linear(x, self.lora_A)  # (…, rank)
@@ -102,7 +102,7 @@ class ConvAdapter(Adapter):
     of the base's weight: ΔW[o, i, h, w] = (alpha / rank) · Σᵣ B[o, r] A[r, i, h, w].
     """
 
-    features = 1
+    feature_dim = 1
 
     def __init__(self, base: nn.Conv2d, rank: int, alpha: float, generator: torch.Generator | None = None):
         super().__init__(base, rank, alpha, generator)
@@ -156,8 +156,8 @@ class LoRALinear(nn.Module):
         return (weight.float() + sum(deltas)).to(weight.dtype) if deltas else weight
 
     @torch.no_grad()
-    def merge(self, names: set[str]) -> None:
-        """Have exactly these adapters in the base's weight; with none of them it is the original, bit for bit."""
+    def set_merged(self, names: set[str]) -> None:
+        """Make the base's weight W + Σ sᵢ · ΔWᵢ of exactly these adapters; with none it is W again, bit for bit."""
         if self.original_weight is None:
             self.original_weight = self.base.weight.detach().clone()
         self.base.weight.copy_(self.weight_with(names))
@@ -217,8 +217,8 @@ def inject_lora(
     and `alpha` map full names to numbers, and the layers are those of `rank`.  Another `name` puts a second LoRA
     beside the first.  Without `fitting` a rank may be above min(in, out), as in some files.
 
-    Raises ValueError, naming every module concerned, with nothing changed, for a target that matches nothing or
-    matches something else, a convolution in groups, a rank that does not fit, a name that is in use.
+    Raises ValueError, naming every module concerned, with nothing changed, for a target that matches nothing, a
+    layer that is neither Linear nor Conv2d, a convolution in groups, a rank that does not fit, a name that is in use.
     """
     ranks = rank if isinstance(rank, Mapping) else dict.fromkeys(matching(module, targets), rank)
     alphas = alpha if isinstance(alpha, Mapping) else dict.fromkeys(ranks, alpha)
@@ -230,7 +230,7 @@ def inject_lora(
         if not isinstance(layer, Layer):
             problems.append(f"{path} is a {type(layer).__name__}; only Linear and Conv2d can take a LoRA")
         elif getattr(layer, "groups", 1) != 1:
-            problems.append(f"{path} is a convolution in {layer.groups} groups, of which B A is no change")
+            problems.append(f"{path} is a convolution in {layer.groups} groups; a LoRA needs one group")
         elif path in carrying and name in carrying[path].adapters:
             problems.append(f"{path} has a LoRA {name!r} already, of rank {carrying[path].adapters[name].rank}")
         elif fitting and not 1 <= r <= min(layer.weight[0].numel(), len(layer.weight)):
@@ -250,24 +250,24 @@ def inject_lora(
     return {path: carrying[path] for path in ranks}
 
 
-def layers_with(module: nn.Module, name: str | None = None, unmerged: bool = False) -> dict[str, LoRALinear]:
+def layers_with(module: nn.Module, name: str | None = None, require_unmerged: bool = False) -> dict[str, LoRALinear]:
     """Return the layers that carry the LoRA called `name` (any by default).
 
-    Raises ValueError if none does; RuntimeError if it must be unmerged and is not.
+    Raises ValueError if none does, and with `require_unmerged` RuntimeError if one is merged.
     """
     layers = {p: layer for p, layer in lora_layers(module).items() if name is None or name in layer.adapters}
     if not layers:
         which = "" if name is None else f" named {name!r}"
         raise ValueError(f"this {type(module).__name__} carries no LoRA{which}; inject_lora or load_lora first")
     merged = [path for path, layer in layers.items() if (layer.merged if name is None else name in layer.merged)]
-    if unmerged and merged:
+    if require_unmerged and merged:
         raise RuntimeError(f"the LoRA in {', '.join(merged[:3])} … is merged; call unmerge_lora first")
     return layers
 
 
-def adapters_with(module: nn.Module, name: str | None = None, unmerged: bool = False) -> list[Adapter]:
+def adapters_with(module: nn.Module, name: str | None = None, require_unmerged: bool = False) -> list[Adapter]:
     """Return the adapters of the LoRA called `name` (of all by default); raises as `layers_with` does."""
-    layers = layers_with(module, name, unmerged).values()
+    layers = layers_with(module, name, require_unmerged).values()
     return [adapter for layer in layers for each, adapter in layer.adapters.items() if name in (None, each)]
 
 
@@ -277,7 +277,7 @@ def remove_lora(module: nn.Module, name: str | None = None) -> None:
     A layer that carries no other gets its original object back, still frozen.  Raises
     RuntimeError while merged, since ΔW would stay in the weight.
     """
-    for path, layer in layers_with(module, name, unmerged=True).items():
+    for path, layer in layers_with(module, name, require_unmerged=True).items():
         if name is not None:
             del layer.adapters[name]
         if name is None or not layer.adapters:
@@ -294,14 +294,14 @@ def lora_parameters(module: nn.Module, name: str | None = None) -> list[nn.Param
 
 def set_lora_strength(module: nn.Module, strength: float, name: str | None = None) -> None:
     """Set how strongly the LoRA called `name` (all by default) acts: 0 is the base, 1 is as trained."""
-    for adapter in adapters_with(module, name, unmerged=True):
+    for adapter in adapters_with(module, name, require_unmerged=True):
         adapter.strength = strength
 
 
 @contextmanager
 def lora_disabled(module: nn.Module) -> Iterator[None]:
     """Within the block the module computes what the base computes; afterwards it is as it was found."""
-    found = [(layer, layer.enabled) for layer in layers_with(module, unmerged=True).values()]
+    found = [(layer, layer.enabled) for layer in layers_with(module, require_unmerged=True).values()]
     try:
         for layer, _ in found:
             layer.enabled = False
@@ -318,13 +318,13 @@ def merge_lora(module: nn.Module, name: str | None = None) -> None:
     original weight until `unmerge_lora`.  Raises RuntimeError if merged already, ValueError, with
     nothing changed, if a merged weight would not be finite.
     """
-    layers = layers_with(module, name, unmerged=True)
+    layers = layers_with(module, name, require_unmerged=True)
     names = {path: layer.merged | ({name} if name else {*layer.adapters}) for path, layer in layers.items()}
     broken = [path for path, layer in layers.items() if not layer.weight_with(names[path]).isfinite().all()]
     if broken:
         raise ValueError(f"cannot merge: the merged weight is not finite in {', '.join(broken)}")
     for path, layer in layers.items():
-        layer.merge(names[path])
+        layer.set_merged(names[path])
 
 
 def unmerge_lora(module: nn.Module, name: str | None = None) -> None:
@@ -337,4 +337,4 @@ def unmerge_lora(module: nn.Module, name: str | None = None) -> None:
     if not merged:
         raise RuntimeError("the LoRA is not merged; call merge_lora first")
     for layer in merged:
-        layer.merge(layer.merged - {name} if name else set())
+        layer.set_merged(layer.merged - {name} if name else set())

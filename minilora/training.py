@@ -2,9 +2,9 @@
 
     settings -> base, pictures -> encoded once -> LoRA injected -> the loop -> a LoRA file
 
-A run is a pure function of (base, pictures, settings).  The training set is an endless stream of positions.  Step s
-takes the positions s·B … s·B + B − 1, where B is the global batch size.  Everything random at a position is computed
-from its number (data/draws.py).  Processes and micro-batches only divide the B positions among them, and a run that was
+A run is a pure function of (base, pictures, settings).  A position is a number, 0, 1, 2, …; it alone decides picture,
+caption, crop, noise and timestep (data/draws.py).  Step s takes the positions s·B … s·B + B − 1, where B is the global
+batch size.  Processes and micro-batches only divide the B positions among them, and a run that was
 stopped goes on as if it had not been.
 """
 
@@ -53,7 +53,7 @@ def train(config: TrainConfig, objective: Objective | None = None) -> Path:
     Raises UserError for anything wrong with the settings, the base, the pictures or a checkpoint, and Stopped, after
     saving, when a signal asks the process to stop.
     """
-    with processes(config.timeout) as ranks, checkpoint.OutputLock(Path(config.output)) as here:
+    with processes(config.timeout) as ranks, checkpoint.OutputLock(Path(config.output)) as lock:
         if not config.resume:
             decided_by_main(lambda: checkpoint.refuse_unfinished(Path(config.output)))
         if config.push_to_hub:
@@ -61,7 +61,8 @@ def train(config: TrainConfig, objective: Objective | None = None) -> Path:
         if config.compile:
             check_compiler(ranks.device)
         run = prepare(config, objective or Denoising(), ranks)
-        done = first_step = resume(run) if config.resume else start(run)
+        first_step = resume(run) if config.resume else start(run)
+        done = first_step  # the steps that `save_done` saves, should a process be lost
         if ranks.is_main:
             write_whole(run.output / "config.json", config.to_json().encode())
         bar = tqdm(total=config.steps, initial=first_step, desc="train", unit="step", disable=not ranks.is_main)
@@ -77,7 +78,7 @@ def train(config: TrainConfig, objective: Objective | None = None) -> Path:
                 learning_rate, began = learning_rate_at(step, config), time.monotonic()
                 loss, grad_norm = optimizer_step(run, step, learning_rate)
                 done = step + 1
-                here.refuse_if_gone()
+                lock.refuse_if_gone()
                 if config.compile and step == first_step:
                     bar.clear()
                     ranks.say(f"compiled   in the first step, which took {time.monotonic() - began:.0f} s")
@@ -99,7 +100,7 @@ def train(config: TrainConfig, objective: Objective | None = None) -> Path:
                     raise Stopped(signals.number)
         if validation:
             ranks.say(f"validation {validation}")
-        here.refuse_if_gone()
+        lock.refuse_if_gone()
         return finish(run)
 
 
@@ -113,12 +114,12 @@ def optimizer_step(run: Run, step: int, learning_rate: float) -> tuple[float, fl
     """
     config, device = run.config, run.ranks.device
     for group in run.optimizer.param_groups:
-        group["lr"] = learning_rate * group["ratio"]
+        group["lr"] = learning_rate * group["ratio"]  # text encoders may have a learning rate of their own
     loss_sum = torch.zeros((), device=device)
     micro_batches = run.plan.positions(step)
     for number, positions in enumerate(micro_batches, start=1):
         batch = run.examples.batch(positions, device)
-        drop_features(run, positions)
+        draw_dropout_masks(run, positions)
         # The gradients of the micro-batches add up, and only the last backward pass averages them over
         # the processes.  no_sync must be around the forward pass too, or it has no effect.
         last = number == len(micro_batches)
@@ -132,9 +133,10 @@ def optimizer_step(run: Run, step: int, learning_rate: float) -> tuple[float, fl
     grad_norm = nn.utils.clip_grad_norm_(run.parameters, config.max_grad_norm).item()
     loss_mean = mean_over_ranks(loss_sum).item()
     run.objective.before_step()
-    # In fp16 gradients may overflow: the scaler then skips the step and lowers its factor, to 1 at the lowest.
-    overflow = run.scaler.is_enabled() and run.scaler.get_scale() > 1
-    if not math.isfinite(loss_mean) or not (math.isfinite(grad_norm) or overflow):
+    # A gradient in fp16 that is not finite is usually overflow: the scaler skips the step and lowers its factor.
+    # (DDP has averaged the gradients, so every process skips it.)  At a factor of 1 it is no overflow any more.
+    may_overflow = run.scaler.is_enabled() and run.scaler.get_scale() > 1
+    if not math.isfinite(loss_mean) or not (math.isfinite(grad_norm) or may_overflow):
         pictures = ", ".join(dict.fromkeys(run.examples.picture_at(p).path.name for p in run.plan.all_positions(step)))
         raise UserError(
             f"step {step + 1}: loss {loss_mean}, norm of the gradient {grad_norm}; its pictures: {pictures}"
@@ -148,7 +150,7 @@ def optimizer_step(run: Run, step: int, learning_rate: float) -> tuple[float, fl
     return loss_mean, grad_norm
 
 
-def drop_features(run: Run, positions: Sequence[int]) -> None:
+def draw_dropout_masks(run: Run, positions: Sequence[int]) -> None:
     """Draw the dropout masks of this micro-batch, one per picture and layer."""
     if dropout := run.config.dropout:
         for path, layer in lora_layers(run.network).items():

@@ -13,10 +13,10 @@ from minilora.diffusion import (
     Schedule,
     add_noise,
     denoising_loss,
+    dream_noise,
     huber,
     min_snr_weight,
     offset_noise,
-    rectified,
     target,
 )
 from minilora.models.base import Base
@@ -150,7 +150,7 @@ def test_dream_leaves_a_perfect_prediction_alone(latents_and_noise):
     for kind in PREDICTION_TYPES:
         schedule = schedule_of(kind)
         times = TIMES[1:3]  # at the ends of the schedule the inverse divides by almost nothing
-        same = rectified(
+        same = dream_noise(
             lambda n, t, s=schedule, **_: SimpleNamespace(sample=target(latents[1:3], noise[1:3], t, s)),
             *(latents[1:3], Conditioning(torch.ones(2, 2, 3)), noise[1:3], times, schedule, 1.0),
         )

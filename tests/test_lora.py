@@ -104,7 +104,7 @@ def test_the_merged_weight_is_the_equation():
     with torch.no_grad():
         layer.adapters["default"].lora_A.copy_(a)
         layer.adapters["default"].lora_B.copy_(b)
-    layer.merge({"default"})
+    layer.set_merged({"default"})
     torch.testing.assert_close(base.weight.detach(), weight + 3 * b @ a)  # alpha / rank = 3
 
 

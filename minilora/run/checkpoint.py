@@ -1,4 +1,13 @@
-"""Training state on disk: a checkpoint every few steps, from which a run goes on as if it had never stopped."""
+"""Training state on disk: a checkpoint every few steps, from which a run goes on as if it had never stopped.
+
+A new run leaves the results of a finished run in the same folder alone until it is finished itself:
+
+    begin      checkpoints/ -> checkpoints.before/, unfinished/ is made        the old LoRA is still in its place
+    running    checkpoints/ grows; what is made meanwhile goes into unfinished/
+    publish    unfinished/ -> its place, over the old results; checkpoints.before/ is deleted
+
+`--resume` takes up the newest checkpoint; if the new run has none yet, `take_up` puts checkpoints.before/ back.
+"""
 
 import json
 import os

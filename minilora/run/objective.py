@@ -20,11 +20,11 @@ class Objective:
         """Return the objective's name, with its settings if it has any, for the run's identity."""
         return repr(self) if is_dataclass(self) else type(self).__name__
 
-    def begin(self, unet: nn.Module, config: TrainConfig) -> None:
-        """Prepare, before the first step; the U-Net has the LoRA in it."""
+    def begin(self, network: nn.Module, config: TrainConfig) -> None:
+        """Prepare, before the first step; the LoRA is in the network: a U-Net, or one with its text encoders."""
 
-    def loss(self, unet: nn.Module, batch: Batch, schedule: Schedule, config: TrainConfig) -> torch.Tensor:
-        """Return one loss per picture, (batch,)."""
+    def loss(self, network: nn.Module, batch: Batch, schedule: Schedule, config: TrainConfig) -> torch.Tensor:
+        """Return one loss per picture, (batch,).  The network may be compiled, or wrapped for several processes."""
         raise NotImplementedError
 
     def before_step(self) -> None:
@@ -39,9 +39,9 @@ class Objective:
 
 
 class Denoising(Objective):
-    """The ordinary objective: predict the noise that was added to a picture."""
+    """The ordinary objective: predict the noise in a picture, or v or x₀, whichever the base was made for."""
 
-    def loss(self, unet: nn.Module, batch: Batch, schedule: Schedule, config: TrainConfig) -> torch.Tensor:
+    def loss(self, network: nn.Module, batch: Batch, schedule: Schedule, config: TrainConfig) -> torch.Tensor:
         noise = offset_noise(batch.noise, batch.noise_offset, config.noise_offset)
         more = config.snr_gamma, config.huber_c, config.dream
-        return denoising_loss(unet, batch.latents, batch.conditioning, noise, batch.timesteps, schedule, *more)
+        return denoising_loss(network, batch.latents, batch.conditioning, noise, batch.timesteps, schedule, *more)

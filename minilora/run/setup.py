@@ -84,7 +84,7 @@ def prepare(config: TrainConfig, objective: Objective, ranks: Ranks) -> Run:
     identity = _identity(config, base, examples) | {"objective": objective.name()}
 
     unet = base.unet
-    if ranks.device.type == "cuda":  # before the LoRA: what the optimizer keeps of it has no order of its own
+    if ranks.device.type == "cuda":  # before the LoRA is in: A, B and their optimizer state keep the usual layout
         unet.to(memory_format=torch.channels_last)
     network = (UNetWithText(unet, base.text_encoders) if config.train_text_encoder else unet).train()
     identity |= put_lora(network, unet, config)
@@ -102,8 +102,22 @@ def prepare(config: TrainConfig, objective: Objective, ranks: Ranks) -> Run:
     if ranks.world > 1:
         model = DistributedDataParallel(model, init_sync=False, forward_sync_buffers=False)
     average = {name: tensor.clone() for name, tensor in lora_state_dict(network).items()} if config.ema else {}
-    given = config, objective, ranks, plan, base, examples, held_out, identity
-    run = Run(*given, network, model, parameters, average, optimizer, scaler)
+    run = Run(
+        config=config,
+        objective=objective,
+        ranks=ranks,
+        plan=plan,
+        base=base,
+        examples=examples,
+        held_out=held_out,
+        identity=identity,
+        network=network,
+        model=model,
+        parameters=parameters,
+        average=average,
+        optimizer=optimizer,
+        scaler=scaler,
+    )
     introduce(run)
     return run
 
