@@ -21,7 +21,7 @@ VARIANTS = ["*.fp16.*", "*.non_ema.*"]
 def lora_path(path: Path) -> Path:
     """Return a path; if it names a LoRA on the hub, the path of the fetched file.  UserError if there is none."""
     found = re.fullmatch(r"(\w[\w.-]*/[\w.-]+?)(?:/(.+\.safetensors))?", path.as_posix())
-    if path.exists() or not found or (not found[2] and path.suffix in WEIGHTS):
+    if _is_here(path) or not found or (not found[2] and path.suffix in WEIGHTS):
         return path
     from huggingface_hub import hf_hub_download
 
@@ -38,7 +38,7 @@ def lora_path(path: Path) -> Path:
 def base_path(path: Path) -> Path:
     """Return a path; if it names a base on the hub, the path of the fetched folder.  UserError if there is none."""
     named = re.fullmatch(r"\w[\w.-]*/[\w.-]+", path.as_posix())
-    if path.exists() or not named or path.suffix in WEIGHTS:
+    if _is_here(path) or not named or path.suffix in WEIGHTS:
         return path
     from huggingface_hub import snapshot_download
 
@@ -47,6 +47,11 @@ def base_path(path: Path) -> Path:
     except Exception as error:  # as above
         raise UserError(f"{path}: {_nothing(first_line(error))}") from error
     return folder
+
+
+def _is_here(path: Path) -> bool:
+    """Whether a name is of this machine: it exists, or its folder does, as of a misspelt out/mountian."""
+    return path.exists() or Path(path.parts[0]).is_dir()
 
 
 def _nothing(reason: str) -> str:

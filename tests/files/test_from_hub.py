@@ -13,6 +13,7 @@ from huggingface_hub import close_session, constants
 from safetensors.torch import save_file
 
 from minilora.files.fold import fold
+from minilora.files.from_hub import base_path, lora_path
 from minilora.files.layout import Checkpoint
 from minilora.files.read import read_lora
 from minilora.files.write import difference, write_lora
@@ -144,3 +145,11 @@ def test_what_cannot_be_had_from_the_hub_is_said(hub, tmp_path):
     with pytest.raises(UserError, match="someone/gone: there is no such file or folder, and none of that name on"):
         Checkpoint(Path("someone/gone"))
     assert not list(tmp_path.glob("someone*"))
+
+
+def test_a_misspelt_name_in_a_folder_that_is_here_asks_no_hub(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "out" / "mountain").mkdir(parents=True)
+    for path in (Path("out/mountian"), Path("out/mountian/file.safetensors")):
+        assert lora_path(path) == path
+    assert base_path(Path("out/merged")) == Path("out/merged")
