@@ -15,7 +15,7 @@ class MergeConfig(Settings):
     usage = "BASE LORA[:STRENGTH] … --output OUT"
     examples = (
         "python -m minilora.merge a.safetensors out/fluent:0.8 --output b.safetensors",
-        "python -m minilora.merge --loras-only out/a:0.5 out/b --rank 16 --output both.safetensors",
+        "python -m minilora.merge --loras-only out/a:0.5 out/b --rank 16 \\\n      --output both.safetensors",
     )
 
     files: tuple[str, ...] = setting(
