@@ -148,6 +148,10 @@ class LoRALinear(nn.Module):
                     y = y + adapter(x).to(y.dtype)
         return y
 
+    def is_merged(self, name: str | None = None) -> bool:
+        """Whether the adapter called `name` (any by default) is in the base's weight."""
+        return bool(self.merged) if name is None else name in self.merged
+
     @torch.no_grad()
     def weight_with(self, names: set[str]) -> torch.Tensor:
         """Return W + Σ sᵢ · ΔWᵢ over the names, summed in float32 and rounded once to W's own type; (out, in)."""
@@ -259,7 +263,7 @@ def layers_with(module: nn.Module, name: str | None = None, require_unmerged: bo
     if not layers:
         which = "" if name is None else f" named {name!r}"
         raise ValueError(f"this {type(module).__name__} carries no LoRA{which}; inject_lora or load_lora first")
-    merged = [path for path, layer in layers.items() if (layer.merged if name is None else name in layer.merged)]
+    merged = [path for path, layer in layers.items() if layer.is_merged(name)]
     if require_unmerged and merged:
         raise RuntimeError(f"the LoRA in {', '.join(merged[:3])} … is merged; call unmerge_lora first")
     return layers
@@ -332,8 +336,7 @@ def unmerge_lora(module: nn.Module, name: str | None = None) -> None:
 
     Raises RuntimeError if it is not merged.
     """
-    layers = layers_with(module, name).values()
-    merged = [layer for layer in layers if (layer.merged if name is None else name in layer.merged)]
+    merged = [layer for layer in layers_with(module, name).values() if layer.is_merged(name)]
     if not merged:
         raise RuntimeError("the LoRA is not merged; call merge_lora first")
     for layer in merged:

@@ -27,15 +27,14 @@ def files_in(folder: Path, problems: list[str]) -> tuple[list[Path], list[Path]]
     left_out: list[Path] = []
     for place, folders, names in os.walk(folder, onerror=unreadable):
         for path in (Path(place, name) for name in (*folders, *names)):
-            if path.is_symlink() and path.is_dir() and not _left_out(path, folder):
+            hidden = _left_out(path, folder)
+            if path.is_symlink() and path.is_dir() and not hidden:
                 name = path.relative_to(folder)
                 problems.append(
                     f"{name} is a link to a folder, which is not followed; put the pictures themselves there"
                 )
-            elif (
-                path.is_file() or not path.exists()
-            ):  # for a link that leads nowhere, the error comes when it is opened
-                (left_out if _left_out(path, folder) else files).append(path)
+            elif path.is_file() or not path.exists():  # a link that leads nowhere is an error when it is opened
+                (left_out if hidden else files).append(path)
     return files, left_out
 
 
