@@ -391,6 +391,11 @@ def test_resume_names_the_part_of_a_base_that_has_changed(run, tiny_base, tmp_pa
     shutil.copytree(tmp_path / "base", tmp_path / "other")
     with pytest.raises(UserError, match=r"another run: --model was .*base and is .*other$"):
         run("a", resume=True, model=str(tmp_path / "other"))
+    run("b", steps=2, checkpoint_every=2)
+    vae = tmp_path / "other" / "vae" / "diffusion_pytorch_model.safetensors"
+    save_file({key: tensor * 2 for key, tensor in load_file(vae).items()}, vae)
+    with pytest.raises(UserError, match=r"another run: --vae was not given and is .*other$"):
+        run("b", resume=True, vae=str(tmp_path / "other"))
 
 
 def test_pictures_that_differ_are_named_by_what_differs():

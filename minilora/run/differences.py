@@ -16,7 +16,7 @@ SHOWN = 3  # pictures that are named; the others are counted
 # Where the identity holds a hash: what it is a hash of, and the settings that say where that comes from.
 HASHES = {
     "unet": ("the U-Net", ("model", "base_lora")),
-    "vae": ("the VAE", ("model", "model_config")),
+    "vae": ("the VAE", ("model", "model_config", "vae")),
     "text_encoder": ("the text encoder", ("model", "model_config", "base_lora")),
     "init_from": ("the LoRA", ("init_from",)),
 }
