@@ -31,6 +31,7 @@ from .run.ema import ema_update
 from .run.hub import check_login
 from .run.lost import rescue
 from .run.objective import Denoising, Objective
+from .run.preview import write_preview
 from .run.ranks import StopSignals, decided_by_main, mean_over_ranks, processes, wait_for_all
 from .run.results import finish
 from .run.setup import Run, prepare
@@ -48,12 +49,14 @@ class Stopped(SystemExit):
 
 
 def train(config: TrainConfig, objective: Objective | None = None) -> Path:
-    """Train a LoRA as `config` says and return the path of its file.
+    """Train a LoRA as `config` says and return the path of its file; with --preview, that of a picture.
 
     Raises UserError for anything wrong with the settings, the base, the pictures or a checkpoint, and Stopped, after
     saving, when a signal asks the process to stop.
     """
     with processes(config.timeout) as ranks, checkpoint.OutputLock(Path(config.output)) as lock:
+        if config.preview:
+            return decided_by_main(lambda: write_preview(config))
         if not config.resume:
             decided_by_main(lambda: checkpoint.refuse_unfinished(Path(config.output)))
         if config.push_to_hub:

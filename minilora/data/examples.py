@@ -70,10 +70,20 @@ class Examples:
             self.buckets.setdefault(self.size_of(item), []).append(item)
         self.schedule_length = schedule_length
         self.folder = Path(config.cache).expanduser()
-        self.vae, self.text_encoder = encoders.encoder_fingerprints
+        self._base = encoders
         self.is_xl, self.tokens = encoders.is_xl, lru_cache(maxsize=4096)(encoders.tokens)
         self.encoders = encoders if config.crop == "random" else None
         self.captions = sorted({caption for item in (*items, *class_items) for caption in (*item.captions, "")})
+
+    @property
+    def vae(self) -> str:
+        """The fingerprint of the VAE."""
+        return self._base.encoder_fingerprints[0]
+
+    @property
+    def text_encoder(self) -> str:
+        """The fingerprint of the text encoders and their tokenizers."""
+        return self._base.encoder_fingerprints[1]
 
     def batch(self, positions: Sequence[int], device: torch.device) -> Batch:
         """Return the batch at the given positions; it does not depend on who asks, or in which order."""
@@ -115,16 +125,21 @@ class Examples:
         """Return the width and height, in pixels, that a picture is cropped to."""
         return buckets.nearest(item.size, self.sizes)
 
-    def _row(self, position: int) -> tuple[Any, ...]:
+    def view_at(self, position: int) -> tuple[Item, bool, tuple[float, float]]:
+        """Return the picture at a position, whether it is mirrored, and the place of its crop, as `crop` takes it."""
         seed, item = self.config.seed, self.picture_at(position)
         mirrored = self.config.mirror and draws.uniform(seed, "mirror", position) < 0.5
-        place = CENTRE
+        if self.config.crop == "random":
+            return item, mirrored, (draws.uniform(seed, "crop x", position), draws.uniform(seed, "crop y", position))
+        return item, mirrored, CENTRE
+
+    def _row(self, position: int) -> tuple[Any, ...]:
+        seed, (item, mirrored, place) = self.config.seed, self.view_at(position)
         if self.encoders is None:
             encoded = _load(self._picture_file(item, mirrored))
             mean, std = encoded["mean"], encoded["std"]  # (channels, h, w) each
         else:
-            place = draws.uniform(seed, "crop x", position), draws.uniform(seed, "crop y", position)
-            mean, std = self.encoders.encode_picture(self._pixels(item, mirrored, place))
+            mean, std = self.encoders.encode_picture(self.pixels(item, mirrored, place))
         latents = mean + std * draws.gaussian(seed, "posterior", position, mean.shape)
         noise = draws.gaussian(seed, "noise", position, mean.shape)
         noise_offset = draws.gaussian(seed, "noise offset", position, (len(mean), 1, 1))
@@ -163,7 +178,8 @@ class Examples:
             return ""
         return captions[draws.integer(seed, "caption", position, 0, len(captions))]
 
-    def _pixels(self, item: Item, mirrored: bool, place: tuple[float, float] = CENTRE) -> torch.Tensor:
+    def pixels(self, item: Item, mirrored: bool, place: tuple[float, float] = CENTRE) -> torch.Tensor:
+        """Return a picture's pixels as training sees them, in [-1, 1], (3, h, w)."""
         try:
             picture = item.open()
         except ChangedError:  # in a way that the times of its file do not show, perhaps: the next run looks at all anew
@@ -201,7 +217,7 @@ class Examples:
             )
 
         def encode_picture(item: Item, mirrored: bool) -> dict[str, torch.Tensor]:
-            mean, std = encoders.encode_picture(self._pixels(item, mirrored))
+            mean, std = encoders.encode_picture(self.pixels(item, mirrored))
             return {"mean": mean, "std": std}
 
         jobs = {}

@@ -139,7 +139,7 @@ def encode(
 ) -> tuple[Examples, Examples | None]:
     """Return the encoded examples: of the training and class pictures, and of the held-out ones, if any."""
     resolution = config.resolution or base.resolution
-    sizes = _sizes_for(base, resolution) if config.buckets else ()
+    sizes = sizes_for(base, resolution) if config.buckets else ()
     if config.train_text_encoder:
         ranks.say("note: --train-text-encoder changes what captions mean, so they are encoded anew at each step")
     # Pictures and captions are encoded in float32: a VAE in half precision can overflow.
@@ -215,7 +215,7 @@ def put_lora(network: UNetWithText | Any, unet: nn.Module, config: TrainConfig) 
     return {}
 
 
-def _sizes_for(base: Base, resolution: int) -> list[Size]:
+def sizes_for(base: Base, resolution: int) -> list[Size]:
     """Return the sizes of --buckets on a base; UserError if there is none."""
     # Steps of 64 pixels, as is usual, would be too coarse for a miniature.
     multiple = max(64, base.side_multiple) if base.resolution >= 256 else base.side_multiple

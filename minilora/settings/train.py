@@ -358,6 +358,13 @@ class TrainConfig(Settings):
         basic=True,
         in_identity=False,
     )
+    preview: bool = setting(
+        False,
+        "write preview.png into the output folder, the pictures and captions as training will see them, and stop",
+        group=OUTPUT,
+        basic=True,
+        in_identity=False,
+    )
     resume: bool = setting(
         False,
         "go on from the newest checkpoint in the output folder",
