@@ -19,16 +19,17 @@ from statistics import median
 import torch
 
 from minilora import inject_lora, lora_parameters
-from minilora.models.base import DTYPES, Base
+from minilora.models.base import Base
 from minilora.models.compiling import compile_options
 from minilora.models.device import this_device
 from minilora.sampling import draw, merged_at
 from minilora.settings.sample import SampleConfig
+from minilora.settings.shared import PRECISIONS
 
 
 def contender(args: argparse.Namespace, lora: bool, compiled: bool) -> Base:
     """Load a base, with a LoRA and compiled if asked for."""
-    base = Base(args.model, this_device(), DTYPES[args.precision])
+    base = Base(args.model, this_device(), args.precision)
     if lora:
         inject_lora(base.unet, args.rank, generator=torch.Generator().manual_seed(0))
         for parameter in lora_parameters(base.unet):
@@ -49,7 +50,7 @@ def seconds(base: Base, args: argparse.Namespace) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", metavar="BASE", help="as for sample.py; if not given, the bundled base")
-    parser.add_argument("--precision", choices=DTYPES, default="fp32")
+    parser.add_argument("--precision", choices=PRECISIONS, default="fp32")
     parser.add_argument("--rank", type=int, default=8, metavar="RANK", help="rank of the LoRA (default 8)")
     parser.add_argument(
         "--steps", type=int, default=2, metavar="STEPS", help="denoising steps, each with guidance (default 2)"

@@ -289,6 +289,11 @@ def plot(work: Path, picture: Path) -> None:
 
 
 def main() -> None:
+    from minilora.models.device import (
+        this_device,
+    )  # not above: the children that are measured import only what they run
+    from minilora.models.precision import SMALL, slow_precision
+
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
         "--work", type=Path, default=Path(".cache/benchmark"), metavar="FOLDER", help="folder for 3 GB of files"
@@ -306,6 +311,8 @@ def main() -> None:
     args = parser.parse_args()
     work = args.work.resolve()
     work.mkdir(parents=True, exist_ok=True)
+    if warning := slow_precision("bf16", this_device(), SMALL):
+        print(f"warning: all contenders run with {warning}", file=sys.stderr)
     if not (work / "base").exists():
         child("make", str(work / "base"))
     if args.plot:

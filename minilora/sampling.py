@@ -23,7 +23,7 @@ from .data.pictures import NO_PICTURE, crop, open_picture
 from .files.network import components, load_lora
 from .files.tensors import write_whole
 from .lora import lora_layers, merge_lora, unmerge_lora
-from .models.base import DTYPES, Base
+from .models.base import Base
 from .models.compiling import check_compiler, compile_options
 from .models.device import this_device
 from .models.text import warn_of_cuts
@@ -226,11 +226,11 @@ def sample(config: SampleConfig) -> Path:
     names = numbered_in(path, len(config.prompt) * config.count)
     if path.suffix:
         picture_format(path)  # both before the work, not after it
-    precision, device = DTYPES[config.precision], this_device()
+    device = this_device()
     if config.compile:
         check_compiler(device)
-    base = Base.of(config, device, precision)
-    print(f"base       {base.source}, {base.predicts}, {config.precision} on {device.type}")
+    base = Base.of(config, device, config.precision)
+    print(f"base       {base.source}, {base.predicts}, {base.computes}")
     width, height = (*config.size, *config.size)[:2] if config.size else (base.resolution, base.resolution)
     if width % base.side_multiple or height % base.side_multiple:
         raise UserError(f"--size is {width}x{height}; this base needs multiples of {base.side_multiple}")

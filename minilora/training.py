@@ -23,8 +23,8 @@ from .data import draws
 from .files.network import load_lora_state_dict, lora_state_dict
 from .files.tensors import write_whole
 from .lora import lora_layers
-from .models.base import DTYPES
 from .models.compiling import check_compiler
+from .models.precision import DTYPES
 from .run import checkpoint
 from .run.differences import differences
 from .run.ema import ema_update
@@ -64,6 +64,7 @@ def train(config: TrainConfig, objective: Objective | None = None) -> Path:
         if config.compile:
             check_compiler(ranks.device)
         run = prepare(config, objective or Denoising(), ranks)
+        config = run.config
         first_step = resume(run) if config.resume else start(run)
         done = first_step  # the steps that `save_done` saves, should a process be lost
         if ranks.is_main:

@@ -35,7 +35,8 @@ from minilora.files.network import load_lora
 from minilora.files.read import AVERAGE_NAME, FILE_NAME, read_lora
 from minilora.files.write import difference
 from minilora.lora import lora_layers, lora_parameters
-from minilora.models.base import DTYPES, Base
+from minilora.models.base import Base
+from minilora.models.precision import DTYPES
 from minilora.run.differences import picture_differences
 from minilora.run.objective import Denoising
 from minilora.run.ranks import BatchPlan

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from ..files.network import load_lora
 from ..files.tensors import write_whole
-from ..models.base import DTYPES, Base
+from ..models.base import Base
 from ..run.ranks import Ranks, processes, wait_for_all
 from ..sampling import save_picture
 from ..settings.distill import DistillConfig
@@ -59,7 +59,7 @@ def distill(config: DistillConfig) -> dict[str, float] | None:
         lora = train(settings, objective_of(config))
     if not ranks.is_main:
         return None
-    base = Base(config.model, ranks.device, DTYPES[config.precision])
+    base = Base(config.model, ranks.device, config.precision)
     load_lora(base.unet, lora)
     measure = few_steps if config.objective == "lcm" else smoothness
     figures, picture = measure(base, held_out, Path(folder), config)

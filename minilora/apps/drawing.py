@@ -10,7 +10,7 @@ from tqdm import tqdm
 from ..data import draws
 from ..data.pictures import as_picture
 from ..files.tensors import write_whole
-from ..models.base import DTYPES, Base
+from ..models.base import Base
 from ..run.lost import heartbeat
 from ..run.ranks import Ranks, wait_for_all
 from ..sampling import save_picture, write_captions
@@ -52,7 +52,9 @@ def draw_pictures(config, captions: Sequence[str], folder: Path, ranks: Ranks) -
     chosen = [captions[draws.picture_at(config.seed, p, len(captions))] for p in range(config.pictures)]
     files = [folder / f"{position:05d}.png" for position in range(config.pictures)]
     steps = SampleConfig(prompt=(*captions[:1],), model=config.model).steps
-    settings = [config.model, config.precision, config.seed, config.middle_guidance, steps, chosen]
+    base = Base(config.model, ranks.device, config.precision)
+    base.refuse_inpainting()
+    settings = [config.model, base.precision, config.seed, config.middle_guidance, steps, chosen]
     about, said = folder / "drawn.json", json.dumps(settings) + "\n"
     other = not about.exists() or about.read_text() != said
     wait_for_all()
@@ -62,8 +64,6 @@ def draw_pictures(config, captions: Sequence[str], folder: Path, ranks: Ranks) -
         write_whole(about, said.encode())
         write_captions(folder, [file.name for file in files], chosen)
     wait_for_all()
-    base = Base(config.model, ranks.device, DTYPES[config.precision])
-    base.refuse_inpainting()
     mine = [position for position in range(ranks.rank, config.pictures, ranks.world) if not files[position].exists()]
     for start in tqdm(range(0, len(mine), TOGETHER), "draw", disable=not (ranks.is_main and mine)):
         positions = mine[start : start + TOGETHER]

@@ -47,7 +47,7 @@ from PIL import Image
 from ..data.folder import Item, read_folder
 from ..data.held_out import held_out_loss
 from ..data.pictures import as_tensor, crop_square
-from ..models.base import DTYPES, Base
+from ..models.base import Base
 from ..models.device import this_device
 from ..models.text import UNetWithText
 from ..run.encode import encoded_examples
@@ -66,7 +66,7 @@ SHOWN = 8  # pictures on the sheet, with their nearest
 
 def evaluate(config: EvaluateConfig) -> dict[str, float]:
     """Compare the pictures of two folders, write a sheet of nearest ones, and return the figures."""
-    base = Base(config.model, this_device(), DTYPES[config.precision])
+    base = Base(config.model, this_device(), config.precision)
     base.refuse_inpainting()
     items, reference = (
         read_folder(folder, TrainConfig(data=(folder,), caption=caption), "evaluate")

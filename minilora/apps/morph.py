@@ -44,7 +44,7 @@ from ..data.pictures import as_picture
 from ..files.network import load_lora
 from ..files.tensors import write_whole
 from ..lora import lora_disabled, lora_layers
-from ..models.base import DTYPES, Base
+from ..models.base import Base
 from ..models.device import this_device
 from ..sampling import picture_format, save_picture, sheet
 from ..settings.errors import UserError
@@ -78,7 +78,7 @@ def morph(config: MorphConfig) -> dict[str, float]:
         given or learn(path, prompt, config.folder / f"lora-{name}", config)
         for path, prompt, name, given in zip(paths, prompts, "ab", (config.lora_a, config.lora_b), strict=True)
     ]
-    base = Base(config.model, this_device(), DTYPES[config.precision])
+    base = Base(config.model, this_device(), config.precision)
     base.refuse_inpainting()
     for name, lora in zip("ab", loras, strict=True):
         load_lora(base.unet, lora, name)

@@ -26,7 +26,7 @@ import torch
 from ..data.pictures import NO_PICTURE, as_picture, as_tensor, crop_square, open_picture
 from ..files.network import load_lora
 from ..lora import lora_disabled, set_lora_strength
-from ..models.base import DTYPES, Base
+from ..models.base import Base
 from ..models.device import this_device
 from ..sampling import save_picture, sheet
 from ..settings.errors import UserError
@@ -42,7 +42,7 @@ def restore(config: RestoreConfig) -> dict[str, float]:
     path, output = Path(config.picture[0]), Path(config.output)
     picture = see(path, config.model)
     lora = config.lora or learn(path, config.prompt, output / "lora", config)
-    base = Base(config.model, this_device(), DTYPES[config.precision])
+    base = Base(config.model, this_device(), config.precision)
     base.refuse_inpainting()
     load_lora(base.unet, lora)
 
@@ -97,7 +97,7 @@ def learn(path: Path, prompt: str, output: Path, config) -> Path:
         rank=config.rank,
         steps=config.train_steps,
         checkpoint_every=config.train_steps,  # one at the end; it knows the picture, so --resume notices another one
-        precision=config.precision,
+        precision=Base(config.model, this_device(), config.precision).precision,  # as config.json has it
         output=str(output),
     )
     about = output / "config.json"

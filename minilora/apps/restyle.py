@@ -33,7 +33,7 @@ from PIL import Image
 from ..data.folder import Item, read_folder
 from ..data.pictures import as_tensor, crop_square
 from ..files.read import some
-from ..models.base import DTYPES, Base
+from ..models.base import Base
 from ..models.device import this_device
 from ..sampling import TOGETHER, draw, load_loras, merged_at, save_picture, sheet
 from ..settings.errors import UserError, first_line
@@ -51,7 +51,7 @@ def restyle(config: RestyleConfig) -> dict[str, float]:
     """Draw pictures again at each strength of the LoRAs, write them, and return the figures."""
     output, [data] = Path(config.output), config.data
     items = read_pictures(data, config.prompt, "")
-    base = Base(config.model, this_device(), DTYPES[config.precision])
+    base = Base(config.model, this_device(), config.precision)
     base.refuse_inpainting()
     strengths = load_loras(base, config.lora)
     draw_again = pipeline_for(base, config)

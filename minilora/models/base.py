@@ -19,6 +19,7 @@ The parts are classes of diffusers and transformers; folder.py and single_file.p
 
 import hashlib
 import json
+import sys
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -42,10 +43,10 @@ from ..settings.errors import UserError
 from ..settings.setting import BUNDLED
 from ..settings.shared import path_and_number
 from .fingerprint import fingerprint, hash_of_files
+from .precision import DTYPES, choose, slow_precision
 from .single_file import SingleFile, is_file, vae_parts
 from .text import encode_tokens, tokenize
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 PIPELINES = {  # the kinds of bases, and their parts besides U-Net, VAE and scheduler
     "StableDiffusionPipeline": ("text_encoder", "tokenizer"),
     "StableDiffusionInpaintPipeline": ("text_encoder", "tokenizer"),
@@ -67,9 +68,11 @@ class Base:
     drawing starts there, as a file's mark does, too.
     Source: Lin et al., "Common diffusion noise schedules and sample steps are flawed", 2023.
 
+    `precision` is fp32, bf16, fp16 or auto, which leaves it to precision.py.
+
     `loras`, each "path" or "path:strength", are folded into the weights of each part as it is loaded.
 
-    Each part is loaded on first use, frozen, onto `device` in `dtype`, and stays until `release`.
+    Each part is loaded on first use, frozen, onto `device` in `precision`, and stays until `release`.
     Raises UserError if there is no Stable Diffusion under that name, or a LoRA does not fit it.
     """
 
@@ -77,7 +80,7 @@ class Base:
         self,
         name: str | None,
         device: torch.device,
-        dtype: torch.dtype = torch.float32,
+        precision: str = "fp32",
         config: str | None = None,
         zero_terminal_snr: bool = False,
         loras: Sequence[str] = (),
@@ -86,7 +89,7 @@ class Base:
     ):
         self.source = str(BUNDLED if name is None else name)
         self.device = device
-        self.dtype = dtype
+        self.asked_precision = precision
         self.zero_terminal_snr = zero_terminal_snr
         self.loras = loras
         self.prediction_type = prediction_type
@@ -106,10 +109,37 @@ class Base:
             raise UserError(f"{title}: it holds a {self.kind}; what is known is {', '.join(PIPELINES)}")
 
     @classmethod
-    def of(cls, config, device: torch.device, dtype: torch.dtype = torch.float32, loras: Sequence[str] = ()) -> "Base":
+    def of(cls, config, device: torch.device, precision: str = "fp32", loras: Sequence[str] = ()) -> "Base":
         """Return the base that the settings of train.py or sample.py name."""
         names = config.model_config, config.zero_terminal_snr, loras, config.prediction_type, config.vae
-        return cls(config.model, device, dtype, *names)
+        return cls(config.model, device, precision, *names)
+
+    @cached_property
+    def _precision(self) -> tuple[str, str]:
+        """The number format to compute in, and why, if it was left to the machine."""
+        if self.asked_precision == "fp32":
+            return "fp32", ""
+        numbers = empty_module(UNET, self.parts.config(UNET), self.parts.title).parameters()
+        parameters = sum(parameter.numel() for parameter in numbers)
+        if self.asked_precision == "auto":
+            return choose(self.device, parameters)
+        if warning := slow_precision(self.asked_precision, self.device, parameters):
+            print(f"warning: {warning}", file=sys.stderr)
+        return self.asked_precision, ""
+
+    @property
+    def precision(self) -> str:
+        return self._precision[0]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return DTYPES[self.precision]
+
+    @property
+    def computes(self) -> str:
+        """The number format and the device, in the words that commands print: "fp32 on cpu (the base is small)"."""
+        precision, why = self._precision
+        return f"{precision} on {self.device.type}" + (f" ({why})" if why else "")
 
     @cached_property
     def unet(self) -> UNet2DConditionModel:

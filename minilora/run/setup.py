@@ -16,7 +16,7 @@ from ..data.folder import Item
 from ..files.names import UNET
 from ..files.network import load_lora, lora_state_dict
 from ..lora import inject_lora, lora_layers, lora_parameters
-from ..models.base import DTYPES, Base
+from ..models.base import Base
 from ..models.compiling import compile_options
 from ..models.fingerprint import fingerprint
 from ..models.targets import ranks_and_alphas
@@ -79,6 +79,7 @@ def prepare(config: TrainConfig, objective: Objective, ranks: Ranks) -> Run:
     items, held_out_items = read_pictures(config, ranks)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     base = load_base(config, ranks.device)
+    config = replace(config, precision=base.precision)  # what was chosen, if it was left to the machine
     others = class_pictures(config, base, ranks) if config.class_prompt else []
     examples, held_out = encode(config, base, ranks, items, others, held_out_items)
     identity = _identity(config, base, examples) | {"objective": objective.name()}
@@ -124,7 +125,7 @@ def prepare(config: TrainConfig, objective: Objective, ranks: Ranks) -> Run:
 
 def load_base(config: TrainConfig, device: torch.device) -> Base:
     """Return the base; UserError if the settings do not fit it."""
-    base = Base.of(config, device, DTYPES[config.precision], config.base_lora)
+    base = Base.of(config, device, config.precision, config.base_lora)
     if config.timestep_range and config.timestep_range[1] > len(base.schedule):
         given = ",".join(map(str, config.timestep_range))
         raise UserError(f"--timestep-range is {given}; this base has the timesteps 0 to {len(base.schedule) - 1}")
@@ -179,7 +180,7 @@ def introduce(run: Run) -> None:
     )
     numbers, total = (sum(p.numel() for p in some) for some in (run.parameters, run.network.parameters()))
     on_top = "".join(f" + {lora}" for lora in config.base_lora)
-    say(f"base       {run.base.source}{on_top}, {run.base.predicts}, {config.precision} on {run.ranks.device.type}")
+    say(f"base       {run.base.source}{on_top}, {run.base.predicts}, {run.base.computes}")
     say(f"pictures   {len(examples.items)} of {', '.join(config.data)}, at {seen_at} pixels")
     if config.validation_share is not None:
         say(f"validation {len(run.held_out.items)} held-out pictures of them")

@@ -94,7 +94,7 @@ class DistillConfig(Settings):
     targets: tuple[str, ...] = setting(
         ALL_LAYERS, "layers to adapt, by the ends of their names; if not given, all kinds", group=LORA, metavar="LAYERS"
     )
-    precision: str = setting("fp32", PRECISION_HELP, choices=PRECISIONS, group=SPEED)
+    precision: str = setting("auto", PRECISION_HELP, choices=PRECISIONS, group=SPEED)
 
     @property
     def middle_guidance(self) -> float:

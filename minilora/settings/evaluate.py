@@ -49,7 +49,7 @@ class EvaluateConfig(Settings):
         group=DATA,
         metavar="MODEL",
     )
-    precision: str = setting("fp32", PRECISION_HELP, choices=PRECISIONS, group=SPEED)
+    precision: str = setting("auto", PRECISION_HELP, choices=PRECISIONS, group=SPEED)
 
     def problems(self) -> list[str]:
         if len(self.folders) != 2:

@@ -62,7 +62,7 @@ class MorphConfig(Settings):
     train_steps: int = setting(
         200, "optimizer steps that each is trained for", group=LORA, metavar="STEPS", within=AT_LEAST_1
     )
-    precision: str = setting("fp32", PRECISION_HELP, choices=PRECISIONS, group=SPEED)
+    precision: str = setting("auto", PRECISION_HELP, choices=PRECISIONS, group=SPEED)
 
     @property
     def folder(self) -> Path:

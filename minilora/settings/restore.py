@@ -56,7 +56,7 @@ class RestoreConfig(Settings):
     train_steps: int = setting(
         ByBase(500, 400), "optimizer steps that it is trained for", group=LORA, metavar="STEPS", within=AT_LEAST_1
     )
-    precision: str = setting("fp32", PRECISION_HELP, choices=PRECISIONS, group=SPEED)
+    precision: str = setting("auto", PRECISION_HELP, choices=PRECISIONS, group=SPEED)
 
     @classmethod
     def following(cls, values: dict) -> dict:

@@ -75,7 +75,7 @@ class RestyleConfig(Settings):
         group=PICTURES,
         metavar="FOLDER",
     )
-    precision: str = setting("fp32", PRECISION_HELP, choices=PRECISIONS, group=SPEED)
+    precision: str = setting("auto", PRECISION_HELP, choices=PRECISIONS, group=SPEED)
 
     @classmethod
     def following(cls, values: dict) -> dict:

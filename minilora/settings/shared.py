@@ -18,8 +18,10 @@ VAE_HELP = "VAE to use instead of the base's own: folder or hub id of a VAE or a
 PREDICTION_HELP = "what the U-Net predicts, where neither the base's settings nor a mark in its file say it right"
 PREDICTIONS = ("epsilon", "v_prediction")
 ZERO_SNR_HELP = "change the base's noise levels so that the last one is pure noise; for bases that predict v"
-PRECISION_HELP = "number format of the base and of the computation; bf16 and fp16 take half the memory"
-PRECISIONS = ("fp32", "bf16", "fp16")
+PRECISION_HELP = (
+    "number format of the base and of the computation; bf16 and fp16 take half the memory; auto suits the machine"
+)
+PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 COMPILE_HELP = "compile the U-Net: the first step takes minutes, each later one is faster"
 LORA_HELP = "LoRA file, folder of a training or hub id (OWNER/NAME); with a strength: out/fluent:0.8; may be repeated"
 GUIDANCE_HELP = "classifier-free guidance: how closely pictures follow the prompt, at least 1; 1 is without"

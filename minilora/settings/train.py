@@ -328,7 +328,7 @@ class TrainConfig(Settings):
     )
     zero_terminal_snr: bool = setting(False, ZERO_SNR_HELP, group=NOISE)
 
-    precision: str = setting("fp32", PRECISION_HELP, choices=PRECISIONS, group=SPEED, basic=True)
+    precision: str = setting("auto", PRECISION_HELP, choices=PRECISIONS, group=SPEED, basic=True)
     micro_batch_size: int | None = setting(
         None,
         "pictures per forward pass and process; gradients accumulate over the batch; if not given, all at once",

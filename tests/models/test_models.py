@@ -178,13 +178,13 @@ def test_a_base_with_loras_is_the_one_that_they_were_merged_into(family, family_
             ours.release(part)  # the second time it is loaded anew, and the LoRAs are in it once
         assert part == "vae" or any(not torch.equal(tensor, original[name]) for name, tensor in expected.items())
 
-    half, rounded = Base(str(folder), CPU, torch.bfloat16, loras=texts[:1]), Base(str(folder), CPU, torch.bfloat16)
+    half, rounded = Base(str(folder), CPU, "bf16", loras=texts[:1]), Base(str(folder), CPU, "bf16")
     load_lora(rounded.unet, loras[0][0], strength=0.5)
     merge_lora(rounded.unet)  # which rounds once, too
     for path, layer in lora_layers(rounded.unet).items():
         torch.testing.assert_close(half.unet.get_submodule(path).weight, layer.base.weight, rtol=2**-7, atol=0)
     with pytest.raises(UserError, match=r"unet\..* is not finite with .*a\.safetensors:1e6 in it"):
-        _ = Base(str(folder), CPU, torch.float16, loras=(f"{loras[0][0]}:1e6",)).unet
+        _ = Base(str(folder), CPU, "fp16", loras=(f"{loras[0][0]}:1e6",)).unet
 
 
 def test_files_that_cannot_be_read_are_named(tmp_path):

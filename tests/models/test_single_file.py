@@ -100,7 +100,7 @@ def test_loras_are_folded_into_a_single_file_as_into_a_folder(single_file, famil
 def test_a_part_is_loaded_without_the_others_and_in_its_own_type(single_file):
     """The VAE and the text encoder encode pictures and captions; nothing of the U-Net is asked for."""
     file, settings = single_file("sd1", "model.diffusion_model.")
-    base = base_of(file, settings, dtype=torch.float16)
+    base = base_of(file, settings, precision="fp16")
     assert base.vae.dtype == base.text_encoder.dtype == torch.float16
     with pytest.raises(UserError, match=r"base10\.safetensors: it holds no U-Net"):
         _ = base.unet

@@ -33,7 +33,7 @@ def parse(*argv):
 def test_defaults_are_the_well_known_recipe_and_differ_on_the_bundled_base_where_it_is_said():
     usual, bundled = parse("--data", "x/y", "--model", "some/base"), parse("--data", "x/y")
     assert (usual.rank, usual.alpha, usual.learning_rate, usual.batch_size) == (8, 8, 1e-4, 1)
-    assert (usual.max_grad_norm, usual.noise_offset, usual.snr_gamma, usual.precision) == (1.0, 0, None, "fp32")
+    assert (usual.max_grad_norm, usual.noise_offset, usual.snr_gamma, usual.precision) == (1.0, 0, None, "auto")
     assert usual.output == "out/y"
     differ = {f.name for f in dataclasses.fields(usual) if getattr(usual, f.name) != getattr(bundled, f.name)}
     assert usual.prior_weight == 1  # and needs no class, being what it is by default
@@ -207,7 +207,7 @@ def test_settings_are_frozen():
         (["--data", "a", "--learning-rat", "1"], "unknown setting --learning-rat; did you mean --learning-rate?"),
         (["--data", "a", "--rank", "many"], "argument --rank: invalid int value: 'many'"),
         (["--data", "a", "--rank", "0"], "--rank is 0; it must be at least 1"),
-        (["--data", "a", "--precision", "fp8"], "--precision is 'fp8'; it can be fp32, bf16, fp16"),
+        (["--data", "a", "--precision", "fp8"], "--precision is 'fp8'; it can be auto, fp32, bf16, fp16"),
         (["--data", "a", "--caption-dropout", "1.5"], "--caption-dropout is 1.5; it must be at least 0 and at most 1"),
         (["--data", "a", "--dropout", "1"], "--dropout is 1; it must be at least 0 and at most 0.99"),
         (["--data", "a", "--learning-rate", "0"], "--learning-rate is 0; it must be greater than 0"),
