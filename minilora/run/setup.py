@@ -187,6 +187,8 @@ def introduce(run: Run) -> None:
     if examples.class_items:
         count = len(examples.class_items)
         say(f"class      {count} pictures of {config.class_prompt!r}; every other picture in training is one of them")
+    if config.recipe:
+        say(f"recipe     {config.recipe}: {config.recipe_as_typed()}")
     say(f"LoRA       rank {rank}, alpha {alpha}, in {len(layers)} layers")
     say(f"trained    {numbers:,} of {total:,} parameters")
     say(f"batch      {config.batch_size} = {run.plan}")

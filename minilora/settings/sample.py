@@ -103,7 +103,7 @@ class SampleConfig(Settings):
         group=MODEL,
         metavar="FACTOR,…",
     )
-    precision: str = setting("auto", PRECISION_HELP, choices=PRECISIONS, group=SPEED, basic=True)
+    precision: str = setting("auto", PRECISION_HELP, choices=PRECISIONS, group=SPEED)
     compile: bool = setting(False, COMPILE_HELP, group=SPEED)
 
     output: str = setting(

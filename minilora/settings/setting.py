@@ -77,6 +77,7 @@ def setting(
     bare: bool = False,
     separator: str = ",",
     alias: str = "",
+    by_recipe: bool = False,
     in_identity: bool = True,
 ):
     """Declare one setting.
@@ -85,14 +86,14 @@ def setting(
     among the first ones, and every other under its `group`.  `choices` are all values that it can have, `within`
     is the range of its numbers.  `needs` is another setting that it has no effect without, and what that one is.
     `repeat`: its option may be given several times.  `bare`: its values stand without an option.  `separator`
-    stands between several values of one option.  `alias` is another option for it.  `in_identity`: what is learnt
-    depends on it.
+    stands between several values of one option.  `alias` is another option for it.  `by_recipe`: --recipe may change
+    its default.  `in_identity`: what is learnt depends on it.
     """
     metadata = {"help": text, "group": group, "metavar": metavar, "basic": basic, "default": default}
     metadata |= {"choices": choices, "within": within, "needs": needs, "separator": separator}
     metadata |= {"repeat": repeat, "bare": bare, "alias": alias, "in_identity": in_identity}
-    by_base = isinstance(default, ByBase)
-    return dataclasses.field(default=None if by_base else default, metadata=metadata)
+    follows = metadata["follows"] = by_recipe or isinstance(default, ByBase)
+    return dataclasses.field(default=None if follows else default, metadata=metadata)  # None: it was not given
 
 
 def option(name: str) -> str:
@@ -157,10 +158,15 @@ class Settings:
     @classmethod
     def following(cls, values: dict) -> dict:
         """Return the defaults that depend on other settings, by name; `values` are the settings that are known."""
-        defaults = {field.name: field.metadata["default"] for field in dataclasses.fields(cls)}
-        by_base = {name: default for name, default in defaults.items() if isinstance(default, ByBase)}
-        bundled = is_miniature(values.get("model"))
-        return {name: default.bundled if bundled else default.usual for name, default in by_base.items()}
+        fields = [field for field in dataclasses.fields(cls) if field.metadata["follows"]]
+        defaults, bundled = (
+            {field.name: field.metadata["default"] for field in fields},
+            is_miniature(values.get("model")),
+        )
+        return {
+            name: (default.bundled if bundled else default.usual) if isinstance(default, ByBase) else default
+            for name, default in defaults.items()
+        }
 
     def problems(self) -> list[str]:
         """Return what is wrong with the settings beyond what their declarations say."""

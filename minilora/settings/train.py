@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from .recipes import RECIPES, recipe_settings
 from .setting import (
     ABOVE_0,
     AT_LEAST_0,
@@ -17,6 +18,7 @@ from .setting import (
     ByBase,
     Settings,
     Within,
+    as_typed,
     is_installed,
     option,
     setting,
@@ -83,6 +85,14 @@ class TrainConfig(Settings):
     trigger: str | None = setting(
         None, "word to put before every caption: sks makes 'sks, a dog'", group=DATA, metavar="WORD", basic=True
     )
+    recipe: str | None = setting(
+        None,
+        "what to learn: sets steps by the number of pictures, rank, learning rate and more, where they are not given",
+        group=TRAINING,
+        choices=RECIPES,
+        basic=True,
+        in_identity=False,
+    )
     resolution: int | None = setting(
         None,
         "side of the training pictures in pixels; if not given, the base's own",
@@ -98,9 +108,12 @@ class TrainConfig(Settings):
         group=DATA,
     )
     buckets: bool = setting(
-        False, "train on several sizes of about equal area, not on squares, so that less is cropped away", group=DATA
+        False,
+        "train on several sizes of about equal area, not on squares, so that less is cropped away",
+        group=DATA,
+        by_recipe=True,
     )
-    mirror: bool = setting(False, "show each picture mirrored half of the time", group=DATA)
+    mirror: bool = setting(False, "show each picture mirrored half of the time", group=DATA, by_recipe=True)
     caption_dropout: float = setting(
         ByBase(0.0, 0.1),
         "share of draws, 0 to 1, whose caption is left empty",
@@ -196,6 +209,7 @@ class TrainConfig(Settings):
         group=MODEL,
         metavar="RANK",
         basic=True,
+        by_recipe=True,
         within=AT_LEAST_1,
     )
     alpha: float | None = setting(
@@ -216,7 +230,7 @@ class TrainConfig(Settings):
     alpha_for: tuple[str, ...] = setting(
         (), "alphas of some layers, by a part of their name: attn2=8,ff=4", group=MODEL, metavar="PART=ALPHA,…"
     )
-    train_text_encoder: bool = setting(False, "also train a LoRA in the text encoders", group=MODEL)
+    train_text_encoder: bool = setting(False, "also train a LoRA in the text encoders", group=MODEL, by_recipe=True)
     text_encoder_targets: tuple[str, ...] = setting(
         TEXT_ATTENTION,
         "layers of the text encoders to adapt, by the ends of their names; fc1 and fc2 are the others",
@@ -328,7 +342,7 @@ class TrainConfig(Settings):
     )
     zero_terminal_snr: bool = setting(False, ZERO_SNR_HELP, group=NOISE)
 
-    precision: str = setting("auto", PRECISION_HELP, choices=PRECISIONS, group=SPEED, basic=True)
+    precision: str = setting("auto", PRECISION_HELP, choices=PRECISIONS, group=SPEED)
     micro_batch_size: int | None = setting(
         None,
         "pictures per forward pass and process; gradients accumulate over the batch; if not given, all at once",
@@ -338,7 +352,11 @@ class TrainConfig(Settings):
         in_identity=False,
     )
     gradient_checkpointing: bool = setting(
-        False, "compute activations twice instead of keeping them: less memory, slower", group=SPEED, in_identity=False
+        False,
+        "compute activations twice instead of keeping them: less memory, slower",
+        group=SPEED,
+        by_recipe=True,
+        in_identity=False,
     )
     compile: bool = setting(False, COMPILE_HELP, group=SPEED, in_identity=False)
     timeout: float = setting(
@@ -432,13 +450,25 @@ class TrainConfig(Settings):
 
     @classmethod
     def following(cls, values: dict) -> dict:
-        data, rank = values.get("data"), values.get("rank", cls.rank)
+        follows = super().following(values)
+        if values.get("recipe") in RECIPES:
+            follows |= recipe_settings(values["recipe"], values)
+        data, rank = values.get("data"), values.get("rank") or follows["rank"]
         path = Path(os.path.abspath(path_and_number(data[0], WEIGHT)[0] if data else ""))
         output = str(Path("out") / (path.stem if path.is_file() else path.name)) if data else None
-        follows = super().following(values) | {"output": output, "alpha": float(max(rank, 1))}
+        follows |= {"output": output, "alpha": float(max(rank, 1))}
         if words := re.findall(r"\w+", values.get("class_prompt") or ""):
             follows["class_data"] = str(Path("out") / "-".join(["class", *words]))
         return follows
+
+    def recipe_as_typed(self) -> str:
+        """Return the settings that --recipe stands for, but for those that were given, as one would type them."""
+        words = []
+        for name, value in recipe_settings(self.recipe, vars(self)).items() if self.recipe else ():
+            if getattr(self, name) == value:
+                switch = option(name if value else f"no_{name}")
+                words.append(switch if isinstance(value, bool) else f"{option(name)} {as_typed(value)}")
+        return " ".join(words)
 
     def by_part(self) -> dict[str, Any]:
         """Return --rank-for and --alpha-for as mappings, as `inject_lora` takes them."""
@@ -516,7 +546,9 @@ class TrainConfig(Settings):
                 if not re.fullmatch(rf"[\w.]+={number}", text)
             ]
         if self.init_from:
-            given = {"rank": 8, "alpha": float(self.rank), "targets": ("attention",), "rank_for": (), "alpha_for": ()}
+            follows = self.following(vars(self) | {"rank": None})
+            given = {name: follows[name] for name in ("rank", "alpha")}
+            given |= {"targets": ("attention",), "rank_for": (), "alpha_for": ()}
             wrong += [
                 f"{option(name)} has no effect with --init-from, whose layers and ranks are the file's"
                 for name, default in given.items()

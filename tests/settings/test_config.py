@@ -151,6 +151,7 @@ SHOWN = {  # which test shows what a setting does, but for the CHANGES of test_t
         "checkpoint_every": "test_training.py::test_only_the_newest_checkpoints_stay",
         "checkpoints_kept": "test_training.py::test_only_the_newest_checkpoints_stay",
         "timeout": "test_machines.py::test_a_process_that_hangs_is_named_and_nothing_is_lost",
+        "recipe": "test_recipes.py::test_a_recipe_is_nothing_but_the_settings_that_it_stands_for",
         "preview": "test_preview.py::test_each_picture_is_shown_as_training_sees_it_first",
         "resume": "test_training.py::test_a_run_that_was_cut_in_two_gives_the_same_bytes",
         "sample_prompt": "test_training.py::test_samples_during_training_disturb_nothing",

@@ -1,0 +1,69 @@
+"""--recipe: settings by what one wants to learn, for the number of pictures and the family of the base.
+
+They are starting points, found by comparing what the other trainers recommend (docs/your_pictures.md says where they
+disagree).  A recipe sets nothing that the user has set.
+"""
+
+import json
+import struct
+from pathlib import Path
+
+from PIL import Image
+
+from .setting import is_miniature
+from .shared import WEIGHT, path_and_number
+
+RECIPES = ("subject", "face", "style")
+_STEPS = {"subject": (100, 800, 2000), "face": (100, 1000, 3000), "style": (60, 1500, 4000)}  # a picture, least, most
+
+
+def recipe_settings(recipe: str, values: dict) -> dict:
+    """Return the settings that a recipe stands for, by name; `values` are the settings that are known."""
+    model, style = values.get("model"), recipe == "style"
+    mirror = {"mirror": recipe != "face"}  # a mirrored face is another face
+    if is_miniature(model):
+        return mirror  # the other defaults are its own
+    each, least, most = _STEPS[recipe]
+    steps = min(max(each * _count(values.get("data") or ()), least), most)
+    settings = mirror | {
+        "rank": 32 if recipe == "face" else 16,
+        "steps": steps * (2 if values.get("class_prompt") else 1),  # half of them see class pictures
+        "learning_rate": 1e-4,
+        "caption_dropout": 0.1 if style else 0.0,
+        # A batch of subject and class pictures has one size.
+        "buckets": not values.get("class_prompt") and not values.get("compile"),
+    }
+    if _is_xl(model):
+        return settings | {"gradient_checkpointing": True}
+    # A subject's new word gets a meaning of its own; XL's encoders know enough, and are large.
+    return settings if style else settings | {"train_text_encoder": True, "text_encoder_learning_rate": 5e-5}
+
+
+def _count(data) -> int:
+    """Return how many pictures there are by their names, each as often as its folder's weight says."""
+    known, count = Image.registered_extensions(), 0
+    for text in data:
+        folder, weight = path_and_number(text, WEIGHT)
+        names = [path.relative_to(folder) for path in Path(folder).rglob("*") if path.suffix.lower() in known]
+        shown = [name for name in names if not any(part.startswith(".") for part in name.parts)]
+        count += max(1, len(shown)) * int(weight)
+    return count
+
+
+def _is_xl(model: str) -> bool:
+    """Whether a base is Stable Diffusion XL: by a folder's settings, a file's names, or the name of a hub id."""
+    path = Path(model)
+    try:
+        if path.is_dir():
+            return "XL" in json.loads((path / "model_index.json").read_text())["_class_name"]
+        with path.open("rb") as file:
+            [length] = struct.unpack("<Q", file.read(8))
+            return b'"conditioner.embedders.1.' in file.read(min(length, 100_000_000))
+    except (
+        OSError,
+        ValueError,
+        KeyError,
+        TypeError,
+        struct.error,
+    ):  # no base, or on the hub; if broken, loading says so
+        return "xl" in path.name.lower()
