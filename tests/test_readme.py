@@ -134,7 +134,7 @@ def run(command: str, folder: Path) -> None:
             finish(machine)
         return
     output = finish(call(command, folder))
-    if "train.py" in command:
+    if "train.py" in command and "--preview" not in command:
         suggested = output.strip().splitlines()[-1].removeprefix("next").strip()
         finish(call(on_small_pictures(small(suggested, Path())), folder))
 
