@@ -31,6 +31,7 @@ from .settings.errors import UserError
 from .settings.sample import SAMPLERS, SampleConfig
 from .settings.shared import path_and_number
 
+SETTINGS = "minilora"  # under which a picture's file tells the settings that it was drawn with
 DRAWN_BY = "drawn by"  # under which a picture's file tells for which prompt it was drawn, and by which base
 TOGETHER = 4  # pictures drawn in one pass; more are faster and take more memory
 
@@ -226,51 +227,77 @@ def sample(config: SampleConfig) -> Path:
     names = numbered_in(path, len(config.prompt) * config.count)
     if path.suffix:
         picture_format(path)  # both before the work, not after it
-    device = this_device()
-    if config.compile:
-        check_compiler(device)
-    base = Base.of(config, device, config.precision)
-    print(f"base       {base.source}, {base.predicts}, {base.computes}")
-    width, height = (*config.size, *config.size)[:2] if config.size else (base.resolution, base.resolution)
-    if width % base.side_multiple or height % base.side_multiple:
-        raise UserError(f"--size is {width}x{height}; this base needs multiples of {base.side_multiple}")
-    warn_of_cuts(base.tokenizers, dict.fromkeys((*config.prompt, config.negative)), "prompt")
-    strengths = load_loras(base, config.lora, config.allow_unmatched)
-    if config.compile:
-        base.unet.compile(**compile_options(device))
-    use_scheduler(base, config.scheduler)
-    seeds, drawing = [config.seed + i for i in range(config.count)], config
-
-    def draw_all(*factors: float) -> list[list[Image.Image]]:
-        """Draw every prompt with every seed; the LoRAs are merged, at their strengths times these factors."""
-        nonlocal drawing
-        with merged_at(base, {name: strengths[name] * f for name, f in zip(strengths, factors, strict=True)}):
-            rows = draw_each(base, config.prompt, seeds, (width, height), drawing)
-        drawing = replace(config, compile=False)  # the U-Net is compiled now; the time is printed only once
-        return rows
-
-    if config.strengths:
-        columns = [[p for row in draw_all(*[factor] * len(strengths)) for p in row] for factor in config.strengths]
-        rows = [list(row) for row in zip(*columns, strict=True)]
-        labels = [f"{prompt}, seed {seed}" for prompt in config.prompt for seed in seeds]
-        result = sheet(rows, [f"strength {factor:g}" for factor in config.strengths], labels)
-    elif config.grid:
-        first, second = (Path(path_and_number(text)[0]).name for text in config.lora)
-        rows = [[draw_all(one, other)[0][0] for other in config.grid] for one in config.grid]
-        result = sheet(rows, [f"{second} {f:g}" for f in config.grid], [f"{first} {f:g}" for f in config.grid])
-    else:
-        rows = draw_all(*[1.0] * len(strengths))
-        single = len(rows) == len(seeds) == 1
-        result = rows[0][0] if single else sheet(rows, [f"seed {seed}" for seed in seeds], list(config.prompt))
+    result, rows = draw_all(*load(config), config)
     if path.suffix:
         save_picture(result, path)
     else:
-        captions = [caption for caption in config.prompt for _ in seeds]
+        captions = [caption for caption in config.prompt for _ in range(config.count)]
         for picture, name in zip((p for row in rows for p in row), names, strict=True):
             save_picture(picture, path / name)
         write_captions(path, names, captions)
     print(f"wrote {path}")
     return path
+
+
+def load(config: SampleConfig) -> tuple[Base, dict[str, float]]:
+    """Return the base that `config` names with the LoRAs in it, and their strengths by their names there."""
+    device = this_device()
+    if config.compile:
+        check_compiler(device)
+    base = Base.of(config, device, config.precision)
+    print(f"base       {base.source}, {base.predicts}, {base.computes}")
+    size_of(base, config)  # a wrong one is refused before the U-Net is loaded
+    strengths = load_loras(base, config.lora, config.allow_unmatched)
+    if config.compile:
+        base.unet.compile(**compile_options(device))
+    return base, strengths
+
+
+def size_of(base: Base, config: SampleConfig) -> Size:
+    """Return width and height of the pictures; UserError if the base cannot draw them."""
+    width, height = (*config.size, *config.size)[:2] if config.size else (base.resolution, base.resolution)
+    if width % base.side_multiple or height % base.side_multiple:
+        raise UserError(f"--size is {width}x{height}; this base needs multiples of {base.side_multiple}")
+    return width, height
+
+
+def draw_all(
+    base: Base, strengths: dict[str, float], config: SampleConfig, on_step: Callable[[], None] | None = None
+) -> tuple[Image.Image, list[list[Image.Image]]]:
+    """Draw all that `config` asks for, with a base and LoRAs at strengths as from `load`.
+
+    Returns the picture or the sheet, and what is on it as rows of single pictures.  In their files, they tell the
+    settings.
+    """
+    size, drawing = size_of(base, config), config
+    warn_of_cuts(base.tokenizers, dict.fromkeys((*config.prompt, config.negative)), "prompt")
+    use_scheduler(base, config.scheduler)
+    seeds = [config.seed + i for i in range(config.count)]
+
+    def draw_at(*factors: float) -> list[list[Image.Image]]:
+        """Draw every prompt with every seed; the LoRAs are merged, at their strengths times these factors."""
+        nonlocal drawing
+        with merged_at(base, {name: strengths[name] * f for name, f in zip(strengths, factors, strict=True)}):
+            rows = draw_each(base, config.prompt, seeds, size, drawing, on_step)
+        drawing = replace(config, compile=False)  # the U-Net is compiled now; the time is printed only once
+        return rows
+
+    if config.strengths:
+        columns = [[p for row in draw_at(*[factor] * len(strengths)) for p in row] for factor in config.strengths]
+        rows = [list(row) for row in zip(*columns, strict=True)]
+        labels = [f"{prompt}, seed {seed}" for prompt in config.prompt for seed in seeds]
+        result = sheet(rows, [f"strength {factor:g}" for factor in config.strengths], labels)
+    elif config.grid:
+        first, second = (Path(path_and_number(text)[0]).name for text in config.lora)
+        rows = [[draw_at(one, other)[0][0] for other in config.grid] for one in config.grid]
+        result = sheet(rows, [f"{second} {f:g}" for f in config.grid], [f"{first} {f:g}" for f in config.grid])
+    else:
+        rows = draw_at(*[1.0] * len(strengths))
+        single = len(rows) == len(seeds) == 1
+        result = rows[0][0] if single else sheet(rows, [f"seed {seed}" for seed in seeds], list(config.prompt))
+    for picture in (result, *(picture for row in rows for picture in row)):
+        picture.info[SETTINGS] = config.to_json()
+    return result, rows
 
 
 def load_loras(base: Base, texts: Sequence[str], allow_unmatched: bool = False) -> dict[str, float]:
@@ -319,7 +346,7 @@ def sheet(rows: list[list[Image.Image]], columns: Sequence[str], labels: Sequenc
 def save_picture(picture: Image.Image, path: Path) -> None:
     """Write a picture, whole or not at all, in the format of its name's ending."""
     content, about = io.BytesIO(), PngImagePlugin.PngInfo()
-    for what in ("sheet", DRAWN_BY):
+    for what in ("sheet", DRAWN_BY, SETTINGS):
         if what in picture.info:
             about.add_text(what, picture.info[what])
     picture.save(content, picture_format(path), pnginfo=about)

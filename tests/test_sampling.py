@@ -1,5 +1,6 @@
 """sampling.py: merged pictures equal live ones, strengths are restored, sheets hold what they say."""
 
+import json
 import re
 
 import numpy as np
@@ -50,6 +51,19 @@ def test_the_picture_is_the_one_diffusers_draws(command, lora, tiny_base):
     assert np.abs(ours - theirs).max() <= 1e-4  # ours is merged and theirs is not: float32 rounding
     file = command(lora=(f"{lora}:0.7",), seed=5, guidance=4.0)
     assert np.abs(theirs * 255 - file).max() <= 0.5 + 255e-4  # the file holds whole numbers
+
+
+def test_a_picture_tells_the_settings_that_draw_it_again(command, lora, tmp_path):
+    drawn = command(lora=(f"{lora}:0.7",), seed=5, negative="blue")
+    told = json.loads(Image.open(tmp_path / "picture.png").text["minilora"])
+    again = SampleConfig(**{name: tuple(value) if isinstance(value, list) else value for name, value in told.items()})
+    sample(again)
+    assert np.array_equal(np.array(Image.open(tmp_path / "picture.png")), drawn)
+    assert (again.seed, again.lora, again.negative) == (5, (f"{lora}:0.7",), "blue")
+    command(count=2)
+    assert json.loads(Image.open(tmp_path / "picture.png").text["minilora"])["count"] == 2  # a sheet tells it, too
+    command(output=str(tmp_path / "several"), count=2)
+    assert all("minilora" in Image.open(path).text for path in (tmp_path / "several").glob("*.png"))
 
 
 def test_after_each_step_of_a_drawing_the_caller_is_told(tiny_base):

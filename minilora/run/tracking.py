@@ -20,8 +20,9 @@ class Log:
 
     def __init__(self, run, first_step: int):
         self.run, self.excepthook = run, threading.excepthook
-        folder = str(run.output / "tensorboard")
-        self.writer = SummaryWriter(folder, purge_step=first_step + 1) if run.ranks.is_main else None
+        folder, purged = str(run.output / "tensorboard"), first_step + 1
+        # (Those who look on see numbers that are at most two seconds old.)
+        self.writer = SummaryWriter(folder, purge_step=purged, flush_secs=2) if run.ranks.is_main else None
         self.wandb = None
         if run.config.wandb:
             decided_by_main(lambda: self._join_wandb(first_step > 0))
