@@ -6,11 +6,14 @@ table and the name of the file may differ in their bytes.
 
 import csv
 import io
+import json
 import os
 import unicodedata
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
+from ..files.tensors import write_whole
+from ..settings.errors import UserError
 from ..settings.strict_json import parse_json
 
 TABLES = ("metadata.jsonl", "metadata.csv")
@@ -75,6 +78,39 @@ def read_table(table: Path, column: str, files: Iterable[Path], problems: list[s
         else:
             captions[path] = tuple(texts)
     return captions
+
+
+def edit_captions(folder: Path, captions: Mapping[str, Sequence[str]], column: str = "text") -> str:
+    """Write the captions of pictures, given by their names, into a folder's metadata.jsonl; return what was done.
+
+    Lines whose captions stay keep their bytes.  A line whose captions change keeps its other keys and their order, and
+    a picture that has no line gets one, unless its captions are empty.  Raises UserError for a folder whose captions
+    stand in metadata.csv, or in a metadata.jsonl that cannot be read.
+    """
+    table, problems, lines = folder / TABLES[0], [], []
+    if (folder / TABLES[1]).exists():
+        raise UserError(f"{folder}: the captions stand in {TABLES[1]}; edit them there, or make it a {table.name}")
+    rows = [row for _, row in _rows_of_jsonl(table, problems)] if table.exists() else []
+    if problems or not all(isinstance(row, dict) for row in rows):
+        raise UserError(f"{table}: " + "; ".join(problems or ["each line should be a JSON object"]))
+    written = [line for line in table.read_text(encoding="utf-8-sig").split("\n") if line.strip()] if rows else []
+    left, changed = {spelling(Path(name)): (name, tuple(texts)) for name, texts in captions.items()}, 0
+    for row, line in zip(rows, written, strict=True):
+        name, new = left.pop(spelling(Path(os.path.normpath(row.get("file_name", "")))), ("", None))
+        old = row.get(column)
+        if new and new != (tuple(old) if isinstance(old, list) else (old,)):
+            row[column] = list(new) if isinstance(old, list) or len(new) > 1 else new[0]
+            line, changed = json.dumps(row, ensure_ascii=False), changed + 1
+        lines.append(line)
+    for name, texts in left.values():
+        if any(texts):
+            lines.append(
+                json.dumps({"file_name": name, column: texts[0] if len(texts) == 1 else texts}, ensure_ascii=False)
+            )
+            changed += 1
+    if changed:
+        write_whole(table, "".join(f"{line}\n" for line in lines).encode())
+    return f"{changed} captions changed in {table}" if changed else f"no caption has changed in {table}"
 
 
 def _rows_of_jsonl(metadata: Path, problems: list[str]) -> Iterator[tuple[str, object]]:

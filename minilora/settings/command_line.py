@@ -62,6 +62,11 @@ def evaluate() -> None:
     run("minilora.settings.evaluate:EvaluateConfig", "minilora.apps.evaluate:evaluate", evaluate.__doc__)
 
 
+def page() -> None:
+    """Open a page in the browser to train, draw and merge, on this machine only."""
+    run("minilora.settings.page:PageConfig", "minilora.apps.page:serve", page.__doc__)
+
+
 def run(settings: str | type, work: str | Callable, description: str) -> None:
     """Read the settings from the command line and do `work` with them; a user's mistake ends with exit code 2.
 
@@ -77,15 +82,23 @@ def run(settings: str | type, work: str | Callable, description: str) -> None:
     try:
         config = read(_named(settings), sys.argv[1:], description)
         _named(work)(config)
-    except (UserError, OSError) as error:  # an OSError: a disk that is full, a folder that is not ours
-        fail(str(error))
-    except (MemoryError, RuntimeError) as error:
-        if not is_out_of_memory(error):
-            raise
-        advice = "smaller pictures, fewer at a time and --precision bf16 take less; see docs/your_pictures.md"
-        fail(f"not enough memory ({first_line(error)}); {advice}")
     except KeyboardInterrupt:
         sys.exit(130)  # the exit code that shells use for Ctrl-C; what must be saved has been saved by now
+    except Exception as error:
+        line = told(error)
+        if line is None:
+            raise
+        fail(line)
+
+
+def told(error: Exception) -> str | None:
+    """Return the line that tells of a user's mistake or of a machine that is too small; None for any other error."""
+    if isinstance(error, (UserError, OSError)):  # an OSError: a disk that is full, a folder that is not ours
+        return str(error)
+    if isinstance(error, (MemoryError, RuntimeError)) and is_out_of_memory(error):
+        advice = "smaller pictures, fewer at a time and --precision bf16 take less; see docs/your_pictures.md"
+        return f"not enough memory ({first_line(error)}); {advice}"
+    return None
 
 
 def _named(what):
@@ -155,7 +168,7 @@ def _parser(cls: type[Settings], description: str) -> argparse.ArgumentParser:
         about = field.metadata
         title = "basic" if about["basic"] else f"advanced: {about['group']}"
         group = groups.get(title) or groups.setdefault(title, parser.add_argument_group(title))
-        kind, is_tuple, _ = _kind(cls, field.name)
+        kind, is_tuple, _ = kind_of(cls, field.name)
         words = {"help": about["help"] + _default_words(field)}
         metavar = about["metavar"] or {int: "N", float: "X"}.get(kind, "TEXT")
         if about["bare"]:
@@ -197,10 +210,11 @@ class _Help(argparse.RawDescriptionHelpFormatter):
 def _program() -> str:
     """Return what one types to start this command."""
     spec = sys.modules["__main__"].__spec__  # of `python -m`
-    return f"python -m {spec.name}" if spec else Path(sys.argv[0]).name
+    return f"python -m {spec.name.removesuffix('.__main__')}" if spec else Path(sys.argv[0]).name
 
 
 def _default_words(field) -> str:
+    """Return what help says of the default of a setting; nothing, if there is none to be said."""
     default, separator = field.metadata["default"], field.metadata["separator"]
     if isinstance(default, ByBase):
         usual, bundled = as_typed(default.usual, separator), as_typed(default.bundled, separator)
@@ -224,7 +238,7 @@ def _several(kind: type, separator: str, form: str) -> Callable[[str], tuple]:
     return parse
 
 
-def _kind(cls: type, name: str) -> tuple[type, bool, bool]:
+def kind_of(cls: type, name: str) -> tuple[type, bool, bool]:
     """Return the type of one value of a setting, whether the setting holds several, and whether it may be None."""
     hint = typing.get_type_hints(cls)[name]
     optional = isinstance(hint, types.UnionType)
@@ -249,7 +263,7 @@ def _read_file(cls: type, path: Path) -> dict:
         if name not in fields:
             problems.append(_unknown(name, set(fields)))
             continue
-        kind, is_tuple, optional = _kind(cls, name)
+        kind, is_tuple, optional = kind_of(cls, name)
         parts = value if is_tuple and isinstance(value, list) else [value]
         # (JSON's whole numbers have no end, but floats have.)
         right = all(type(part) is kind or (kind is float and type(part) is int and abs(part) < 1e300) for part in parts)

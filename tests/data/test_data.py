@@ -13,6 +13,7 @@ from PIL import Image
 
 from minilora.data import draws
 from minilora.data import examples as data
+from minilora.data.captions import edit_captions
 from minilora.data.examples import Batch
 from minilora.data.folder import read_folders
 from minilora.data.pictures import as_tensor, crop_square, open_picture
@@ -414,3 +415,39 @@ def test_one_picture_can_be_given_instead_of_a_folder(pictures, tmp_path):
         read_folders(TrainConfig(data=(str(path),)))
     with pytest.raises(UserError, match=r"metadata\.jsonl: it cannot be opened as a picture"):
         read_folders(TrainConfig(data=(str(pictures / "metadata.jsonl"),), caption="a dog"))
+
+
+def test_edited_captions_keep_the_other_keys_and_the_bytes_of_all_other_lines(pictures, tmp_path):
+    table = pictures / "metadata.jsonl"
+    lines = [
+        '{"width": 3,  "text": "zero", "file_name": "0.png", "é": [1]}',
+        '{"file_name":"1.png","text":"ein\\u0065s"}',
+        '{"file_name": "2.png", "text": ["a dog", "a red apple"]}',
+    ]
+    table.write_text("\n".join(lines))
+    same = {"0.png": ["zero"], "1.png": ["eines"], "2.png": ["a dog", "a red apple"], "3.png": [""], "4.png": [""]}
+    assert edit_captions(pictures, same) == f"no caption has changed in {table}"
+    assert table.read_text() == "\n".join(lines)
+    edit_captions(pictures, same | {"0.png": ["größer"], "2.png": ["a dog", "an apple"], "3.png": ["three"]})
+    now = table.read_text().splitlines()
+    assert now[0] == '{"width": 3, "text": "größer", "file_name": "0.png", "é": [1]}'
+    assert now[1] == lines[1]
+    assert [json.loads(line) for line in now[2:]] == [
+        {"file_name": "2.png", "text": ["a dog", "an apple"]},
+        {"file_name": "3.png", "text": "three"},
+    ]
+    read = {item.path.name: item.captions for item in read_folders(config_for(pictures, tmp_path, caption="-"))}
+    assert read["0.png"] == ("größer",)
+    assert read["4.png"] == ("-",)
+
+
+def test_captions_in_a_table_that_cannot_be_written_are_refused(pictures):
+    table = pictures / "metadata.jsonl"
+    for text, said in (("{", "line 1 is not JSON"), ("[1]", "each line should be a JSON object")):
+        table.write_text(text)
+        with pytest.raises(UserError, match=said):
+            edit_captions(pictures, {"0.png": ["a"]})
+        assert table.read_text() == text
+    table.rename(pictures / "metadata.csv")
+    with pytest.raises(UserError, match=r"the captions stand in metadata\.csv"):
+        edit_captions(pictures, {"0.png": ["a"]})

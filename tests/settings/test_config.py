@@ -19,6 +19,7 @@ from minilora.settings.errors import UserError
 from minilora.settings.evaluate import EvaluateConfig
 from minilora.settings.merge import MergeConfig
 from minilora.settings.morph import MorphConfig
+from minilora.settings.page import PageConfig
 from minilora.settings.restore import RestoreConfig
 from minilora.settings.restyle import RestyleConfig
 from minilora.settings.sample import SampleConfig
@@ -314,7 +315,7 @@ def test_a_lora_in_a_prompt_is_an_error_that_tells_how_to_give_it(settings, word
 
 
 HELPFUL = [TrainConfig, SampleConfig, MergeConfig, RestoreConfig, RestyleConfig]
-HELPFUL += [MorphConfig, EvaluateConfig, DistillConfig]
+HELPFUL += [MorphConfig, EvaluateConfig, DistillConfig, PageConfig]
 
 
 def help_of(settings, columns, monkeypatch, capsys) -> str:
@@ -411,7 +412,7 @@ def test_a_setting_that_may_be_repeated_may_stand_once_in_the_file(tmp_path):
 
 
 MODULES = ["train", "sample", "minilora.merge"]  # train.py and sample.py stand at the top
-MODULES += [f"minilora.apps.{name}" for name in ("restore", "morph", "restyle", "distill", "evaluate")]
+MODULES += [f"minilora.apps.{name}" for name in ("restore", "morph", "restyle", "distill", "evaluate", "page")]
 
 
 @pytest.mark.parametrize("word", ["--help", "--no-such-setting"])

@@ -1,0 +1,168 @@
+"""The room for drawing: one slider for each LoRA, which draws anew while it moves.
+
+The base and the LoRAs stay in memory.  A slider changes only the strengths at which the LoRAs are merged.
+"""
+
+import shlex
+import threading
+from contextlib import suppress
+from pathlib import Path
+
+import gradio as gr
+from PIL import Image
+
+from ...models.base import Base
+from ...sampling import draw_all, load, save_picture
+from ...settings.errors import UserError
+from ...settings.sample import SampleConfig
+from ...settings.shared import path_and_number
+from .form import Folders, base_chooser, by_name, follow_base, form, telling, words_of
+from .pictures import caption_rows
+
+LORAS = 6  # sliders there are
+GRID = "0,0.25,0.5,0.75,1"
+LOADED = ("model", "model_config", "vae", "prediction_type", "zero_terminal_snr", "precision", "allow_unmatched")
+
+
+class Easel:
+    """A base with LoRAs that stays in memory from one picture to the next; one picture is drawn at a time."""
+
+    def __init__(self) -> None:
+        self.lock, self.loaded, self.cancelled = threading.Lock(), None, False
+        self.base: Base | None = None
+
+    def draw(self, config: SampleConfig, progress=None) -> Image.Image:
+        """Return the picture or sheet that sample.py draws with these settings; UserError if it was cancelled."""
+        with self.lock:
+            self.cancelled, done = False, 0
+            loras = [path_and_number(text) for text in config.lora]
+            wanted = [getattr(config, name) for name in LOADED], [(path, _changed(Path(path))) for path, _ in loras]
+            if wanted != self.loaded:
+                self.free()
+                self.base, _ = load(config)
+                self.loaded = wanted
+            drawings = len(config.grid) ** 2 or max(1, len(config.strengths)) * -(
+                -len(config.prompt) * config.count // 4
+            )
+
+            def on_step() -> None:
+                nonlocal done
+                done += 1
+                if self.cancelled:
+                    raise UserError("the drawing was cancelled")
+                if progress:
+                    progress((done, config.steps * drawings), unit="steps")
+
+            return draw_all(self.base, {f"lora{n}": s for n, (_, s) in enumerate(loras)}, config, on_step)[0]
+
+    def free(self) -> None:
+        """Give the memory back."""
+        self.base = self.loaded = None
+
+    def cancel(self) -> None:
+        self.cancelled = True
+
+
+def _changed(path: Path) -> float:
+    """Return when a LoRA was last written, so that one that was trained again is loaded again."""
+    files = [path, *path.glob("*.safetensors")] if path.exists() else []
+    return max((file.stat().st_mtime for file in files), default=0.0)
+
+
+def sliders(found: list[str], room: str) -> tuple[gr.Dropdown, list[gr.Slider]]:
+    """Make a field to choose LoRAs in, and a slider for the strength of each that is chosen."""
+    several = {"multiselect": True, "allow_custom_value": True, "max_choices": LORAS}
+    loras = gr.Dropdown(found, value=[], label="LoRAs", elem_id=f"{room}-loras", **several)
+    strengths = [
+        gr.Slider(-1, 2, 1, step=0.01, label="strength", visible=False, buttons=[], elem_id=f"{room}-strength-{number}")
+        for number in range(LORAS)
+    ]
+
+    before = gr.State([])
+
+    def show(chosen: list[str], before: list[str], *values: float):
+        """Show a slider for each that is chosen; each LoRA keeps its strength when another one is taken away."""
+        kept = dict(zip(before, values, strict=False))
+        shown = [gr.update(visible=True, label=name, value=kept.get(name, 1)) for name in chosen[:LORAS]]
+        return [chosen, *shown, *[gr.update(visible=False)] * (LORAS - len(shown))]
+
+    loras.change(show, [loras, before, *strengths], [before, *strengths], show_progress="hidden")
+    return loras, strengths
+
+
+def with_strengths(chosen: list[str] | None, strengths: list[float]) -> list[str]:
+    """Return LoRAs as the commands take them, each with its strength behind a colon if that is not 1."""
+    pairs = zip(chosen or [], strengths, strict=False)
+    return [path if strength == 1 else f"{path}:{strength:g}" for path, strength in pairs]
+
+
+def draw_room(folders: Folders, found: dict, first: dict, easel: Easel) -> dict[str, gr.Dropdown]:
+    """Build the room; return the fields whose choices are found in folders, by what they hold."""
+    with gr.Row():
+        with gr.Column(scale=3):
+            loras, strengths = sliders(found["loras"], "draw")
+            model = base_chooser(found, first["model"], "draw")
+            fields = form(SampleConfig, without=("prompt", "model", "lora", "strengths", "grid", "output", "compile"))
+        with gr.Column(scale=4):
+            with gr.Row(equal_height=True):
+                prompt = gr.Textbox(label="prompt", lines=1, scale=4, elem_id="draw-prompt")
+                draw = gr.Button("Draw", variant="primary", elem_id="draw", min_width=80)
+            picture = gr.Image(
+                label="picture", interactive=False, format="png", height=520, elem_id="picture", buttons=["fullscreen"]
+            )
+            with gr.Row():
+                save = gr.Button("Save", elem_id="save", min_width=80)
+                grid = gr.Button("Grid of two LoRAs", elem_id="grid", min_width=80)
+                cancel = gr.Button("Cancel", min_width=80)
+            line = gr.Textbox(label="the same from a terminal", lines=2, buttons=["copy"], elem_id="draw-line")
+    with suppress(UserError):  # as in the room for training
+        prompt.value = caption_rows(first["data"])[0][1]
+    fields |= {"model": model, "prompt": prompt}
+    last = gr.State(None)
+
+    def words_from(values: dict) -> list[str]:
+        given = by_name(fields, values)
+        given["lora"] = with_strengths(values[loras], [values[slider] for slider in strengths])
+        return [*words_of(SampleConfig, given), "--output", str(_next(Path(first["output"]) / "drawn"))]
+
+    def drawn(words: list[str], progress=None):
+        config = folders.read(SampleConfig, words)
+        result = easel.draw(config, progress)
+        return result, shlex.join(["python", "sample.py", *words]), (result, config.output)
+
+    @telling
+    def draw_one(values: dict, progress=gr.Progress()):  # noqa: B008
+        return drawn(words_from(values), progress)
+
+    @telling
+    def redraw(values: dict):
+        return drawn(words_from(values))
+
+    @telling
+    def draw_grid(values: dict, progress=gr.Progress()):  # noqa: B008
+        return drawn([*words_from(values), "--grid", GRID], progress)
+
+    @telling
+    def keep(what):
+        if what is None:
+            raise UserError("nothing was drawn yet")
+        result, path = what
+        save_picture(result, Path(path))
+        gr.Info(f"wrote {path}", duration=5)
+
+    given, shown = {*fields.values(), loras, *strengths}, [picture, line, last]
+    one_at_a_time = {"concurrency_id": "draw", "concurrency_limit": 1}
+    draw.click(draw_one, given, shown, show_progress_on=picture, **one_at_a_time)
+    grid.click(draw_grid, given, shown, show_progress_on=picture, **one_at_a_time)
+    for slider in strengths:
+        slider.input(redraw, given, shown, show_progress="hidden", trigger_mode="always_last", **one_at_a_time)
+    save.click(keep, last)
+    follow_base(SampleConfig, fields)
+    cancel.click(easel.cancel, queue=False)
+    return {"bases": model, "loras": loras}
+
+
+def _next(folder: Path) -> Path:
+    """Return a name for the next picture in a folder."""
+    numbers = [int(path.stem) for path in folder.glob("*.png") if path.stem.isdecimal()]
+    return folder / f"{max(numbers, default=0) + 1:04d}.png"

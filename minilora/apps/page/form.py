@@ -1,0 +1,221 @@
+"""Forms from settings, and from forms the words of a command line, so that a form says and does what a command does.
+
+    settings -> a form -> words -> `read`, as on a command line -> settings, whose paths are looked at
+
+A field that is left empty gives no word, so the defaults are the command's.
+"""
+
+import dataclasses
+import re
+from collections.abc import Callable, Collection, Iterable, Mapping
+from functools import wraps
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+
+from ...data.kinds import is_picture
+from ...files.read import FILE_NAME
+from ...settings.command_line import kind_of, read, told
+from ...settings.errors import UserError
+from ...settings.setting import BUNDLED, Settings, as_typed, option
+from ...settings.shared import path_and_number
+
+HUB_ID = r"\w[\w.-]*/\w[\w.-]*(/[\w./-]+\.safetensors)?"
+LARGE = 1 << 30  # bytes; a .safetensors file that has as many is taken for a base, a smaller one for a LoRA
+DEEP, MOST = 4, 2000  # levels of folders, and folders in all, that are looked through for what to choose from
+
+
+# ---------------------------------------------------------------------------------- settings -> form
+
+
+def form(cls: type[Settings], without: Collection[str] = (), first: Collection[str] = ()) -> dict[str, Any]:
+    """Make a field for each setting in the page that is being built, and return the fields by the settings' names.
+
+    The basic settings, and those of `first`, are in sight; the others are folded away, by their groups.
+    """
+    made: dict[str, Any] = {}
+    shown = [field for field in dataclasses.fields(cls) if field.name not in without]
+    basic = [field for field in shown if field.metadata["basic"] or field.name in first]
+    for start in range(0, len(basic), 2):
+        with gr.Row():
+            made |= {field.name: field_of(cls, field.name) for field in basic[start : start + 2]}
+    others = [field for field in shown if field not in basic]
+    for group in dict.fromkeys(field.metadata["group"] for field in others):
+        with gr.Accordion(group, open=False):
+            made |= {field.name: field_of(cls, field.name) for field in others if field.metadata["group"] == group}
+    return made
+
+
+def field_of(cls: type[Settings], name: str) -> Any:
+    """Make the field of one setting: its sentence of help stands above it, its default in it while it is empty."""
+    about, (kind, is_tuple, _) = _fields(cls)[name].metadata, kind_of(cls, name)
+    words: dict[str, Any] = {"label": name.replace("_", " "), "info": about["help"], "elem_id": id_of(cls, name)}
+    default = defaults(cls, {})[name]
+    if kind is bool:
+        return gr.Checkbox(_fields(cls)[name].default, **words)
+    if about["choices"] and is_tuple:
+        return gr.CheckboxGroup(list(about["choices"]), **words)
+    if about["choices"]:
+        empty = [] if default else [("", "")]
+        return gr.Dropdown([*empty, *about["choices"]], value=default, **words)
+    return gr.Textbox("", placeholder=default, lines=2 if about["repeat"] else 1, max_lines=4, **words)
+
+
+def _fields(cls: type[Settings]) -> dict[str, dataclasses.Field]:
+    return {field.name: field for field in dataclasses.fields(cls)}
+
+
+def defaults(cls: type[Settings], values: Mapping[str, Any]) -> dict[str, str]:
+    """Return the defaults of all settings as one would type them; some depend on others, whose values are given."""
+    found = {name: field.default for name, field in _fields(cls).items()} | cls.following(dict(values))
+    typed = {name: as_typed(value, _fields(cls)[name].metadata["separator"]) for name, value in found.items()}
+    return {name: "" if found[name] is None else text for name, text in typed.items()}
+
+
+def follow_base(cls: type[Settings], fields: Mapping[str, Any]) -> None:
+    """Let the fields show the defaults for another base when one is chosen."""
+    following = [name for name in cls.following({}) if name in fields]
+
+    def show(model: str):
+        now = defaults(cls, {"model": model or None})
+        return [gr.update(placeholder=now[name]) for name in following]
+
+    shown = [fields[name] for name in following]
+    fields["model"].change(show, fields["model"], shown, show_progress="hidden")
+
+
+def id_of(cls: type[Settings], name: str) -> str:
+    """Return what the field of a setting is called in the page's HTML: train-steps."""
+    return f"{cls.__name__.removesuffix('Config').lower()}-{name}"
+
+
+def chooser(label: str, choices: Iterable, value: str = "", **more) -> gr.Dropdown:
+    """Make a field with the things that were found to choose from; something else may be typed, too."""
+    return gr.Dropdown([*choices], value=value, label=label, allow_custom_value=True, **more)
+
+
+def base_chooser(found: Mapping[str, list], value: str, room: str) -> gr.Dropdown:
+    return chooser("base", found["bases"], value, info="or a hub id (OWNER/NAME), or a file", elem_id=f"{room}-model")
+
+
+# ------------------------------------------------------------------------------------ form -> words
+
+
+def words_of(cls: type[Settings], values: Mapping[str, Any]) -> list[str]:
+    """Return the words of a command line that say what a form says; `values` are its fields' values by name."""
+    words = []
+    for field in dataclasses.fields(cls):
+        value, about = values.get(field.name), field.metadata
+        kind, is_tuple, _ = kind_of(cls, field.name)
+        if kind is bool:
+            if value is not None and value != field.default:
+                words.append(option(field.name if value else f"no_{field.name}"))
+            continue
+        lines = value if isinstance(value, (list, tuple)) else str("" if value is None else value).split("\n")
+        texts = [str(line).strip() for line in lines if str(line).strip()]
+        if is_tuple and not about["repeat"] and texts:
+            texts = [about["separator"].join(texts)]
+        default = defaults(cls, {}).get(field.name) if field.default is not None else ""
+        for text in texts:
+            if text != default:
+                # (A value that begins with a minus would be taken for an option.)
+                words += [f"{option(field.name)}={text}"] if text.startswith("-") else [option(field.name), text]
+    return words
+
+
+@dataclasses.dataclass(frozen=True)
+class Folders:
+    """The folders that the page may use, with what is in them."""
+
+    named: tuple[Path, ...]
+
+    @classmethod
+    def of(cls, names: Iterable[str]) -> "Folders":
+        paths = list(dict.fromkeys(Path(name).expanduser().resolve() for name in names))
+        return cls(tuple(path for path in paths if not any(path.is_relative_to(p) for p in paths if p != path)))
+
+    def read(self, cls: type[Settings], words: list[str]) -> Any:
+        """Return the settings of a command line; UserError for what the command refuses, and for a path outside."""
+        settings = read(cls, words, "")
+        problems = []
+        for field in dataclasses.fields(cls):
+            kinds = re.findall(r"\b(FOLDER|FILE|BASE|VAE|LORA|OUT)\b", field.metadata["metavar"])
+            value = getattr(settings, field.name)
+            if kinds and value != field.default:
+                hub = bool({"BASE", "VAE", "LORA"} & {*kinds}) or "hub id" in field.metadata["help"]
+                texts = value if isinstance(value, tuple) else (value,)
+                texts = [] if field.name == "validation" and settings.validation_share else texts
+                problems += [p for text in texts if (p := self.problem(text, option(field.name), hub))]
+        if problems:
+            raise UserError("; ".join(problems))
+        return settings
+
+    def problem(self, text: str, what: str, hub: bool = False) -> str:
+        """Return what is wrong with a path, maybe with a number behind a colon; nothing if it may be used."""
+        path = Path(path_and_number(text)[0])
+        if hub and re.fullmatch(HUB_ID, str(path)) and ".." not in path.parts and not Path(path.parts[0]).exists():
+            return ""
+        if any(path.expanduser().resolve().is_relative_to(folder) for folder in (*self.named, BUNDLED)):
+            return ""
+        named = ", ".join(map(str, self.named))
+        return f"{what} {text}: it is outside the folders of this page ({named}); start the page with its folder, too"
+
+    def use(self, text: str, what: str) -> Path:
+        """Return a path that may be used; UserError if it may not."""
+        if problem := self.problem(text, what):
+            raise UserError(problem)
+        return Path(text)
+
+    def found(self) -> dict[str, list]:
+        """Return what there is to choose from, as paths: "pictures", "loras", and "bases", some with another name."""
+        result: dict[str, list] = {"pictures": [], "bases": [], "loras": []}
+        waiting = [(folder, 0) for folder in self.named]
+        for folder, depth in waiting:  # it grows
+            try:
+                inside = sorted(folder.iterdir())
+            except OSError:
+                continue
+            names = {path.name for path in inside}
+            if "model_index.json" in names:
+                result["bases"].append(as_shown(folder))
+            elif FILE_NAME in names or "adapter_model.safetensors" in names:
+                result["loras"].append(as_shown(folder))
+            elif not names & {"config.json", ".lock"}:  # as a run has that is not finished
+                if any(is_picture(path) for path in inside):
+                    result["pictures"].append(as_shown(folder))
+                for path in inside:
+                    if path.suffix == ".safetensors":
+                        result["bases" if path.stat().st_size >= LARGE else "loras"].append(as_shown(path))
+                    elif path.is_dir() and not path.name.startswith((".", "__")) and depth < DEEP:
+                        waiting += [(path, depth + 1)] * (len(waiting) < MOST)
+        result = {kind: list(dict.fromkeys(paths)) for kind, paths in result.items()}
+        return result | {"bases": [("the bundled miniature", ""), *result["bases"]]}
+
+
+def as_shown(path: Path) -> str:
+    """Return a path as one would type it: from the current folder on, if it is below that."""
+    here = Path.cwd()
+    return str(path.relative_to(here)) if path.is_relative_to(here) else str(path)
+
+
+def by_name(fields: Mapping[str, Any], values: Mapping[Any, Any]) -> dict[str, Any]:
+    """Return the values of fields by the fields' names; Gradio gives them by the fields themselves."""
+    return {name: values[field] for name, field in fields.items()}
+
+
+def telling(work: Callable) -> Callable:
+    """Let a user's mistake be shown in the page, as the line that the command would print."""
+
+    @wraps(work)
+    def wrapped(*args, **more):
+        try:
+            return work(*args, **more)
+        except Exception as error:
+            line = told(error)
+            if line is None:
+                raise
+            raise gr.Error(escape(line), duration=60, title="", print_exception=False) from error
+
+    return wrapped

@@ -1,0 +1,90 @@
+"""The room for merging: a base, LoRAs with strengths, the report and the file.
+
+The merge is the command, as a process of its own.  To cancel it is Ctrl-C there, which leaves nothing half-written.
+"""
+
+import shlex
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import gradio as gr
+
+from ...settings.errors import UserError
+from ...settings.merge import MergeConfig
+from ...settings.setting import BUNDLED
+from . import runs
+from .draw import sliders, with_strengths
+from .form import Folders, as_shown, base_chooser, by_name, form, telling, words_of
+
+OTHER_WORK = ("loras_only", "extract", "restore", "rank", "energy", "base", "dialect")  # than merging into a base
+
+
+class Merging:
+    """The merge that goes on; there is one at a time."""
+
+    def __init__(self) -> None:
+        self.process: subprocess.Popen | None = None
+
+    def run(self, words: list[str], config: MergeConfig, progress) -> str:
+        """Merge, and return the report; UserError with the command's line if it fails or was cancelled."""
+        output, base = Path(config.output), Path(config.files[0])
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "stdin": subprocess.DEVNULL}
+        self.process = subprocess.Popen(runs.command("merge", words), text=True, start_new_session=True, **pipes)
+        whole = _bytes(base)
+        while self.process.poll() is None:
+            part = output.with_name(f".{output.name}.{self.process.pid}.part")
+            progress(min(0.99, _bytes(part) / whole) if whole else 0, desc="merging")
+            time.sleep(0.2)
+        said, wrong = self.process.communicate()
+        if self.process.returncode:
+            last = wrong.strip().splitlines()[-1:] or ["the merge was cancelled"]
+            cancelled = self.process.returncode in (130, -signal.SIGINT)
+            raise UserError("the merge was cancelled" if cancelled else last[0].removeprefix("error: "))
+        return said.strip()
+
+    def cancel(self) -> None:
+        if self.process and self.process.poll() is None:
+            self.process.send_signal(signal.SIGINT)
+
+
+def _bytes(path: Path) -> int:
+    """Return the size of a file, or of the files in a folder that a merge writes; 0 if there is none."""
+    try:
+        files = path.rglob("*.safetensors") if path.is_dir() else [path]
+        return sum(file.stat().st_size for file in files)
+    except OSError:
+        return 0
+
+
+def merge_room(folders: Folders, found: dict, first: dict) -> dict[str, gr.Dropdown]:
+    """Build the room; return the fields whose choices are found in folders, by what they hold."""
+    merging = Merging()
+    with gr.Row():
+        with gr.Column(scale=3):
+            base = base_chooser(found, first["model"], "merge")
+            loras, strengths = sliders(found["loras"], "merge")
+            fields = form(MergeConfig, without=("files", *OTHER_WORK))
+        with gr.Column(scale=4):
+            with gr.Row():
+                start = gr.Button("Merge", variant="primary", elem_id="merge", min_width=80)
+                cancel = gr.Button("Cancel", min_width=80)
+            report = gr.Textbox(label="report", lines=12, elem_id="report")
+            line = gr.Textbox(label="the same from a terminal", lines=2, buttons=["copy"])
+    fields["output"].value = str(Path(first["output"]) / "merged")
+
+    @telling
+    def work(values: dict, progress=gr.Progress()):  # noqa: B008
+        files = [
+            values[base] or as_shown(BUNDLED),
+            *with_strengths(values[loras], [values[slider] for slider in strengths]),
+        ]
+        words = [*files, *words_of(MergeConfig, by_name(fields, values))]
+        config = folders.read(MergeConfig, words)
+        return merging.run(words, config, progress), shlex.join(["python", "-m", "minilora.merge", *words])
+
+    given = {base, loras, *strengths, *fields.values()}
+    start.click(work, given, [report, line], show_progress_on=report, concurrency_limit=1)
+    cancel.click(merging.cancel, queue=False)
+    return {"bases": base, "loras": loras}

@@ -1,0 +1,181 @@
+"""Runs of training as processes of their own: started, stopped, and known by the files that they write.
+
+A run belongs to its output folder, and not to the page.  It goes on when the page is closed, and a page that is opened
+later finds it there.  page.json in that folder tells which process it is.  Whether a run may write there, its own lock
+decides.
+"""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from ...files.read import FILE_NAME
+from ...files.tensors import write_whole
+from ...run.checkpoint import UNFINISHED
+from ...settings.errors import UserError
+
+RECORD = "page.json"
+ONE_AT_A_TIME = threading.Lock()  # of the page's threads
+
+
+def command(name: str, words: Sequence[str]) -> list[str]:
+    """Return how one of our commands is started with this Python, from any folder."""
+    return [sys.executable, "-c", f"from minilora.settings.command_line import {name}; {name}()", *words]
+
+
+def start(words: Sequence[str], output: Path) -> Path:
+    """Start a training in a session of its own, and return its log; the record is left to a run that still goes on."""
+    with ONE_AT_A_TIME:
+        output.mkdir(parents=True, exist_ok=True)
+        if not (going := is_going(output)):
+            for old in output.glob("train-*.log"):
+                old.unlink()
+        handle, name = tempfile.mkstemp(".log", "train-", output)
+        quiet = {"TQDM_MININTERVAL": "1", "PYTHONUNBUFFERED": "1"}
+        began = time.time()
+        process = subprocess.Popen(
+            command("train", words),
+            stdin=subprocess.DEVNULL,
+            stdout=handle,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,  # so that Ctrl-C at the page does not reach it
+            env=os.environ | quiet,
+        )
+        os.close(handle)
+        if not going:
+            since = 0.0 if "--resume" in words else began
+            about = {"pid": process.pid, "born": _born(process.pid), "log": Path(name).name}
+            write_whole(output / RECORD, json.dumps(about | {"began": began, "since": since}).encode())
+    return Path(name)
+
+
+def stop(output: Path) -> None:
+    """Ask a run to save and stop; UserError if there is none that was started from a page."""
+    if not is_going(output):
+        raise UserError(f"{output}: no run that was started from the page is going on there")
+    os.kill(_record(output)["pid"], signal.SIGTERM)
+
+
+def is_going(output: Path) -> bool:
+    about = _record(output)
+    return bool(about) and about["born"] is not None and _born(about["pid"]) == about["born"]
+
+
+def is_log_of(log: str) -> bool:
+    """Whether a log is that of the run that holds its folder, not of one that was refused beside it."""
+    return _record(Path(log).parent).get("log") == Path(log).name
+
+
+def _record(output: Path) -> dict:
+    try:
+        return json.loads((output / RECORD).read_text())
+    except (OSError, ValueError):
+        return {}
+
+
+def _born(pid: int) -> str | None:
+    """Return when a process was started, which tells it from a later one of its number; None if it has ended."""
+    try:
+        state, *rest = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return None
+    return None if state == "Z" else rest[18]  # clock ticks; see proc(5)
+
+
+def all_in(folder: Path) -> list[Path]:
+    """Return the output folders of runs in a folder, the newest first, and before them those that go on."""
+    runs = [path.parent for name in (RECORD, "config.json") for path in folder.glob(f"*/{name}")]
+    return sorted(dict.fromkeys(runs), key=lambda run: (is_going(run), run.stat().st_mtime), reverse=True)
+
+
+# --------------------------------------------------------------------------------- what a run has written
+
+
+@dataclass
+class Seen:
+    """What can be seen of a run."""
+
+    going: bool = False
+    finished: bool = False
+    step: int = 0
+    steps: int = 0
+    seconds: float | None = None  # per step
+    loss: dict[int, float] = field(default_factory=dict)  # by step
+    validation: dict[int, float] = field(default_factory=dict)
+    sheets: list[Path] = field(default_factory=list)  # of samples, the newest last
+    log: str = ""
+
+    def __str__(self) -> str:
+        if not self.going:
+            return "finished" if self.finished else self.log.rpartition("\n")[2] or "not started from the page"
+        if not self.step:
+            return "starting"
+        told = f"step {self.step} of {self.steps} · loss {self.loss[self.step]:.4f}"
+        if self.step == self.steps:
+            return f"{told} · drawing the last samples"
+        if self.seconds is None:
+            return told
+        return f"{told} · {self.seconds:.2g} s per step · {in_words(self.seconds * (self.steps - self.step))} left"
+
+
+def in_words(seconds: float) -> str:
+    """Return a time as a clock shows it: 0:05, 12:30, 3:00:00."""
+    hours, rest = divmod(round(seconds), 3600)
+    return f"{hours}:{rest // 60:02d}:{rest % 60:02d}" if hours else f"{rest // 60}:{rest % 60:02d}"
+
+
+_events: dict[tuple[Path, float], EventAccumulator] = {}
+
+
+def look(output: Path) -> Seen:
+    """Return what can be seen of a run in its output folder."""
+    about = _record(output)
+    seen = Seen(going=is_going(output), log=tail(output / about.get("log", "none")))
+    seen.finished = (output / FILE_NAME).exists() and not (output / UNFINISHED).exists()
+    try:
+        seen.steps = json.loads((output / "config.json").read_text())["steps"]
+    except (OSError, ValueError, KeyError):
+        return seen
+    began, since = about.get("began", 0.0), about.get("since", 0.0)
+    with ONE_AT_A_TIME:
+        key = output.resolve(), began
+        events = _events.setdefault(key, EventAccumulator(str(output / "tensorboard"), {"scalars": 0, "images": 1}))
+        events.Reload()
+        scalars = {tag: events.Scalars(tag) for tag in events.Tags()["scalars"] if tag in ("loss", "validation")}
+    loss, validation = (
+        [event for event in scalars.get(tag, []) if event.wall_time >= since] for tag in ("loss", "validation")
+    )
+    seen.loss, seen.validation = ({event.step: event.value for event in some} for some in (loss, validation))
+    now = [event for event in loss if event.wall_time >= began]
+    seen.step = now[-1].step if now else 0
+    recent = now[-50:]
+    if len(recent) > 1:
+        seen.seconds = (recent[-1].wall_time - recent[0].wall_time) / (len(recent) - 1)
+    samples = output / "samples"
+    seen.sheets = [path for path in sorted(samples.glob("step-*.png")) if path.stat().st_mtime >= since]
+    if seen.finished and not seen.going and (last := samples / "before_after.png").exists():
+        seen.sheets.append(last)
+    return seen
+
+
+def tail(log: Path, lines: int = 20) -> str:
+    """Return the last lines of a log; of a line that was written over, as a progress bar's, the last state."""
+    try:
+        with open(log, "rb") as file:
+            file.seek(max(0, log.stat().st_size - 16384))
+            text = file.read().decode(errors="replace")
+    except OSError:
+        return ""
+    last = [re.split("\r+", line.rstrip("\r"))[-1] for line in text.split("\n")]
+    return "\n".join([line for line in last if line.strip()][-lines:])

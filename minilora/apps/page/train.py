@@ -1,0 +1,161 @@
+"""The room for training: a form of the settings of train.py, and what can be seen of a run while it goes on."""
+
+import shlex
+from collections.abc import Callable
+from contextlib import suppress
+from html import escape
+from pathlib import Path
+
+import gradio as gr
+import numpy as np
+import pandas as pd
+from PIL import Image
+
+from ...settings.errors import UserError
+from ...settings.train import TrainConfig
+from . import runs
+from .form import Folders, as_shown, base_chooser, by_name, chooser, follow_base, form, telling, words_of
+from .pictures import caption_rows
+
+POINTS = 200  # of a curve, at most; each is the mean of its neighbours
+EVERY = 1.5  # seconds between two looks at a run
+
+
+def train_room(folders: Folders, found: dict, first: dict, on_start: Callable[[], None]) -> dict[str, gr.Dropdown]:
+    """Build the room; return the fields whose choices are found in folders, by what they hold.
+
+    `first` is what stands in the fields at first: data, model, and the folder of outputs.  `on_start` is called before
+    a run is started.
+    """
+    with gr.Row():
+        with gr.Column(scale=3):
+            with gr.Row():
+                about = {"info": "folder of pictures", "elem_id": "train-data"}
+                data = chooser("data", found["pictures"], first["data"], **about)
+                model = base_chooser(found, first["model"], "train")
+            fields = form(TrainConfig, without=("data", "model", "preview"), first=("sample_prompt", "sample_every"))
+            fields |= {"data": data, "model": model}
+            with suppress(UserError):  # the folder may lack a caption, and is told of when it is used
+                fields["output"].value = suggested_output(first["output"], first["data"])
+                prompt, every = suggested_samples(first["data"], first["model"])
+                fields["sample_prompt"].value, fields["sample_every"].value = prompt, every
+        with gr.Column(scale=4):
+            with gr.Row():
+                start = gr.Button("Start", variant="primary", elem_id="start", min_width=80)
+                go_on = gr.Button("Go on", elem_id="go-on", min_width=80)
+                stop = gr.Button("Stop", elem_id="stop", min_width=80)
+            run = chooser("run", found["runs"], next(iter(found["runs"]), ""), elem_id="run")
+            headline = gr.HTML(elem_id="headline")
+            curve = gr.LinePlot(x="step", y="loss", color="of", color_title=" ", height=250, elem_id="curve")
+            sheet = gr.Image(label="samples", interactive=False, format="png", buttons=["fullscreen"], elem_id="sheet")
+            time = gr.Slider(1, 2, 1, step=1, label="over time", interactive=True, visible=False, buttons=[])
+            with gr.Accordion("log", open=False):
+                line = gr.Textbox(label="command line", lines=2, buttons=["copy"], elem_id="train-line")
+                log = gr.Textbox(label="last lines", lines=12, elem_id="log")
+    state, mine = gr.State({}), gr.State("")
+
+    def begin(words: list[str]):
+        config = folders.read(TrainConfig, words)
+        on_start()
+        written = runs.start(words, Path(config.output))
+        here = as_shown(Path(config.output).resolve())
+        others = [path for path in found_runs(first["output"]) if path != here]
+        return gr.update(choices=[here, *others], value=here), shlex.join(["python", "train.py", *words]), str(written)
+
+    @telling
+    def start_new(values: dict):
+        given = by_name(fields, values)
+        given["output"] = given["output"] or suggested_output(first["output"], given["data"] or "")
+        return begin(words_of(TrainConfig, given))
+
+    @telling
+    def start_again(name: str):
+        settings = _chosen(folders, name) / "config.json"
+        if not settings.exists():
+            raise UserError(f"{name}: the run has not begun yet, and cannot go on; press Start")
+        return begin(["--config", str(settings), "--resume"])
+
+    @telling
+    def end(name: str):
+        runs.stop(_chosen(folders, name))
+        gr.Info("The run saves after its step, and stops.", duration=5)
+
+    @telling
+    def fill(data: str, model: str):
+        folders.use(data or "", "data")
+        prompt, every = suggested_samples(data, model)
+        return prompt, every, suggested_output(first["output"], data)
+
+    def watch(name: str, at: int, state: dict, mine: str):
+        if not name or folders.problem(name, "run"):
+            return [gr.skip()] * 6
+        seen = runs.look(Path(name))
+        refused = runs.tail(Path(mine), 1) if Path(mine).parent == Path(name) and not runs.is_log_of(mine) else ""
+        now = {"run": name, "step": seen.step, "points": len(seen.validation), "sheets": len(seen.sheets)}
+        count, same_run = now["sheets"], state.get("run") == name
+        newest = not same_run or at >= state["sheets"] or at > count  # it follows the run, unless one has moved it back
+        changed = {key for key in now if state.get(key) != now[key]}
+        picture = Image.open(seen.sheets[-1]) if seen.sheets and newest else None
+        return (
+            headline_of(seen, refused),
+            points_of(seen) if changed & {"run", "step", "points"} else gr.skip(),
+            (picture if newest else gr.skip()) if changed & {"run", "sheets"} else gr.skip(),
+            gr.update(maximum=max(2, count), visible=count > 1, **({"value": max(1, count)} if newest else {}))
+            if changed & {"run", "sheets"}
+            else gr.skip(),
+            seen.log,
+            now,
+        )
+
+    def turn_to(name: str, at: int):
+        sheets = runs.look(Path(_chosen(folders, name))).sheets
+        return Image.open(sheets[min(at, len(sheets)) - 1]) if sheets else None
+
+    follow_base(TrainConfig, fields)
+    started = [run, line, mine]
+    start.click(start_new, set(fields.values()), started)
+    go_on.click(start_again, run, started)
+    stop.click(end, run)
+    gr.on(
+        [data.input, model.input], fill, [data, model], [fields[n] for n in ("sample_prompt", "sample_every", "output")]
+    )
+    shown = [headline, curve, sheet, time, log, state]
+    quiet = {"show_progress": "hidden", "concurrency_limit": 4}
+    gr.on([gr.Timer(EVERY).tick, run.change], watch, [run, time, state, mine], shown, **quiet)
+    time.input(turn_to, [run, time], sheet, trigger_mode="always_last", **quiet)
+    return {"pictures": data, "bases": model, "runs": run}
+
+
+def _chosen(folders: Folders, name: str) -> Path:
+    if not name:
+        raise UserError("no run is chosen")
+    return folders.use(name, "run")
+
+
+def found_runs(output: str) -> list[str]:
+    return [as_shown(path.resolve()) for path in runs.all_in(Path(output))]
+
+
+def suggested_output(output: str, data: str) -> str:
+    return str(Path(output) / Path(TrainConfig.following({"data": (data,)})["output"]).name)
+
+
+def suggested_samples(data: str, model: str) -> tuple[str, str]:
+    """Return a prompt to draw during training, the first caption, and the steps between: eight drawings in all."""
+    return caption_rows(data)[0][1], str(TrainConfig.following({"model": model or None})["steps"] // 8)
+
+
+def headline_of(seen: runs.Seen, refused: str) -> str:
+    """Return in HTML how far a run is; `refused` is the line of a run that was started beside it."""
+    told = [f"<p><b>{escape(str(seen))}</b></p>"] + ([f"<p><b>{escape(refused)}</b></p>"] if refused else [])
+    bar = f'<progress max="{seen.steps}" value="{seen.step}"></progress>' if seen.steps else ""
+    return "".join(told) + bar
+
+
+def points_of(seen: runs.Seen) -> pd.DataFrame:
+    """Return the curves of a run as a table of steps and losses."""
+    rows = [(step, value, "validation") for step, value in seen.validation.items()]
+    for part in np.array_split(np.array(sorted(seen.loss.items())), min(POINTS, len(seen.loss))) if seen.loss else ():
+        rows.append((int(part[-1, 0]), float(part[:, 1].mean()), "training"))  # part is (points, step and value)
+    table = pd.DataFrame(sorted(rows, key=lambda row: row[0]), columns=["step", "loss", "of"])
+    return table.astype({"step": float, "loss": float})  # an empty one, too, has numbers on its axes
