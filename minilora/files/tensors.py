@@ -235,18 +235,19 @@ class TensorFile:
         return np.frombuffer(content, DTYPES[entry.dtype]).reshape(entry.shape)
 
 
-def refuse_more_than_memory(numbers: int, bytes_of_a_number: int) -> None:
-    """Raise UserError if so many numbers are more than fits into the memory that is free, swap included.
-
-    Nothing is refused on systems that do not report how much is free (Linux does).
-    """
-    needed = numbers * bytes_of_a_number
+def free_memory() -> int | None:
+    """Return how many bytes of main memory are free, swap included; None if the system does not say (Linux does)."""
     try:
         lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
-        free = sum(int(lines[name].split()[0]) * 1024 for name in ("MemAvailable", "SwapFree"))
+        return sum(int(lines[name].split()[0]) * 1024 for name in ("MemAvailable", "SwapFree"))
     except (OSError, KeyError):
-        return
-    if needed > free:
+        return None
+
+
+def refuse_more_than_memory(numbers: int, bytes_of_a_number: int) -> None:
+    """Raise UserError if so many numbers are more than fits into the memory that is free."""
+    needed, free = numbers * bytes_of_a_number, free_memory()
+    if free is not None and needed > free:
         raise UserError(f"its numbers need {needed / 1e9:,.1f} GB of memory, and {free / 1e9:,.1f} GB are free")
 
 

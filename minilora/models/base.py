@@ -115,15 +115,19 @@ class Base:
         return cls(config.model, device, precision, *names)
 
     @cached_property
+    def parameters(self) -> int:
+        """The number of parameters of the U-Net; known without loading it."""
+        empty = empty_module(UNET, self.parts.config(UNET), self.parts.title)
+        return sum(parameter.numel() for parameter in empty.parameters())
+
+    @cached_property
     def _precision(self) -> tuple[str, str]:
         """The number format to compute in, and why, if it was left to the machine."""
         if self.asked_precision == "fp32":
             return "fp32", ""
-        numbers = empty_module(UNET, self.parts.config(UNET), self.parts.title).parameters()
-        parameters = sum(parameter.numel() for parameter in numbers)
         if self.asked_precision == "auto":
-            return choose(self.device, parameters)
-        if warning := slow_precision(self.asked_precision, self.device, parameters):
+            return choose(self.device, self.parameters)
+        if warning := slow_precision(self.asked_precision, self.device, self.parameters):
             print(f"warning: {warning}", file=sys.stderr)
         return self.asked_precision, ""
 

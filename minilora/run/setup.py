@@ -19,6 +19,7 @@ from ..lora import inject_lora, lora_layers, lora_parameters
 from ..models.base import Base
 from ..models.compiling import compile_options
 from ..models.fingerprint import fingerprint
+from ..models.precision import SMALL
 from ..models.targets import ranks_and_alphas
 from ..models.text import UNetWithText
 from ..settings.errors import UserError
@@ -27,6 +28,7 @@ from ..settings.train import TrainConfig
 from .dreambooth import class_pictures
 from .ema import ema_weights
 from .encode import encoded_examples
+from .memory import tell_memory
 from .objective import Objective
 from .ranks import (
     BatchPlan,
@@ -80,6 +82,8 @@ def prepare(config: TrainConfig, objective: Objective, ranks: Ranks) -> Run:
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     base = load_base(config, ranks.device)
     config = replace(config, precision=base.precision)  # what was chosen, if it was left to the machine
+    if base.parameters >= SMALL:
+        tell_memory(config, base, ranks.say)
     others = class_pictures(config, base, ranks) if config.class_prompt else []
     examples, held_out = encode(config, base, ranks, items, others, held_out_items)
     identity = _identity(config, base, examples) | {"objective": objective.name()}

@@ -1,0 +1,209 @@
+"""How much memory a run will need, known before anything is loaded.
+
+Fake tensors have a shape and a type but no numbers.  A U-Net of fake tensors, with its LoRA, goes through one step in
+seconds and in no memory, while `Live` counts what a real one would hold at each moment.  The VAE and the text encoders
+are counted likewise.  They have left memory before the first step, so what counts is the larger of the two:
+
+    encoding    VAE + text encoders, in float32, + what they hold of one picture
+    training    U-Net + LoRA with gradients and Adam's averages + what a step keeps for the backward pass
+"""
+
+import sys
+import weakref
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from ..files.names import TEXT_ENCODER, TEXT_ENCODER_2, UNET
+from ..files.tensors import free_memory
+from ..lora import inject_lora, lora_parameters
+from ..models.base import PIPELINES, Base
+from ..models.folder import KINDS, VAE, empty_module
+from ..models.targets import ranks_and_alphas
+from ..settings.setting import as_typed, is_installed, option
+from ..settings.train import TrainConfig
+
+SLACK = 1.2  # for buffers of the kernels and gaps between tensors, which no count of tensors knows
+
+
+class Live(TorchDispatchMode):
+    """Within the block, count the bytes of all tensors that are alive, but for those of `known`; keep the highest."""
+
+    def __init__(self, known: Iterator[torch.Tensor]):
+        super().__init__()
+        self.now, self.peak = 0, 0
+        self.alive = {tensor.untyped_storage()._cdata: 0 for tensor in known}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor):
+                storage = tensor.untyped_storage()
+                if storage._cdata not in self.alive:  # a view is in the memory of another tensor
+                    self.alive[storage._cdata] = storage.nbytes()
+                    self.now += storage.nbytes()
+                    weakref.finalize(storage, self._free, storage._cdata)
+        self.peak = max(self.peak, self.now)
+        return result
+
+    def _free(self, storage: int) -> None:
+        self.now -= self.alive.pop(storage, 0)
+
+
+@dataclass(frozen=True)
+class Memory:
+    """What a run needs on its device, in bytes."""
+
+    process: int  # what the process holds already
+    encoding: int
+    weights: int
+    lora: int
+    step: int
+
+    @property
+    def total(self) -> int:
+        return self.process + max(self.encoding, self.weights + self.lora + self.step)
+
+    def __str__(self) -> str:
+        parts = (
+            f"base {_gb(self.weights)}, LoRA {_gb(self.lora)}, a step {_gb(self.step)}, encoding {_gb(self.encoding)}"
+        )
+        return f"about {_gb(self.total)} GB ({parts})"
+
+
+def tell_memory(config: TrainConfig, base: Base, say) -> None:
+    """Print how much memory the run will need, and warn, with what makes it fit, if the device has less."""
+    need, free = memory_of(config, base), _free_on(base.device)
+    say(f"memory     {need}" + (f"; {_gb(free)} GB are free on {base.device.type}" if free else ""))
+    if free and need.total - need.process > free:
+        advice = "; ".join(ways_to_fit(config, base, free)) or "a smaller base"
+        print(f"warning: this run may need more memory than there is; what takes less: {advice}", file=sys.stderr)
+
+
+def memory_of(config: TrainConfig, base: Base) -> Memory:
+    """Return the memory that a run of one process needs."""
+    side, dtype = config.resolution or base.resolution, base.dtype
+    texts = [part for part in PIPELINES[base.kind] if part in KINDS]
+    empty = {part: _empty(base, part) for part in (UNET, VAE, *texts)}
+    encoding = sum(4 * parameter.numel() for part in (VAE, *texts) for parameter in empty[part].parameters())
+    with FakeTensorMode():
+        vae = _faked(empty[VAE], torch.float32)
+        with Live(vae.parameters()) as live, torch.no_grad():
+            vae.encode(torch.empty(1, 3, side, side))
+        kept = _bytes(vae.parameters()) + live.peak if config.crop == "random" else 0  # the VAE stays in memory
+        unet = _faked(empty[UNET], dtype).train()
+        encoders = [_faked(empty[part], dtype) for part in texts] if config.train_text_encoder else []
+        weights, numbers, step = _step(config, base, unet, encoders, side)
+    # A and B, their gradients and two averages of Adam, which are a byte a number with adamw8bit.
+    each = 4 + 4 + (2 if config.optimizer == "adamw8bit" else 8) + (4 if config.ema else 0)
+    encoding += round(SLACK * live.peak)
+    return Memory(_held(base.device), encoding, weights, numbers * each, round(SLACK * step) + kept)
+
+
+def _step(config: TrainConfig, base: Base, unet, encoders: list, side: int) -> tuple[int, int, int]:
+    """Go through a step; return the bytes of the weights, the numbers in A and B, and the bytes of all else at most."""
+    ranks, alphas = ranks_and_alphas(unet, config.targets, config.rank, config.alpha, **config.by_part())
+    inject_lora(unet, ranks, alphas)
+    for encoder in encoders:
+        inject_lora(encoder, config.rank, config.alpha, config.text_encoder_targets)
+    if config.gradient_checkpointing:
+        unet.enable_gradient_checkpointing()
+    trained = [parameter for part in (unet, *encoders) for parameter in lora_parameters(part)]
+    everything = [parameter for part in (unet, *encoders) for parameter in part.parameters()]
+
+    batch, latents = config.micro_batch_size or config.batch_size, side // base.pixels_per_latent
+    x = torch.empty(batch, unet.config.in_channels, latents, latents)
+    length = base.parts.config(TEXT_ENCODER).get("max_position_embeddings", 77)
+    timesteps, tokens = torch.zeros(batch, dtype=torch.long), torch.zeros(batch, length, dtype=torch.long)
+    text = torch.empty(batch, length, unet.config.cross_attention_dim)
+    more = {}
+    if base.is_xl:
+        pooled = torch.empty(batch, base.parts.config(TEXT_ENCODER_2)["projection_dim"])
+        more = {"added_cond_kwargs": {"text_embeds": pooled, "time_ids": torch.empty(batch, 6)}}
+    with Live(iter(everything)) as live, torch.autocast("cpu", unet.dtype, enabled=unet.dtype != torch.float32):
+        for encoder in encoders:  # so that gradients flow back into each
+            text = text + encoder(tokens).last_hidden_state.mean()
+        unet(x, timesteps, text, **more).sample.float().square().mean().backward()
+    numbers = sum(parameter.numel() for parameter in trained)
+    return _bytes(everything) - 4 * numbers, numbers, live.peak - 4 * numbers  # (the gradients of A and B are alive)
+
+
+# --------------------------------------------------------------------------------------- what would fit
+
+
+def ways_to_fit(config: TrainConfig, base: Base, free: int) -> list[str]:
+    """Return the settings that take less memory, largest effect first, until the run fits, each with what is left."""
+    told, need = [], memory_of(config, base)
+    for name, value in _smaller(config, base):
+        if need.total - need.process <= free:
+            break
+        config = replace(config, **{name: value})
+        base = Base.of(config, base.device, config.precision)
+        need = memory_of(config, base)
+        told.append(f"{option(name)}{'' if value is True else f' {as_typed(value)}'} (then about {_gb(need.total)} GB)")
+    return told
+
+
+def _smaller(config: TrainConfig, base: Base) -> Iterator[tuple[str, Any]]:
+    """Yield the settings that take less memory, by name and value; usually the first has the largest effect."""
+    if base.precision == "fp32":
+        yield "precision", "bf16"
+    if not config.gradient_checkpointing:
+        yield "gradient_checkpointing", True
+    if (config.micro_batch_size or config.batch_size) > 1:
+        yield "micro_batch_size", 1
+    side = config.resolution or base.resolution
+    if (smaller := side * 3 // 4 // 64 * 64) >= 256:
+        yield "resolution", smaller
+    if config.optimizer == "adamw" and is_installed("bitsandbytes"):
+        yield "optimizer", "adamw8bit"
+
+
+# ---------------------------------------------------------------------------------------- fake networks
+
+
+def _empty(base: Base, part: str) -> Any:
+    source = base.vae_parts if part == VAE else base.parts
+    return empty_module(part, source.config(part), source.title)
+
+
+def _faked(module: Any, dtype: torch.dtype) -> Any:
+    """Give a part that has only shapes fake tensors of a type, frozen."""
+    for child in module.modules():
+        for name, tensor in child.named_parameters(recurse=False):
+            child._parameters[name] = nn.Parameter(torch.empty(tensor.shape, dtype=dtype), requires_grad=False)
+        for name, tensor in child.named_buffers(recurse=False):
+            child._buffers[name] = torch.zeros(tensor.shape, dtype=tensor.dtype)
+    return module.eval()
+
+
+def _bytes(tensors) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def _gb(number: int) -> str:
+    return f"{number / 1e9:.1f}"
+
+
+def _held(device: torch.device) -> int:
+    """Return what this process holds on a device: on a processor, its resident memory (where the system says it)."""
+    if device.type != "cpu":
+        return 0
+    try:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+    except OSError:
+        return 0
+
+
+def _free_on(device: torch.device) -> int | None:
+    """Return the free memory of a device, in bytes; None if it does not say."""
+    return (
+        torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else free_memory() if device.type == "cpu" else None
+    )
