@@ -11,6 +11,7 @@ import os
 import unicodedata
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from ..files.tensors import write_whole
 from ..settings.errors import UserError
@@ -87,10 +88,11 @@ def edit_captions(folder: Path, captions: Mapping[str, Sequence[str]], column: s
     a picture that has no line gets one, unless its captions are empty.  Raises UserError for a folder whose captions
     stand in metadata.csv, or in a metadata.jsonl that cannot be read.
     """
-    table, problems, lines = folder / TABLES[0], [], []
+    table, lines = folder / TABLES[0], []
+    problems: list[str] = []
     if (folder / TABLES[1]).exists():
         raise UserError(f"{folder}: the captions stand in {TABLES[1]}; edit them there, or make it a {table.name}")
-    rows = [row for _, row in _rows_of_jsonl(table, problems)] if table.exists() else []
+    rows: list[Any] = [row for _, row in _rows_of_jsonl(table, problems)] if table.exists() else []
     if problems or not all(isinstance(row, dict) for row in rows):
         raise UserError(f"{table}: " + "; ".join(problems or ["each line should be a JSON object"]))
     written = [line for line in table.read_text(encoding="utf-8-sig").split("\n") if line.strip()] if rows else []

@@ -5,8 +5,6 @@ import json
 import re
 import shlex
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -31,6 +29,7 @@ from minilora.settings.page import PageConfig  # noqa: E402
 from minilora.settings.sample import SampleConfig  # noqa: E402
 from minilora.settings.setting import option  # noqa: E402
 from minilora.settings.train import TrainConfig  # noqa: E402
+from minilora.training import train  # noqa: E402
 
 TOKEN = "a-token"
 PATHS = ["/", "/config", "/gradio_api/info", "/gradio_api/file=/etc/passwd", "/static/img/logo.svg", "/no/such/path"]
@@ -143,6 +142,7 @@ def test_a_form_has_a_field_for_each_setting_with_its_sentence_of_help(settings)
             "ema": ".9",
         },
         {"data": "-a", "caption": "--help", "also": ["kohya", "peft"], "optimizer": "adamw", "output": "None"},
+        {"data": "a", "rank": "16", "alpha": "8", "precision": "auto", "lr_schedule": "cosine"},
         {"data": "a", "sample_prompt": "x, y\nz", "sample_every": "5", "timestep_range": "0,500", "resume": True},
     ],
 )
@@ -289,13 +289,14 @@ def test_a_lora_that_was_trained_again_is_loaded_again_and_a_drawing_can_be_canc
 # ------------------------------------------------------------------------------------ in a real browser
 
 
-def test_train_stop_go_on_and_draw_in_a_browser(tmp_path):
+def test_train_stop_go_on_and_draw_in_a_browser(tmp_path, monkeypatch):
     pytest.importorskip("selenium")
     from browser import LACKING, Browser, page, wait
 
     if LACKING:
         pytest.skip(f"there is no {' and no '.join(LACKING)}; on Debian: apt-get install chromium chromium-driver")
     shutil.copytree(ROOT / "dataset" / "mountain", tmp_path / "dataset" / "mountain")
+    monkeypatch.chdir(tmp_path)
     small = {"steps": "24", "batch_size": "1", "resolution": "32", "sample_every": "2"}
     with page(tmp_path) as address, Browser(address) as browser:
         port = int(re.search(r":(\d+)", address)[1])
@@ -331,19 +332,14 @@ def test_train_stop_go_on_and_draw_in_a_browser(tmp_path):
         wait(lambda: browser.text("#headline").startswith("finished"), seconds=60)
         lora = tmp_path / "out" / "mountain" / "pytorch_lora_weights.safetensors"
         settings = ["--steps", "24", "--batch-size", "1", "--resolution", "32", "--output", "alone"]
-        subprocess.run(
-            [sys.executable, ROOT / "train.py", "--data", "dataset/mountain", *settings],
-            cwd=tmp_path,
-            check=True,
-            capture_output=True,
-        )
+        train(read(TrainConfig, ["--data", "dataset/mountain", *settings], ""))
         assert lora.read_bytes() == (tmp_path / "alone" / lora.name).read_bytes()
 
         # A slider draws anew, and the line that is shown draws the same.
         browser.open(address)
         browser.tab("Draw")
         browser.choose("draw-loras", "out/mountain")
-        browser.type("draw-steps", "2")
+        browser.type("sample-steps", "2")
         browser.click("draw")
         before = wait(lambda: browser.one("#picture img").get_attribute("src"))
         browser.slide("draw-strength-0", 0.3)
@@ -354,7 +350,6 @@ def test_train_stop_go_on_and_draw_in_a_browser(tmp_path):
         shown = np.array(Image.open(wait(lambda: saved.exists() and saved)))
         assert json.loads(Image.open(saved).text["minilora"])["lora"] == ["out/mountain:0.3"]
         saved.unlink()
-        program, _, *words = shlex.split(line)
-        assert program == "python"
-        subprocess.run([sys.executable, ROOT / "sample.py", *words], cwd=tmp_path, check=True, capture_output=True)
+        assert shlex.split(line)[:2] == ["python", "sample.py"]
+        sample(read(SampleConfig, shlex.split(line)[2:], ""))
         assert np.array_equal(np.array(Image.open(saved)), shown)

@@ -16,7 +16,7 @@ from ...sampling import draw_all, load, save_picture
 from ...settings.errors import UserError
 from ...settings.sample import SampleConfig
 from ...settings.shared import path_and_number
-from .form import Folders, base_chooser, by_name, follow_base, form, telling, words_of
+from .form import Folders, base_chooser, by_name, form, telling
 from .pictures import caption_rows
 
 LORAS = 6  # sliders there are
@@ -28,7 +28,8 @@ class Easel:
     """A base with LoRAs that stays in memory from one picture to the next; one picture is drawn at a time."""
 
     def __init__(self) -> None:
-        self.lock, self.loaded, self.cancelled = threading.Lock(), None, False
+        self.lock, self.cancelled = threading.Lock(), False
+        self.loaded: tuple | None = None
         self.base: Base | None = None
 
     def draw(self, config: SampleConfig, progress=None) -> Image.Image:
@@ -123,7 +124,7 @@ def draw_room(folders: Folders, found: dict, first: dict, easel: Easel) -> dict[
     def words_from(values: dict) -> list[str]:
         given = by_name(fields, values)
         given["lora"] = with_strengths(values[loras], [values[slider] for slider in strengths])
-        return [*words_of(SampleConfig, given), "--output", str(_next(Path(first["output"]) / "drawn"))]
+        return [*folders.words(SampleConfig, given), "--output", str(_next(Path(first["output"]) / "drawn"))]
 
     def drawn(words: list[str], progress=None):
         config = folders.read(SampleConfig, words)
@@ -157,7 +158,7 @@ def draw_room(folders: Folders, found: dict, first: dict, easel: Easel) -> dict[
     for slider in strengths:
         slider.input(redraw, given, shown, show_progress="hidden", trigger_mode="always_last", **one_at_a_time)
     save.click(keep, last)
-    follow_base(SampleConfig, fields)
+    folders.follow(SampleConfig, fields)
     cancel.click(easel.cancel, queue=False)
     return {"bases": model, "loras": loras}
 

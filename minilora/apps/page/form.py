@@ -23,6 +23,7 @@ from ...settings.setting import BUNDLED, Settings, as_typed, option
 from ...settings.shared import path_and_number
 
 HUB_ID = r"\w[\w.-]*/\w[\w.-]*(/[\w./-]+\.safetensors)?"
+WHICH_OTHERS_FOLLOW = ("data", "model", "recipe", "class_prompt", "compile")  # as the number of steps does
 LARGE = 1 << 30  # bytes; a .safetensors file that has as many is taken for a base, a smaller one for a LoRA
 DEEP, MOST = 4, 2000  # levels of folders, and folders in all, that are looked through for what to choose from
 
@@ -50,40 +51,31 @@ def form(cls: type[Settings], without: Collection[str] = (), first: Collection[s
 
 def field_of(cls: type[Settings], name: str) -> Any:
     """Make the field of one setting: its sentence of help stands above it, its default in it while it is empty."""
-    about, (kind, is_tuple, _) = _fields(cls)[name].metadata, kind_of(cls, name)
+    about, (kind, is_tuple, _), default = _about(cls, name), kind_of(cls, name), defaults(cls, {})[name]
     words: dict[str, Any] = {"label": name.replace("_", " "), "info": about["help"], "elem_id": id_of(cls, name)}
-    default = defaults(cls, {})[name]
     if kind is bool:
-        return gr.Checkbox(_fields(cls)[name].default, **words)
+        return gr.Checkbox(default, **words)
     if about["choices"] and is_tuple:
         return gr.CheckboxGroup(list(about["choices"]), **words)
     if about["choices"]:
         empty = [] if default else [("", "")]
-        return gr.Dropdown([*empty, *about["choices"]], value=default, **words)
-    return gr.Textbox("", placeholder=default, lines=2 if about["repeat"] else 1, max_lines=4, **words)
+        return gr.Dropdown([*empty, *about["choices"]], value=default or "", **words)
+    lines = 2 if about["repeat"] else 1
+    return gr.Textbox("", placeholder=_typed(cls, name, default), lines=lines, max_lines=4, **words)
 
 
-def _fields(cls: type[Settings]) -> dict[str, dataclasses.Field]:
-    return {field.name: field for field in dataclasses.fields(cls)}
+def _about(cls: type[Settings], name: str) -> Mapping[str, Any]:
+    """Return what is declared of a setting."""
+    return next(field.metadata for field in dataclasses.fields(cls) if field.name == name)
 
 
-def defaults(cls: type[Settings], values: Mapping[str, Any]) -> dict[str, str]:
-    """Return the defaults of all settings as one would type them; some depend on others, whose values are given."""
-    found = {name: field.default for name, field in _fields(cls).items()} | cls.following(dict(values))
-    typed = {name: as_typed(value, _fields(cls)[name].metadata["separator"]) for name, value in found.items()}
-    return {name: "" if found[name] is None else text for name, text in typed.items()}
+def _typed(cls: type[Settings], name: str, value: Any) -> str:
+    return "" if value is None else as_typed(value, _about(cls, name)["separator"])
 
 
-def follow_base(cls: type[Settings], fields: Mapping[str, Any]) -> None:
-    """Let the fields show the defaults for another base when one is chosen."""
-    following = [name for name in cls.following({}) if name in fields]
-
-    def show(model: str):
-        now = defaults(cls, {"model": model or None})
-        return [gr.update(placeholder=now[name]) for name in following]
-
-    shown = [fields[name] for name in following]
-    fields["model"].change(show, fields["model"], shown, show_progress="hidden")
+def defaults(cls: type[Settings], known: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the defaults of all settings, of which some depend on others; `known` are those of WHICH_OTHERS_FOLLOW."""
+    return {field.name: field.default for field in dataclasses.fields(cls)} | cls.following(dict(known))
 
 
 def id_of(cls: type[Settings], name: str) -> str:
@@ -103,25 +95,23 @@ def base_chooser(found: Mapping[str, list], value: str, room: str) -> gr.Dropdow
 # ------------------------------------------------------------------------------------ form -> words
 
 
-def words_of(cls: type[Settings], values: Mapping[str, Any]) -> list[str]:
-    """Return the words of a command line that say what a form says; `values` are its fields' values by name."""
-    words = []
-    for field in dataclasses.fields(cls):
-        value, about = values.get(field.name), field.metadata
-        kind, is_tuple, _ = kind_of(cls, field.name)
+def words_of(cls: type[Settings], values: Mapping[str, Any], known: Mapping[str, Any] | None = None) -> list[str]:
+    """Return the words of a command line that say what a form says; `values` are its fields' values by name.
+
+    A switch or a choice gives no word if it is at its default, where the settings `known` decide what that is.
+    """
+    words, default = [], defaults(cls, known or {})
+    for name, value in values.items():
+        about, (kind, is_tuple, _) = _about(cls, name), kind_of(cls, name)
         if kind is bool:
-            if value is not None and value != field.default:
-                words.append(option(field.name if value else f"no_{field.name}"))
-            continue
-        lines = value if isinstance(value, (list, tuple)) else str("" if value is None else value).split("\n")
-        texts = [str(line).strip() for line in lines if str(line).strip()]
-        if is_tuple and not about["repeat"] and texts:
-            texts = [about["separator"].join(texts)]
-        default = defaults(cls, {}).get(field.name) if field.default is not None else ""
-        for text in texts:
-            if text != default:
-                # (A value that begins with a minus would be taken for an option.)
-                words += [f"{option(field.name)}={text}"] if text.startswith("-") else [option(field.name), text]
+            words += [] if value == default[name] else [option(name if value else f"no_{name}")]
+        elif value and not (about["choices"] and value == default[name]):
+            lines = value if isinstance(value, list) else str(value).split("\n")
+            texts = [str(line).strip() for line in lines if str(line).strip()]
+            if is_tuple and not about["repeat"] and texts:
+                texts = [about["separator"].join(texts)]
+            for text in texts:  # (one that begins with a minus would be taken for an option)
+                words += [f"{option(name)}={text}"] if text.startswith("-") else [option(name), text]
     return words
 
 
@@ -145,12 +135,44 @@ class Folders:
             value = getattr(settings, field.name)
             if kinds and value != field.default:
                 hub = bool({"BASE", "VAE", "LORA"} & {*kinds}) or "hub id" in field.metadata["help"]
-                texts = value if isinstance(value, tuple) else (value,)
+                texts = list(value) if isinstance(value, tuple) else [value]
                 texts = [] if field.name == "validation" and settings.validation_share else texts
                 problems += [p for text in texts if (p := self.problem(text, option(field.name), hub))]
         if problems:
             raise UserError("; ".join(problems))
         return settings
+
+    def words(self, cls: type[Settings], values: Mapping[str, Any]) -> list[str]:
+        """Return the words of a form as `words_of` does, for its data and base."""
+        return words_of(cls, values, self.known(values))
+
+    def known(self, values: Mapping[str, Any]) -> dict[str, Any]:
+        """Return those settings of a form that decide on other defaults; UserError for a path outside."""
+        known = {name: values.get(name) or None for name in WHICH_OTHERS_FOLLOW if name in values}
+        if known.get("data"):
+            known["data"] = tuple(line.strip() for line in known["data"].split("\n") if line.strip())
+        wrong = [self.problem(text, "data") for text in known.get("data") or ()]
+        wrong += [self.problem(known["model"], "base", hub=True)] if known.get("model") else []
+        if any(wrong):
+            raise UserError("; ".join(filter(None, wrong)))
+        return known
+
+    def follow(self, cls: type[Settings], fields: Mapping[str, Any]) -> None:
+        """Let fields show their defaults anew when a setting changes that these depend on."""
+        deciding = {name: fields[name] for name in WHICH_OTHERS_FOLLOW if name in fields}
+        following = [name for name in cls.following({}) if name in fields]
+
+        @telling
+        def show(*values):
+            now = defaults(cls, self.known(dict(zip(deciding, values, strict=True))))
+            switches = {name for name in following if kind_of(cls, name)[0] is bool}
+            return [
+                gr.update(value=now[name]) if name in switches else gr.update(placeholder=_typed(cls, name, now[name]))
+                for name in following
+            ]
+
+        shown = [fields[name] for name in following]
+        gr.on([field.change for field in deciding.values()], show, [*deciding.values()], shown, show_progress="hidden")
 
     def problem(self, text: str, what: str, hub: bool = False) -> str:
         """Return what is wrong with a path, maybe with a number behind a colon; nothing if it may be used."""

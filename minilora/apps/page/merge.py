@@ -8,6 +8,7 @@ import signal
 import subprocess
 import time
 from pathlib import Path
+from typing import Any
 
 import gradio as gr
 
@@ -30,7 +31,7 @@ class Merging:
     def run(self, words: list[str], config: MergeConfig, progress) -> str:
         """Merge, and return the report; UserError with the command's line if it fails or was cancelled."""
         output, base = Path(config.output), Path(config.files[0])
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "stdin": subprocess.DEVNULL}
+        pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "stdin": subprocess.DEVNULL}
         self.process = subprocess.Popen(runs.command("merge", words), text=True, start_new_session=True, **pipes)
         whole = _bytes(base)
         while self.process.poll() is None:

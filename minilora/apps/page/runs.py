@@ -72,9 +72,10 @@ def is_going(output: Path) -> bool:
     return bool(about) and about["born"] is not None and _born(about["pid"]) == about["born"]
 
 
-def is_log_of(log: str) -> bool:
-    """Whether a log is that of the run that holds its folder, not of one that was refused beside it."""
-    return _record(Path(log).parent).get("log") == Path(log).name
+def refused(output: Path, log: str) -> str:
+    """Return the last line of a start's log, if the run that holds the folder is another one; else nothing."""
+    mine = log and Path(log).resolve().parent == output.resolve() and Path(log).name != _record(output).get("log")
+    return tail(Path(log), 1) if mine else ""
 
 
 def _record(output: Path) -> dict:

@@ -14,7 +14,7 @@ from PIL import Image
 from ...settings.errors import UserError
 from ...settings.train import TrainConfig
 from . import runs
-from .form import Folders, as_shown, base_chooser, by_name, chooser, follow_base, form, telling, words_of
+from .form import Folders, as_shown, base_chooser, by_name, chooser, form, telling
 from .pictures import caption_rows
 
 POINTS = 200  # of a curve, at most; each is the mean of its neighbours
@@ -37,7 +37,7 @@ def train_room(folders: Folders, found: dict, first: dict, on_start: Callable[[]
             fields |= {"data": data, "model": model}
             with suppress(UserError):  # the folder may lack a caption, and is told of when it is used
                 fields["output"].value = suggested_output(first["output"], first["data"])
-                prompt, every = suggested_samples(first["data"], first["model"])
+                prompt, every = suggested_samples(first["data"], {"model": first["model"] or None})
                 fields["sample_prompt"].value, fields["sample_every"].value = prompt, every
         with gr.Column(scale=4):
             with gr.Row():
@@ -52,7 +52,7 @@ def train_room(folders: Folders, found: dict, first: dict, on_start: Callable[[]
             with gr.Accordion("log", open=False):
                 line = gr.Textbox(label="command line", lines=2, buttons=["copy"], elem_id="train-line")
                 log = gr.Textbox(label="last lines", lines=12, elem_id="log")
-    state, mine = gr.State({}), gr.State("")
+    before, log_of_start = gr.State(("", 0, 0)), gr.State("")
 
     def begin(words: list[str]):
         config = folders.read(TrainConfig, words)
@@ -66,7 +66,7 @@ def train_room(folders: Folders, found: dict, first: dict, on_start: Callable[[]
     def start_new(values: dict):
         given = by_name(fields, values)
         given["output"] = given["output"] or suggested_output(first["output"], given["data"] or "")
-        return begin(words_of(TrainConfig, given))
+        return begin(folders.words(TrainConfig, given))
 
     @telling
     def start_again(name: str):
@@ -81,47 +81,42 @@ def train_room(folders: Folders, found: dict, first: dict, on_start: Callable[[]
         gr.Info("The run saves after its step, and stops.", duration=5)
 
     @telling
-    def fill(data: str, model: str):
-        folders.use(data or "", "data")
-        prompt, every = suggested_samples(data, model)
+    def fill(data: str, model: str, recipe: str):
+        known = folders.known({"data": data, "model": model, "recipe": recipe})
+        prompt, every = suggested_samples(data, known)
         return prompt, every, suggested_output(first["output"], data)
 
-    def watch(name: str, at: int, state: dict, mine: str):
+    def watch(name: str, at: int, before: tuple[str, int, int], log_of_start: str):
+        """Show what there is to see of a run; `before` is what was shown: the run, its last step, its sheets."""
         if not name or folders.problem(name, "run"):
             return [gr.skip()] * 6
         seen = runs.look(Path(name))
-        refused = runs.tail(Path(mine), 1) if Path(mine).parent == Path(name) and not runs.is_log_of(mine) else ""
-        now = {"run": name, "step": seen.step, "points": len(seen.validation), "sheets": len(seen.sheets)}
-        count, same_run = now["sheets"], state.get("run") == name
-        newest = not same_run or at >= state["sheets"] or at > count  # it follows the run, unless one has moved it back
-        changed = {key for key in now if state.get(key) != now[key]}
-        picture = Image.open(seen.sheets[-1]) if seen.sheets and newest else None
-        return (
-            headline_of(seen, refused),
-            points_of(seen) if changed & {"run", "step", "points"} else gr.skip(),
-            (picture if newest else gr.skip()) if changed & {"run", "sheets"} else gr.skip(),
-            gr.update(maximum=max(2, count), visible=count > 1, **({"value": max(1, count)} if newest else {}))
-            if changed & {"run", "sheets"}
-            else gr.skip(),
-            seen.log,
-            now,
-        )
+        now = name, seen.step, len(seen.sheets)
+        points = gr.skip() if now[:2] == before[:2] else points_of(seen)
+        picture = slider = gr.skip()
+        if now[::2] != before[::2]:
+            last = max(1, len(seen.sheets))
+            slider = gr.update(maximum=max(2, last), visible=last > 1)
+            if name != before[0] or at >= before[2]:  # it follows the run, unless the slider was moved back
+                picture = Image.open(seen.sheets[-1]) if seen.sheets else None
+                slider = gr.update(maximum=max(2, last), visible=last > 1, value=last)
+        return headline_of(seen, runs.refused(Path(name), log_of_start)), points, picture, slider, seen.log, now
 
     def turn_to(name: str, at: int):
         sheets = runs.look(Path(_chosen(folders, name))).sheets
         return Image.open(sheets[min(at, len(sheets)) - 1]) if sheets else None
 
-    follow_base(TrainConfig, fields)
-    started = [run, line, mine]
+    folders.follow(TrainConfig, fields)
+    started = [run, line, log_of_start]
     start.click(start_new, set(fields.values()), started)
     go_on.click(start_again, run, started)
     stop.click(end, run)
-    gr.on(
-        [data.input, model.input], fill, [data, model], [fields[n] for n in ("sample_prompt", "sample_every", "output")]
-    )
-    shown = [headline, curve, sheet, time, log, state]
+    suggested = [fields[name] for name in ("sample_prompt", "sample_every", "output")]
+    deciding = [data, model, fields["recipe"]]
+    gr.on([field.input for field in deciding], fill, deciding, suggested)
+    shown = [headline, curve, sheet, time, log, before]
     quiet = {"show_progress": "hidden", "concurrency_limit": 4}
-    gr.on([gr.Timer(EVERY).tick, run.change], watch, [run, time, state, mine], shown, **quiet)
+    gr.on([gr.Timer(EVERY).tick, run.change], watch, [run, time, before, log_of_start], shown, **quiet)
     time.input(turn_to, [run, time], sheet, trigger_mode="always_last", **quiet)
     return {"pictures": data, "bases": model, "runs": run}
 
@@ -140,9 +135,9 @@ def suggested_output(output: str, data: str) -> str:
     return str(Path(output) / Path(TrainConfig.following({"data": (data,)})["output"]).name)
 
 
-def suggested_samples(data: str, model: str) -> tuple[str, str]:
+def suggested_samples(data: str, known: dict) -> tuple[str, str]:
     """Return a prompt to draw during training, the first caption, and the steps between: eight drawings in all."""
-    return caption_rows(data)[0][1], str(TrainConfig.following({"model": model or None})["steps"] // 8)
+    return caption_rows(data)[0][1], str(TrainConfig.following(known)["steps"] // 8)
 
 
 def headline_of(seen: runs.Seen, refused: str) -> str:
