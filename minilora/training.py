@@ -91,10 +91,10 @@ def train(config: TrainConfig, objective: Objective | None = None) -> Path:
                 log.numbers(step + 1, loss=loss, learning_rate=learning_rate, grad_norm=grad_norm)
                 if validation and (is_due(config.validate_every, step) or step + 1 == config.steps):
                     log.numbers(step + 1, validation=validation.measure(step + 1))
-                stop = signals.seen_by_any(ranks)
-                if stop or is_due(config.checkpoint_every, step):
+                stop, now = signals.seen_by_any(ranks)
+                if stop or now or is_due(config.checkpoint_every, step):
                     saved = save_state(run, step + 1)
-                if is_due(config.sample_every, step):
+                if is_due(config.sample_every, step) or (now and config.sample_prompt):
                     log.samples(step + 1)
                     wait_for_all()
                 if stop:

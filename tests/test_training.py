@@ -238,6 +238,24 @@ def test_a_run_that_is_told_to_stop_saves_and_goes_on_as_if_nothing_had_been(run
     assert signal.getsignal(number) is handler
 
 
+def test_a_run_that_is_told_to_saves_and_draws_now_and_goes_on_as_if_nothing_had_been(run):
+    class Tap:
+        calls = 0
+
+        def __call__(self, *args):
+            self.calls += 1
+            if self.calls == 3:
+                os.kill(os.getpid(), signal.SIGUSR1)
+            return Denoising().loss(*args)
+
+    samples, handler = {"sample_prompt": ("a dog",), "sample_every": 100}, signal.getsignal(signal.SIGUSR1)
+    whole, told = run("whole"), run("told", Tap(), checkpoints_kept=9, **samples)
+    assert (told / "checkpoints" / "step-00000003.safetensors").exists()
+    assert [path.name for path in (told / "samples").glob("step-*")] == ["step-00000003.png"]
+    assert (told / FILE_NAME).read_bytes() == (whole / FILE_NAME).read_bytes()
+    assert signal.getsignal(signal.SIGUSR1) is handler
+
+
 def test_a_killed_run_gives_the_same_bytes(run, pictures, tmp_path, tiny_base):
     settings = {"steps": 40, "checkpoint_every": 5}
     whole = run("whole", **settings)

@@ -188,11 +188,14 @@ class StopSignals:
 
     A second SIGINT, Ctrl-C typed again, ends the process at once.  The other signals may come several times for one
     reason: Slurm and shells send them to all processes, and torchrun passes them on.
+
+    SIGUSR1 does not ask to stop, but to save and draw now.
     """
 
     def __enter__(self) -> "StopSignals":
         self.number: int | None = None
-        numbers = [signal.SIGTERM, signal.SIGINT]
+        self.is_wanted = False  # to save and draw now
+        numbers = [signal.SIGTERM, signal.SIGINT, *([signal.SIGUSR1] if hasattr(signal, "SIGUSR1") else [])]
         hangup = getattr(signal, "SIGHUP", None)  # which Windows lacks, and nohup ignores
         if hangup and signal.getsignal(hangup) != signal.SIG_IGN:
             numbers.append(hangup)
@@ -200,6 +203,9 @@ class StopSignals:
         return self
 
     def _notice(self, number: int, frame) -> None:
+        if number == getattr(signal, "SIGUSR1", None):
+            self.is_wanted = True
+            return
         self.number = number
         if number == signal.SIGINT:
             signal.signal(number, self.before[number])
@@ -208,15 +214,16 @@ class StopSignals:
         for number, handler in self.before.items():
             signal.signal(number, handler)
 
-    def seen_by_any(self, ranks: Ranks) -> bool:
-        """Whether any process got a signal; all processes get the same answer, so that they stop together."""
+    def seen_by_any(self, ranks: Ranks) -> tuple[bool, bool]:
+        """Whether any process got a signal to stop, and one to save and draw; all processes get the same answers."""
+        wanted, self.is_wanted = self.is_wanted, False
         if not dist.is_initialized():
-            return self.number is not None
-        seen = torch.tensor(float(self.number or 0), device=ranks.device)
+            return self.number is not None, wanted
+        seen = torch.tensor([float(self.number or 0), float(wanted)], device=ranks.device)
         dist.all_reduce(seen, dist.ReduceOp.MAX)
-        if seen:
-            self.number = int(seen)
-        return bool(seen)
+        if seen[0]:
+            self.number = int(seen[0])
+        return bool(seen[0]), bool(seen[1])
 
 
 def mean_over_ranks(values: torch.Tensor) -> torch.Tensor:

@@ -8,7 +8,6 @@ decides.
 import json
 import os
 import re
-import signal
 import subprocess
 import sys
 import tempfile
@@ -30,8 +29,12 @@ ONE_AT_A_TIME = threading.Lock()  # of the page's threads
 
 
 def command(name: str, words: Sequence[str]) -> list[str]:
-    """Return how one of our commands is started with this Python, from any folder."""
-    return [sys.executable, "-c", f"from minilora.settings.command_line import {name}; {name}()", *words]
+    """Return how one of our commands is started with this Python, from any folder.
+
+    Where it does not listen to SIGUSR1, before the first step and after the last, that does not end it.
+    """
+    deaf = "import signal; signal.signal(signal.SIGUSR1, signal.SIG_IGN)"
+    return [sys.executable, "-c", f"{deaf}; from minilora.settings.command_line import {name}; {name}()", *words]
 
 
 def start(words: Sequence[str], output: Path) -> Path:
@@ -60,11 +63,14 @@ def start(words: Sequence[str], output: Path) -> Path:
     return Path(name)
 
 
-def stop(output: Path) -> None:
-    """Ask a run to save and stop; UserError if there is none that was started from a page."""
+def tell(output: Path, number: int) -> None:
+    """Send a run a signal: SIGTERM to save and stop, SIGUSR1 to save and draw now.
+
+    Raises UserError if there is no run that was started from a page.
+    """
     if not is_going(output):
         raise UserError(f"{output}: no run that was started from the page is going on there")
-    os.kill(_record(output)["pid"], signal.SIGTERM)
+    os.kill(_record(output)["pid"], number)
 
 
 def is_going(output: Path) -> bool:

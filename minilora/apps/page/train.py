@@ -1,6 +1,7 @@
 """The room for training: a form of the settings of train.py, and what can be seen of a run while it goes on."""
 
 import shlex
+import signal
 from collections.abc import Callable
 from contextlib import suppress
 from html import escape
@@ -43,6 +44,7 @@ def train_room(folders: Folders, found: dict, first: dict, on_start: Callable[[]
             with gr.Row():
                 start = gr.Button("Start", variant="primary", elem_id="start", min_width=80)
                 go_on = gr.Button("Go on", elem_id="go-on", min_width=80)
+                now = gr.Button("Save and draw now", elem_id="now", min_width=80)
                 stop = gr.Button("Stop", elem_id="stop", min_width=80)
             run = chooser("run", found["runs"], next(iter(found["runs"]), ""), elem_id="run")
             headline = gr.HTML(elem_id="headline")
@@ -77,8 +79,13 @@ def train_room(folders: Folders, found: dict, first: dict, on_start: Callable[[]
 
     @telling
     def end(name: str):
-        runs.stop(_chosen(folders, name))
+        runs.tell(_chosen(folders, name), signal.SIGTERM)
         gr.Info("The run saves after its step, and stops.", duration=5)
+
+    @telling
+    def save_now(name: str):
+        runs.tell(_chosen(folders, name), signal.SIGUSR1)
+        gr.Info("The run saves and draws after its step.", duration=5)
 
     @telling
     def fill(data: str, model: str, recipe: str):
@@ -91,16 +98,16 @@ def train_room(folders: Folders, found: dict, first: dict, on_start: Callable[[]
         if not name or folders.problem(name, "run"):
             return [gr.skip()] * 6
         seen = runs.look(Path(name))
-        now = name, seen.step, len(seen.sheets)
-        points = gr.skip() if now[:2] == before[:2] else points_of(seen)
+        shown = name, seen.step, len(seen.sheets)
+        points = gr.skip() if shown[:2] == before[:2] else points_of(seen)
         picture = slider = gr.skip()
-        if now[::2] != before[::2]:
+        if shown[::2] != before[::2]:
             last = max(1, len(seen.sheets))
             slider = gr.update(maximum=max(2, last), visible=last > 1)
             if name != before[0] or at >= before[2]:  # it follows the run, unless the slider was moved back
                 picture = Image.open(seen.sheets[-1]) if seen.sheets else None
                 slider = gr.update(maximum=max(2, last), visible=last > 1, value=last)
-        return headline_of(seen, runs.refused(Path(name), log_of_start)), points, picture, slider, seen.log, now
+        return headline_of(seen, runs.refused(Path(name), log_of_start)), points, picture, slider, seen.log, shown
 
     def turn_to(name: str, at: int):
         sheets = runs.look(Path(_chosen(folders, name))).sheets
@@ -110,6 +117,7 @@ def train_room(folders: Folders, found: dict, first: dict, on_start: Callable[[]
     started = [run, line, log_of_start]
     start.click(start_new, set(fields.values()), started)
     go_on.click(start_again, run, started)
+    now.click(save_now, run)
     stop.click(end, run)
     suggested = [fields[name] for name in ("sample_prompt", "sample_every", "output")]
     deciding = [data, model, fields["recipe"]]
