@@ -36,6 +36,9 @@ cp out/restyle-things/restyled.png $pictures/restyle.png
 python sample.py --prompt "tomato" --lora out/fluent --lora out/cyanotype --grid 0,0.25,0.5,0.75,1 \
     --output $pictures/grid.png
 
+# docs/from_scratch.md
+python docs/from_scratch/walk.py dataset/mountain/mountain.jpg --prompt mountain --output $pictures/from_scratch.png
+
 # docs/distill.md
 python -m minilora.apps.distill
 cp out/lcm/lcm.png $pictures/lcm.png

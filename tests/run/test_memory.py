@@ -36,7 +36,11 @@ def test_a_step_of_fake_tensors_holds_what_a_real_one_holds(tiny_base, checkpoin
         if checkpointing:
             unet.enable_gradient_checkpointing()
         if name == "real":
-            x, timesteps, text = torch.zeros(2, 4, 8, 8), torch.zeros(2, dtype=torch.long), torch.zeros(2, base.tokenizer.model_max_length, 16)
+            x, timesteps, text = (
+                torch.zeros(2, 4, 8, 8),
+                torch.zeros(2, dtype=torch.long),
+                torch.zeros(2, base.tokenizer.model_max_length, 16),
+            )
             with Live(unet.parameters()) as live:
                 unet(x, timesteps, text).sample.square().mean().backward()
             counted[name] = live.peak - 4 * sum(p.numel() for p in lora_parameters(unet))
