@@ -2,25 +2,33 @@
 
 import dataclasses
 import json
+import os
 import re
 import shlex
 import shutil
+import signal
 from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import make_picture
 from helpers import ROOT, write_a_lora
 from PIL import Image
+from torch.utils.tensorboard import SummaryWriter
 
 gr = pytest.importorskip("gradio")
 
 from starlette.testclient import TestClient  # noqa: E402
 from starlette.websockets import WebSocketDisconnect  # noqa: E402
 
+from minilora.apps.page import runs  # noqa: E402
 from minilora.apps.page.draw import Easel, with_strengths  # noqa: E402
 from minilora.apps.page.form import Folders, form, telling, words_of  # noqa: E402
+from minilora.apps.page.merge import Merging  # noqa: E402
 from minilora.apps.page.pictures import caption_rows  # noqa: E402
 from minilora.apps.page.server import build, guarded  # noqa: E402
+from minilora.apps.page.train import points_of  # noqa: E402
+from minilora.merge import merge  # noqa: E402
 from minilora.sampling import sample  # noqa: E402
 from minilora.settings.command_line import kind_of, read  # noqa: E402
 from minilora.settings.errors import UserError  # noqa: E402
@@ -242,6 +250,100 @@ def test_captions_are_shown_one_in_a_row(pictures):
     (pictures / "metadata.jsonl").write_text('{"file_name": "2.png", "text": ["a dog", "a red apple"]}\n')
     rows = [["0.png", ""], ["1.png", ""], ["2.png", "a dog"], ["2.png", "a red apple"], ["3.png", ""], ["4.png", ""]]
     assert caption_rows(str(pictures)) == rows
+
+
+def handlers(folder) -> dict:
+    """Return the functions behind the buttons and fields of a page, by their names."""
+    page = build(PageConfig(folders=(str(folder),), output=str(folder / "out")))
+    return {about.fn.__name__: about.fn for about in page.fns.values() if about.fn}
+
+
+def test_captions_are_written_as_they_were_edited_and_a_wrong_folder_is_told(pictures):
+    (pictures / "metadata.jsonl").write_text('{"file_name": "2.png", "text": ["a dog", "a red apple"], "id": 7}\n')
+    write = handlers(pictures)["write"]
+    rows = [["0.png", "zero"], ["1.png", ""], ["2.png", "a dog"], ["2.png", "an apple"], ["", "added below"]]
+    write(str(pictures), rows)
+    assert [json.loads(line) for line in (pictures / "metadata.jsonl").read_text().splitlines()] == [
+        {"file_name": "2.png", "text": ["a dog", "an apple"], "id": 7},
+        {"file_name": "0.png", "text": "zero"},
+    ]
+    for folder, said in (("/etc", "outside the folders"), (str(pictures / "none"), "there is no such folder")):
+        with pytest.raises(gr.Error) as shown:
+            write(folder, rows)
+        assert said in shown.value.message
+
+
+def test_merging_writes_what_the_command_writes_and_leaves_nothing_when_it_is_cancelled(tiny_base, tmp_path):
+    write_a_lora(tmp_path / "a" / "pytorch_lora_weights.safetensors")
+    merging, told = Merging(), []
+    words = [str(tiny_base), f"{tmp_path / 'a'}:0.5", "--output", str(tmp_path / "by_page")]
+    report = merging.run(words, read(MergeConfig, words, ""), lambda share, desc: told.append(share))
+    assert report.endswith(f"wrote {tmp_path / 'by_page'}")
+    assert all(0 <= share < 1 for share in told)
+    merge(read(MergeConfig, [*words[:-1], str(tmp_path / "by_command")], ""))
+    files = [path.relative_to(tmp_path / "by_page") for path in (tmp_path / "by_page").rglob("*") if path.is_file()]
+    assert files
+    for file in files:
+        assert (tmp_path / "by_page" / file).read_bytes() == (tmp_path / "by_command" / file).read_bytes()
+    with pytest.raises(UserError, match="by_page: it exists"):
+        merging.run(words, read(MergeConfig, words, ""), lambda share, desc: None)
+    words[-1] = str(tmp_path / "cancelled")
+    with pytest.raises(UserError, match="cancelled"):
+        merging.run(words, read(MergeConfig, words, ""), lambda share, desc: merging.cancel())
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "by_command", "by_page"]
+
+
+# ------------------------------------------------------------------------------------------------ runs
+
+
+def test_of_a_run_is_seen_what_it_has_written(tmp_path):
+    def write(first, last, loss):
+        with SummaryWriter(str(tmp_path / "tensorboard"), purge_step=first) as writer:
+            for step in range(first, last + 1):
+                writer.add_scalar("loss", loss, step)
+                writer.add_scalar("grad_norm", 9, step)
+            writer.add_scalar("validation", loss / 2, last)
+
+    assert str(runs.look(tmp_path)) == "not started from the page"
+    (tmp_path / "config.json").write_text('{"steps": 500}')
+    assert runs.look(tmp_path).step == 0
+    write(1, 300, 1.0)
+    seen = runs.look(tmp_path)
+    assert (seen.step, seen.steps, seen.loss, seen.validation) == (
+        300,
+        500,
+        dict.fromkeys(range(1, 301), 1.0),
+        {300: 0.5},
+    )
+    write(201, 400, 3.0)  # it went on from the checkpoint of step 200
+    seen = runs.look(tmp_path)
+    assert (seen.step, seen.loss[200], seen.loss[201], seen.validation) == (400, 1.0, 3.0, {400: 1.5})
+    (tmp_path / "samples").mkdir()
+    for name in ("step-00000200.png", "step-00000100.png", "before_after.png"):
+        make_picture(0).save(tmp_path / "samples" / name)
+    assert [path.name for path in runs.look(tmp_path).sheets] == ["step-00000100.png", "step-00000200.png"]
+    table = points_of(seen)
+    training = table[table["of"] == "training"]["loss"]
+    assert len(training) == 200
+    assert training.mean() == 2.0  # two steps a point, half of them with each loss
+
+
+def test_a_progress_bar_in_a_log_is_shown_as_it_is_now(tmp_path):
+    log = tmp_path / "train-1.log"
+    log.write_bytes("base\n\n  0%|  | 0/9\r 50%|█ | 4/9\r\rsaved\n".encode() + b"\xff\n")
+    assert runs.tail(log) == "base\nsaved\n\ufffd"
+    assert runs.tail(log, 1) == "\ufffd"
+    assert runs.tail(tmp_path / "none") == ""
+
+
+def test_only_a_run_of_the_page_gets_signals(tmp_path):
+    with pytest.raises(UserError, match="no run that was started from the page"):
+        runs.tell(tmp_path, signal.SIGTERM)
+    (tmp_path / runs.RECORD).write_text(
+        json.dumps({"pid": os.getpid(), "born": "0"})
+    )  # a number that another one has now
+    with pytest.raises(UserError, match="no run that was started from the page"):
+        runs.tell(tmp_path, signal.SIGTERM)
 
 
 # --------------------------------------------------------------------------------------------- drawing

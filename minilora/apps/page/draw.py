@@ -3,16 +3,19 @@
 The base and the LoRAs stay in memory.  A slider changes only the strengths at which the LoRAs are merged.
 """
 
+import gc
+import math
 import shlex
 import threading
 from contextlib import suppress
 from pathlib import Path
 
 import gradio as gr
+import torch
 from PIL import Image
 
 from ...models.base import Base
-from ...sampling import draw_all, load, save_picture
+from ...sampling import TOGETHER, draw_all, load, save_picture
 from ...settings.errors import UserError
 from ...settings.sample import SampleConfig
 from ...settings.shared import path_and_number
@@ -42,9 +45,8 @@ class Easel:
                 self.free()
                 self.base, _ = load(config)
                 self.loaded = wanted
-            drawings = len(config.grid) ** 2 or max(1, len(config.strengths)) * -(
-                -len(config.prompt) * config.count // 4
-            )
+            passes = max(1, len(config.strengths)) * math.ceil(len(config.prompt) * config.count / TOGETHER)
+            passes = len(config.grid) ** 2 or passes
 
             def on_step() -> None:
                 nonlocal done
@@ -52,13 +54,16 @@ class Easel:
                 if self.cancelled:
                     raise UserError("the drawing was cancelled")
                 if progress:
-                    progress((done, config.steps * drawings), unit="steps")
+                    progress((done, config.steps * passes), unit="steps")
 
             return draw_all(self.base, {f"lora{n}": s for n, (_, s) in enumerate(loras)}, config, on_step)[0]
 
     def free(self) -> None:
-        """Give the memory back."""
+        """Give the memory back, of a GPU too."""
         self.base = self.loaded = None
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
 
     def cancel(self) -> None:
         self.cancelled = True

@@ -162,9 +162,11 @@ class Folders:
         deciding = {name: fields[name] for name in WHICH_OTHERS_FOLLOW if name in fields}
         following = [name for name in cls.following({}) if name in fields]
 
-        @telling
         def show(*values):
-            now = defaults(cls, self.known(dict(zip(deciding, values, strict=True))))
+            try:
+                now = defaults(cls, self.known(dict(zip(deciding, values, strict=True))))
+            except UserError:  # it is told when it is used
+                return [gr.skip()] * len(following)
             switches = {name for name in following if kind_of(cls, name)[0] is bool}
             return [
                 gr.update(value=now[name]) if name in switches else gr.update(placeholder=_typed(cls, name, now[name]))
@@ -179,7 +181,8 @@ class Folders:
         path = Path(path_and_number(text)[0])
         if hub and re.fullmatch(HUB_ID, str(path)) and ".." not in path.parts and not Path(path.parts[0]).exists():
             return ""
-        if any(path.expanduser().resolve().is_relative_to(folder) for folder in (*self.named, BUNDLED)):
+        meant = [each.expanduser().resolve() for each in (path, Path(text))]  # without the number, and as it stands
+        if all(any(each.is_relative_to(folder) for folder in (*self.named, BUNDLED)) for each in meant):
             return ""
         named = ", ".join(map(str, self.named))
         return f"{what} {text}: it is outside the folders of this page ({named}); start the page with its folder, too"

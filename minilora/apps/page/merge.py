@@ -6,7 +6,7 @@ The merge is the command, as a process of its own.  To cancel it is Ctrl-C there
 import shlex
 import signal
 import subprocess
-import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -33,16 +33,16 @@ class Merging:
         output, base = Path(config.output), Path(config.files[0])
         pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "stdin": subprocess.DEVNULL}
         self.process = subprocess.Popen(runs.command("merge", words), text=True, start_new_session=True, **pipes)
-        whole = _bytes(base)
-        while self.process.poll() is None:
-            part = output.with_name(f".{output.name}.{self.process.pid}.part")
+        part, whole = output.with_name(f".{output.name}.{self.process.pid}.part"), _bytes(base)
+        said = None
+        while said is None:
+            with suppress(subprocess.TimeoutExpired):
+                said, wrong = self.process.communicate(timeout=0.2)
             progress(min(0.99, _bytes(part) / whole) if whole else 0, desc="merging")
-            time.sleep(0.2)
-        said, wrong = self.process.communicate()
+        if self.process.returncode in (130, -signal.SIGINT):
+            raise UserError("the merge was cancelled; nothing was written")
         if self.process.returncode:
-            last = wrong.strip().splitlines()[-1:] or ["the merge was cancelled"]
-            cancelled = self.process.returncode in (130, -signal.SIGINT)
-            raise UserError("the merge was cancelled" if cancelled else last[0].removeprefix("error: "))
+            raise UserError((wrong.strip().splitlines() or ["the merge failed"])[-1].removeprefix("error: "))
         return said.strip()
 
     def cancel(self) -> None:

@@ -1,5 +1,8 @@
 """The room for pictures: what training will see of a folder, and its captions, edited in place."""
 
+import os
+from pathlib import Path
+
 import gradio as gr
 
 from ...data.captions import edit_captions
@@ -21,7 +24,7 @@ def pictures_room(folders: Folders, found: dict, first: dict) -> dict[str, gr.Dr
         headers=["picture", "caption"],
         datatype=["str", "str"],
         type="array",
-        column_count=(2, "fixed"),
+        column_count=2,
         static_columns=[0],
         column_widths=["25%", "75%"],
         wrap=True,
@@ -54,9 +57,10 @@ def pictures_room(folders: Folders, found: dict, first: dict) -> dict[str, gr.Dr
     @telling
     def write(name: str, rows: list[list[str]]):
         path = folders.use(name or "", "folder")
-        captions: dict[str, list[str]] = {}
+        captions: dict[str, list[str]] = {picture: [] for picture, _ in caption_rows(str(path))}
         for picture, caption in rows:
-            captions.setdefault(picture, []).append(caption)
+            if picture in captions:  # rows can be added in a table; there is no picture for those
+                captions[picture].append(caption)
         gr.Info(edit_captions(path, captions))
 
     shown = [counts, pages, table, save]
@@ -68,7 +72,8 @@ def pictures_room(folders: Folders, found: dict, first: dict) -> dict[str, gr.Dr
 
 def caption_rows(folder: str) -> list[list[str]]:
     """Return the name of each picture of a folder with each of its captions; "" where there is none."""
+    if Path(folder).is_file():
+        raise UserError(f"{folder}: it is a file; a folder of pictures is needed")
     items = read_folder(folder, TrainConfig(data=(folder,), caption=""), "folder", quiet=True)
-    if [str(item.path) for item in items] == [folder]:
-        raise UserError(f"{folder}: it is a picture; a folder of pictures is needed")
-    return [[str(item.path.relative_to(folder)), text] for item in items for text in item.captions]
+    here = os.path.normpath(folder)
+    return [[str(item.path.relative_to(here)), text] for item in items for text in item.captions]

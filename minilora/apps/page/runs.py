@@ -14,9 +14,11 @@ import tempfile
 import threading
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from tensorboard.backend.event_processing.directory_watcher import DirectoryDeletedError
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from ...files.read import FILE_NAME
@@ -124,8 +126,12 @@ class Seen:
     log: str = ""
 
     def __str__(self) -> str:
+        last = self.log.rpartition("\n")[2]
         if not self.going:
-            return "finished" if self.finished else self.log.rpartition("\n")[2] or "not started from the page"
+            killed = (
+                f"ended after step {self.step}, without saving" if "%|" in last else last
+            )  # the bar goes no further
+            return "finished" if self.finished else killed or "not started from the page"
         if not self.step:
             return "starting"
         told = f"step {self.step} of {self.steps} · loss {self.loss[self.step]:.4f}"
@@ -154,11 +160,14 @@ def look(output: Path) -> Seen:
         seen.steps = json.loads((output / "config.json").read_text())["steps"]
     except (OSError, ValueError, KeyError):
         return seen
+    if not (output / "tensorboard").is_dir():
+        return seen
     began, since = about.get("began", 0.0), about.get("since", 0.0)
     with ONE_AT_A_TIME:
         key = output.resolve(), began
         events = _events.setdefault(key, EventAccumulator(str(output / "tensorboard"), {"scalars": 0, "images": 1}))
-        events.Reload()
+        with suppress(DirectoryDeletedError):
+            events.Reload()
         scalars = {tag: events.Scalars(tag) for tag in events.Tags()["scalars"] if tag in ("loss", "validation")}
     loss, validation = (
         [event for event in scalars.get(tag, []) if event.wall_time >= since] for tag in ("loss", "validation")

@@ -32,7 +32,6 @@ HERE = r"(localhost|127\.0\.0\.1|\[::1\])(:\d+)?"
 HEADERS = {
     "Content-Security-Policy": "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:; frame-ancestors 'none'",
     "Referrer-Policy": "no-referrer",
-    "Cache-Control": "no-store",
 }
 CSS = """
 footer {display: none !important}
@@ -74,7 +73,7 @@ class Guard:
         if origin is not None and origin.partition("://")[2] != hosts[0]:
             return PlainTextResponse("This request comes from another page.", 403)
         if self.is_token(request.query_params.get("token", "")):
-            answer = RedirectResponse(request.url.path, 303)
+            answer = RedirectResponse("/", 303)
             answer.set_cookie(cookie, self.token, httponly=True, samesite="strict")
             return answer
         if not self.is_token(request.cookies.get(cookie, "")):
@@ -99,22 +98,28 @@ def build(config: PageConfig) -> gr.Blocks:
     first = {"data": some, "model": config.model or "", "output": config.output}
     with gr.Blocks(title="minilora", analytics_enabled=False, fill_width=True) as page:
         with gr.Tabs():
-            with gr.Tab("Pictures"):
-                rooms = [pictures_room(folders, found, first)]
-            with gr.Tab("Train"):
-                rooms.append(train_room(folders, found, first, easel.free))
-            with gr.Tab("Draw"):
-                rooms.append(draw_room(folders, found, first, easel))
-            with gr.Tab("Merge"):
-                rooms.append(merge_room(folders, found, first))
-        fields = [(kind, field) for room in rooms for kind, field in room.items()]
+            rooms = {}
+            with gr.Tab("Pictures") as tab:
+                rooms[tab] = pictures_room(folders, found, first)
+            with gr.Tab("Train") as tab:
+                rooms[tab] = train_room(folders, found, first, easel.free)
+            with gr.Tab("Draw") as tab:
+                rooms[tab] = draw_room(folders, found, first, easel)
+            with gr.Tab("Merge") as tab:
+                rooms[tab] = merge_room(folders, found, first)
+        fields = [(kind, field) for room in rooms.values() for kind, field in room.items()]
 
         def refresh():
+            """Let the fields have what can be chosen from now."""
             now = find()
-            latest = {"value": next(iter(now["runs"]), "")}
-            return [gr.update(choices=now[kind], **(latest if kind == "runs" else {})) for kind, _ in fields]
+            return [gr.update(choices=now[kind]) for kind, _ in fields]
 
-        page.load(refresh, outputs=[field for _, field in fields], show_progress="hidden")
+        def open_run():
+            return next(iter(found_runs(config.output)), "")
+
+        for when in (page.load, *(tab.select for tab in rooms)):
+            when(refresh, outputs=[field for _, field in fields], show_progress="hidden")
+        page.load(open_run, outputs=[field for kind, field in fields if kind == "runs"], show_progress="hidden")
     return page
 
 

@@ -109,6 +109,7 @@ def train_room(folders: Folders, found: dict, first: dict, on_start: Callable[[]
                 slider = gr.update(maximum=max(2, last), visible=last > 1, value=last)
         return headline_of(seen, runs.refused(Path(name), log_of_start)), points, picture, slider, seen.log, shown
 
+    @telling
     def turn_to(name: str, at: int):
         sheets = runs.look(Path(_chosen(folders, name))).sheets
         return Image.open(sheets[min(at, len(sheets)) - 1]) if sheets else None
@@ -144,8 +145,9 @@ def suggested_output(output: str, data: str) -> str:
 
 
 def suggested_samples(data: str, known: dict) -> tuple[str, str]:
-    """Return a prompt to draw during training, the first caption, and the steps between: eight drawings in all."""
-    return caption_rows(data)[0][1], str(TrainConfig.following(known)["steps"] // 8)
+    """Return what to draw during training, the first caption, and how often, so that it is eight times in all."""
+    prompt = next((caption for _, caption in caption_rows(data) if caption), "")
+    return prompt, str(TrainConfig.following(known)["steps"] // 8) if prompt else ""
 
 
 def headline_of(seen: runs.Seen, refused: str) -> str:
