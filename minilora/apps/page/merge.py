@@ -36,9 +36,9 @@ class Merging:
         part, whole = output.with_name(f".{output.name}.{self.process.pid}.part"), _bytes(base)
         said = None
         while said is None:
-            with suppress(subprocess.TimeoutExpired):
-                said, wrong = self.process.communicate(timeout=0.2)
             progress(min(0.99, _bytes(part) / whole) if whole else 0, desc="merging")
+            with suppress(subprocess.TimeoutExpired):
+                said, wrong = self.process.communicate(timeout=0.1)
         if self.process.returncode in (130, -signal.SIGINT):
             raise UserError("the merge was cancelled; nothing was written")
         if self.process.returncode:

@@ -33,10 +33,11 @@ ONE_AT_A_TIME = threading.Lock()  # of the page's threads
 def command(name: str, words: Sequence[str]) -> list[str]:
     """Return how one of our commands is started with this Python, from any folder.
 
-    Where it does not listen to SIGUSR1, before the first step and after the last, that does not end it.
+    SIGUSR1 does not end it where it does not listen to that, before the first step and after the last.  SIGINT is what
+    Ctrl-C is, also if the page was started in the background of a shell, which lets SIGINT be ignored there.
     """
-    deaf = "import signal; signal.signal(signal.SIGUSR1, signal.SIG_IGN)"
-    return [sys.executable, "-c", f"{deaf}; from minilora.settings.command_line import {name}; {name}()", *words]
+    signals = "from signal import *; signal(SIGUSR1, SIG_IGN); signal(SIGINT, default_int_handler)"
+    return [sys.executable, "-c", f"{signals}; from minilora.settings.command_line import {name}; {name}()", *words]
 
 
 def start(words: Sequence[str], output: Path) -> Path:
@@ -128,10 +129,9 @@ class Seen:
     def __str__(self) -> str:
         last = self.log.rpartition("\n")[2]
         if not self.going:
-            killed = (
-                f"ended after step {self.step}, without saving" if "%|" in last else last
-            )  # the bar goes no further
-            return "finished" if self.finished else killed or "not started from the page"
+            if "%|" in last:  # the bar goes no further
+                last = f"ended after step {self.step}, without saving"
+            return "finished" if self.finished else last or "not started from the page"
         if not self.step:
             return "starting"
         told = f"step {self.step} of {self.steps} · loss {self.loss[self.step]:.4f}"
