@@ -47,5 +47,8 @@ python sample.py --prompt "tomato" --prompt "smile" --prompt "sunflower" --count
 python -m minilora.apps.distill --objective smooth --data out/lcm/pictures
 cp out/smooth/smooth.png $pictures/smooth.png
 
+# docs/page.md
+python docs/screenshots.py
+
 python docs/figures.py
 python docs/gallery.py

@@ -13,7 +13,7 @@ from helpers import ROOT
 
 from minilora.files.read import FILE_NAME
 
-COMMANDS = ("train", "sample", "merge", "evaluate", "restore", "morph", "restyle", "distill")
+COMMANDS = ("train", "sample", "merge", "evaluate", "restore", "morph", "restyle", "distill", "page")
 
 
 def run(*words, folder: Path) -> str:
