@@ -202,20 +202,30 @@ def draw_prompts(
 
 
 def before_after(
-    base: Base, item: Item, size: Size, config: SampleConfig, on_step: Callable[[], None] | None = None
+    base: Base,
+    item: Item,
+    size: Size,
+    config: SampleConfig,
+    on_step: Callable[[], None] | None = None,
+    before: Base | None = None,
 ) -> Image.Image:
-    """Draw a training picture's caption by the base, the LoRA at 0.5 and at 1.0, and the picture itself."""
+    """Draw a training picture's caption by the base, the LoRA at 0.5 and at 1.0, and show the picture itself.
+
+    `before` is the base as it was, if all its weights were trained; then it and the trained base draw.
+    """
     seeds, columns = [config.seed, config.seed + 1, config.seed + 2], []
-    with beside_training(base):
-        for strength in (0.0, 0.5, 1.0):
-            with merged_at(base, {"default": strength}):
-                # One after the other on a GPU, where training may leave little memory.
-                groups = [seeds] if base.device.type == "cpu" else [[seed] for seed in seeds]
-                drawn = [draw(base, item.captions[0], group, size, config, on_step) for group in groups]
-                columns.append([picture for group in drawn for picture in group])
+    ways = {"base": (base, 0.0), "LoRA at 0.5": (base, 0.5), "LoRA at 1.0": (base, 1.0)}
+    if before:
+        ways = {"base": (before, 1.0), "trained": (base, 1.0)}
+    for drawn_by, strength in ways.values():
+        with beside_training(drawn_by), merged_at(drawn_by, {"default": strength}):
+            # One after the other on a GPU, where training may leave little memory.
+            groups = [seeds] if base.device.type == "cpu" else [[seed] for seed in seeds]
+            drawn = [draw(drawn_by, item.captions[0], group, size, config, on_step) for group in groups]
+            columns.append([picture for group in drawn for picture in group])
     columns.append([crop(item.open(), size)] * len(seeds))
     rows = [list(row) for row in zip(*columns, strict=True)]
-    return sheet(rows, ["base", "LoRA at 0.5", "LoRA at 1.0", "training picture"], [f"seed {seed}" for seed in seeds])
+    return sheet(rows, [*ways, "training picture"], [f"seed {seed}" for seed in seeds])
 
 
 # ------------------------------------------------------------------------------- the command

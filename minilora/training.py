@@ -20,7 +20,6 @@ from torch import nn
 from tqdm import tqdm
 
 from .data import draws
-from .files.network import load_lora_state_dict, lora_state_dict
 from .files.tensors import write_whole
 from .lora import lora_layers
 from .models.compiling import check_compiler
@@ -36,6 +35,7 @@ from .run.ranks import StopSignals, decided_by_main, mean_over_ranks, processes,
 from .run.results import finish
 from .run.setup import Run, prepare
 from .run.tracking import Log
+from .run.trained import load_trained_state, trained_state
 from .run.validation import Validation
 from .settings.errors import UserError
 from .settings.train import TrainConfig
@@ -188,8 +188,8 @@ def is_due(every: int | None, step: int) -> bool:
 
 def save_state(run: Run, step: int) -> Path:
     """Write a checkpoint after `step` steps and return its path."""
-    lora, optimizer = lora_state_dict(run.network), checkpoint.optimizer_tensors(run.optimizer)
-    state = checkpoint.State(step, lora, optimizer, run.average, run.objective.state(), run.scaler.state_dict())
+    trained, optimizer = trained_state(run.network), checkpoint.optimizer_tensors(run.optimizer)
+    state = checkpoint.State(step, trained, optimizer, run.average, run.objective.state(), run.scaler.state_dict())
     if run.ranks.is_main:
         about = {"fingerprint": run.identity, "pictures": run.examples.contents()}
         checkpoint.save_checkpoint(run.output, state, about, run.config.checkpoints_kept)
@@ -219,7 +219,7 @@ def resume(run: Run) -> int:
         return start(run)
     if state.step > run.config.steps:
         raise UserError(f"--resume: the checkpoint has {state.step} steps done, more than --steps {run.config.steps}")
-    load_lora_state_dict(run.network, state.lora)
+    load_trained_state(run.network, state.trained)
     checkpoint.load_optimizer_tensors(run.optimizer, state.optimizer)
     for key, tensor in run.average.items():
         tensor.copy_(state.average[key])

@@ -40,7 +40,8 @@ from minilora.models.precision import DTYPES
 from minilora.run.differences import picture_differences
 from minilora.run.objective import Denoising
 from minilora.run.ranks import BatchPlan
-from minilora.run.validation import BEST, FIGURES
+from minilora.run.trained import BEST
+from minilora.run.validation import FIGURES
 from minilora.sampling import draw_prompts
 from minilora.settings.errors import UserError
 from minilora.settings.sample import SampleConfig

@@ -18,6 +18,7 @@ from ..files.read import FILE_NAME
 from ..settings.setting import option
 from ..settings.shared import WEIGHT, path_and_number
 from ..settings.train import TrainConfig
+from .trained import FULL_RESULTS
 
 SHOWN = 5  # captions
 LISTED = ("rank", "alpha", "targets", "steps", "batch_size", "learning_rate")  # always; others if not the default
@@ -26,6 +27,8 @@ LISTED = ("rank", "alpha", "targets", "steps", "batch_size", "learning_rate")  #
 def drawing_command(config: TrainConfig, prompt: str, lora: str) -> str:
     """Return the command that draws a prompt with the LoRA of a run, on the base that it was trained on."""
     words = ["python", "sample.py", "--prompt", prompt]
+    if config.full:
+        return shlex.join([*words, "--model", f"{lora}/{FULL_RESULTS[0]}"])
     words += [word for each in (lora, *config.base_lora) for word in ("--lora", each)]
     for name in ("model", "model_config", "vae", "prediction_type"):
         words += [option(name), getattr(config, name)] if getattr(config, name) else []
@@ -47,7 +50,12 @@ def model_card(
     head = ModelCardData(  # it leaves out what is None
         base_model=config.model if config.model and not os.path.exists(config.model) else None,
         library_name="diffusers",
-        tags=["text-to-image", "lora", "stable-diffusion-xl" if is_xl else "stable-diffusion", "minilora"],
+        tags=[
+            "text-to-image",
+            *([] if config.full else ["lora"]),
+            "stable-diffusion-xl" if is_xl else "stable-diffusion",
+            "minilora",
+        ],
         license="other",
         license_name="that-of-base-and-pictures",
         widget=[{"text": captions[0], "output": {"url": picture}}] if picture else None,
@@ -59,16 +67,17 @@ def model_card(
     base = config.model or "the miniature Stable Diffusion that is bundled with minilora"
     base += f", with {' and '.join(f'`{text}`' for text in config.base_lora)} in it" if config.base_lora else ""
     folders = ", ".join(f"`{Path(path_and_number(text, WEIGHT)[0]).name}`" for text in config.data)
+    what = "The U-Net, all of its weights, of" if config.full else "A LoRA for"
     rows = "\n".join(f"| {key} | {_cell(value)} |" for key, value in _settings(config).items())
     paragraphs = [
         f"---\n{head.to_yaml()}\n---",
         f"# {name}",
-        f"A LoRA for {base}, trained on {len(items)} picture{'s' if len(items) > 1 else ''} of "
-        f"{folders}. The licences of the base and of the pictures apply to it.",
+        f"{what} {base}, trained on {len(items)} picture{'s' if len(items) > 1 else ''} of {folders}. "
+        "The licences of the base and of the pictures apply to it.",
         *([f"![samples]({picture})"] if picture else []),
         "Words that it was trained with: " + "; ".join(f"“{caption}”" for caption in captions) + ".",
         f"To draw with it, with minilora:\n\n```bash\n{fetch}{drawing_command(config, captions[0], folder)}\n```",
-        "Or with diffusers (and peft, which it needs for LoRA):\n\n"
+        f"Or with diffusers{'' if config.full else ' (and peft, which it needs for LoRA)'}:\n\n"
         f"```python\n{_in_diffusers(config, is_xl, repo or folder, captions[0], scheduler_options or {})}\n```",
         f"How it was trained; what is not listed is minilora's default:\n\n| setting | value |\n|---|---|\n{rows}",
     ]
@@ -77,6 +86,9 @@ def model_card(
 
 def _in_diffusers(config: TrainConfig, is_xl: bool, lora: str, prompt: str, scheduler_options: Mapping) -> str:
     kind = "StableDiffusionXLPipeline" if is_xl else "StableDiffusionPipeline"
+    if config.full:
+        model = f"{lora}/{FULL_RESULTS[0]}"
+        return f"from diffusers import {kind}\n\npipeline = {kind}.from_pretrained({model!r})\n{_draw(prompt)}"
     model = config.model or "minilora/base"
     load = f"from_pretrained({model!r})"
     if os.path.isfile(model):
@@ -92,8 +104,11 @@ def _in_diffusers(config: TrainConfig, is_xl: bool, lora: str, prompt: str, sche
         lines += [f"pipeline.load_lora_weights({str(path)!r})", f"pipeline.fuse_lora(lora_scale={strength:g})"]
         lines.append("pipeline.unload_lora_weights()")
     lines.append(f"pipeline.load_lora_weights({lora!r}, weight_name={FILE_NAME!r})")
-    lines.append(f"pipeline({prompt!r}).images[0].save('drawn.png')")
-    return "\n".join(lines)
+    return "\n".join([*lines, _draw(prompt)])
+
+
+def _draw(prompt: str) -> str:
+    return f"pipeline({prompt!r}).images[0].save('drawn.png')"
 
 
 def _settings(config: TrainConfig) -> dict:
@@ -102,8 +117,9 @@ def _settings(config: TrainConfig) -> dict:
     defaults = json.loads(json.dumps(defaults, default=str))
     settings = {"steps": config.steps} | config.identity()
     listed = {name: value for name, value in settings.items() if name in LISTED or value != defaults.get(name, value)}
-    if config.init_from:  # its rank, alpha and targets are used
+    if config.full or config.init_from:  # there is no LoRA, or its rank, alpha and targets are used
         listed = {name: value for name, value in listed.items() if name not in ("rank", "alpha", "targets")}
+    if config.init_from:
         listed["init_from"] = Path(config.init_from).name
     return listed
 

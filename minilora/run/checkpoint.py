@@ -23,11 +23,12 @@ from typing import Any
 import torch
 from filelock import FileLock, Timeout
 
-from ..files.read import FILE_NAME
 from ..files.tensors import read_checked, write_checked
 from ..settings.errors import UserError
 from .ranks import decided_by_main
+from .trained import FULL_RESULTS, LORA_RESULTS
 
+RESULTS = LORA_RESULTS[0], FULL_RESULTS[0]  # one of them is there if a run is finished
 UNFINISHED = "unfinished"  # folder of the results so far; while it exists, the run is not finished
 
 
@@ -108,7 +109,7 @@ class OutputLock:
 def refuse_unfinished(output: Path) -> None:
     """Raise UserError if a run there was not finished: its checkpoints may be hours of work."""
     old = all_in(output)
-    if old and ((output / UNFINISHED).exists() or not (output / FILE_NAME).exists()):
+    if old and ((output / UNFINISHED).exists() or not any((output / name).exists() for name in RESULTS)):
         raise UserError(
             f"{output} holds a run that was not finished, {old[-1].name}; go on with --resume, "
             "choose another --output, or delete its checkpoints"
@@ -139,8 +140,12 @@ def publish(output: Path, names: Collection[str], others: Collection[str]) -> No
     """
     for name in names:
         if (output / UNFINISHED / name).exists():
+            if (output / name).is_dir():
+                shutil.rmtree(output / name)
             (output / UNFINISHED / name).replace(output / name)
     for name in others:
+        if (output / name).is_dir():
+            shutil.rmtree(output / name)
         (output / name).unlink(missing_ok=True)
     for folder in (_aside(output), output / UNFINISHED):
         shutil.rmtree(folder, ignore_errors=True)
@@ -155,16 +160,16 @@ class State:
     """All that a run needs to go on.  Random draws are functions of the step, so no generator state is needed."""
 
     step: int  # optimizer steps done
-    lora: dict[str, torch.Tensor]
+    trained: dict[str, torch.Tensor]  # the LoRA, or with --full the U-Net
     optimizer: dict[str, torch.Tensor]
-    average: dict[str, torch.Tensor]  # of the LoRA, for --ema; else empty
+    average: dict[str, torch.Tensor]  # of what is trained, for --ema; else empty
     objective: dict[str, torch.Tensor]  # what the objective keeps from step to step; mostly empty
     scaler: dict[str, float]  # of the gradient scaler; empty without one
 
 
 def save_checkpoint(output: Path, state: State, run: dict, kept: int) -> None:
     """Write a checkpoint and delete all but the newest `kept`; `run` says of which run it is, as JSON values."""
-    tensors = {f"lora.{key}": value for key, value in state.lora.items()}
+    tensors = {f"lora.{key}": value for key, value in state.trained.items()}  # called so since there was only LoRA
     tensors |= {f"optimizer.{key}": value for key, value in state.optimizer.items()}
     tensors |= {f"average.{key}": value for key, value in state.average.items()}
     tensors |= {f"objective.{key}": value for key, value in state.objective.items()}
@@ -201,8 +206,8 @@ def load_newest_checkpoint(output: Path, differences: Callable[[dict], list[str]
 
     tensors = {key: torch.from_numpy(array) for key, array in arrays.items()}
     parts = [under(tensors, prefix) for prefix in ("lora.", "optimizer.", "average.", "objective.")]
-    lora, optimizer, average, objective = parts
-    return State(about["step"], lora, optimizer, average, objective, about["scaler"])
+    trained, optimizer, average, objective = parts
+    return State(about["step"], trained, optimizer, average, objective, about["scaler"])
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:

@@ -23,12 +23,13 @@ from torch.utils._pytree import tree_leaves
 
 from ..files.names import TEXT_ENCODER, TEXT_ENCODER_2, UNET
 from ..files.tensors import free_memory
-from ..lora import inject_lora, lora_parameters
+from ..lora import inject_lora
 from ..models.base import PIPELINES, Base
 from ..models.folder import KINDS, VAE, empty_module
 from ..models.targets import ranks_and_alphas
 from ..settings.setting import as_typed, is_installed, option
 from ..settings.train import TrainConfig
+from .trained import trained_parameters
 
 SLACK = 1.2  # for buffers of the kernels and gaps between tensors, which no count of tensors knows
 
@@ -89,7 +90,8 @@ def tell_memory(config: TrainConfig, base: Base, say) -> None:
 
 def memory_of(config: TrainConfig, base: Base) -> Memory:
     """Return the memory that a run of one process needs."""
-    side, dtype = config.resolution or base.resolution, base.dtype
+    side, dtype = config.resolution or base.resolution, torch.float32 if config.full else base.dtype
+    half = base.dtype
     texts = [part for part in PIPELINES[base.kind] if part in KINDS]
     empty = {part: _empty(base, part) for part in (UNET, VAE, *texts)}
     encoding = sum(4 * parameter.numel() for part in (VAE, *texts) for parameter in empty[part].parameters())
@@ -100,22 +102,23 @@ def memory_of(config: TrainConfig, base: Base) -> Memory:
         kept = _bytes(vae.parameters()) + live.peak if config.crop == "random" else 0  # the VAE stays in memory
         unet = _faked(empty[UNET], dtype).train()
         encoders = [_faked(empty[part], dtype) for part in texts] if config.train_text_encoder else []
-        weights, numbers, step = _step(config, base, unet, encoders, side)
+        weights, numbers, step = _step(config, base, unet, encoders, side, half)
     # A and B, their gradients and two averages of Adam, which are a byte a number with adamw8bit.
     each = 4 + 4 + (2 if config.optimizer == "adamw8bit" else 8) + (4 if config.ema else 0)
     encoding += round(SLACK * live.peak)
     return Memory(_held(base.device), encoding, weights, numbers * each, round(SLACK * step) + kept)
 
 
-def _step(config: TrainConfig, base: Base, unet, encoders: list, side: int) -> tuple[int, int, int]:
+def _step(config: TrainConfig, base: Base, unet, encoders: list, side: int, dtype: torch.dtype) -> tuple[int, int, int]:
     """Go through a step; return the bytes of the weights, the numbers in A and B, and the bytes of all else at most."""
-    ranks, alphas = ranks_and_alphas(unet, config.targets, config.rank, config.alpha, **config.by_part())
-    inject_lora(unet, ranks, alphas)
+    if not config.full:
+        ranks, alphas = ranks_and_alphas(unet, config.targets, config.rank, config.alpha, **config.by_part())
+        inject_lora(unet, ranks, alphas)
     for encoder in encoders:
         inject_lora(encoder, config.rank, config.alpha, config.text_encoder_targets)
     if config.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
-    trained = [parameter for part in (unet, *encoders) for parameter in lora_parameters(part)]
+    trained = [parameter for part in (unet, *encoders) for parameter in trained_parameters(part, config.full)]
     everything = [parameter for part in (unet, *encoders) for parameter in part.parameters()]
 
     batch, latents = config.micro_batch_size or config.batch_size, side // base.pixels_per_latent
@@ -127,7 +130,7 @@ def _step(config: TrainConfig, base: Base, unet, encoders: list, side: int) -> t
     if base.is_xl:
         pooled = torch.empty(batch, base.parts.config(TEXT_ENCODER_2)["projection_dim"])
         more = {"added_cond_kwargs": {"text_embeds": pooled, "time_ids": torch.empty(batch, 6)}}
-    with Live(iter(everything)) as live, torch.autocast("cpu", unet.dtype, enabled=unet.dtype != torch.float32):
+    with Live(iter(everything)) as live, torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
         for encoder in encoders:  # so that gradients flow back into each
             text = text + encoder(tokens).last_hidden_state.mean()
         unet(x, timesteps, text, **more).sample.float().square().mean().backward()

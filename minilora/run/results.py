@@ -6,8 +6,8 @@ from pathlib import Path
 from .. import sampling
 from ..data.folder import Item
 from ..files.network import save_lora
-from ..files.read import AVERAGE_NAME, FILE_NAME
 from ..files.tensors import write_whole
+from ..models.base import Base
 from ..settings.errors import UserError, first_line, is_out_of_memory
 from . import checkpoint
 from .card import drawing_command, model_card
@@ -16,23 +16,28 @@ from .hub import push
 from .lost import heartbeat
 from .ranks import decided_by_main, wait_for_all
 from .setup import Run
-from .validation import BEST, FIGURES
+from .trained import result_names, save_base
+from .validation import FIGURES
 
 
 def finish(run: Run) -> Path:
-    """Write the LoRA file, draw the sheet of before and after, push them if asked to, and print what to type next."""
+    """Write the result, draw the sheet of before and after, push them if asked to, and print what to type next.
+
+    Returns the path of the LoRA file or, with --full, of the folder of the trained base.
+    """
     config, item = run.config, run.examples.items[0]
-    lora_file, sheet_file = run.output / FILE_NAME, run.output / "samples" / "before_after.png"
-    sheet_name = None
+    result, average, best = result_names(config.full)
+    sheet_file, sheet_name = run.output / "samples" / "before_after.png", None
     in_dialects = {"kohya": f"{run.output.resolve().name}.safetensors", "peft": "peft"}
     if run.ranks.is_main:
-        zeros = save_lora(run.network, lora_file)
+        zeros = save_result(run, result)
         if run.average:
             with ema_weights(run.network, run.average):
-                save_lora(run.network, run.output / AVERAGE_NAME)
-            run.ranks.say(f"wrote      {run.output / AVERAGE_NAME}, the moving average")
-        made = {AVERAGE_NAME: config.ema, FIGURES: config.validation, BEST: config.validation}
-        checkpoint.publish(run.output, made, [name for name, asked in made.items() if not asked])
+                save_result(run, average)
+            run.ranks.say(f"wrote      {run.output / average}, the moving average")
+        made = {result: True, average: config.ema, FIGURES: config.validation, best: config.validation}
+        others = [name for name, asked in made.items() if not asked] + [*result_names(not config.full)]
+        checkpoint.publish(run.output, made, others)
         for dialect in config.also:
             also = run.output / in_dialects[dialect]
             save_lora(run.network, also, dialect=dialect)
@@ -40,20 +45,29 @@ def finish(run: Run) -> Path:
         sheet_name = draw_sheet(run, item, sheet_file)
         card = model_card(config, run.examples.items, run.base.is_xl, sheet_name, run.base.scheduler_options)
         write_whole(run.output / "README.md", card.encode())
-        run.ranks.say(f"wrote      {lora_file}{f' and {sheet_file}' if sheet_name else ''}")
+        run.ranks.say(f"wrote      {run.output / result}{f' and {sheet_file}' if sheet_name else ''}")
         if zeros:
             run.ranks.say(
                 f"ranks      {zeros:,} bytes of the LoRA are zeros, so that every program reads its ranks alike"
             )
     wait_for_all()  # drawing may take long, and sends heartbeats; pushing sends none
     if config.push_to_hub:
-        results = [FILE_NAME, *([AVERAGE_NAME] if config.ema else []), *([BEST] if config.validation else [])]
+        results = [result, *([average] if config.ema else []), *([best] if config.validation else [])]
         results += [in_dialects[dialect] for dialect in config.also]
         results += ["README.md", "config.json", *([sheet_name] if sheet_name else [])]
         url = decided_by_main(lambda: push(config.push_to_hub, run.output, results))
         run.ranks.say(f"pushed     to {url}")
     run.ranks.say(f"next       {drawing_command(config, item.captions[0], config.output)}")
-    return lora_file
+    return run.output / result
+
+
+def save_result(run: Run, name: str) -> int:
+    """Write a result where `publish` finds it; return how many bytes of a LoRA are zeros (see `save_lora`)."""
+    path = run.output / checkpoint.UNFINISHED / name
+    if not run.config.full:
+        return save_lora(run.network, path)
+    save_base(run.base, path)
+    return 0
 
 
 def draw_sheet(run: Run, item: Item, path: Path) -> str | None:
@@ -61,14 +75,16 @@ def draw_sheet(run: Run, item: Item, path: Path) -> str | None:
 
     A GPU with enough memory for training may have too little for drawing, and the LoRA must not be lost for that.
     """
+    config = run.config
     try:
         with run.as_drawn():
             size, drawing = run.examples.size_of(item), run.drawing(item.captions[:1])
-            sheet = sampling.before_after(run.base, item, size, drawing, heartbeat)
+            before = Base.of(config, run.ranks.device, config.precision, config.base_lora) if config.full else None
+            sheet = sampling.before_after(run.base, item, size, drawing, heartbeat, before)
     except (RuntimeError, MemoryError, UserError) as error:
         if not isinstance(error, UserError) and not is_out_of_memory(error):
             raise
-        print(f"warning: no pictures were drawn ({first_line(error)}); the LoRA is complete", file=sys.stderr)
+        print(f"warning: no pictures were drawn ({first_line(error)}); the training is complete", file=sys.stderr)
         path.unlink(missing_ok=True)  # an old sheet would show the LoRA of another run
         return None
     sampling.save_picture(sheet, path)

@@ -14,7 +14,7 @@ from ..data.buckets import Size, bucket_sizes
 from ..data.examples import Examples
 from ..data.folder import Item
 from ..files.names import UNET
-from ..files.network import load_lora, lora_state_dict
+from ..files.network import load_lora
 from ..lora import inject_lora, lora_layers, lora_parameters
 from ..models.base import Base
 from ..models.compiling import compile_options
@@ -35,6 +35,7 @@ from .ranks import (
     Ranks,
     refuse_differences,
 )
+from .trained import trained_parameters, trained_state
 from .validation import read_pictures
 
 
@@ -82,6 +83,8 @@ def prepare(config: TrainConfig, objective: Objective, ranks: Ranks) -> Run:
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     base = load_base(config, ranks.device)
     config = replace(config, precision=base.precision)  # what was chosen, if it was left to the machine
+    if config.full:  # half precision would round the small steps away
+        base = load_base(replace(config, precision="fp32"), ranks.device)
     if base.parameters >= SMALL:
         tell_memory(config, base, ranks.say)
     others = class_pictures(config, base, ranks) if config.class_prompt else []
@@ -89,24 +92,28 @@ def prepare(config: TrainConfig, objective: Objective, ranks: Ranks) -> Run:
     identity = _identity(config, base, examples) | {"objective": objective.name()}
 
     unet = base.unet
-    if ranks.device.type == "cuda":  # before the LoRA is in: A, B and their optimizer state keep the usual layout
+    # What is trained keeps the usual layout, as its optimizer state has it in a checkpoint.
+    if ranks.device.type == "cuda" and not config.full:
         unet.to(memory_format=torch.channels_last)
     network = (UNetWithText(unet, base.text_encoders) if config.train_text_encoder else unet).train()
-    identity |= put_lora(network, unet, config)
+    identity |= {} if config.full else put_lora(network, unet, config)
     refuse_differences(identity)
     if config.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
     objective.begin(network, config)
-    parameters = lora_parameters(network)
+    parameters = trained_parameters(network, config.full)
     assert all(parameter.dtype == torch.float32 for parameter in parameters)
     assert sum(parameter.requires_grad for parameter in network.parameters()) == len(parameters)
-    optimizer = make_optimizer(config, parameters, len(lora_parameters(unet)))
+    optimizer = make_optimizer(config, parameters, len(trained_parameters(unet, config.full)))
     scaler = torch.amp.GradScaler(ranks.device.type, enabled=config.precision == "fp16")
     model = torch.compile(network, **compile_options(ranks.device)) if config.compile else network
     # Each process loads the base and draws the same LoRA itself, so only gradients are exchanged.
     if ranks.world > 1:
         model = DistributedDataParallel(model, init_sync=False, forward_sync_buffers=False)
-    average = {name: tensor.clone() for name, tensor in lora_state_dict(network).items()} if config.ema else {}
+    where = config.ema_device or ranks.device
+    average = (
+        {name: tensor.to(where, copy=True) for name, tensor in trained_state(network).items()} if config.ema else {}
+    )
     run = Run(
         config=config,
         objective=objective,
@@ -177,11 +184,6 @@ def introduce(run: Run) -> None:
     seen_at = f"{examples.resolution} × {examples.resolution}"
     if config.buckets:
         seen_at = " and ".join(f"{w} × {h} ({len(inside)})" for (w, h), inside in examples.buckets.items())
-    layers = lora_layers(run.network)
-    each = {(a.rank, a.alpha) for layer in layers.values() for a in layer.adapters.values()}
-    rank, alpha = (
-        f"{min(some):g}" if len({*some}) == 1 else f"{min(some):g} to {max(some):g}" for some in zip(*each, strict=True)
-    )
     numbers, total = (sum(p.numel() for p in some) for some in (run.parameters, run.network.parameters()))
     on_top = "".join(f" + {lora}" for lora in config.base_lora)
     say(f"base       {run.base.source}{on_top}, {run.base.predicts}, {run.base.computes}")
@@ -193,7 +195,10 @@ def introduce(run: Run) -> None:
         say(f"class      {count} pictures of {config.class_prompt!r}; every other picture in training is one of them")
     if config.recipe:
         say(f"recipe     {config.recipe}: {config.recipe_as_typed()}")
-    say(f"LoRA       rank {rank}, alpha {alpha}, in {len(layers)} layers")
+    if layers := lora_layers(run.network):
+        each = zip(*((a.rank, a.alpha) for layer in layers.values() for a in layer.adapters.values()), strict=True)
+        rank, alpha = (f"{min(some):g}" + f" to {max(some):g}" * (len({*some}) > 1) for some in each)
+        say(f"LoRA       rank {rank}, alpha {alpha}, in {len(layers)} layers")
     say(f"trained    {numbers:,} of {total:,} parameters")
     say(f"batch      {config.batch_size} = {run.plan}")
 

@@ -1,4 +1,4 @@
-"""The validation loss during a run (data/held_out.py), and the LoRA of the step where it was lowest."""
+"""The validation loss during a run (data/held_out.py), and what was trained at the step where it was lowest."""
 
 import json
 import sys
@@ -7,14 +7,14 @@ from pathlib import Path
 from .. import sampling
 from ..data.folder import Item, read_folder, read_folders, with_trigger
 from ..data.held_out import held_out_loss, keep_apart
-from ..files.network import save_lora
 from ..files.tensors import write_whole
 from ..settings.errors import UserError
 from ..settings.train import TrainConfig
 from .checkpoint import UNFINISHED
 from .ranks import Ranks, decided_by_main, mean_over_ranks
+from .trained import result_names, save_trained
 
-FIGURES, BEST = "validation.json", "pytorch_lora_weights_best.safetensors"
+FIGURES = "validation.json"
 
 
 def read_pictures(config: TrainConfig, ranks: Ranks) -> tuple[list[Item], list[Item]]:
@@ -64,7 +64,7 @@ class Validation:
         self.losses[step] = self._loss()
         if self.run.ranks.is_main:
             if self.best == step:  # the LoRA first: after a stop in between, --resume measures this step again
-                save_lora(self.run.network, self.file.with_name(BEST))
+                save_trained(self.run.network, self.file.with_name(result_names(self.run.config.full)[2]))
             figures = {str(s): self.losses[s] for s in sorted(self.losses)}
             about = {"best": self.best, "losses": figures, "pictures": self.pictures}
             write_whole(self.file, (json.dumps(about, indent=2) + "\n").encode())

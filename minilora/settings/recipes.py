@@ -33,10 +33,16 @@ def recipe_settings(recipe: str, values: dict) -> dict:
         # A batch of subject and class pictures has one size.
         "buckets": not values.get("class_prompt") and not values.get("compile"),
     }
+    if values.get("full"):  # there is no LoRA, and the text encoder stays as it is
+        del settings["rank"], settings["learning_rate"]
     if _is_xl(model):
         return settings | {"gradient_checkpointing": True}
     # A subject's new word gets a meaning of its own; XL's encoders know enough, and are large.
-    return settings if style else settings | {"train_text_encoder": True, "text_encoder_learning_rate": 5e-5}
+    return (
+        settings
+        if style or values.get("full")
+        else settings | {"train_text_encoder": True, "text_encoder_learning_rate": 5e-5}
+    )
 
 
 def _count(data) -> int:

@@ -20,6 +20,7 @@ from .setting import (
     Within,
     as_typed,
     is_installed,
+    is_miniature,
     option,
     setting,
 )
@@ -203,6 +204,9 @@ class TrainConfig(Settings):
         metavar="LORA",
         in_identity=False,
     )
+    full: bool = setting(
+        False, "train all weights of the U-Net, not a LoRA; it takes much more memory, and leaves a base", group=MODEL
+    )
     rank: int = setting(
         8,
         "rank of the LoRA; a higher one can learn more, and makes a larger file",
@@ -303,6 +307,14 @@ class TrainConfig(Settings):
         group=TRAINING,
         metavar="DECAY",
         within=Within(0, 1, above=True),
+    )
+    ema_device: str | None = setting(
+        None,
+        "where the average is kept: cpu spares a GPU's memory; if not given, where the training is",
+        choices=("cpu",),
+        group=TRAINING,
+        needs=("ema", "which keeps the average"),
+        in_identity=False,
     )
     seed: int = setting(0, "seed of every random draw", group=TRAINING, metavar="SEED", within=SEED)
 
@@ -453,6 +465,8 @@ class TrainConfig(Settings):
         follows = super().following(values)
         if values.get("recipe") in RECIPES:
             follows |= recipe_settings(values["recipe"], values)
+        if values.get("full"):  # all weights together need a smaller rate
+            follows |= {"learning_rate": 2e-4 if is_miniature(values.get("model")) else 1e-5}
         data, rank = values.get("data"), values.get("rank") or follows["rank"]
         path = Path(os.path.abspath(path_and_number(data[0], WEIGHT)[0] if data else ""))
         output = str(Path("out") / (path.stem if path.is_file() else path.name)) if data else None
@@ -545,13 +559,14 @@ class TrainConfig(Settings):
                 for text in getattr(self, name)
                 if not re.fullmatch(rf"[\w.]+={number}", text)
             ]
+        follows = self.following(vars(self) | {"rank": None})
+        defaults = {"rank": follows["rank"], "alpha": follows["alpha"]}
+        defaults |= {"targets": ("attention",), "rank_for": (), "alpha_for": ()}
+        given = [name for name, default in defaults.items() if getattr(self, name) != default]
         if self.init_from:
-            follows = self.following(vars(self) | {"rank": None})
-            given = {name: follows[name] for name in ("rank", "alpha")}
-            given |= {"targets": ("attention",), "rank_for": (), "alpha_for": ()}
-            wrong += [
-                f"{option(name)} has no effect with --init-from, whose layers and ranks are the file's"
-                for name, default in given.items()
-                if getattr(self, name) != default
-            ]
+            why = "has no effect with --init-from, whose layers and ranks are the file's"
+            wrong += [f"{option(name)} {why}" for name in given]
+        if self.full:
+            given += [name for name in ("init_from", "dropout", "train_text_encoder", "also") if getattr(self, name)]
+            wrong += [f"{option(name)} has no effect with --full, which trains no LoRA" for name in given]
         return wrong

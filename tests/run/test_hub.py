@@ -17,7 +17,7 @@ from huggingface_hub import ModelCard, close_session, constants
 from PIL import Image
 
 from minilora.files.read import AVERAGE_NAME, FILE_NAME
-from minilora.run.validation import BEST
+from minilora.run.trained import BEST
 from minilora.settings import command_line as commands
 from minilora.settings.errors import UserError
 from minilora.settings.train import TrainConfig

@@ -84,6 +84,8 @@ def test_what_takes_less_takes_less(tiny_base):
     assert needed(tiny_base, batch_size=4, optimizer="adamw8bit").lora < plain.lora
     assert needed(tiny_base, batch_size=4, train_text_encoder=True).lora > plain.lora
     assert needed(tiny_base, batch_size=4, ema=0.9).lora > plain.lora
+    full = needed(tiny_base, batch_size=4, full=True)
+    assert (full.weights, full.lora) == (0, 4 * plain.weights)  # the weights, their gradients, two averages of Adam
     assert needed(tiny_base, batch_size=4, crop="random").step > plain.step
 
 

@@ -13,7 +13,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from minilora.data.folder import read_folders
 from minilora.data.held_out import keep_apart
 from minilora.files.read import FILE_NAME
-from minilora.run.validation import BEST, FIGURES
+from minilora.run.trained import BEST
+from minilora.run.validation import FIGURES
 from minilora.sampling import write_captions
 from minilora.settings.errors import UserError
 from minilora.settings.train import TrainConfig

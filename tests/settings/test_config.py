@@ -152,6 +152,8 @@ SHOWN = {  # which test shows what a setting does, but for the CHANGES of test_t
         "checkpoint_every": "test_training.py::test_only_the_newest_checkpoints_stay",
         "checkpoints_kept": "test_training.py::test_only_the_newest_checkpoints_stay",
         "timeout": "test_machines.py::test_a_process_that_hangs_is_named_and_nothing_is_lost",
+        "full": "test_full.py::test_a_step_is_adamws_step_on_the_gradient_of_all_weights",
+        "ema_device": "test_full.py::test_the_average_may_be_kept_elsewhere",
         "recipe": "test_recipes.py::test_a_recipe_is_nothing_but_the_settings_that_it_stands_for",
         "preview": "test_preview.py::test_each_picture_is_shown_as_training_sees_it_first",
         "resume": "test_training.py::test_a_run_that_was_cut_in_two_gives_the_same_bytes",

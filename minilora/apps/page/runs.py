@@ -21,9 +21,8 @@ from pathlib import Path
 from tensorboard.backend.event_processing.directory_watcher import DirectoryDeletedError
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from ...files.read import FILE_NAME
 from ...files.tensors import write_whole
-from ...run.checkpoint import UNFINISHED
+from ...run.checkpoint import RESULTS, UNFINISHED
 from ...settings.errors import UserError
 
 RECORD = "page.json"
@@ -155,7 +154,7 @@ def look(output: Path) -> Seen:
     """Return what can be seen of a run in its output folder."""
     about = _record(output)
     seen = Seen(going=is_going(output), log=tail(output / about.get("log", "none")))
-    seen.finished = (output / FILE_NAME).exists() and not (output / UNFINISHED).exists()
+    seen.finished = any((output / name).exists() for name in RESULTS) and not (output / UNFINISHED).exists()
     try:
         seen.steps = json.loads((output / "config.json").read_text())["steps"]
     except (OSError, ValueError, KeyError):

@@ -1,0 +1,83 @@
+"""What a run trains: the LoRA in its network or, with --full, all weights of the U-Net, and what it leaves of them.
+
+Everything around the loop (checkpoints, averages, validation, results) asks here, and need not know which it is.
+"""
+
+import os
+import shutil
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from ..files.names import UNET
+from ..files.network import load_lora_state_dict, lora_state_dict, save_lora
+from ..files.read import AVERAGE_NAME, FILE_NAME
+from ..files.tensors import write_tensors
+from ..lora import lora_layers, lora_parameters
+from ..models.base import Base
+
+BEST = "pytorch_lora_weights_best.safetensors"
+LORA_RESULTS = FILE_NAME, AVERAGE_NAME, BEST
+FULL_RESULTS = "model", "model_ema", "unet_best.safetensors"  # two bases, as diffusers folders, and weights of a U-Net
+
+
+def result_names(full: bool) -> tuple[str, str, str]:
+    """Return what is called how in the output folder: the result, its average (--ema), the best (--validation)."""
+    return FULL_RESULTS if full else LORA_RESULTS
+
+
+def trained_parameters(network: nn.Module, full: bool) -> list[nn.Parameter]:
+    """Return all that is trained, as a list for the optimizer."""
+    return list(network.requires_grad_(True).parameters()) if full else lora_parameters(network)
+
+
+def trained_state(network: nn.Module) -> dict[str, torch.Tensor]:
+    """Return what is trained, by name; the tensors are those of the network."""
+    return lora_state_dict(network) if lora_layers(network) else network.state_dict()
+
+
+@torch.no_grad()
+def load_trained_state(network: nn.Module, state: Mapping[str, torch.Tensor]) -> None:
+    """Copy tensors as from `trained_state` into the network, in place."""
+    if lora_layers(network):
+        load_lora_state_dict(network, state)
+    else:
+        network.load_state_dict(state)
+
+
+def save_trained(network: nn.Module, path: Path) -> int:
+    """Write a LoRA file, or the weights of the U-Net; return how many bytes of it are zeros (see `save_lora`)."""
+    if lora_layers(network):
+        return save_lora(network, path)
+    write_tensors(path, {key: tensor.detach().cpu() for key, tensor in network.state_dict().items()}, {})
+    return 0
+
+
+def save_base(base: Base, folder: Path) -> None:
+    """Write a base whose U-Net was trained, as a diffusers folder; what did not change is linked or copied."""
+    source = Path(base.source)
+    if source.is_dir() and not base.loras and base.vae_parts is base.parts:
+        shutil.copytree(source, folder, copy_function=_link, ignore=_without_unet(source), dirs_exist_ok=True)
+        base.unet.save_pretrained(folder / UNET)
+        base.scheduler.save_pretrained(folder / "scheduler")
+    else:
+        base.pipeline.save_pretrained(folder)
+
+
+def _without_unet(source: Path):
+    def ignored(folder: str, names: list[str]) -> set[str]:
+        parts = {"vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "model_index.json"}
+        return {*names} - parts if Path(folder) == source else set()
+
+    return ignored
+
+
+def _link(source: str, target: str) -> None:
+    """Give a file a second name, or copy it where that is not possible, as on another disk."""
+    with suppress(OSError):
+        os.link(os.path.realpath(source), target)  # the hub's cache has symbolic links
+        return
+    shutil.copy2(source, target)
