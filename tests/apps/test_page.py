@@ -237,11 +237,13 @@ def test_what_there_is_to_choose_from_is_found(folders, pictures, tiny_base):
     shutil.copytree(tiny_base, here / "models" / "tiny")
     write_a_lora(here / "out" / "a" / "pytorch_lora_weights.safetensors")
     write_a_lora(here / "models" / "b.safetensors")
+    shutil.copytree(tiny_base, here / "out" / "all" / "base")  # as --full leaves one
+    (here / "out" / "all" / "config.json").write_text("{}")
     (here / "out" / "a" / "samples").mkdir()
     shutil.copy(pictures / "0.png", here / "out" / "a" / "samples")
     assert folders.found() == {
         "pictures": ["photos/dog"],
-        "bases": [("the bundled miniature", ""), "models/tiny"],
+        "bases": [("the bundled miniature", ""), "models/tiny", "out/all/base"],
         "loras": ["models/b.safetensors", "out/a"],
     }
 

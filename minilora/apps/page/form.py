@@ -23,7 +23,7 @@ from ...settings.setting import BUNDLED, Settings, as_typed, option
 from ...settings.shared import path_and_number
 
 HUB_ID = r"\w[\w.-]*/\w[\w.-]*(/[\w./-]+\.safetensors)?"
-WHICH_OTHERS_FOLLOW = ("data", "model", "recipe", "class_prompt", "compile")  # as the number of steps does
+WHICH_OTHERS_FOLLOW = ("data", "model", "recipe", "full", "class_prompt", "compile")  # as the number of steps does
 LARGE = 1 << 30  # bytes; a .safetensors file that has as many is taken for a base, a smaller one for a LoRA
 DEEP, MOST = 4, 2000  # levels of folders, and folders in all, that are looked through for what to choose from
 
@@ -207,7 +207,9 @@ class Folders:
                 result["bases"].append(as_shown(folder))
             elif FILE_NAME in names or "adapter_model.safetensors" in names:
                 result["loras"].append(as_shown(folder))
-            elif not names & {"config.json", ".lock"}:  # as a run has that is not finished
+            elif names & {"config.json", ".lock"}:  # of a run, whose pictures are samples; --full leaves a base there
+                result["bases"] += [as_shown(path) for path in inside if (path / "model_index.json").exists()]
+            else:
                 if any(is_picture(path) for path in inside):
                     result["pictures"].append(as_shown(folder))
                 for path in inside:
