@@ -173,8 +173,10 @@ def learning_rate_at(step: int, config: TrainConfig) -> float:
         return config.learning_rate
     # 2. from 1 just after the warm-up to 0 just after the last step
     left = (config.steps - step) / max(1, config.steps - config.warmup_steps)
-    if config.lr_schedule == "linear":
-        return config.learning_rate * left
+    if config.lr_schedule in ("linear", "polynomial"):
+        return config.learning_rate * left**config.lr_power
+    if config.lr_schedule == "cosine_with_restarts":
+        left = 1 - (1 - left) * config.lr_cycles % 1
     return config.learning_rate * 0.5 * (1 - math.cos(math.pi * left))
 
 

@@ -19,6 +19,7 @@ import pytest
 import torch
 from conftest import make_picture
 from diffusers import AutoencoderKL
+from diffusers.optimization import get_scheduler
 from helpers import ROOT, deltas, relative_difference, torchrun, weights
 from huggingface_hub import ModelCard
 from PIL import Image
@@ -33,6 +34,7 @@ from minilora.files.fold import fold
 from minilora.files.layout import Checkpoint
 from minilora.files.network import load_lora
 from minilora.files.read import AVERAGE_NAME, FILE_NAME, read_lora
+from minilora.files.tensors import read_checked, write_checked
 from minilora.files.write import difference
 from minilora.lora import lora_layers, lora_parameters
 from minilora.models.base import Base
@@ -538,6 +540,11 @@ CHANGES = [  # test_config.py names the tests of the other settings
     {"crop": "random"},
     {"lr_schedule": "cosine"},
     {"lr_schedule": "linear"},
+    {"lr_schedule": "polynomial", "lr_power": 3.0},
+    {"lr_schedule": "cosine_with_restarts", "lr_cycles": 2},
+    {"weight_decay": 1.0},
+    {"adam_betas": (0.5, 0.9)},
+    {"adam_epsilon": 0.1},
     {"warmup_steps": 3},
     {"max_grad_norm": 1e-9},
     {"resolution": 24},
@@ -684,6 +691,43 @@ def test_the_learning_rate_is_a_function_of_the_step():
     for kind in ("linear", "cosine"):
         assert learning_rate_at(100, rates[kind]) == pytest.approx(0)
         assert 0 < learning_rate_at(99, rates[kind]) < 0.02
+
+
+@pytest.mark.parametrize(
+    ("name", "more"),
+    [("linear", {}), ("cosine", {}), ("polynomial", {"lr_power": 2.0}), ("cosine_with_restarts", {"lr_cycles": 3})],
+)
+def test_schedules_are_those_that_diffusers_calls_so(name, more):
+    config = TrainConfig(data=("x",), steps=30, learning_rate=1.0, lr_schedule=name, **more)
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    options = {"num_cycles": config.lr_cycles} if "restarts" in name else {"power": config.lr_power}
+    theirs = get_scheduler(name, optimizer, num_warmup_steps=0, num_training_steps=30, **options)
+    for step in range(30):
+        # diffusers' polynomial ends at 1e-7 of the learning rate, and not at 0.
+        assert learning_rate_at(step, config) == pytest.approx(optimizer.param_groups[0]["lr"], abs=1e-6)
+        optimizer.step()
+        theirs.step()
+
+
+def test_epochs_are_steps_in_which_each_picture_is_seen_so_often(run):
+    by_epochs = run("a", steps=None, epochs=2)  # of 5 pictures, 4 a step
+    assert json.loads((by_epochs / "config.json").read_text())["steps"] == 3
+    assert (by_epochs / FILE_NAME).read_bytes() == (run("b", steps=3) / FILE_NAME).read_bytes()
+
+
+def test_a_checkpoint_from_before_a_setting_existed_had_its_default(run):
+    folder = run("a", steps=3, checkpoint_every=3)
+    [path] = (folder / "checkpoints").glob("*.safetensors")
+    arrays, metadata = read_checked(path)
+    about = json.loads(metadata["minilora"])
+    for name in ("weight_decay", "adam_betas", "full", "lr_power"):
+        del about["fingerprint"][name]
+    write_checked(path, arrays, {"minilora": json.dumps(about)})
+    again = run("a", resume=True)
+    assert (again / FILE_NAME).read_bytes() == (run("b") / FILE_NAME).read_bytes()
+    write_checked(path, arrays, {"minilora": json.dumps(about)})
+    with pytest.raises(UserError, match=r"--weight-decay was 0\.01 and is 0\.5"):
+        run("a", resume=True, weight_decay=0.5)
 
 
 # ------------------------------------------------------------------------------------------- recipes

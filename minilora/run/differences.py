@@ -4,12 +4,13 @@ Two runs are the same if their identities are equal. Of the pictures and the bas
 checkpoint also lists its pictures by content and caption, and `config.json` in the output folder says what was typed.
 """
 
+import dataclasses
 import json
 from collections import Counter, defaultdict
 from collections.abc import Iterable
 
 from ..data.folder import Item
-from ..settings.setting import as_typed, option
+from ..settings.setting import ByBase, as_typed, option
 from .setup import Run
 
 SHOWN = 3  # pictures that are named; the others are counted
@@ -29,7 +30,7 @@ Content = tuple[str, tuple[str, ...]]  # of a picture: its digest and its captio
 
 def differences(run: Run, saved: dict) -> list[str]:
     """Return what differs between a run and what one of its checkpoints says of itself, a line each."""
-    there, here = saved["fingerprint"], run.identity
+    there, here = _identity_of_defaults(run) | saved["fingerprint"], run.identity
     different = {key for key in there.keys() | here.keys() if there.get(key) != here.get(key)}
     before, now = _typed_before(run), json.loads(run.config.to_json())
 
@@ -51,6 +52,13 @@ def differences(run: Run, saved: dict) -> list[str]:
         more = [f"and {len(pictures) - SHOWN} more pictures"] if len(pictures) > SHOWN else []
         lines += [*pictures[:SHOWN], *more] if listed else ["its pictures or captions are others than those of --data"]
     return list(dict.fromkeys(lines))
+
+
+def _identity_of_defaults(run: Run) -> dict:
+    """Return the defaults of settings, for those that did not exist yet when a checkpoint was written."""
+    defaults = {field.name: field.metadata["default"] for field in dataclasses.fields(run.config)}
+    known = {name: value for name, value in defaults.items() if not isinstance(value, ByBase)}
+    return {name: json.loads(json.dumps(known[name])) for name in run.config.identity() if known.get(name) is not None}
 
 
 def picture_differences(there: Iterable[Content], items: Iterable[Item]) -> list[str]:

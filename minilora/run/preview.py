@@ -52,6 +52,7 @@ def write_preview(config: TrainConfig) -> Path:
 def look_at(config: TrainConfig) -> Preview:
     """Return the preview of a run with these settings; UserError for what would be wrong with its pictures."""
     items, held_out = read_pictures(config, Ranks(0, 1, CPU))
+    config = config.with_steps(len(items))
     base = load_base(config, CPU)
     resolution = config.resolution or base.resolution
     sizes = sizes_for(base, resolution) if config.buckets else ()

@@ -80,6 +80,7 @@ def prepare(config: TrainConfig, objective: Objective, ranks: Ranks) -> Run:
     """Read and encode the pictures, inject the LoRA, make the optimizer, and print a summary."""
     plan = BatchPlan(config.batch_size, config.micro_batch_size, ranks.rank, ranks.world)
     items, held_out_items = read_pictures(config, ranks)
+    config = config.with_steps(len(items))
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     base = load_base(config, ranks.device)
     config = replace(config, precision=base.precision)  # what was chosen, if it was left to the machine
@@ -169,7 +170,8 @@ def make_optimizer(config: TrainConfig, parameters: list[nn.Parameter], of_unet:
     text_ratio = (config.text_encoder_learning_rate or config.learning_rate) / config.learning_rate
     groups = [{"params": parameters[:of_unet], "ratio": 1.0}, {"params": parameters[of_unet:], "ratio": text_ratio}]
     groups = [group for group in groups if group["params"]]
-    options: dict[str, Any] = {"betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 1e-2}
+    options: dict[str, Any] = {"betas": config.adam_betas, "eps": config.adam_epsilon}
+    options["weight_decay"] = config.weight_decay
     if config.optimizer == "adamw":
         return torch.optim.AdamW(groups, **options, fused=True)
     from bitsandbytes.optim import AdamW8bit  # an optional package

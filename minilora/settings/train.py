@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import os
 import re
 from dataclasses import dataclass
@@ -251,6 +252,14 @@ class TrainConfig(Settings):
         basic=True,
         within=AT_LEAST_1,
     )
+    epochs: int | None = setting(
+        None,
+        "instead of --steps: how often each picture is seen",
+        group=TRAINING,
+        metavar="N",
+        within=AT_LEAST_1,
+        in_identity=False,
+    )
     batch_size: int = setting(
         ByBase(1, 8),
         "pictures per optimizer step, over all processes",
@@ -276,8 +285,15 @@ class TrainConfig(Settings):
         within=ABOVE_0,
     )
     lr_schedule: str = setting(
-        "constant", "learning rate after the warm-up", choices=("constant", "linear", "cosine"), group=TRAINING
+        "constant",
+        "learning rate after the warm-up, by diffusers' names",
+        choices=("constant", "linear", "cosine", "cosine_with_restarts", "polynomial"),
+        group=TRAINING,
     )
+    lr_cycles: int = setting(
+        1, "number of cosines of cosine_with_restarts", group=TRAINING, metavar="N", within=AT_LEAST_1
+    )
+    lr_power: float = setting(1.0, "power of polynomial; 1 is linear", group=TRAINING, metavar="POWER", within=ABOVE_0)
     warmup_steps: int = setting(
         0,
         "optimizer steps over which the learning rate rises from 0",
@@ -290,6 +306,13 @@ class TrainConfig(Settings):
         "adamw8bit keeps its state in 8 bits, and needs the package bitsandbytes",
         choices=("adamw", "adamw8bit"),
         group=TRAINING,
+    )
+    weight_decay: float = setting(0.01, "weight decay of AdamW", group=TRAINING, metavar="DECAY", within=AT_LEAST_0)
+    adam_betas: tuple[float, ...] = setting(
+        (0.9, 0.999), "decays of AdamW's two averages, each below 1", group=TRAINING, metavar="BETA1,BETA2"
+    )
+    adam_epsilon: float = setting(
+        1e-8, "what AdamW adds to its denominator", group=TRAINING, metavar="EPSILON", within=ABOVE_0
     )
     max_grad_norm: float = setting(
         1.0, "gradients are clipped to this norm", group=TRAINING, metavar="NORM", within=ABOVE_0
@@ -484,6 +507,13 @@ class TrainConfig(Settings):
                 words.append(switch if isinstance(value, bool) else f"{option(name)} {as_typed(value)}")
         return " ".join(words)
 
+    def with_steps(self, pictures: int) -> "TrainConfig":
+        """Return the settings with the steps that --epochs asks for, if it is given."""
+        if not self.epochs:
+            return self
+        positions = self.epochs * pictures * (2 if self.class_prompt else 1)  # every other one is a class picture
+        return dataclasses.replace(self, steps=math.ceil(positions / self.batch_size), epochs=None)
+
     def by_part(self) -> dict[str, Any]:
         """Return --rank-for and --alpha-for as mappings, as `inject_lora` takes them."""
         pairs = {"rank_for": int, "alpha_for": float}
@@ -524,6 +554,14 @@ class TrainConfig(Settings):
                 f"--warmup-steps is {self.warmup_steps} and --steps {self.steps}: the warm-up must not be longer than "
                 "the run"
             )
+        if self.epochs and self.steps != self.following(vars(self))["steps"]:
+            wrong.append("--epochs and --steps cannot be given at once: both say how long the run is")
+        if len(self.adam_betas) != 2 or not all(0 <= beta < 1 for beta in self.adam_betas):
+            given = ",".join(map(str, self.adam_betas))
+            wrong.append(f"--adam-betas is {given}; it takes two numbers, each at least 0 and below 1")
+        for name, schedule, none in (("lr_cycles", "cosine_with_restarts", 1), ("lr_power", "polynomial", 1.0)):
+            if getattr(self, name) != none and self.lr_schedule != schedule:
+                wrong.append(f"{option(name)} needs --lr-schedule {schedule}")
         low_high = self.timestep_range
         if low_high is not None and not (len(low_high) == 2 and 0 <= low_high[0] < low_high[1]):
             given = ",".join(map(str, low_high))

@@ -152,6 +152,7 @@ SHOWN = {  # which test shows what a setting does, but for the CHANGES of test_t
         "checkpoint_every": "test_training.py::test_only_the_newest_checkpoints_stay",
         "checkpoints_kept": "test_training.py::test_only_the_newest_checkpoints_stay",
         "timeout": "test_machines.py::test_a_process_that_hangs_is_named_and_nothing_is_lost",
+        "epochs": "test_training.py::test_epochs_are_steps_in_which_each_picture_is_seen_so_often",
         "full": "test_full.py::test_a_step_is_adamws_step_on_the_gradient_of_all_weights",
         "ema_device": "test_full.py::test_the_average_may_be_kept_elsewhere",
         "recipe": "test_recipes.py::test_a_recipe_is_nothing_but_the_settings_that_it_stands_for",
@@ -229,6 +230,9 @@ def test_settings_are_frozen():
         (["--data", "a", "--warmup-steps", "9", "--steps", "8"], "--warmup-steps is 9 and --steps 8: the warm-up must"),
         (["--data", "a", "--warmup-steps", "401"], "--warmup-steps is 401 and --steps 400: the warm-up must not be"),
         (["--data", "a", "--timestep-range", "1-9"], "--timestep-range: '1-9' is not FROM,TO, in whole numbers"),
+        (["--data", "a", "--epochs", "2", "--steps", "9"], "--epochs and --steps cannot be given at once"),
+        (["--data", "a", "--adam-betas", "0.9,1"], "--adam-betas is 0.9,1.0; it takes two numbers"),
+        (["--data", "a", "--lr-cycles", "2"], "--lr-cycles needs --lr-schedule cosine_with_restarts"),
         (["dataset/mountain"], "unknown setting dataset/mountain"),
     ],
 )
