@@ -1,4 +1,4 @@
-"""Make the pictures of docs/page.md anew: the page in a real browser, while it trains on dataset/robot.
+"""Make the pictures of docs/page.md anew: the page in a real browser, while it trains on dataset/mountain.
 
 Needs the extra "test", chromium and chromedriver; on two cores a few minutes.
 """
@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 from PIL import Image
+from selenium.webdriver import ActionChains
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "tests"))
@@ -25,6 +26,7 @@ SHOWN_AT = 0.7  # share of the steps at which the run is photographed
 
 def shoot(browser: Browser, name: str) -> None:
     """Write what the browser shows as a PNG file, with fewer colours where it would be too large."""
+    ActionChains(browser.driver).move_by_offset(1, 1).click().move_by_offset(-1, -1).perform()  # what is open closes
     browser.driver.execute_script("window.scrollTo(0, 0)")
     time.sleep(1)  # what moves has come to rest
     picture = Image.open(io.BytesIO(browser.driver.get_screenshot_as_png())).convert("RGB")
@@ -47,9 +49,6 @@ def main() -> None:
             shoot(browser, "pictures")
 
             browser.tab("Train")
-            browser.choose("train-data", "dataset/robot")
-            wait(lambda: browser.text("#train-output textarea") == "out/robot")
-            browser.type("train-validation", "0.2") if browser.all("#train-validation") else None
             browser.click("start")
             steps = int(wait(lambda: browser.text("#headline").partition(" of ")[2].split(" ")[0], seconds=300))
             wait(lambda: _step(browser) >= SHOWN_AT * steps, seconds=3600)
@@ -58,15 +57,15 @@ def main() -> None:
 
             browser.open(address)
             browser.tab("Draw")
-            browser.choose("draw-loras", "out/robot")
-            browser.type("draw-prompt", "sks robot")
+            browser.choose("draw-loras", "out/mountain")
+            browser.click("draw")
             browser.slide("draw-strength-0", 0.8)
             wait(lambda: browser.all("#picture img"))
-            wait(lambda: "robot:0.8" in browser.text("#draw-line textarea"))
+            wait(lambda: "mountain:0.8" in browser.text("#draw-line textarea"))
             shoot(browser, "draw")
 
             browser.tab("Merge")
-            browser.choose("merge-loras", "out/robot")
+            browser.choose("merge-loras", "out/mountain")
             browser.slide("merge-strength-0", 0.8)
             browser.click("merge")
             wait(lambda: "wrote" in browser.text("#report textarea"))

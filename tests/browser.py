@@ -97,6 +97,7 @@ class Browser:
         field.click()
         field.send_keys(Keys.CONTROL, "a")
         field.send_keys(text, Keys.ENTER, Keys.TAB)
+        self.driver.execute_script("document.activeElement.blur()")
 
     def slide(self, name: str, value: float) -> None:
         """Move a slider, as a hand does: the page hears of it at once."""

@@ -22,12 +22,12 @@ from starlette.testclient import TestClient  # noqa: E402
 from starlette.websockets import WebSocketDisconnect  # noqa: E402
 
 from minilora.apps.page import runs  # noqa: E402
+from minilora.apps.page.curve import drawing, means  # noqa: E402
 from minilora.apps.page.draw import Easel, with_strengths  # noqa: E402
 from minilora.apps.page.form import Folders, form, telling, words_of  # noqa: E402
 from minilora.apps.page.merge import Merging  # noqa: E402
 from minilora.apps.page.pictures import caption_rows  # noqa: E402
 from minilora.apps.page.server import build, guarded  # noqa: E402
-from minilora.apps.page.train import points_of  # noqa: E402
 from minilora.merge import merge  # noqa: E402
 from minilora.sampling import sample  # noqa: E402
 from minilora.settings.command_line import kind_of, read  # noqa: E402
@@ -324,10 +324,15 @@ def test_of_a_run_is_seen_what_it_has_written(tmp_path):
     for name in ("step-00000200.png", "step-00000100.png", "before_after.png"):
         make_picture(0).save(tmp_path / "samples" / name)
     assert [path.name for path in runs.look(tmp_path).sheets] == ["step-00000100.png", "step-00000200.png"]
-    table = points_of(seen)
-    training = table[table["of"] == "training"]["loss"]
-    assert len(training) == 200
-    assert training.mean() == 2.0  # two steps a point, half of them with each loss
+    points = means(seen.loss)
+    assert len(points) == 200
+    assert np.mean([loss for _, loss in points]) == 2.0  # two steps a point, half of them with each loss
+    lines = re.findall(
+        r'<polyline id="(\w+)" points="([^"]*)"', drawing({"training": seen.loss, "validation": {}}, 500)
+    )
+    assert [(name, len(points.split())) for name, points in lines] == [("training", 200)]
+    assert drawing({"training": {}, "validation": {}}, 500) == ""
+    assert "nan" not in drawing({"training": {1: 0.5, 2: float("nan"), 3: 0.5}}, 3)
 
 
 def test_a_progress_bar_in_a_log_is_shown_as_it_is_now(tmp_path):
@@ -424,7 +429,8 @@ def test_train_stop_go_on_and_draw_in_a_browser(tmp_path, monkeypatch):
         browser.tab("Train")
         wait(lambda: re.search(r"step \d+ of 24", browser.text("#headline")))
         wait(lambda: browser.one("#sheet img").get_attribute("src") != first)
-        assert browser.one("#curve svg, #curve canvas")
+        points = [len(browser.one("#curve #training").get_attribute("points").split())]
+        wait(lambda: len(browser.one("#curve #training").get_attribute("points").split()) > points[0])
         browser.click("start")
         wait(lambda: "another run writes there" in browser.text("#headline"))
 

@@ -19,7 +19,8 @@ def pictures_room(folders: Folders, found: dict, first: dict) -> dict[str, gr.Dr
         folder = chooser("folder", found["pictures"], first["data"], scale=4, elem_id="pictures-folder")
         show = gr.Button("Show again", scale=1, elem_id="show")
     counts = gr.Textbox(label="in it", lines=4, visible=False, elem_id="counts")
-    pages = gr.Gallery(label="as training sees them", columns=1, height=520, visible=False, buttons=["fullscreen"])
+    as_pages = {"preview": True, "selected_index": 0, "object_fit": "contain", "height": 560}
+    pages = gr.Gallery(label="as training sees them", visible=False, buttons=["fullscreen"], **as_pages)
     table = gr.Dataframe(
         headers=["picture", "caption"],
         datatype=["str", "str"],
@@ -49,7 +50,7 @@ def pictures_room(folders: Folders, found: dict, first: dict) -> dict[str, gr.Dr
             pictures, lines = [], ["a picture without a caption is not trained on: write one below, and save"]
         return (
             gr.update(value="\n".join(lines), visible=True),
-            gr.update(value=pictures, visible=bool(pictures)),
+            gr.update(value=pictures, visible=bool(pictures), selected_index=0 if pictures else None),
             gr.update(value=rows, visible=True),
             gr.update(visible=True),
         )

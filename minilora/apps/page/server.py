@@ -37,7 +37,11 @@ CSS = """
 footer {display: none !important}
 main {width: 100%; max-width: 1400px !important; margin: auto}
 #picture img {width: 100%; height: 100%; object-fit: contain}
-#headline progress {width: 100%; height: 10px; accent-color: var(--primary-500)}
+#counts textarea, #log textarea {font-family: var(--font-mono)}
+.bar {height: 8px; border-radius: 4px; overflow: hidden; background: var(--neutral-200)}
+.bar div {height: 100%; background: var(--primary-500)}
+#curve text {font-size: 12px; fill: currentColor}
+#curve .grid {stroke: var(--neutral-300)}
 """
 
 

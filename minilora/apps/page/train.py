@@ -8,17 +8,15 @@ from html import escape
 from pathlib import Path
 
 import gradio as gr
-import numpy as np
-import pandas as pd
 from PIL import Image
 
 from ...settings.errors import UserError
 from ...settings.train import TrainConfig
 from . import runs
+from .curve import drawing
 from .form import Folders, as_shown, base_chooser, by_name, chooser, form, telling
 from .pictures import caption_rows
 
-POINTS = 200  # of a curve, at most; each is the mean of its neighbours
 EVERY = 1.5  # seconds between two looks at a run
 
 
@@ -44,11 +42,11 @@ def train_room(folders: Folders, found: dict, first: dict, on_start: Callable[[]
             with gr.Row():
                 start = gr.Button("Start", variant="primary", elem_id="start", min_width=80)
                 go_on = gr.Button("Go on", elem_id="go-on", min_width=80)
-                now = gr.Button("Save and draw now", elem_id="now", min_width=80)
+                now = gr.Button("Draw now", elem_id="now", min_width=80)
                 stop = gr.Button("Stop", elem_id="stop", min_width=80)
             run = chooser("run", found["runs"], next(iter(found["runs"]), ""), elem_id="run")
             headline = gr.HTML(elem_id="headline")
-            curve = gr.LinePlot(x="step", y="loss", color="of", color_title=" ", height=250, elem_id="curve")
+            curve = gr.HTML(elem_id="curve")
             sheet = gr.Image(label="samples", interactive=False, format="png", buttons=["fullscreen"], elem_id="sheet")
             time = gr.Slider(1, 2, 1, step=1, label="over time", interactive=True, visible=False, buttons=[])
             with gr.Accordion("log", open=False):
@@ -99,7 +97,8 @@ def train_room(folders: Folders, found: dict, first: dict, on_start: Callable[[]
             return [gr.skip()] * 6
         seen = runs.look(Path(name))
         shown = name, seen.step, len(seen.sheets)
-        points = gr.skip() if shown[:2] == before[:2] else points_of(seen)
+        curves = {"training": seen.loss, "validation": seen.validation}
+        lines = gr.skip() if shown[:2] == before[:2] else drawing(curves, seen.steps)
         picture = slider = gr.skip()
         if shown[::2] != before[::2]:
             last = max(1, len(seen.sheets))
@@ -107,7 +106,7 @@ def train_room(folders: Folders, found: dict, first: dict, on_start: Callable[[]
             if name != before[0] or at >= before[2]:  # it follows the run, unless the slider was moved back
                 picture = Image.open(seen.sheets[-1]) if seen.sheets else None
                 slider = gr.update(maximum=max(2, last), visible=last > 1, value=last)
-        return headline_of(seen, runs.refused(Path(name), log_of_start)), points, picture, slider, seen.log, shown
+        return headline_of(seen, runs.refused(Path(name), log_of_start)), lines, picture, slider, seen.log, shown
 
     @telling
     def turn_to(name: str, at: int):
@@ -153,14 +152,5 @@ def suggested_samples(data: str, known: dict) -> tuple[str, str]:
 def headline_of(seen: runs.Seen, refused: str) -> str:
     """Return in HTML how far a run is; `refused` is the line of a run that was started beside it."""
     told = [f"<p><b>{escape(str(seen))}</b></p>"] + ([f"<p><b>{escape(refused)}</b></p>"] if refused else [])
-    bar = f'<progress max="{seen.steps}" value="{seen.step}"></progress>' if seen.steps else ""
-    return "".join(told) + bar
-
-
-def points_of(seen: runs.Seen) -> pd.DataFrame:
-    """Return the curves of a run as a table of steps and losses."""
-    rows = [(step, value, "validation") for step, value in seen.validation.items()]
-    for part in np.array_split(np.array(sorted(seen.loss.items())), min(POINTS, len(seen.loss))) if seen.loss else ():
-        rows.append((int(part[-1, 0]), float(part[:, 1].mean()), "training"))  # part is (points, step and value)
-    table = pd.DataFrame(sorted(rows, key=lambda row: row[0]), columns=["step", "loss", "of"])
-    return table.astype({"step": float, "loss": float})  # an empty one, too, has numbers on its axes
+    share = f'<div style="width: {100 * seen.step / seen.steps:.1f}%"></div>' if seen.steps else ""
+    return "".join(told) + f'<div class="bar">{share}</div>'
