@@ -47,9 +47,9 @@ SHOWS = [
     ),
     Show(
         "A style that the base has never seen",
-        "Trained on 64 drawings, none of them of these things.",
+        "Trained on 48 drawings, none of them of these things.",
         "../README.md",
-        "fluent.png",
+        "cyanotype.png",
         {"--x": "strength of the LoRA"},
     ),
     Show(
@@ -205,7 +205,7 @@ def main() -> None:
     of_style, far = ({name: restyled[name]} for name in ("probability of the style", "distance to the pictures"))
     curves = [
         "<h2>Curves</h2>",
-        curve("loss", losses(["mountain", "fluent"]), "step", "loss, mean of 20 steps"),
+        curve("loss", losses(["mountain", "cyanotype"]), "step", "loss, mean of 20 steps"),
         curve("morph_jumps", measured("morph-mountain-mountain_autumn"), "frame", "distance to the next frame"),
         curve("style", of_style, "scale of the LoRA", "probability"),
         curve("style_distance", far, "scale of the LoRA", "levels of 255"),

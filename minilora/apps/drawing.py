@@ -21,7 +21,7 @@ from .ddim import Levels, ddim_draw, guided
 
 HELD_OUT = 32  # one caption of 32 is held out
 TOGETHER = 8  # pictures drawn in one pass
-STYLES = ("", ", noto style", ", twemoji style")  # what the bundled base's captions end with
+STYLES = ("", ", noto style", ", twemoji style", ", openmoji style")  # what the bundled base's captions end with
 
 
 def read_captions(config) -> tuple[list[str], list[str]]:
@@ -40,7 +40,7 @@ def read_captions(config) -> tuple[list[str], list[str]]:
         return learnt, held_out
     return (
         [f"{name}{style}" for name in learnt for style in STYLES],
-        [f"{name}{STYLES[1 + number % 2]}" for number, name in enumerate(held_out)],
+        [f"{name}{STYLES[1 + number % 3]}" for number, name in enumerate(held_out)],
     )
 
 

@@ -80,8 +80,8 @@ def test_drawing_is_what_the_pipeline_does():
         num_inference_steps=5,
         guidance_scale=3.0,
         latents=noise,
-        height=64,
-        width=64,
+        height=128,
+        width=128,
         output_type="latent",
     ).images
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-4)  # five steps of a guided U-Net in float32

@@ -222,6 +222,6 @@ def test_the_bundled_base_is_an_ordinary_pipeline_of_less_than_45_megabytes():
     assert weights < 45e6
     pipeline = StableDiffusionPipeline.from_pretrained(BUNDLED)
     picture = pipeline("red apple", num_inference_steps=2, output_type="np").images[0]
-    assert picture.shape == (64, 64, 3)
+    assert picture.shape == (128, 128, 3)
     base = Base(None, CPU)
-    assert (base.resolution, base.pixels_per_latent, base.side_multiple) == (64, 4, 8)
+    assert (base.resolution, base.pixels_per_latent, base.side_multiple) == (128, 8, 8)
