@@ -74,7 +74,7 @@ SHOWS = [
         {"--y": "how much of it"},
     ),
     Show(
-        "Two styles at once",
+        "A photograph and a style",
         "The changes of weight of two LoRAs, each at its own strength.",
         "restyle.md",
         "grid.png",

@@ -9,11 +9,8 @@ pictures=docs/pictures
 torchrun train.py --data dataset/mountain
 cp out/mountain/samples/before_after.png $pictures/mountain.png
 torchrun train.py --data dataset/cyanotype
-python sample.py --prompt "butterfly" --prompt "car" --prompt "mushroom" --lora out/cyanotype \
+python sample.py --prompt "bicycle" --prompt "cactus" --prompt "umbrella" --lora out/cyanotype \
     --strengths 0,0.25,0.5,0.75,1 --output $pictures/cyanotype.png
-
-torchrun train.py --data dataset/robot
-python sample.py --prompt "robot" --prompt "sks robot" --lora out/robot --count 4 --output $pictures/robot.png
 
 # docs/restore.md
 python -m minilora.apps.restore dataset/mountain/mountain.jpg --prompt "mountain" \
@@ -26,20 +23,20 @@ python -m minilora.apps.morph dataset/mountain/mountain.jpg dataset/mountain_aut
 cp out/morph-mountain-mountain_autumn/morph.{gif,png} $pictures/
 
 # docs/restyle.md
-torchrun train.py --data dataset/fluent
 python sample.py --prompt "apple" --prompt "dog" --prompt "cat" --prompt "house" --prompt "car" --prompt "rocket" \
     --prompt "mushroom" --prompt "guitar" --prompt "heart" --prompt "penguin" --prompt "tulip" --prompt "hamburger" \
     --count 2 --output out/things
 python -m minilora.apps.restyle out/things --lora out/cyanotype --strengths 0,0.25,0.5,0.75,1 --strength 0.6 \
     --style dataset/cyanotype
 cp out/restyle-things/restyled.png $pictures/restyle.png
-python sample.py --prompt "tomato" --lora out/fluent --lora out/cyanotype --grid 0,0.25,0.5,0.75,1 \
+python sample.py --prompt "mountain" --lora out/mountain --lora out/cyanotype --grid 0,0.25,0.5,0.75,1 \
     --output $pictures/grid.png
 
 # docs/from_scratch.md
 python docs/from_scratch/walk.py dataset/mountain/mountain.jpg --prompt mountain --output $pictures/from_scratch.png
 
 # docs/distill.md
+torchrun train.py --data dataset/fluent
 python -m minilora.apps.distill
 cp out/lcm/lcm.png $pictures/lcm.png
 python sample.py --prompt "tomato" --prompt "smile" --prompt "sunflower" --count 4 --lora out/lcm \

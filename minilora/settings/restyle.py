@@ -60,7 +60,7 @@ class RestyleConfig(Settings):
         metavar="STEPS",
         within=AT_LEAST_1,
     )
-    guidance: float = setting(ByBase(7.5, 3.0), GUIDANCE_HELP, group=PICTURES, metavar="FACTOR", within=AT_LEAST_1)
+    guidance: float = setting(ByBase(7.5, 2.0), GUIDANCE_HELP, group=PICTURES, metavar="FACTOR", within=AT_LEAST_1)
     negative: str = setting("", "what to keep out of the pictures (negative prompt)", group=PICTURES)
     seed: int = setting(0, SEED_HELP, group=PICTURES, metavar="SEED", within=SEED)
     controlnet: str | None = setting(

@@ -63,7 +63,7 @@ class SampleConfig(Settings):
         ByBase(30, 20), "denoising steps", group=PICTURES, metavar="STEPS", basic=True, within=AT_LEAST_1
     )
     guidance: float = setting(
-        ByBase(7.5, 3.0), GUIDANCE_HELP, group=PICTURES, metavar="FACTOR", basic=True, within=AT_LEAST_1
+        ByBase(7.5, 2.0), GUIDANCE_HELP, group=PICTURES, metavar="FACTOR", basic=True, within=AT_LEAST_1
     )
     scheduler: str = setting("ddim", "sampler", choices=tuple(SAMPLERS), group=PICTURES)
     zero_terminal_snr: bool = setting(False, ZERO_SNR_HELP, group=PICTURES)
