@@ -64,7 +64,7 @@ def evaluate() -> None:
 
 def page() -> None:
     """Open a page in the browser to train, draw and merge, on this machine only."""
-    run("minilora.settings.page:PageConfig", "minilora.apps.page:serve", page.__doc__)
+    run("minilora.settings.page:PageConfig", "minilora.apps.page.__main__:serve", page.__doc__)
 
 
 def run(settings: str | type, work: str | Callable, description: str) -> None:
