@@ -33,7 +33,7 @@ def page(folder: Path, *words: str) -> Iterator[str]:
         process.wait(20)
 
 
-def wait(look: Callable, process: subprocess.Popen | None = None, seconds: float = 30):
+def wait(look: Callable, process: subprocess.Popen | None = None, seconds: float = 120):
     """Return the first result of `look` that is true."""
     end, result = time.monotonic() + seconds, None
     while not result:
