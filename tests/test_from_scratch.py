@@ -13,6 +13,8 @@ from minilora.files.network import load_lora_state_dict, lora_state_dict
 from minilora.models.base import BUNDLED
 
 sys.path.insert(0, str(ROOT / "docs" / "from_scratch"))
+sys.path.insert(0, str(ROOT / "benchmarks"))
+from scaling import BASES
 from unet import UNet
 
 FAMILIES = ("sd1", "sd2", "sdxl")
@@ -47,19 +49,7 @@ def test_it_predicts_what_diffusers_predicts(family):
 
 def test_it_has_the_modules_of_the_real_topologies():
     """At full size, as shapes without numbers: Stable Diffusion 1.5 and XL."""
-    xl = {
-        "block_out_channels": (320, 640, 1280),
-        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-        "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-        "transformer_layers_per_block": (1, 2, 10),
-        "attention_head_dim": (5, 10, 20),
-        "cross_attention_dim": 2048,
-        "use_linear_projection": True,
-        "addition_embed_type": "text_time",
-        "addition_time_embed_dim": 256,
-        "projection_class_embeddings_input_dim": 2816,
-    }
-    for shape in ({"cross_attention_dim": 768}, xl):
+    for shape in BASES.values():
         with torch.device("meta"):
             theirs = UNet2DConditionModel(**shape)
             ours = UNet(dict(theirs.config))

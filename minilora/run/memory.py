@@ -90,8 +90,8 @@ def tell_memory(config: TrainConfig, base: Base, say) -> None:
 
 def memory_of(config: TrainConfig, base: Base) -> Memory:
     """Return the memory that a run of one process needs."""
-    side, dtype = config.resolution or base.resolution, torch.float32 if config.full else base.dtype
-    half = base.dtype
+    side, autocast = config.resolution or base.resolution, base.dtype
+    dtype = torch.float32 if config.full else autocast  # of the weights
     texts = [part for part in PIPELINES[base.kind] if part in KINDS]
     empty = {part: _empty(base, part) for part in (UNET, VAE, *texts)}
     encoding = sum(4 * parameter.numel() for part in (VAE, *texts) for parameter in empty[part].parameters())
@@ -102,7 +102,7 @@ def memory_of(config: TrainConfig, base: Base) -> Memory:
         kept = _bytes(vae.parameters()) + live.peak if config.crop == "random" else 0  # the VAE stays in memory
         unet = _faked(empty[UNET], dtype).train()
         encoders = [_faked(empty[part], dtype) for part in texts] if config.train_text_encoder else []
-        weights, numbers, step = _step(config, base, unet, encoders, side, half)
+        weights, numbers, step = _step(config, base, unet, encoders, side, autocast)
     # A and B, their gradients and two averages of Adam, which are a byte a number with adamw8bit.
     each = 4 + 4 + (2 if config.optimizer == "adamw8bit" else 8) + (4 if config.ema else 0)
     encoding += round(SLACK * live.peak)

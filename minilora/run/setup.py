@@ -86,7 +86,7 @@ def prepare(config: TrainConfig, objective: Objective, ranks: Ranks) -> Run:
     config = replace(config, precision=base.precision)  # what was chosen, if it was left to the machine
     if config.full:  # half precision would round the small steps away
         base = load_base(replace(config, precision="fp32"), ranks.device)
-    if base.parameters >= SMALL:
+    if ranks.is_main and base.parameters >= SMALL:
         tell_memory(config, base, ranks.say)
     others = class_pictures(config, base, ranks) if config.class_prompt else []
     examples, held_out = encode(config, base, ranks, items, others, held_out_items)

@@ -36,13 +36,11 @@ def recipe_settings(recipe: str, values: dict) -> dict:
     if values.get("full"):  # there is no LoRA, and the text encoder stays as it is
         del settings["rank"], settings["learning_rate"]
     if _is_xl(model):
-        return settings | {"gradient_checkpointing": True}
-    # A subject's new word gets a meaning of its own; XL's encoders know enough, and are large.
-    return (
-        settings
-        if style or values.get("full")
-        else settings | {"train_text_encoder": True, "text_encoder_learning_rate": 5e-5}
-    )
+        settings["gradient_checkpointing"] = True
+    elif not style and not values.get("full"):
+        # A subject's new word gets a meaning of its own; XL's encoders know enough, and are large.
+        settings |= {"train_text_encoder": True, "text_encoder_learning_rate": 5e-5}
+    return settings
 
 
 def _count(data) -> int:
@@ -65,11 +63,6 @@ def _is_xl(model: str) -> bool:
         with path.open("rb") as file:
             [length] = struct.unpack("<Q", file.read(8))
             return b'"conditioner.embedders.1.' in file.read(min(length, 100_000_000))
-    except (
-        OSError,
-        ValueError,
-        KeyError,
-        TypeError,
-        struct.error,
-    ):  # no base, or on the hub; if broken, loading says so
+    except (OSError, ValueError, KeyError, TypeError, struct.error):
+        # It is on the hub; or it is broken, and loading will say so.
         return "xl" in path.name.lower()
