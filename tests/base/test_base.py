@@ -128,6 +128,8 @@ def test_captions_are_names_with_or_without_article_and_style_or_empty(data, tmp
     ]
     assert set(captions) <= {"", *known, *(c.replace("an r", "a r") for c in known)}
     assert 60 < captions.count("") < 140  # 1000 draws of 0.1: four deviations are 38
+    second = [pictures.caption_at(pictures.Drawing(None, thing, "twemoji"), position) for position in range(1000)]
+    assert all(caption.endswith(", twemoji style") for caption in second if caption)
 
 
 def test_the_tokenizer_learns_the_names_and_their_styles():
