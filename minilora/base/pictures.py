@@ -134,7 +134,7 @@ def read_drawings(styles: dict[str, dict[str, np.ndarray]], things: Sequence[Thi
 def caption_at(drawing: Drawing, position: int) -> str:
     """Return the caption of one draw: a name, sometimes with an article, often with the style; or nothing.
 
-    A name without a style is always drawn in the first one. Were it any of three, a picture of "dog" would be a mixture.
+    A name without a style always means the first one. If it meant any of the three, "dog" would draw a mixture of them.
     """
     random = draws.generator(SEED, "caption", position)
     chance, article, style = random.random(3)
