@@ -1,0 +1,142 @@
+"""The settings of what is learnt from: pictures, held-out pictures and class pictures."""
+
+import os
+from dataclasses import dataclass
+from functools import partial
+
+from .recipes import RECIPES
+from .setting import ABOVE_0, AT_LEAST_1, SHARE, ByBase, Settings, setting
+from .shared import CLASS, CLASS_PICTURES, DATA, TRAINING, VALIDATION, WEIGHT, path_and_number
+
+of_data = partial(setting, group=DATA)
+of_validation = partial(setting, group=VALIDATION, in_identity=False)
+of_class = partial(setting, group=CLASS_PICTURES)
+
+
+@dataclass(frozen=True)
+class DataSettings(Settings):
+    """Which pictures and captions are seen, and how."""
+
+    data: tuple[str, ...] = of_data(
+        (),
+        "folder of pictures, with captions in metadata.jsonl, metadata.csv or a .txt beside each; or one picture; may "
+        "be repeated; with a weight, folder:2, each picture comes twice per epoch",
+        repeat=True,
+        metavar="FOLDER",
+        basic=True,
+        in_identity=False,
+    )
+    caption: str | None = of_data(
+        None,
+        "caption of every picture that has none in the folder",
+        alias="--instance-prompt",
+        basic=True,
+        in_identity=False,
+    )
+    caption_column: str = of_data(
+        "text", "key of the caption in metadata.jsonl or metadata.csv", metavar="KEY", in_identity=False
+    )
+    trigger: str | None = of_data(
+        None, "word to put before every caption: sks makes 'sks, a dog'", metavar="WORD", basic=True
+    )
+    recipe: str | None = setting(
+        None,
+        "what to learn: sets steps by the number of pictures, rank, learning rate and more, where they are not given",
+        group=TRAINING,
+        choices=RECIPES,
+        basic=True,
+        in_identity=False,
+    )
+    resolution: int | None = of_data(
+        None,
+        "side of the training pictures in pixels; if not given, the base's own",
+        metavar="PIXELS",
+        basic=True,
+        within=AT_LEAST_1,
+    )
+    crop: str = of_data(
+        "center",
+        "which square of a picture is seen; random takes another each time, and encodes it anew, without the cache",
+        choices=("center", "random"),
+    )
+    buckets: bool = of_data(
+        False,
+        "train on several sizes of about equal area, not on squares, so that less is cropped away",
+        by_recipe=True,
+    )
+    mirror: bool = of_data(False, "show each picture mirrored half of the time", by_recipe=True)
+    caption_dropout: float = of_data(
+        ByBase(0.0, 0.1), "share of draws, 0 to 1, whose caption is left empty", metavar="SHARE", within=SHARE
+    )
+    max_pixels: int = of_data(
+        89_478_485,
+        "most pixels that a picture may have; a small file can claim more than memory holds",
+        metavar="PIXELS",
+        within=AT_LEAST_1,
+        in_identity=False,
+    )
+    cache: str = of_data(
+        "~/.cache/minilora",
+        "folder of the encoded pictures and captions; all runs share it",
+        metavar="FOLDER",
+        in_identity=False,
+    )
+
+    validation: str | None = of_validation(
+        None,
+        "held-out pictures to measure the loss on: a folder, or a share of --data, as 0.1; the LoRA with the lowest "
+        "loss is kept",
+        metavar="FOLDER|SHARE",
+    )
+    validate_every: int | None = of_validation(
+        None,
+        "steps between two measurements; the first and the last step always have one",
+        metavar="STEPS",
+        needs=("validation", "the pictures to look at"),
+        within=AT_LEAST_1,
+    )
+
+    class_prompt: str | None = of_class(None, "prompt of the subject's class, for prior preservation: 'a dog'")
+    class_data: str | None = of_class(
+        None,
+        "folder of class pictures; missing ones are generated; if not given, out/class-<prompt>",
+        needs=CLASS,
+        metavar="FOLDER",
+        in_identity=False,
+    )
+    class_pictures: int = of_class(
+        ByBase(200, 16),
+        "number of class pictures in all",
+        needs=CLASS,
+        metavar="PICTURES",
+        within=AT_LEAST_1,
+        in_identity=False,
+    )
+    prior_weight: float = of_class(
+        1.0, "weight of the class pictures in the loss", needs=CLASS, metavar="WEIGHT", within=ABOVE_0
+    )
+
+    @property
+    def validation_share(self) -> float | None:
+        """The share of --data that --validation holds out; None if it names a folder or is not given."""
+        try:
+            return float(self.validation) if self.validation and not os.path.exists(self.validation) else None
+        except ValueError:
+            return None
+
+    def problems(self) -> list[str]:
+        wrong = super().problems()
+        wrong += [] if self.data else ["--data is needed: a folder of pictures, for example dataset/mountain"]
+        wrong += [
+            f"--data {path}: the weight {weight:g} is not a whole number of at least 1"
+            for path, weight in (path_and_number(text, WEIGHT) for text in self.data)
+            if weight < 1 or weight % 1
+        ]
+        share = self.validation_share
+        if share is not None and not 0 < share < 1:
+            wrong.append(f"--validation {self.validation}: there is no such folder, and a share is between 0 and 1")
+        if self.class_prompt and self.buckets:
+            wrong.append("--class-prompt and --buckets cannot be given at once: a batch holds both kinds, of one size")
+        if self.class_prompt and self.class_data is None:
+            wrong.append(f"--class-prompt {self.class_prompt!r} has no word to call a folder by; give a --class-data")
+        return wrong

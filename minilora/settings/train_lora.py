@@ -1,0 +1,106 @@
+"""The settings of the base and of the LoRA."""
+
+import re
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from .setting import ABOVE_0, AT_LEAST_1, Settings, option, setting
+from .shared import (
+    MODEL,
+    MODEL_CONFIG_HELP,
+    MODEL_HELP,
+    PREDICTION_HELP,
+    PREDICTIONS,
+    TEXT_ATTENTION,
+    TEXT_ENCODERS,
+    VAE_HELP,
+)
+
+of_base = partial(setting, group=MODEL, in_identity=False)  # of the base, its content counts
+of_lora = partial(setting, group=MODEL)
+
+
+@dataclass(frozen=True)
+class LoraSettings(Settings):
+    """What the LoRA is trained on top of, and where it sits."""
+
+    model: str | None = of_base(None, MODEL_HELP, metavar="BASE", basic=True)
+    model_config: str | None = of_base(None, MODEL_CONFIG_HELP, metavar="FOLDER")
+    vae: str | None = of_base(None, VAE_HELP, metavar="VAE")
+    prediction_type: str | None = of_base(None, PREDICTION_HELP, choices=PREDICTIONS)
+    base_lora: tuple[str, ...] = of_base(
+        (),
+        "LoRA to merge into the base before training; with a strength: out/fluent:0.8; may be repeated",
+        repeat=True,
+        metavar="LORA[:STRENGTH]",
+    )
+    init_from: str | None = of_base(
+        None, "LoRA to train further, with its own layers and ranks, instead of a new one", metavar="LORA"
+    )
+    full: bool = of_lora(
+        False, "train all weights of the U-Net, not a LoRA; it takes much more memory, and leaves a base"
+    )
+    rank: int = of_lora(
+        8,
+        "rank of the LoRA; a higher one can learn more, and makes a larger file",
+        metavar="RANK",
+        basic=True,
+        by_recipe=True,
+        within=AT_LEAST_1,
+    )
+    alpha: float | None = of_lora(
+        None, "ΔW is multiplied by alpha / rank; if not given, the rank", metavar="ALPHA", within=ABOVE_0
+    )
+    targets: tuple[str, ...] = of_lora(
+        ("attention",),
+        "layers of the U-Net to adapt: attention, attention+ff, linear, linear+conv, or ends of names with commas",
+        metavar="LAYERS",
+    )
+    rank_for: tuple[str, ...] = of_lora(
+        (),
+        "ranks of some layers, by a part of their name, at the same scale: attn2=16,ff=4; the last match wins",
+        metavar="PART=RANK,…",
+    )
+    alpha_for: tuple[str, ...] = of_lora(
+        (), "alphas of some layers, by a part of their name: attn2=8,ff=4", metavar="PART=ALPHA,…"
+    )
+    train_text_encoder: bool = of_lora(False, "also train a LoRA in the text encoders", by_recipe=True)
+    text_encoder_targets: tuple[str, ...] = of_lora(
+        TEXT_ATTENTION,
+        "layers of the text encoders to adapt, by the ends of their names; fc1 and fc2 are the others",
+        metavar="LAYERS",
+        needs=TEXT_ENCODERS,
+    )
+
+    def by_part(self) -> dict[str, Any]:
+        """Return --rank-for and --alpha-for as mappings, as `inject_lora` takes them."""
+        pairs = {"rank_for": int, "alpha_for": float}
+        return {
+            name: {part: kind(value) for part, value in (text.split("=") for text in getattr(self, name))}
+            for name, kind in pairs.items()
+        }
+
+    def problems(self) -> list[str]:
+        wrong = super().problems()
+        wrong += [f"{option(name)} is empty" for name in ("targets", "text_encoder_targets") if not getattr(self, name)]
+        for name, number, example in (
+            ("rank_for", r"[1-9]\d*", "a rank, as attn2=16"),
+            ("alpha_for", r"(?=.*[1-9])\d*\.?\d+", "an alpha above 0, as attn2=8"),
+        ):
+            wrong += [
+                f"{option(name)} {text}: it takes a part of names and {example}"
+                for text in getattr(self, name)
+                if not re.fullmatch(rf"[\w.]+={number}", text)
+            ]
+        follows = self.following(vars(self) | {"rank": None})
+        defaults = {"rank": follows["rank"], "alpha": follows["alpha"]}
+        defaults |= {"targets": ("attention",), "rank_for": (), "alpha_for": ()}
+        given = [name for name, default in defaults.items() if getattr(self, name) != default]
+        if self.init_from:
+            why = "has no effect with --init-from, whose layers and ranks are the file's"
+            wrong += [f"{option(name)} {why}" for name in given]
+        if self.full:
+            given += [name for name in ("init_from", "dropout", "train_text_encoder", "also") if getattr(self, name)]
+            wrong += [f"{option(name)} has no effect with --full, which trains no LoRA" for name in given]
+        return wrong

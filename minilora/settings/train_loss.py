@@ -1,0 +1,50 @@
+"""The settings of noise and loss."""
+
+from dataclasses import dataclass
+from functools import partial
+
+from .setting import ABOVE_0, AT_LEAST_0, Settings, setting
+from .shared import NOISE, ZERO_SNR_HELP
+
+_setting = partial(setting, group=NOISE)
+
+
+@dataclass(frozen=True)
+class LossSettings(Settings):
+    """What is noised how, and what an error counts."""
+
+    snr_gamma: float | None = _setting(
+        None,
+        "min-SNR: cap of the signal-to-noise ratio in the loss's weight; 5 is common",
+        metavar="GAMMA",
+        within=ABOVE_0,
+    )
+    huber_c: float | None = _setting(
+        None,
+        "Huber loss: errors above this count linearly, not squared; 0.1 is common",
+        metavar="ERROR",
+        within=ABOVE_0,
+    )
+    dream: float | None = _setting(
+        None,
+        "DREAM: also train on the U-Net's own errors, with this power for details; 1 is common",
+        metavar="POWER",
+        within=AT_LEAST_0,
+    )
+    noise_offset: float = _setting(
+        0.0,
+        "strength of a constant that is added to the noise of each picture and channel; 0.05 is common",
+        metavar="STRENGTH",
+        within=AT_LEAST_0,
+    )
+    timestep_range: tuple[int, ...] | None = _setting(
+        None, "timesteps to train on, the first and one above the last: 0,500; if not given, all", metavar="FROM,TO"
+    )
+    zero_terminal_snr: bool = _setting(False, ZERO_SNR_HELP)
+
+    def problems(self) -> list[str]:
+        wrong, range_ = super().problems(), self.timestep_range
+        if range_ is not None and not (len(range_) == 2 and 0 <= range_[0] < range_[1]):
+            given = ",".join(map(str, range_))
+            wrong.append(f"--timestep-range is {given}; it takes two numbers, the lowest and one above the highest")
+        return wrong
