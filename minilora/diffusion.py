@@ -85,11 +85,13 @@ def denoising_loss(
     snr_gamma: float | None = None,
     huber_c: float | None = None,
     dream: float | None = None,
+    where: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Return one float32 loss per picture, (batch,): the mean squared error of the U-Net's prediction.
 
     `latents` x₀ and `noise` ε are (batch, channels, h, w), `timesteps` (batch,).  `unet` is called as diffusers' are.
-    The optional arguments are those of `min_snr_weight`, `huber` and `dream_noise`.
+    The optional arguments are those of `min_snr_weight`, `huber` and `dream_noise`; `where`, (batch, 1, h, w) of mean
+    1 each, says how much each place counts.
     """
     if dream is not None:
         noise = dream_noise(unet, latents, conditioning, noise, timesteps, schedule, dream)
@@ -97,7 +99,8 @@ def denoising_loss(
     prediction = unet(noisy, timesteps, **conditioning.inputs()).sample
     wanted = target(latents, noise, timesteps, schedule)
     difference = prediction.float() - wanted.float()
-    loss = (difference.square() if huber_c is None else huber(difference, huber_c)).mean(dim=(1, 2, 3))
+    loss = difference.square() if huber_c is None else huber(difference, huber_c)
+    loss = (loss if where is None else loss * where).mean(dim=(1, 2, 3))
     if snr_gamma is not None:
         loss = loss * min_snr_weight(timesteps, schedule, snr_gamma)
     return loss  # (batch,)

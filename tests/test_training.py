@@ -422,7 +422,7 @@ def test_resume_names_the_part_of_a_base_that_has_changed(run, tiny_base, tmp_pa
 
 def test_pictures_that_differ_are_named_by_what_differs():
     one, two, three = (Item(Path(f"{n}.png"), n, (8, 8), (f"caption {n}",)) for n in "123")
-    there = [(item.digest, item.captions) for item in (one, two)]
+    there = [(item.digest, item.captions, item.mask_digest) for item in (one, two)]
     assert picture_differences(there, [two, one]) == ["the pictures are in another order, which is that of their names"]
     assert picture_differences(there, [one]) == ["a picture with the caption 'caption 2' is no longer there"]
     assert picture_differences(there, [one, two, three]) == ["3.png was not there"]
@@ -434,6 +434,11 @@ def test_pictures_that_differ_are_named_by_what_differs():
     assert picture_differences(there, [one, dataclasses.replace(two, digest="4")]) == [
         "2.png has other content; its caption is 'caption 2'"
     ]
+    masked = [dataclasses.replace(two, mask=Path("2.mask.png"), mask_digest=digest) for digest in "ab"]
+    assert picture_differences(there, [one, masked[0]]) == ["2.png has a mask now"]
+    before = [there[0], (two.digest, two.captions, "a")]
+    assert picture_differences(before, [one, masked[1]]) == ["2.png has another mask"]
+    assert picture_differences(before, [one, two]) == ["2.png has no mask now"]
 
 
 def test_resume_refuses_a_checkpoint_beyond_the_end_and_a_broken_one(run):

@@ -77,7 +77,7 @@ class LatentConsistency(Objective):
             x_next = ddim_step(x, prediction, here, there, schedule.prediction_type)
             prediction = functional_call(self.unet, self.target, (x_next, t_next, text)).sample
             wanted = consistency(prediction, x_next, t_next, schedule)
-        return pseudo_huber(ours - wanted, HUBER).mean(dim=(1, 2, 3))  # (batch,)
+        return (pseudo_huber(ours - wanted, HUBER) * batch.where).mean(dim=(1, 2, 3))  # (batch,)
 
     @torch.no_grad()
     def after_step(self) -> None:

@@ -67,6 +67,7 @@ class SmoothDenoising(Objective):
             batch.timesteps,
             schedule,
             config.snr_gamma,
+            where=batch.where,
         )
         variation = self.variation(output.sample.float(), noise, batch, schedule, config.seed)
         self.seen.append(variation.detach().mean())

@@ -25,16 +25,14 @@ def spelling(path: Path) -> str:
     return unicodedata.normalize("NFC", str(path))
 
 
-def texts_beside(pictures: Iterable[Path], files: Iterable[Path]) -> dict[Path, Path]:
-    """Return the .txt of each picture that has one among the files."""
-    texts = [path for path in files if path.suffix.lower() == ".txt"]
-    exact = {path.with_suffix(""): path for path in texts}
-    alike = {spelling(path.with_suffix("")): path for path in texts}
+def beside(pictures: Iterable[Path], exact: Mapping[Path, Path]) -> dict[Path, Path]:
+    """Return the file beside each picture that has one; `exact` maps a picture's path without its suffix to a file."""
+    alike = {spelling(stem): path for stem, path in exact.items()}
     found = {}
     for picture in pictures:
         stem = picture.with_suffix("")
-        if text := exact.get(stem) or alike.get(spelling(stem)):
-            found[picture] = text
+        if file := exact.get(stem) or alike.get(spelling(stem)):
+            found[picture] = file
     return found
 
 

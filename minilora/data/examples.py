@@ -17,7 +17,9 @@ from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image
 
 from ..diffusion import Conditioning
 from ..files.tensors import read_checked, write_checked
@@ -43,9 +45,11 @@ class Batch:
     noise_offset: torch.Tensor  # (batch, channels, 1, 1)
     timesteps: torch.Tensor  # (batch,)
     weights: torch.Tensor  # (batch,), of each picture's loss
+    where: torch.Tensor  # (batch, 1, h, w), of mean 1: how much each place counts in the loss
 
 
 _CROP = 2  # raise this number when open_picture or crop give other pixels than before
+_MASK = 1  # likewise, for `mask`
 
 
 class Examples:
@@ -96,14 +100,17 @@ class Examples:
         conditioning = self._conditioning(item.captions[0], item, False, CENTRE)
         offset, draw = torch.zeros(len(latents), 1, 1), partial(draws.gaussian, 0, f"validation {number}")
         one = torch.tensor(1.0)
+        where = self._where(item, False, CENTRE, latents)
         rows = [
-            (latents, conditioning, draw(n, latents.shape), offset, torch.tensor(t), one) for n, t in timesteps.items()
+            (latents, conditioning, draw(n, latents.shape), offset, torch.tensor(t), one, where)
+            for n, t in timesteps.items()
         ]
         return _collate(tuple(timesteps), rows, device)
 
     def contents(self) -> list[list]:
-        """Return each picture's digest and captions, as JSON values."""
-        return [[item.digest, list(item.captions)] for item in (*self.items, *self.class_items)]
+        """Return the digest, the captions and, if there is one, the mask's digest of each picture, as JSON values."""
+        items = (*self.items, *self.class_items)
+        return [[item.digest, list(item.captions), *filter(None, [item.mask_digest])] for item in items]
 
     def content(self) -> str:
         """Return a hash of the pictures and their captions."""
@@ -153,6 +160,7 @@ class Examples:
             noise_offset,
             timestep,
             weight,
+            self._where(item, mirrored, place, latents),
         )
 
     def _conditioning(
@@ -188,12 +196,35 @@ class Examples:
         pixels = as_tensor(crop(picture, self.size_of(item), place))
         return pixels.flip(-1) if mirrored else pixels
 
+    def mask(self, item: Item, mirrored: bool, place: tuple[float, float] = CENTRE) -> torch.Tensor:
+        """Return the mask of `pixels`, from 0 to 1 on the grid of the latents, (1, h, w)."""
+        (w, h), (resized, left, top) = self.size_of(item), crop_at(item.size, self.size_of(item), place)
+        per_latent, box = self._base.pixels_per_latent, Image.Resampling.BOX  # which keeps black 0 and white 1
+        seen = item.open_mask().resize(resized, box).crop((left, top, left + w, top + h))
+        mask = torch.from_numpy(np.array(seen.resize((w // per_latent, h // per_latent), box)))[None] / 255
+        if not mask.any() and self.encoders is None:
+            raise UserError(f"{item.mask} is all black in the crop of {w} × {h} pixels that is seen; try --buckets")
+        return mask.flip(-1) if mirrored else mask
+
+    def _where(self, item: Item, mirrored: bool, place: tuple[float, float], latents: torch.Tensor) -> torch.Tensor:
+        """Return how much each place of a picture counts, of mean 1, (1, h, w): a small mask weighs as a large one."""
+        if not item.mask:
+            return torch.ones_like(latents[:1])
+        cached = self.encoders is None
+        mask = _load(self._mask_file(item, mirrored))["mask"] if cached else self.mask(item, mirrored, place)
+        counts = 1 - (1 - self.config.outside) * (1 - mask)  # exactly 1 where white
+        return counts / counts.mean().clamp(min=1e-9)  # a random crop may see nothing that counts
+
     def _file(self, *ingredients) -> Path:
         name = hashlib.sha256(json.dumps(ingredients).encode()).hexdigest()
         return self.folder / name[:2] / f"{name}.safetensors"
 
     def _picture_file(self, item: Item, mirrored: bool) -> Path:
         return self._file("latents", _CROP, self.vae, item.digest, self.size_of(item), mirrored)
+
+    def _mask_file(self, item: Item, mirrored: bool) -> Path:
+        sizes = self._base.pixels_per_latent, item.size, self.size_of(item)
+        return self._file("mask", _MASK, item.mask_digest, item.mask == item.path, *sizes, mirrored)
 
     def _caption_file(self, caption: str) -> Path:
         return self._file("text", self.text_encoder, caption)
@@ -206,6 +237,11 @@ class Examples:
             if width < w or height < h:
                 lines.append(f"{item.path} has {width} × {height} pixels; it is enlarged to fill {w} × {h}")
         return lines
+
+    def told_masks(self) -> str:
+        """Return a line that says how many pictures have a mask; nothing if none has."""
+        count = sum(item.mask is not None for item in self.items)
+        return f"masks      {count} of {len(self.items)} pictures" if count else ""
 
     def to_encode(self, encoders: Base) -> dict[Path, Callable[[], None]]:
         """Return every file that the cache must hold, with a function that writes it."""
@@ -220,6 +256,9 @@ class Examples:
             mean, std = encoders.encode_picture(self.pixels(item, mirrored))
             return {"mean": mean, "std": std}
 
+        def crop_mask(item: Item, mirrored: bool) -> dict[str, torch.Tensor]:
+            return {"mask": self.mask(item, mirrored)}
+
         jobs = {}
         if not self.config.train_text_encoder:
             jobs = {self._caption_file(caption): partial(encode_caption, caption) for caption in self.captions}
@@ -227,6 +266,8 @@ class Examples:
             for item in (*self.items, *self.class_items):
                 for mirrored in (False, True) if self.config.mirror else (False,):
                     jobs[self._picture_file(item, mirrored)] = partial(encode_picture, item, mirrored)
+                    if item.mask:
+                        jobs[self._mask_file(item, mirrored)] = partial(crop_mask, item, mirrored)
         return {path: partial(_write, path, encode) for path, encode in jobs.items()}
 
 

@@ -9,7 +9,7 @@ import io
 import os
 import sys
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,13 +18,13 @@ from PIL import Image
 from tqdm import tqdm
 
 from ..settings.errors import UserError
-from ..settings.shared import WEIGHT, path_and_number
+from ..settings.shared import WEIGHT, is_mask, path_and_number
 from ..settings.train import TrainConfig
-from .captions import TABLES, read_table, read_text, texts_beside
+from .captions import TABLES, beside, read_table, read_text
 from .contents import files_in, told_left_out, told_unused
 from .kinds import is_picture, kind_of_bytes, named, remedy, unread_kind
 from .known import Known, state_of
-from .pictures import BOMB, NO_PICTURE, look_at, open_picture, pixels_claimed, pixels_limited
+from .pictures import BOMB, NO_PICTURE, look_at, open_mask, open_picture, pixels_claimed, pixels_limited
 
 
 class ChangedError(UserError):
@@ -39,16 +39,30 @@ class Item:
     digest: str
     size: tuple[int, int]  # width and height in pixels
     captions: tuple[str, ...]  # one or more
+    mask: Path | None = None  # the file of the mask, which may be the picture's own, whose alpha channel it then is
+    mask_digest: str = ""
 
     def open(self) -> Image.Image:
         """Return the picture as `open_picture` does; ChangedError if the file is gone or has other content."""
-        try:
-            content = self.path.read_bytes()
-        except OSError as error:
-            raise ChangedError(f"{self.path} cannot be read any more ({error.strerror})") from error
-        if hashlib.sha256(content).hexdigest() != self.digest:
-            raise ChangedError(f"{self.path} has changed since its folder was read; start again")
-        return open_picture(io.BytesIO(content), self.size[0] * self.size[1])
+        return open_picture(_unchanged(self.path, self.digest), self.size[0] * self.size[1])
+
+    def open_mask(self) -> Image.Image | None:
+        """Return the mask as `pictures.open_mask` does; ChangedError if its file is gone or has other content."""
+        if self.mask:
+            with pixels_limited(None):  # it was found small enough
+                return open_mask(_unchanged(self.mask, self.mask_digest), self.mask == self.path)
+        return None
+
+
+def _unchanged(path: Path, digest: str) -> io.BytesIO:
+    """Return the content of a file; ChangedError if it has another hash than when its folder was read."""
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise ChangedError(f"{path} cannot be read any more ({error.strerror})") from error
+    if hashlib.sha256(content).hexdigest() != digest:
+        raise ChangedError(f"{path} has changed since its folder was read; start again")
+    return io.BytesIO(content)
 
 
 def read_folders(config: TrainConfig, quiet: bool = False) -> list[Item]:
@@ -72,35 +86,46 @@ def read_folder(name: str, config: TrainConfig, option: str = "--data", quiet: b
     """Return the pictures of a folder with their captions, in the order of their names.
 
     Captions come from metadata.jsonl or metadata.csv, or else from a .txt beside each picture, or else
-    from --caption; --trigger stands before each.  `name` may also be a single picture, whose caption is
-    --caption.  Prints, unless `quiet`, what in the folder is not used.  Raises UserError with everything that is
-    wrong with the folder, in one message, which names the option.
+    from --caption; --trigger stands before each.  The mask of a.jpg is a.mask.png beside it or, with --alpha-mask, its
+    alpha channel.  `name` may also be a single picture, whose caption is --caption.  Prints, unless `quiet`, what in
+    the folder is not used.  Raises UserError with everything that is wrong with the folder, in one message, which
+    names the option.
     """
     folder = Path(os.path.normpath(name))
     problems: list[str] = []
     remarks: list[str] = []
     captions: dict[Path, tuple[str, ...]]
+    masks: dict[Path, Path]
     if folder.is_file():
         if config.caption is None:
             raise UserError(f"{option} {folder}: one picture needs its --caption")
         captions = {folder: (config.caption,)}
+        masks = beside(captions, _masks(folder.parent.iterdir()))
     elif not folder.is_dir():
         raise UserError(f"{option} {folder}: there is no such folder or picture")
     else:
-        captions = _captions(folder, config, problems, remarks)
+        captions, masks = _captions(folder, config, problems, remarks)
         if not captions and not problems:
             raise UserError("; ".join([f"{option} {folder}: there is no picture in it", *remarks]))
     items, unread = [], {}
-    for path, look in _look_at_all(list(captions), folder, config, quiet).items():
+    looks = _look_at_all(list(captions), [*masks.values()], folder, config, quiet)
+    for path, look in looks.items():
         if look.kind:
             unread[_name(path, folder)] = look.kind
         elif look.size is None:
             problems.append(f"{'it' if path == folder else _name(path, folder)} {look.wrong}")
-        else:
+        elif path in captions:
             if look.wrong:
                 remarks.append(f"{_name(path, folder)}: its colour profile cannot be used ({look.wrong})")
             texts = tuple(with_trigger(text, config) for text in captions[path])
-            items.append(Item(path, look.digest, look.size, texts))
+            mask = masks.get(path, path if look.has_alpha else None)
+            there = looks[mask] if mask else _Look()
+            if there.size and not same_shape(look.size, there.size):
+                problems.append(
+                    f"{_name(mask, folder)} has {there.size[0]} × {there.size[1]} pixels, another shape than "
+                    f"{_name(path, folder)} with {look.size[0]} × {look.size[1]}; a mask covers the whole picture"
+                )
+            items.append(Item(path, look.digest, look.size, texts, mask, there.digest))
     if unread:
         kinds = list(dict.fromkeys(unread.values()))
         problems.append(f"{named(list(unread), 'pictures')} cannot be read, being {', '.join(kinds)}; {remedy(kinds)}")
@@ -119,45 +144,57 @@ def with_trigger(caption: str, config: TrainConfig) -> str:
 
 def _name(path: Path, folder: Path) -> str:
     """Return what a file is called in messages: its path from the folder on."""
-    return path.name if path == folder else str(path.relative_to(folder))
+    return path.name if path == folder or not path.is_relative_to(folder) else str(path.relative_to(folder))
 
 
 # ------------------------------------------------------------------------------------- captions
 
 
+def _masks(files: Iterable[Path]) -> dict[Path, Path]:
+    """Return the masks among files, by the path of the picture without its suffix."""
+    return {path.with_name(path.stem[: -len(".mask")]): path for path in files if is_picture(path) and is_mask(path)}
+
+
 def _captions(
     folder: Path, config: TrainConfig, problems: list[str], remarks: list[str]
-) -> dict[Path, tuple[str, ...]]:
-    """Return the captions of each picture, in the order of the names; a picture that lacks one is a problem.
+) -> tuple[dict[Path, tuple[str, ...]], dict[Path, Path]]:
+    """Return the captions of each picture, in the order of the names, and the masks of those that have one.
 
-    Adds to `problems` what is wrong, and to `remarks` what is not used.
+    Adds to `problems` what is wrong, as a picture without a caption, and to `remarks` what is not used.
     """
     files, left_out = files_in(folder, problems)
     tables = [folder / name for name in TABLES if (folder / name).exists()]
     if len(tables) > 1:
         raise UserError(f"{folder} holds metadata.jsonl and metadata.csv; keep one of them")
-    pictures = {path for path in files if is_picture(path)}
-    beside = texts_beside(pictures, files)
+    pictures = {path for path in files if is_picture(path) and not is_mask(path)}
+    texts = beside(pictures, {path.with_suffix(""): path for path in files if path.suffix.lower() == ".txt"})
     if tables:
         captions = read_table(tables[0], config.caption_column, [*files, *left_out], problems)
     else:
-        captions = {path: (read_text(text, _name(text, folder), problems).strip(),) for path, text in beside.items()}
+        captions = {path: (read_text(text, _name(text, folder), problems).strip(),) for path, text in texts.items()}
     pictures |= captions.keys()  # a table may name a picture whatever its name ends with, and wherever it lies
     lacking = sorted(pictures - captions.keys())
     if config.caption is not None:
         captions |= dict.fromkeys(lacking, (config.caption,))
         lacking = []
 
+    all_masks = _masks(path for path in files if path not in pictures)
+    masks = beside(pictures, all_masks)
+    if alone := sorted({*all_masks.values()} - {*masks.values()}):
+        names = named([_name(path, folder) for path in alone], "masks")
+        problems.append(f"{names}: there is no picture of that name; a.mask.png is the mask of a.png or a.jpg")
+
     remarks += told_left_out({*left_out} - pictures, folder)
-    unused = told_unused({*files} - pictures - {*beside.values()} - {*tables}, folder)
+    used = pictures | {*texts.values(), *all_masks.values(), *tables}
+    unused = told_unused({*files} - used, folder)
     if lacking:
-        problems.append("; ".join([_told_lacking(lacking, tables, beside, folder), *unused]))
+        problems.append("; ".join([_told_lacking(lacking, tables, texts, folder), *unused]))
     else:
         remarks += unused
-        if tables and beside:
-            texts = named(sorted({_name(text, folder) for text in beside.values()}), "texts beside pictures")
-            remarks.append(f"{texts}: not read, as the captions stand in {tables[0].name}")
-    return {path: captions.get(path, ()) for path in sorted(pictures, key=_order)}
+        if tables and texts:
+            names = named(sorted({_name(text, folder) for text in texts.values()}), "texts beside pictures")
+            remarks.append(f"{names}: not read, as the captions stand in {tables[0].name}")
+    return {path: captions.get(path, ()) for path in sorted(pictures, key=_order)}, masks
 
 
 def _order(path: Path) -> list[str]:
@@ -165,14 +202,14 @@ def _order(path: Path) -> list[str]:
     return [unicodedata.normalize("NFC", part) for part in path.parts]
 
 
-def _told_lacking(lacking: Sequence[Path], tables: Sequence[Path], beside: dict[Path, Path], folder: Path) -> str:
+def _told_lacking(lacking: Sequence[Path], tables: Sequence[Path], texts: dict[Path, Path], folder: Path) -> str:
     """Return a message about pictures without a caption: which they are, where one was looked for, what to do."""
     names = [_name(path, folder) for path in lacking]
     told = f"{named(names, 'pictures')} {'has' if len(names) == 1 else 'have'} no caption"
     if not tables:
         return f"{told}: there is no metadata.jsonl, no metadata.csv and no .txt beside; give one, or --caption"
-    texts = [_name(beside[path], folder) for path in lacking if path in beside]
-    hint = f"{named(texts, 'texts')} beside: not read, as there is a table; " if texts else ""
+    there = [_name(texts[path], folder) for path in lacking if path in texts]
+    hint = f"{named(there, 'texts')} beside: not read, as there is a table; " if there else ""
     return f"{told} in {tables[0].name}; {hint}add it there, or give --caption"
 
 
@@ -187,28 +224,42 @@ class _Look:
     size: tuple[int, int] | None = None
     wrong: str = ""
     kind: str = ""
+    has_alpha: bool = False  # which --alpha-mask takes for its mask
 
 
-def _look_at_all(paths: list[Path], folder: Path, config: TrainConfig, quiet: bool) -> dict[Path, _Look]:
-    """Look at all pictures, in threads on all cores: Pillow decodes and hashlib hashes without Python's lock."""
-    known, most = Known(config.cache, folder), config.max_pixels
+def same_shape(picture: tuple[int, int], mask: tuple[int, int]) -> bool:
+    """Whether a mask of some size covers a whole picture; its sides may be rounded by less than a pixel."""
+    (width, height), (w, h) = picture, mask
+    return abs(w * height - h * width) < max(width, height)
+
+
+def _look_at_all(
+    pictures: list[Path], masks: list[Path], folder: Path, config: TrainConfig, quiet: bool
+) -> dict[Path, _Look]:
+    """Look at all pictures and masks, in threads on all cores: Pillow and hashlib work without Python's lock."""
+    known, most, paths = Known(config.cache, folder), config.max_pixels, list(dict.fromkeys((*pictures, *masks)))
 
     def look(path: Path) -> _Look:
+        alpha = config.alpha_mask and path not in masks
         if kind := unread_kind(path):
             return _Look(kind=kind)
         content = b""
         try:
             state = state_of(path)
-            if before := known.get(path, state):
+            if not alpha and (before := known.get(path, state)):
                 digest, size = before
                 if size[0] * size[1] <= most:
                     return _Look(digest, size)
             content = path.read_bytes()
             size, wrong = look_at(io.BytesIO(content))
             digest = hashlib.sha256(content).hexdigest()
+            mask = open_mask(io.BytesIO(content), alpha) if alpha or path in masks else None
+            if mask and not mask.getbbox():
+                told = "has an alpha channel that is all black" if alpha else "is all black"
+                return _Look(wrong=f"{told}, so that nothing of the picture would be learnt")
             if not wrong:  # a warning must be printed by each run
                 known.add(path, state, digest, size)
-            return _Look(digest, size, wrong)
+            return _Look(digest, size, wrong, has_alpha=alpha and mask is not None)
         except BOMB as error:
             pixels = pixels_claimed(error)
             advice = f"make it smaller or, if it is no bomb, train with --max-pixels {pixels}"

@@ -4,7 +4,8 @@ Each picture always gets the same noise at the same timesteps, so two figures di
 
     (1 / n·T) Σ_pictures Σ_t loss(x₀, ε, t)        T timesteps, evenly spaced; ε fixed per picture and t
 
-The loss is the plain squared error, whatever the training loss is, so that runs can be compared.
+The loss is the plain squared error, whatever the training loss is, so that runs can be compared.  If a picture has a
+mask, only what is white there counts.
 """
 
 from collections.abc import Iterable, Sequence
@@ -50,6 +51,6 @@ def held_out_loss(
             some = {n: t for n, t in spaced.items() if start <= n < start + at_once}
             batch = examples.fixed_batch(number, some, device)
             seen = batch.latents, batch.conditioning, batch.noise, batch.timesteps
-            losses += denoising_loss(network, *seen, schedule).tolist()
+            losses += denoising_loss(network, *seen, schedule, where=batch.where).tolist()
         means.append(sum(losses) / TIMESTEPS)
     return torch.tensor(means, dtype=torch.float64)

@@ -17,7 +17,7 @@ from ..files.tensors import write_whole
 from ..settings.errors import UserError
 
 SETTLED = 2.0  # seconds since the last change; a file that changes twice in one tick of the disk's clock shows one time
-_VERSION = 1  # raise this number when other pictures than before are refused or warned of
+_VERSION = 2  # raise this number when other pictures than before are refused or warned of
 
 
 def state_of(path: Path) -> list[int]:
@@ -60,7 +60,7 @@ class Known:
                 write_whole(self.file, json.dumps({"version": _VERSION, "pictures": pictures}).encode())
 
     def _key(self, path: Path) -> str:
-        return str(path.relative_to(self.folder))
+        return os.path.relpath(path, self.folder)
 
 
 def forget(cache: str) -> None:

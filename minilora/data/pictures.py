@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageChops, ImageCms, ImageOps, UnidentifiedImageError
 
 with suppress(ImportError):  # an optional package
     from pillow_heif import register_heif_opener
@@ -39,6 +39,20 @@ def open_picture(source: Path | io.BytesIO, most: int | None = Image.MAX_IMAGE_P
         white = Image.new("RGBA", picture.size, "white")
         picture = Image.alpha_composite(white, picture)
     return picture.convert("RGB")
+
+
+def open_mask(source: io.BytesIO, of_alpha: bool) -> Image.Image | None:
+    """Return a picture as a mask, in grey: white is what counts, and what can be seen through does not.
+
+    `of_alpha`: the mask is the picture's alpha channel, whatever its colours are; None if nothing can be seen through.
+    The caller sets the limit with `pixels_limited`.  Raises one of `NO_PICTURE`.
+    """
+    with Image.open(source) as file:
+        colours, alpha = _decoded(file)
+    if of_alpha:
+        return alpha if alpha and alpha.getextrema() != (255, 255) else None
+    mask = colours.convert("L")
+    return ImageChops.multiply(mask, alpha) if alpha else mask
 
 
 def look_at(source: io.BytesIO) -> tuple[tuple[int, int], str]:

@@ -25,7 +25,7 @@ HASHES = {
 ABOUT_PICTURES = ("caption", "caption_column", "class_data", "class_pictures", "validation")
 OTHERS = {"objective": "the objective", "schedule": "the noise schedule of the base"}  # identities that are no settings
 
-Content = tuple[str, tuple[str, ...]]  # of a picture: its digest and its captions
+Content = tuple[str, tuple[str, ...], str]  # of a picture: its digest, its captions, and its mask's digest or ""
 
 
 def differences(run: Run, saved: dict) -> list[str]:
@@ -47,7 +47,7 @@ def differences(run: Run, saved: dict) -> list[str]:
         lines.append(_changed(OTHERS.get(key, option(key)), there.get(key), here.get(key)))
     if "pictures" in different:
         lines += changed(ABOUT_PICTURES)
-        listed = [(digest, tuple(captions)) for digest, captions in saved.get("pictures", [])]
+        listed = [(digest, tuple(texts), "".join(mask)) for digest, texts, *mask in saved.get("pictures", [])]
         pictures = picture_differences(listed, (*run.examples.items, *run.examples.class_items))
         more = [f"and {len(pictures) - SHOWN} more pictures"] if len(pictures) > SHOWN else []
         lines += [*pictures[:SHOWN], *more] if listed else ["its pictures or captions are others than those of --data"]
@@ -63,8 +63,8 @@ def _identity_of_defaults(run: Run) -> dict:
 
 def picture_differences(there: Iterable[Content], items: Iterable[Item]) -> list[str]:
     """Return how pictures differ from those of before, a line for each picture."""
-    old, new = Counter(there), Counter((item.digest, item.captions) for item in items)
-    paths = {(item.digest, item.captions): item.path for item in items}
+    old, new = Counter(there), Counter(map(_content, items))
+    paths = {_content(item): item.path for item in items}
     gone = dict.fromkeys(content for content in old if content not in new)
     come = dict.fromkeys(content for content in new if content not in old)
     lines = []
@@ -76,9 +76,14 @@ def picture_differences(there: Iterable[Content], items: Iterable[Item]) -> list
             if twins[content[place]]:
                 twin = twins[content[place]].pop(0)
                 del gone[twin], come[content]
-                captions = f"was {_captions(twin)} and is {_captions(content)}"
-                other = "has other content; its caption is " + _captions(content)
-                lines.append(f"{paths[content]} {other if place else 'has another caption: it ' + captions}")
+                told = f"has another caption: it was {_captions(twin)} and is {_captions(content)}"
+                if place:
+                    told = f"has other content; its caption is {_captions(content)}"
+                elif twin[1] == content[1]:
+                    told = (
+                        "has another mask" if twin[2] and content[2] else f"has {'a' if content[2] else 'no'} mask now"
+                    )
+                lines.append(f"{paths[content]} {told}")
     lines += [f"{paths[content]} was not there" for content in come]
     lines += [f"a picture with the caption {_captions(content)} is no longer there" for content in gone]
     lines += [
@@ -107,6 +112,10 @@ def _shown(value: object) -> str:
     if isinstance(value, bool):
         return "on" if value else "off"
     return as_typed(tuple(value)) if isinstance(value, list) else as_typed(value)
+
+
+def _content(item: Item) -> Content:
+    return item.digest, item.captions, item.mask_digest
 
 
 def _captions(content: Content) -> str:

@@ -43,5 +43,5 @@ class Denoising(Objective):
 
     def loss(self, network: nn.Module, batch: Batch, schedule: Schedule, config: TrainConfig) -> torch.Tensor:
         noise = offset_noise(batch.noise, batch.noise_offset, config.noise_offset)
-        more = config.snr_gamma, config.huber_c, config.dream
+        more = config.snr_gamma, config.huber_c, config.dream, batch.where
         return denoising_loss(network, batch.latents, batch.conditioning, noise, batch.timesteps, schedule, *more)

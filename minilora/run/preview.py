@@ -6,6 +6,7 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from ..data.examples import Examples
@@ -21,6 +22,7 @@ from .validation import read_pictures
 
 TILE, GAP, LINE = 192, 16, 16  # pixels: side of a picture, between two of them, height of a line of text
 COLUMNS, ROWS, PAGES = 6, 4, 10  # pictures across and down a page; pages at most
+FADED = 0.85  # how far
 GREY, BLACK, RED = "#777777", "#000000", "#c00000"  # about the picture; its captions; what is cut off from them
 
 Word = tuple[str, str]  # with its colour
@@ -83,6 +85,7 @@ def _counts(
         lines.append(f"validation {len(held_out)} held-out pictures, not shown")
     sizes = [f"{width} × {height} ({len(inside)})" for (width, height), inside in examples.buckets.items()]
     lines.append(f"size       {' and '.join(sizes)} pixels")
+    lines += filter(None, [examples.told_masks()])
     lines += [f"enlarged   {line}" for line in examples.enlarged()]
     captions = {caption for item in items for caption in item.captions}
     cut = sum(bool(cuts[caption]) for caption in captions)
@@ -99,9 +102,13 @@ def _counts(
 def _tile(examples: Examples, position: int, repeats: int, cuts: dict[str, str]) -> Image.Image:
     """Return a picture as it is seen at a position; below it stand its name, its sizes and its captions."""
     item, mirrored, place = examples.view_at(position)
-    picture = as_picture(examples.pixels(item, mirrored, place))
+    pixels = examples.pixels(item, mirrored, place)  # (3, h, w)
+    if item.mask:  # what does not count is faded into grey
+        counts = F.interpolate(examples.mask(item, mirrored, place)[None], pixels.shape[1:])[0]  # (1, h, w)
+        pixels = pixels * (1 - FADED * (1 - counts))
+    picture = as_picture(pixels)
     about = " to ".join(f"{width}x{height}" for width, height in (item.size, picture.size))  # (the font has no ×)
-    about += ", mirrored" * mirrored + f", {repeats} times" * (repeats > 1)
+    about += ", masked" * (item.mask is not None) + ", mirrored" * mirrored + f", {repeats} times" * (repeats > 1)
     lines = _wrapped(item.path.name, GREY) + _wrapped(about, GREY)
     for caption in item.captions:
         seen = caption.removesuffix(cuts[caption])

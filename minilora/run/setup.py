@@ -159,7 +159,7 @@ def encode(
     encoders = Base.of(config, ranks.device, loras=config.base_lora)
     how = resolution, encoders, len(base.schedule), ranks, sizes
     examples = encoded_examples(items, config, *how, others)
-    plain = replace(config, mirror=False, crop="center")
+    plain = replace(config, mirror=False, crop="center", outside=0.0)
     held_out = encoded_examples(held_out_items, plain, *how) if held_out_items else None
     encoders.release("text_encoder", "text_encoder_2", *([] if config.crop == "random" else ["vae"]))
     return examples, held_out
@@ -190,6 +190,8 @@ def introduce(run: Run) -> None:
     on_top = "".join(f" + {lora}" for lora in config.base_lora)
     say(f"base       {run.base.source}{on_top}, {run.base.predicts}, {run.base.computes}")
     say(f"pictures   {len(examples.items)} of {', '.join(config.data)}, at {seen_at} pixels")
+    if masks := examples.told_masks():
+        say(masks)
     if config.validation_share is not None:
         say(f"validation {len(run.held_out.items)} held-out pictures of them")
     if examples.class_items:

@@ -29,6 +29,11 @@ def read_pictures(config: TrainConfig, ranks: Ranks) -> tuple[list[Item], list[I
                 f"--caption (or --instance-prompt) is {config.caption!r}, and has no effect: all pictures have "
                 "captions of their own; leave it out, or remove those captions"
             )
+    every = (*items, *held_out)
+    if config.alpha_mask and not any(item.mask == item.path for item in every):
+        raise UserError("--alpha-mask has no effect: no picture has an alpha channel in which something is hidden")
+    if config.outside and not any(item.mask for item in every):
+        raise UserError("--outside has no effect: no picture has a mask")
     if config.validation_share is not None:
         return keep_apart(items, config.validation_share, config.seed)
     if ranks.is_main and (both := {item.digest for item in items} & {item.digest for item in held_out}):

@@ -11,7 +11,7 @@ from pathlib import Path
 from PIL import Image
 
 from .setting import is_miniature
-from .shared import WEIGHT, path_and_number
+from .shared import WEIGHT, is_mask, path_and_number
 
 RECIPES = ("subject", "face", "style")
 _STEPS = {"subject": (100, 800, 2000), "face": (100, 1000, 3000), "style": (60, 1500, 4000)}  # a picture, least, most
@@ -48,7 +48,8 @@ def _count(data) -> int:
     known, count = Image.registered_extensions(), 0
     for text in data:
         folder, weight = path_and_number(text, WEIGHT)
-        names = [path.relative_to(folder) for path in Path(folder).rglob("*") if path.suffix.lower() in known]
+        pictures = [path for path in Path(folder).rglob("*") if path.suffix.lower() in known and not is_mask(path)]
+        names = [path.relative_to(folder) for path in pictures]
         shown = [name for name in names if not any(part.startswith(".") for part in name.parts)]
         count += max(1, len(shown)) * int(weight)
     return count

@@ -50,6 +50,11 @@ def path_and_number(text: str, what: str = "the strength") -> tuple[str, float]:
     return path, number
 
 
+def is_mask(path: Path) -> bool:
+    """Whether a picture is, by its name, the mask of another one: a.mask.png of a.jpg."""
+    return path.stem.lower().endswith(".mask")
+
+
 def folder_for(application: str, names: Sequence[str]) -> Path:
     """Return the default folder for an application's results on some pictures: out/morph-a-b."""
     return Path("out") / "-".join([application, *(Path(name).stem for name in names)])

@@ -65,6 +65,15 @@ class DataSettings(Settings):
         by_recipe=True,
     )
     mirror: bool = of_data(False, "show each picture mirrored half of the time", by_recipe=True)
+    alpha_mask: bool = of_data(
+        False,
+        "learn only what the alpha channel of a picture shows; a picture may also have a mask beside it, of white and "
+        "black: name.mask.png",
+        in_identity=False,
+    )
+    outside: float = of_data(
+        0.0, "how much of a picture counts that its mask leaves out, 0 to 1", metavar="SHARE", within=SHARE
+    )
     caption_dropout: float = of_data(
         ByBase(0.0, 0.1), "share of draws, 0 to 1, whose caption is left empty", metavar="SHARE", within=SHARE
     )

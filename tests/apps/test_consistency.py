@@ -39,7 +39,7 @@ def batch() -> Batch:
     generator = torch.Generator().manual_seed(1)
     latents, noise = (torch.randn(3, 4, 8, 8, generator=generator) for _ in range(2))
     text = Conditioning(torch.randn(3, 32, 16, generator=generator))
-    return Batch((5, 6, 7), latents, text, noise, noise[:, :, :1, :1], None, torch.ones(3))
+    return Batch((5, 6, 7), latents, text, noise, noise[:, :, :1, :1], None, torch.ones(3), torch.ones(3, 1, 1, 1))
 
 
 def started(base: Base, **settings) -> LatentConsistency:

@@ -33,7 +33,16 @@ def batch() -> Batch:
     generator = torch.Generator().manual_seed(1)
     latents, noise = (torch.randn(3, 4, 8, 8, generator=generator) for _ in range(2))
     text, timesteps = torch.randn(3, 5, 16, generator=generator), torch.tensor([50, 400, 900])
-    return Batch((5, 6, 7), latents, Conditioning(text), noise, noise[:, :, :1, :1], timesteps, torch.ones(3))
+    return Batch(
+        (5, 6, 7),
+        latents,
+        Conditioning(text),
+        noise,
+        noise[:, :, :1, :1],
+        timesteps,
+        torch.ones(3),
+        torch.ones(3, 1, 1, 1),
+    )
 
 
 @pytest.fixture
