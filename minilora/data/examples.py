@@ -29,7 +29,7 @@ from ..settings.errors import UserError
 from ..settings.train import TrainConfig
 from . import buckets, draws
 from .buckets import Size
-from .folder import ChangedError, Item
+from .folder import ChangedError, Item, without_trigger
 from .known import forget
 from .pictures import CENTRE, as_tensor, crop, crop_at
 
@@ -46,6 +46,7 @@ class Batch:
     timesteps: torch.Tensor  # (batch,)
     weights: torch.Tensor  # (batch,), of each picture's loss
     where: torch.Tensor  # (batch, 1, h, w), of mean 1: how much each place counts in the loss
+    kept: Conditioning | None = None  # with --preserve: where the base's prediction is kept
 
 
 _CROP = 2  # raise this number when open_picture or crop give other pixels than before
@@ -77,7 +78,8 @@ class Examples:
         self._base = encoders
         self.is_xl, self.tokens = encoders.is_xl, lru_cache(maxsize=4096)(encoders.tokens)
         self.encoders = encoders if config.crop == "random" else None
-        self.captions = sorted({caption for item in (*items, *class_items) for caption in (*item.captions, "")})
+        captions = {"", *(caption for item in (*items, *class_items) for caption in item.captions)}
+        self.captions = sorted(captions | ({*map(self.kept_caption, captions)} if config.preserve else set()))
 
     @property
     def vae(self) -> str:
@@ -102,7 +104,7 @@ class Examples:
         one = torch.tensor(1.0)
         where = self._where(item, False, CENTRE, latents)
         rows = [
-            (latents, conditioning, draw(n, latents.shape), offset, torch.tensor(t), one, where)
+            (latents, conditioning, draw(n, latents.shape), offset, torch.tensor(t), one, where, None)
             for n, t in timesteps.items()
         ]
         return _collate(tuple(timesteps), rows, device)
@@ -153,14 +155,16 @@ class Examples:
         low, high = self.config.timestep_range or (0, self.schedule_length)
         timestep = torch.tensor(draws.integer(seed, "timestep", position, low, high))
         weight = torch.tensor(self.config.prior_weight if self.class_items and position % 2 else 1.0)
+        caption = self.caption_at(position)
         return (
             latents,
-            self._conditioning(self.caption_at(position), item, mirrored, place),
+            self._conditioning(caption, item, mirrored, place),
             noise,
             noise_offset,
             timestep,
             weight,
             self._where(item, mirrored, place, latents),
+            self._conditioning(self.kept_caption(caption), item, mirrored, place) if self.config.preserve else None,
         )
 
     def _conditioning(
@@ -185,6 +189,10 @@ class Examples:
         if draws.uniform(seed, "caption dropout", position) < self.config.caption_dropout:
             return ""
         return captions[draws.integer(seed, "caption", position, 0, len(captions))]
+
+    def kept_caption(self, caption: str) -> str:
+        """Return where --preserve keeps the base's prediction: at the class, without the trigger, or without words."""
+        return self.config.class_prompt or without_trigger(caption, self.config)
 
     def pixels(self, item: Item, mirrored: bool, place: tuple[float, float] = CENTRE) -> torch.Tensor:
         """Return a picture's pixels as training sees them, in [-1, 1], (3, h, w)."""
@@ -238,10 +246,16 @@ class Examples:
                 lines.append(f"{item.path} has {width} × {height} pixels; it is enlarged to fill {w} × {h}")
         return lines
 
-    def told_masks(self) -> str:
-        """Return a line that says how many pictures have a mask; nothing if none has."""
-        count = sum(item.mask is not None for item in self.items)
-        return f"masks      {count} of {len(self.items)} pictures" if count else ""
+    def told(self) -> list[str]:
+        """Return lines about masks and --preserve, if there are any."""
+        count, config, lines = sum(item.mask is not None for item in self.items), self.config, []
+        if count:
+            lines.append(f"masks      {count} of {len(self.items)} pictures")
+        if config.preserve:
+            without = f"captions without {config.trigger!r}" if config.trigger else "the empty prompt"
+            at = repr(config.class_prompt) if config.class_prompt else without
+            lines.append(f"preserve   what the base predicts at {at}")
+        return lines
 
     def to_encode(self, encoders: Base) -> dict[Path, Callable[[], None]]:
         """Return every file that the cache must hold, with a function that writes it."""
@@ -284,13 +298,14 @@ def _collate(positions: tuple[int, ...], rows: list[tuple], device: torch.device
     def stack(column: Iterable[torch.Tensor]) -> torch.Tensor:
         return torch.stack(list(column)).to(device)
 
-    latents, conditionings, *drawn = zip(*rows, strict=True)
-    conditioning = {key: stack(each[key] for each in conditionings) for key in conditionings[0]}
-    if "tokens" in conditioning:
-        seen: Conditioning = Tokens(conditioning.pop("tokens"), **conditioning)
-    else:
-        seen = Conditioning(**conditioning)
-    return Batch(positions, stack(latents), seen, *map(stack, drawn))
+    def together(conditionings: Sequence[dict[str, torch.Tensor]]) -> Conditioning:
+        conditioning = {key: stack(each[key] for each in conditionings) for key in conditionings[0]}
+        tokens = conditioning.pop("tokens", None)
+        return Conditioning(**conditioning) if tokens is None else Tokens(tokens, **conditioning)
+
+    latents, conditionings, *drawn, kept = zip(*rows, strict=True)
+    kept_together = None if kept[0] is None else together(kept)
+    return Batch(positions, stack(latents), together(conditionings), *map(stack, drawn), kept_together)
 
 
 @lru_cache(maxsize=4096)

@@ -142,6 +142,11 @@ def with_trigger(caption: str, config: TrainConfig) -> str:
     return ", ".join(filter(None, (config.trigger, caption)))
 
 
+def without_trigger(caption: str, config: TrainConfig) -> str:
+    """Return a caption as it was before --trigger was put there; nothing if there is no --trigger."""
+    return caption.removeprefix(config.trigger).removeprefix(", ") if config.trigger else ""
+
+
 def _name(path: Path, folder: Path) -> str:
     """Return what a file is called in messages: its path from the folder on."""
     return path.name if path == folder or not path.is_relative_to(folder) else str(path.relative_to(folder))

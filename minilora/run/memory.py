@@ -122,6 +122,7 @@ def _step(config: TrainConfig, base: Base, unet, encoders: list, side: int, dtyp
     everything = [parameter for part in (unet, *encoders) for parameter in part.parameters()]
 
     batch, latents = config.micro_batch_size or config.batch_size, side // base.pixels_per_latent
+    batch *= 2 if config.preserve else 1  # each picture goes through with two captions
     x = torch.empty(batch, unet.config.in_channels, latents, latents)
     length = base.parts.config(TEXT_ENCODER).get("max_position_embeddings", 77)
     timesteps, tokens = torch.zeros(batch, dtype=torch.long), torch.zeros(batch, length, dtype=torch.long)

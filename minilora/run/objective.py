@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from ..data.examples import Batch
-from ..diffusion import Schedule, denoising_loss, offset_noise
+from ..diffusion import Schedule, add_noise, denoising_loss, offset_noise
+from ..lora import lora_disabled
 from ..settings.train import TrainConfig
 
 
@@ -39,9 +40,29 @@ class Objective:
 
 
 class Denoising(Objective):
-    """The ordinary objective: predict the noise in a picture, or v or x₀, whichever the base was made for."""
+    """The ordinary objective: predict the noise in a picture, or v or x₀, whichever the base was made for.
+
+    --preserve adds λ · ‖prediction − the base's prediction‖² at another caption c, of the subject's class or without
+    the trigger, for the same x_t and t.  So the LoRA learns the subject and changes little else: prior preservation
+    (run/dreambooth.py) without pictures of the class.  It takes two more forward passes, one of them without gradient.
+    """
+
+    def begin(self, network: nn.Module, config: TrainConfig) -> None:
+        self.network = network
 
     def loss(self, network: nn.Module, batch: Batch, schedule: Schedule, config: TrainConfig) -> torch.Tensor:
         noise = offset_noise(batch.noise, batch.noise_offset, config.noise_offset)
         more = config.snr_gamma, config.huber_c, config.dream, batch.where
-        return denoising_loss(network, batch.latents, batch.conditioning, noise, batch.timesteps, schedule, *more)
+        seen = batch.latents, batch.conditioning, noise, batch.timesteps
+        loss = denoising_loss(network, *seen, schedule, *more)  # (batch,)
+        if config.preserve:
+            noisy = add_noise(batch.latents, noise, batch.timesteps, schedule)
+            loss = loss + config.preserve * self.drift(network, batch, noisy)
+        return loss
+
+    def drift(self, network: nn.Module, batch: Batch, noisy: torch.Tensor) -> torch.Tensor:
+        """Return the mean squared distance from the base's prediction, for each picture, (batch,)."""
+        seen, conditioning = (noisy, batch.timesteps), batch.kept.inputs()
+        with torch.no_grad(), lora_disabled(self.network):
+            wanted = self.network(*seen, **conditioning).sample.float()
+        return (network(*seen, **conditioning).sample.float() - wanted).square().mean(dim=(1, 2, 3))

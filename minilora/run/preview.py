@@ -85,13 +85,13 @@ def _counts(
         lines.append(f"validation {len(held_out)} held-out pictures, not shown")
     sizes = [f"{width} × {height} ({len(inside)})" for (width, height), inside in examples.buckets.items()]
     lines.append(f"size       {' and '.join(sizes)} pixels")
-    lines += filter(None, [examples.told_masks()])
+    lines += examples.told()
     lines += [f"enlarged   {line}" for line in examples.enlarged()]
     captions = {caption for item in items for caption in item.captions}
     cut = sum(bool(cuts[caption]) for caption in captions)
     lines.append(f"captions   {len(captions)} different" + f"; the end of {cut}, struck out, is not seen" * (cut > 0))
-    times = config.steps * config.batch_size / len(items) / (2 if config.class_prompt else 1)
-    halves = ", half of them class pictures" if config.class_prompt else ""
+    times = config.steps * config.batch_size / len(items) / (2 if config.has_class_pictures else 1)
+    halves = ", half of them class pictures" if config.has_class_pictures else ""
     lines.append(f"steps      {config.steps} × {config.batch_size} pictures{halves}; each is seen {times:,.1f} times")
     return lines
 

@@ -88,7 +88,7 @@ def prepare(config: TrainConfig, objective: Objective, ranks: Ranks) -> Run:
         base = load_base(replace(config, precision="fp32"), ranks.device)
     if ranks.is_main and base.parameters >= SMALL:
         tell_memory(config, base, ranks.say)
-    others = class_pictures(config, base, ranks) if config.class_prompt else []
+    others = class_pictures(config, base, ranks) if config.has_class_pictures else []
     examples, held_out = encode(config, base, ranks, items, others, held_out_items)
     identity = _identity(config, base, examples) | {"objective": objective.name()}
 
@@ -190,8 +190,8 @@ def introduce(run: Run) -> None:
     on_top = "".join(f" + {lora}" for lora in config.base_lora)
     say(f"base       {run.base.source}{on_top}, {run.base.predicts}, {run.base.computes}")
     say(f"pictures   {len(examples.items)} of {', '.join(config.data)}, at {seen_at} pixels")
-    if masks := examples.told_masks():
-        say(masks)
+    for line in examples.told():
+        say(line)
     if config.validation_share is not None:
         say(f"validation {len(run.held_out.items)} held-out pictures of them")
     if examples.class_items:

@@ -20,6 +20,7 @@ _STEPS = {"subject": (100, 800, 2000), "face": (100, 1000, 3000), "style": (60, 
 def recipe_settings(recipe: str, values: dict) -> dict:
     """Return the settings that a recipe stands for, by name; `values` are the settings that are known."""
     model, style = values.get("model"), recipe == "style"
+    class_pictures = values.get("class_prompt") and not values.get("preserve")
     mirror = {"mirror": recipe != "face"}  # a mirrored face is another face
     if is_miniature(model):
         return mirror  # the other defaults are its own
@@ -27,11 +28,11 @@ def recipe_settings(recipe: str, values: dict) -> dict:
     steps = min(max(each * _count(values.get("data") or ()), least), most)
     settings = mirror | {
         "rank": 32 if recipe == "face" else 16,
-        "steps": steps * (2 if values.get("class_prompt") else 1),  # half of them see class pictures
+        "steps": steps * (2 if class_pictures else 1),  # half of them see class pictures
         "learning_rate": 1e-4,
         "caption_dropout": 0.1 if style else 0.0,
         # A batch of subject and class pictures has one size.
-        "buckets": not values.get("class_prompt") and not values.get("compile"),
+        "buckets": not class_pictures and not values.get("compile"),
     }
     if values.get("full"):  # there is no LoRA, and the text encoder stays as it is
         del settings["rank"], settings["learning_rate"]

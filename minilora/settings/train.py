@@ -57,7 +57,7 @@ class TrainConfig(OutputSettings, LossSettings, OptimizerSettings, LoraSettings,
         """Return the settings with the steps that --epochs asks for, if it is given."""
         if not self.epochs:
             return self
-        positions = self.epochs * pictures * (2 if self.class_prompt else 1)  # every other one is a class picture
+        positions = self.epochs * pictures * (2 if self.has_class_pictures else 1)  # every other one is one of them
         return dataclasses.replace(self, steps=math.ceil(positions / self.batch_size), epochs=None)
 
     def identity(self) -> dict:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from .recipes import RECIPES
-from .setting import ABOVE_0, AT_LEAST_1, SHARE, ByBase, Settings, setting
+from .setting import ABOVE_0, AT_LEAST_0, AT_LEAST_1, SHARE, ByBase, Settings, option, setting
 from .shared import CLASS, CLASS_PICTURES, DATA, TRAINING, VALIDATION, WEIGHT, path_and_number
 
 of_data = partial(setting, group=DATA)
@@ -106,6 +106,13 @@ class DataSettings(Settings):
     )
 
     class_prompt: str | None = of_class(None, "prompt of the subject's class, for prior preservation: 'a dog'")
+    preserve: float = of_class(
+        0.0,
+        "weight in the loss of what the base predicts at --class-prompt (no class pictures are drawn then), else at "
+        "the captions without --trigger, else at the empty prompt: prior preservation without pictures; 1 is common",
+        metavar="WEIGHT",
+        within=AT_LEAST_0,
+    )
     class_data: str | None = of_class(
         None,
         "folder of class pictures; missing ones are generated; if not given, out/class-<prompt>",
@@ -133,6 +140,11 @@ class DataSettings(Settings):
         except ValueError:
             return None
 
+    @property
+    def has_class_pictures(self) -> bool:
+        """Whether every other picture in training is one of the class; --preserve does without."""
+        return bool(self.class_prompt) and not self.preserve
+
     def problems(self) -> list[str]:
         wrong = super().problems()
         wrong += [] if self.data else ["--data is needed: a folder of pictures, for example dataset/mountain"]
@@ -144,8 +156,13 @@ class DataSettings(Settings):
         share = self.validation_share
         if share is not None and not 0 < share < 1:
             wrong.append(f"--validation {self.validation}: there is no such folder, and a share is between 0 and 1")
-        if self.class_prompt and self.buckets:
+        if self.preserve:
+            defaults = self.following(vars(self)) | {"prior_weight": 1.0}
+            names = ("class_data", "class_pictures", "prior_weight")
+            given = [name for name in names if getattr(self, name) != defaults.get(name)]
+            wrong += [f"{option(name)} has no effect with --preserve, which needs no class pictures" for name in given]
+        if self.has_class_pictures and self.buckets:
             wrong.append("--class-prompt and --buckets cannot be given at once: a batch holds both kinds, of one size")
-        if self.class_prompt and self.class_data is None:
+        if self.has_class_pictures and self.class_data is None:
             wrong.append(f"--class-prompt {self.class_prompt!r} has no word to call a folder by; give a --class-data")
         return wrong

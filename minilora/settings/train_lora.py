@@ -101,6 +101,10 @@ class LoraSettings(Settings):
             why = "has no effect with --init-from, whose layers and ranks are the file's"
             wrong += [f"{option(name)} {why}" for name in given]
         if self.full:
-            given += [name for name in ("init_from", "dropout", "train_text_encoder", "also") if getattr(self, name)]
+            given += [
+                name
+                for name in ("init_from", "dropout", "train_text_encoder", "also", "preserve")
+                if getattr(self, name)
+            ]
             wrong += [f"{option(name)} has no effect with --full, which trains no LoRA" for name in given]
         return wrong
