@@ -36,7 +36,6 @@ from .run.results import finish
 from .run.setup import Run, prepare
 from .run.tracking import Log
 from .run.trained import load_trained_state, trained_state
-from .run.validation import Validation
 from .settings.errors import UserError
 from .settings.train import TrainConfig
 
@@ -70,7 +69,7 @@ def train(config: TrainConfig, objective: Objective | None = None) -> Path:
         if ranks.is_main:
             write_whole(run.output / "config.json", config.to_json().encode())
         bar = tqdm(total=config.steps, initial=first_step, desc="train", unit="step", disable=not ranks.is_main)
-        validation = Validation(run, first_step) if config.validation else None
+        validation = run.validation
 
         def save_done() -> None:
             ranks.say(f"\nsaved {save_state(run, done)}; go on with --resume")
@@ -79,6 +78,8 @@ def train(config: TrainConfig, objective: Objective | None = None) -> Path:
             if validation and not validation.losses:
                 log.numbers(first_step, validation=validation.measure(first_step))
             for step in range(first_step, config.steps):
+                if validation and validation.has_stalled():
+                    break
                 learning_rate, began = learning_rate_at(step, config), time.monotonic()
                 loss, grad_norm = optimizer_step(run, step, learning_rate)
                 done = step + 1
@@ -104,6 +105,8 @@ def train(config: TrainConfig, objective: Objective | None = None) -> Path:
                     raise Stopped(signals.number)
         if validation:
             ranks.say(f"validation {validation}")
+        if validation and config.patience:
+            validation.take_lowest()
         lock.refuse_if_gone()
         return finish(run)
 
@@ -191,7 +194,8 @@ def is_due(every: int | None, step: int) -> bool:
 def save_state(run: Run, step: int) -> Path:
     """Write a checkpoint after `step` steps and return its path."""
     trained, optimizer = trained_state(run.network), checkpoint.optimizer_tensors(run.optimizer)
-    state = checkpoint.State(step, trained, optimizer, run.average, run.objective.state(), run.scaler.state_dict())
+    kept = run.average, run.objective.state(), run.scaler.state_dict()
+    state = checkpoint.State(step, trained, optimizer, *kept, *(run.validation.state() if run.validation else ({}, {})))
     if run.ranks.is_main:
         about = {"fingerprint": run.identity, "pictures": run.examples.contents()}
         checkpoint.save_checkpoint(run.output, state, about, run.config.checkpoints_kept)
@@ -230,5 +234,7 @@ def resume(run: Run) -> int:
     run.scaler.load_state_dict(state.scaler)
     if run.ranks.is_main:
         (run.output / checkpoint.UNFINISHED).mkdir(exist_ok=True)
+    if run.validation:
+        run.validation.load(state.validation, state.lowest)
     run.ranks.say(f"resume     after step {state.step}")
     return state.step

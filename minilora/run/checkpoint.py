@@ -165,6 +165,8 @@ class State:
     average: dict[str, torch.Tensor]  # of what is trained, for --ema; else empty
     objective: dict[str, torch.Tensor]  # what the objective keeps from step to step; mostly empty
     scaler: dict[str, float]  # of the gradient scaler; empty without one
+    validation: dict  # the losses on held-out pictures, as JSON values; empty without --validation
+    lowest: dict[str, torch.Tensor]  # what was trained where they are lowest
 
 
 def save_checkpoint(output: Path, state: State, run: dict, kept: int) -> None:
@@ -173,7 +175,8 @@ def save_checkpoint(output: Path, state: State, run: dict, kept: int) -> None:
     tensors |= {f"optimizer.{key}": value for key, value in state.optimizer.items()}
     tensors |= {f"average.{key}": value for key, value in state.average.items()}
     tensors |= {f"objective.{key}": value for key, value in state.objective.items()}
-    about = {"step": state.step, "scaler": state.scaler} | run
+    tensors |= {f"lowest.{key}": value for key, value in state.lowest.items()}
+    about = {"step": state.step, "scaler": state.scaler, "validation": state.validation} | run
     tensors = {key: value.cpu() for key, value in tensors.items()}
     write_checked(path_of(output, state.step), tensors, {"minilora": json.dumps(about, sort_keys=True)})
     for old in all_in(output)[:-kept]:
@@ -205,9 +208,10 @@ def load_newest_checkpoint(output: Path, differences: Callable[[dict], list[str]
         raise ValueError(f"{path} belongs to another run: " + "; ".join(different))
 
     tensors = {key: torch.from_numpy(array) for key, array in arrays.items()}
-    parts = [under(tensors, prefix) for prefix in ("lora.", "optimizer.", "average.", "objective.")]
-    trained, optimizer, average, objective = parts
-    return State(about["step"], trained, optimizer, average, objective, about["scaler"])
+    parts = [under(tensors, prefix) for prefix in ("lora.", "optimizer.", "average.", "objective.", "lowest.")]
+    trained, optimizer, average, objective, lowest = parts
+    validation = about.get("validation", {})  # older checkpoints have none
+    return State(about["step"], trained, optimizer, average, objective, about["scaler"], validation, lowest)
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:

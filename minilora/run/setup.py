@@ -36,7 +36,7 @@ from .ranks import (
     refuse_differences,
 )
 from .trained import trained_parameters, trained_state
-from .validation import read_pictures
+from .validation import Validation, read_pictures
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Run:
     plan: BatchPlan
     base: Base
     examples: Examples
-    held_out: Examples | None  # the pictures of --validation
+    validation: Validation | None
     identity: dict  # what the run is a function of, as JSON values
     network: nn.Module  # has the LoRA in it: the U-Net, or the U-Net with its text encoders
     model: Any  # the network; compiled if asked for, and wrapped so that several processes average gradients
@@ -115,6 +115,7 @@ def prepare(config: TrainConfig, objective: Objective, ranks: Ranks) -> Run:
     average = (
         {name: tensor.to(where, copy=True) for name, tensor in trained_state(network).items()} if config.ema else {}
     )
+    validation = Validation(config, network, base, held_out, ranks, plan) if held_out else None
     run = Run(
         config=config,
         objective=objective,
@@ -122,7 +123,7 @@ def prepare(config: TrainConfig, objective: Objective, ranks: Ranks) -> Run:
         plan=plan,
         base=base,
         examples=examples,
-        held_out=held_out,
+        validation=validation,
         identity=identity,
         network=network,
         model=model,
@@ -193,7 +194,7 @@ def introduce(run: Run) -> None:
     for line in examples.told():
         say(line)
     if config.validation_share is not None:
-        say(f"validation {len(run.held_out.items)} held-out pictures of them")
+        say(f"validation {len(run.validation.held_out.items)} held-out pictures of them")
     if examples.class_items:
         count = len(examples.class_items)
         say(f"class      {count} pictures of {config.class_prompt!r}; every other picture in training is one of them")

@@ -4,15 +4,21 @@ import json
 import sys
 from pathlib import Path
 
+import torch
+from torch import nn
+
 from .. import sampling
+from ..data.examples import Examples
 from ..data.folder import Item, read_folder, read_folders, with_trigger
 from ..data.held_out import held_out_loss, keep_apart
 from ..files.tensors import write_whole
+from ..models.base import Base
 from ..settings.errors import UserError
 from ..settings.train import TrainConfig
 from .checkpoint import UNFINISHED
-from .ranks import Ranks, decided_by_main, mean_over_ranks
-from .trained import result_names, save_trained
+from .ema import ema_weights
+from .ranks import BatchPlan, Ranks, mean_over_ranks
+from .trained import load_trained_state, result_names, save_trained, trained_state
 
 FIGURES = "validation.json"
 
@@ -42,45 +48,69 @@ def read_pictures(config: TrainConfig, ranks: Ranks) -> tuple[list[Item], list[I
 
 
 class Validation:
-    """The losses of a run by step, and the LoRA of the lowest; the output folder has them once the run is finished."""
+    """The losses of a run by step, and what was trained at the lowest.
 
-    def __init__(self, run, first_step: int):
-        self.run, self.file = run, Path(run.config.output) / UNFINISHED / FIGURES
-        self.pictures = run.held_out.content()
-        kept = decided_by_main(self._read) if first_step else {}
-        # The losses of the steps before are valid for any run with the same identity and the same held-out pictures.
-        self.losses = {int(step): loss for step, loss in kept.get("losses", {}).items()}
+    Checkpoints have both, and so has the output folder once the run is finished.
+    """
 
-    def _read(self) -> dict:
-        file = self.file if self.file.exists() else Path(self.run.config.output) / FIGURES  # of a run that was finished
-        try:
-            kept = json.loads(file.read_text())
-        except (OSError, ValueError):
-            return {}
-        return kept if kept.get("pictures") == self.pictures else {}
+    def __init__(
+        self, config: TrainConfig, network: nn.Module, base: Base, held_out: Examples, ranks: Ranks, plan: BatchPlan
+    ):
+        self.config, self.network, self.base, self.held_out = config, network, base, held_out
+        self.ranks, self.plan = ranks, plan
+        self.file = Path(config.output) / UNFINISHED / FIGURES
+        self.pictures = held_out.content()
+        self.losses: dict[int, float] = {}
+        self.lowest: dict[str, torch.Tensor] = {}  # what was trained where the loss is lowest, on the CPU
+
+    def state(self) -> tuple[dict, dict[str, torch.Tensor]]:
+        """Return what a checkpoint needs: the losses, and of which pictures they are, as JSON values; the tensors."""
+        return {"losses": self.losses, "pictures": self.pictures}, self.lowest
+
+    def load(self, saved: dict, lowest: dict[str, torch.Tensor]) -> None:
+        """Take up what `state` gave; losses of other held-out pictures are left, and measured anew."""
+        if saved.get("pictures") == self.pictures:
+            self.losses, self.lowest = {int(step): loss for step, loss in saved["losses"].items()}, lowest
+            with ema_weights(self.network, lowest):
+                self._write(with_lowest=True)
 
     @property
     def best(self) -> int:
         """The step of the lowest loss, the first of equals."""
         return min(sorted(self.losses), key=self.losses.__getitem__)
 
+    def has_stalled(self) -> bool:
+        """Whether the loss has not fallen for --patience measurements."""
+        return self.config.patience is not None and sum(s > self.best for s in self.losses) >= self.config.patience
+
     def measure(self, step: int) -> float:
-        """Return the loss after `step` steps; keep the LoRA if there was no lower one."""
+        """Return the loss after `step` steps; keep what is trained if there was no lower one."""
         self.losses[step] = self._loss()
-        if self.run.ranks.is_main:
-            if self.best == step:  # the LoRA first: after a stop in between, --resume measures this step again
-                save_trained(self.run.network, self.file.with_name(result_names(self.run.config.full)[2]))
+        if is_lowest := self.best == step:
+            self.lowest = {name: tensor.to("cpu", copy=True) for name, tensor in trained_state(self.network).items()}
+        self._write(is_lowest)
+        return self.losses[step]
+
+    def take_lowest(self) -> None:
+        """Put what was trained where the loss is lowest into the network."""
+        load_trained_state(self.network, self.lowest)
+        why = f"the loss has not fallen for {self.config.patience} measurements; " if self.has_stalled() else ""
+        self.ranks.say(f"patience   {why}the result is that of step {self.best}")
+
+    def _write(self, with_lowest: bool) -> None:
+        if self.ranks.is_main:
+            if with_lowest:
+                save_trained(self.network, self.file.with_name(result_names(self.config.full)[2]))
             figures = {str(s): self.losses[s] for s in sorted(self.losses)}
             about = {"best": self.best, "losses": figures, "pictures": self.pictures}
             write_whole(self.file, (json.dumps(about, indent=2) + "\n").encode())
-        return self.losses[step]
 
     def _loss(self) -> float:
         """Return the mean over the pictures, which are divided over the processes."""
-        run, ranks, count = self.run, self.run.ranks, len(self.run.held_out.items)
+        ranks, count = self.ranks, len(self.held_out.items)
         mine = range(ranks.rank, count, ranks.world)
-        with sampling.evaluating(run.network), run.base.autocast():
-            losses = held_out_loss(run.network, run.held_out, run.base.schedule, mine, run.plan.micro)
+        with sampling.evaluating(self.network), self.base.autocast():
+            losses = held_out_loss(self.network, self.held_out, self.base.schedule, mine, self.plan.micro)
         return mean_over_ranks(losses.sum()).item() * ranks.world / count
 
     def __str__(self) -> str:

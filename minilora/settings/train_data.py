@@ -105,6 +105,15 @@ class DataSettings(Settings):
         within=AT_LEAST_1,
     )
 
+    patience: int | None = of_validation(
+        None,
+        "end when the loss on the held-out pictures has not fallen for so many measurements; the result is the LoRA of "
+        "the lowest",
+        metavar="MEASUREMENTS",
+        needs=("validate_every", "which says how often it is measured"),
+        within=AT_LEAST_1,
+    )
+
     class_prompt: str | None = of_class(None, "prompt of the subject's class, for prior preservation: 'a dog'")
     preserve: float = of_class(
         0.0,
