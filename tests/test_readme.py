@@ -39,7 +39,7 @@ def small(command: str, tiny_base: Path, tiny_xl: str = "") -> str:
     if "train.py" in command:
         command += " --steps 2 --cache cache"
         command += "" if "--batch-size" in command or "--config" in command else " --batch-size 1"
-        command += " --class-pictures 2" if "--class-prompt" in command else ""
+        command += " --class-pictures 2" if "--class-prompt" in command and "--preserve" not in command else ""
     if "sample.py" in command:
         command += " --steps 2"
     if "apps.distill" in command:

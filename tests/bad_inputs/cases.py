@@ -192,6 +192,18 @@ FOLDERS = [
         "masks/a.png has no caption",
     ),
     (
+        "a mask without a picture",
+        partial(beside, {"b.mask.png": png()}),
+        "b.mask.png: there is no picture of that name",
+    ),
+    (
+        "a mask of another shape than its picture",
+        partial(beside, {"a.mask.png": png("L", (20, 10))}),
+        "a.mask.png has 20 × 10 pixels, another shape than a.png with 20 × 20",
+    ),
+    ("a mask that is all black", partial(beside, {"a.mask.png": png("L")}), "a.mask.png is all black"),
+    ("a mask that is no picture", partial(beside, {"a.mask.png": "x"}), "a.mask.png cannot be opened as a picture"),
+    (
         "a table that leaves out a picture with a .txt beside it",
         partial(beside, {"b.png": png(), "b.txt": "x", "metadata.csv": "file_name,text\na.png,x\n"}),
         "b.png has no caption in metadata.csv; b.txt beside: not read, as there is a table",

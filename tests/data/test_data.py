@@ -290,7 +290,8 @@ def test_a_batch_is_the_draws_put_together(pictures, tmp_path, tiny_base):
 def columns(batch: Batch) -> dict:
     """Return the columns of a batch by name, each with one row per position."""
     told = batch.conditioning
-    return {**vars(batch), "conditioning": told.text} | ({} if told.pooled is None else vars(told))
+    filled = {name: column for name, column in vars(batch).items() if column is not None}
+    return {**filled, "conditioning": told.text} | ({} if told.pooled is None else vars(told))
 
 
 def test_however_the_positions_are_shared_out_the_draws_are_the_same(pictures, tmp_path, tiny_base):

@@ -87,6 +87,47 @@ def test_a_run_cut_in_two_has_the_figures_of_the_whole(run):
         assert (cut / name).read_bytes() == (whole / name).read_bytes()
 
 
+def test_patience_ends_the_run_and_leaves_the_best_however_it_is_cut_up(run, settings, tmp_path, capsys):
+    fast = {"learning_rate": 0.1, "steps": 40, "patience": 3}  # so fast that the loss falls and rises
+    whole = run("whole", **fast)
+    about = figures(whole)
+    last = max(map(int, about["losses"]))
+    assert last == about["best"] + 3 * 2 < 40
+    assert (whole / FILE_NAME).read_bytes() == (whole / BEST).read_bytes()
+    told = f"patience   the loss has not fallen for 3 measurements; the result is that of step {about['best']}\n"
+    assert told in capsys.readouterr().out
+    shorter = run("shorter", **fast | {"steps": about["best"], "patience": None})
+    assert (whole / FILE_NAME).read_bytes() == (shorter / FILE_NAME).read_bytes()
+
+    def same(folder: Path) -> bool:
+        return all((folder / name).read_bytes() == (whole / name).read_bytes() for name in (FIGURES, BEST, FILE_NAME))
+
+    assert same(run("whole", resume=True, **fast))  # a run that has ended so ends there again
+    # Stopped before and after the best, with nothing left but its checkpoints.
+    for step in (about["best"] - 2, last - 2, last):
+        cut = run(f"cut{step}", checkpoint_every=2, **fast | {"steps": step, "patience": None})
+        for path in cut.iterdir():
+            if path.is_file():
+                path.unlink()
+        assert same(run(f"cut{step}", checkpoint_every=2, resume=True, **fast))
+    longer = run("whole", resume=True, **fast | {"steps": last + 4, "patience": 9})
+    assert max(map(int, figures(longer)["losses"])) == last + 4
+    assert (longer / FILE_NAME).read_bytes() == (longer / BEST).read_bytes()
+
+
+def test_patience_is_that_of_all_processes_and_needs_measurements(run, settings, tmp_path):
+    fast = {"learning_rate": 0.1, "steps": 20, "patience": 2, "output": str(tmp_path / "two")}
+    file = tmp_path / "config.json"
+    file.write_text(TrainConfig(**settings | fast).to_json())
+    done = torchrun(2, "--config", str(file))
+    assert done.returncode == 0, done.stderr
+    losses = figures(tmp_path / "two")["losses"]
+    assert len(losses) == list(losses.values()).index(min(losses.values())) + 1 + 2 < 11
+    assert (tmp_path / "two" / FILE_NAME).read_bytes() == (tmp_path / "two" / BEST).read_bytes()
+    with pytest.raises(UserError, match="--patience needs --validate-every, which says how often it is measured"):
+        run("a", patience=3, validate_every=None)
+
+
 def test_going_on_with_other_pictures_measures_anew_and_a_new_run_clears_the_old_away(run, held_out):
     folder = run("a", steps=4)
     (held_out / "v0.png").unlink()
