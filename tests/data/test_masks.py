@@ -183,7 +183,7 @@ def test_masks_lie_in_the_cache_beside_latents_that_stay_valid(data, tmp_path, t
 
 def test_a_random_crop_that_sees_nothing_that_counts_learns_nothing(data, tmp_path, tiny_base):
     mask = Image.new("L", (64, 32))
-    mask.putpixel((0, 0), 255)
+    mask.paste(255, (0, 0, 16, 32))  # beside the square in the middle
     mask.save(data / "d.mask.png")
     with pytest.raises(UserError, match=r"d\.mask\.png is all black in the crop of 16 × 16 pixels that is seen"):
         examples_of(settings(data, tmp_path, tiny_base))
