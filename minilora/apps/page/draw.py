@@ -102,70 +102,78 @@ def with_strengths(chosen: list[str] | None, strengths: list[float]) -> list[str
     return [path if strength == 1 else f"{path}:{strength:g}" for path, strength in pairs]
 
 
-def draw_room(folders: Folders, found: dict, first: dict, easel: Easel) -> dict[str, gr.Dropdown]:
-    """Build the room; return the fields whose choices are found in folders, by what they hold."""
-    with gr.Row():
-        with gr.Column(scale=3):
-            loras, strengths = sliders(found["loras"], "draw")
-            model = base_chooser(found, first["model"], "draw")
-            fields = form(SampleConfig, without=("prompt", "model", "lora", "strengths", "grid", "output", "compile"))
-        with gr.Column(scale=4):
-            with gr.Row(equal_height=True):
-                prompt = gr.Textbox(label="prompt", lines=1, scale=4, elem_id="draw-prompt")
-                draw = gr.Button("Draw", variant="primary", elem_id="draw", min_width=80)
-            picture = gr.Image(
-                label="picture", interactive=False, format="png", height=520, elem_id="picture", buttons=["fullscreen"]
-            )
-            with gr.Row():
-                save = gr.Button("Save", elem_id="save", min_width=80)
-                grid = gr.Button("Grid of two LoRAs", elem_id="grid", min_width=80)
-                cancel = gr.Button("Cancel", min_width=80)
-            line = gr.Textbox(label="the same from a terminal", lines=2, buttons=["copy"], elem_id="draw-line")
-    with suppress(UserError):  # as in the room for training
-        prompt.value = caption_rows(first["data"])[0][1]
-    fields |= {"model": model, "prompt": prompt}
-    last = gr.State(None)
+class DrawRoom:
+    """The room for drawing; `choices` are the fields whose choices are found in folders, by what they hold."""
 
-    def words_from(values: dict) -> list[str]:
-        given = by_name(fields, values)
-        given["lora"] = with_strengths(values[loras], [values[slider] for slider in strengths])
-        return [*folders.words(SampleConfig, given), "--output", str(_next(Path(first["output"]) / "drawn"))]
+    def __init__(self, folders: Folders, found: dict, first: dict, easel: Easel):
+        self.folders, self.drawn, self.easel = folders, Path(first["output"]) / "drawn", easel
+        with gr.Row():
+            with gr.Column(scale=3):
+                self.loras, self.strengths = sliders(found["loras"], "draw")
+                self.model = base_chooser(found, first["model"], "draw")
+                without = ("prompt", "model", "lora", "strengths", "grid", "output", "compile")
+                self.fields = form(SampleConfig, without=without)
+            with gr.Column(scale=4):
+                self._make_view()
+        with suppress(UserError):  # a folder that cannot be read is told of when it is used
+            self.prompt.value = caption_rows(first["data"])[0][1]
+        self.fields |= {"model": self.model, "prompt": self.prompt}
+        self.choices = {"bases": self.model, "loras": self.loras}
+        self._connect()
 
-    def drawn(words: list[str], progress=None):
-        config = folders.read(SampleConfig, words)
-        result = easel.draw(config, progress)
-        return result, shlex.join(["python", "sample.py", *words]), (result, config.output)
+    def _make_view(self) -> None:
+        with gr.Row(equal_height=True):
+            self.prompt = gr.Textbox(label="prompt", lines=1, scale=4, elem_id="draw-prompt")
+            self.draw = gr.Button("Draw", variant="primary", elem_id="draw", min_width=80)
+        large = {"height": 520, "buttons": ["fullscreen"]}
+        self.picture = gr.Image(label="picture", interactive=False, format="png", elem_id="picture", **large)
+        with gr.Row():
+            self.save = gr.Button("Save", elem_id="save", min_width=80)
+            self.grid = gr.Button("Grid of two LoRAs", elem_id="grid", min_width=80)
+            self.cancel = gr.Button("Cancel", min_width=80)
+        self.line = gr.Textbox(label="the same from a terminal", lines=2, buttons=["copy"], elem_id="draw-line")
+        self.last = gr.State(None)
+
+    def _connect(self) -> None:
+        """Say what is done when."""
+        self.folders.follow(SampleConfig, self.fields)
+        given, shown = {*self.fields.values(), self.loras, *self.strengths}, [self.picture, self.line, self.last]
+        one_at_a_time = {"concurrency_id": "draw", "concurrency_limit": 1}
+        self.draw.click(self.draw_one, given, shown, show_progress_on=self.picture, **one_at_a_time)
+        self.grid.click(self.draw_grid, given, shown, show_progress_on=self.picture, **one_at_a_time)
+        moved = {"show_progress": "hidden", "trigger_mode": "always_last"}
+        for slider in self.strengths:
+            slider.input(self.redraw, given, shown, **moved, **one_at_a_time)
+        self.save.click(self.keep, self.last)
+        self.cancel.click(self.easel.cancel, queue=False)
 
     @telling
-    def draw_one(values: dict, progress=gr.Progress()):  # noqa: B008
-        return drawn(words_from(values), progress)
+    def draw_one(self, values: dict, progress=gr.Progress()):  # noqa: B008
+        return self._draw(values, progress)
 
     @telling
-    def redraw(values: dict):
-        return drawn(words_from(values))
+    def redraw(self, values: dict):
+        return self._draw(values)
 
     @telling
-    def draw_grid(values: dict, progress=gr.Progress()):  # noqa: B008
-        return drawn([*words_from(values), "--grid", GRID], progress)
+    def draw_grid(self, values: dict, progress=gr.Progress()):  # noqa: B008
+        return self._draw(values, progress, "--grid", GRID)
 
     @telling
-    def keep(what):
-        if what is None:
+    def keep(self, last: tuple[Image.Image, str] | None):
+        if last is None:
             raise UserError("nothing was drawn yet")
-        result, path = what
-        save_picture(result, Path(path))
+        picture, path = last
+        save_picture(picture, Path(path))
         gr.Info(f"wrote {path}", duration=5)
 
-    given, shown = {*fields.values(), loras, *strengths}, [picture, line, last]
-    one_at_a_time = {"concurrency_id": "draw", "concurrency_limit": 1}
-    draw.click(draw_one, given, shown, show_progress_on=picture, **one_at_a_time)
-    grid.click(draw_grid, given, shown, show_progress_on=picture, **one_at_a_time)
-    for slider in strengths:
-        slider.input(redraw, given, shown, show_progress="hidden", trigger_mode="always_last", **one_at_a_time)
-    save.click(keep, last)
-    folders.follow(SampleConfig, fields)
-    cancel.click(easel.cancel, queue=False)
-    return {"bases": model, "loras": loras}
+    def _draw(self, values: dict, progress=None, *more: str):
+        given = by_name(self.fields, values)
+        given["lora"] = with_strengths(values[self.loras], [values[slider] for slider in self.strengths])
+        words = [*self.folders.words(SampleConfig, given), "--output", str(_next(self.drawn)), *more]
+        config = self.folders.read(SampleConfig, words)
+        picture = self.easel.draw(config, progress)
+        return picture, shlex.join(["python", "sample.py", *words]), (picture, config.output)
 
 
 def _next(folder: Path) -> Path:

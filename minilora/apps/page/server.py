@@ -22,11 +22,11 @@ from starlette.responses import PlainTextResponse, RedirectResponse, Response
 
 from ...settings.errors import UserError
 from ...settings.page import PageConfig
-from .draw import Easel, draw_room
+from .draw import DrawRoom, Easel
 from .form import Folders
 from .merge import merge_room
 from .pictures import pictures_room
-from .train import found_runs, train_room
+from .train import TrainRoom, found_runs
 
 HERE = r"(localhost|127\.0\.0\.1|\[::1\])(:\d+)?"
 HEADERS = {
@@ -106,9 +106,9 @@ def build(config: PageConfig) -> gr.Blocks:
             with gr.Tab("Pictures") as tab:
                 rooms[tab] = pictures_room(folders, found, first)
             with gr.Tab("Train") as tab:
-                rooms[tab] = train_room(folders, found, first, easel.free)
+                rooms[tab] = TrainRoom(folders, found, first, easel.free).choices
             with gr.Tab("Draw") as tab:
-                rooms[tab] = draw_room(folders, found, first, easel)
+                rooms[tab] = DrawRoom(folders, found, first, easel).choices
             with gr.Tab("Merge") as tab:
                 rooms[tab] = merge_room(folders, found, first)
         fields = [(kind, field) for room in rooms.values() for kind, field in room.items()]

@@ -20,80 +20,108 @@ from .pictures import caption_rows
 EVERY = 1.5  # seconds between two looks at a run
 
 
-def train_room(folders: Folders, found: dict, first: dict, on_start: Callable[[], None]) -> dict[str, gr.Dropdown]:
-    """Build the room; return the fields whose choices are found in folders, by what they hold.
+class TrainRoom:
+    """The room for training.
 
     `first` is what stands in the fields at first: data, model, and the folder of outputs.  `on_start` is called before
-    a run is started.
+    a run is started.  `choices` are the fields whose choices are found in folders, by what they hold.
     """
-    with gr.Row():
-        with gr.Column(scale=3):
-            with gr.Row():
-                about = {"info": "folder of pictures", "elem_id": "train-data"}
-                data = chooser("data", found["pictures"], first["data"], **about)
-                model = base_chooser(found, first["model"], "train")
-            fields = form(TrainConfig, without=("data", "model", "preview"), first=("sample_prompt", "sample_every"))
-            fields |= {"data": data, "model": model}
-            with suppress(UserError):  # the folder may lack a caption, and is told of when it is used
-                fields["output"].value = suggested_output(first["output"], first["data"])
-                prompt, every = suggested_samples(first["data"], {"model": first["model"] or None})
-                fields["sample_prompt"].value, fields["sample_every"].value = prompt, every
-        with gr.Column(scale=4):
-            with gr.Row():
-                start = gr.Button("Start", variant="primary", elem_id="start", min_width=80)
-                go_on = gr.Button("Go on", elem_id="go-on", min_width=80)
-                now = gr.Button("Draw now", elem_id="now", min_width=80)
-                stop = gr.Button("Stop", elem_id="stop", min_width=80)
-            run = chooser("run", found["runs"], next(iter(found["runs"]), ""), elem_id="run")
-            headline = gr.HTML(elem_id="headline")
-            curve = gr.HTML(elem_id="curve")
-            sheet = gr.Image(label="samples", interactive=False, format="png", buttons=["fullscreen"], elem_id="sheet")
-            time = gr.Slider(1, 2, 1, step=1, label="over time", interactive=True, visible=False, buttons=[])
-            with gr.Accordion("log", open=False):
-                line = gr.Textbox(label="command line", lines=2, buttons=["copy"], elem_id="train-line")
-                log = gr.Textbox(label="last lines", lines=12, elem_id="log")
-    before, log_of_start = gr.State(("", 0, 0)), gr.State("")
 
-    def begin(words: list[str]):
-        config = folders.read(TrainConfig, words)
-        on_start()
-        written = runs.start(words, Path(config.output))
-        here = as_shown(Path(config.output).resolve())
-        others = [path for path in found_runs(first["output"]) if path != here]
-        return gr.update(choices=[here, *others], value=here), shlex.join(["python", "train.py", *words]), str(written)
+    def __init__(self, folders: Folders, found: dict, first: dict, on_start: Callable[[], None]):
+        self.folders, self.output, self.on_start = folders, first["output"], on_start
+        with gr.Row():
+            with gr.Column(scale=3):
+                self._make_settings(found, first)
+            with gr.Column(scale=4):
+                self._make_buttons()
+                self._make_view(found)
+        self.choices = {"pictures": self.data, "bases": self.model, "runs": self.run}
+        self._connect()
+
+    # What stands in it.
+
+    def _make_settings(self, found: dict, first: dict) -> None:
+        with gr.Row():
+            about = {"info": "folder of pictures", "elem_id": "train-data"}
+            self.data = chooser("data", found["pictures"], first["data"], **about)
+            self.model = base_chooser(found, first["model"], "train")
+        self.fields = form(TrainConfig, without=("data", "model", "preview"), first=("sample_prompt", "sample_every"))
+        self.fields |= {"data": self.data, "model": self.model}
+        self.suggested = [self.fields[name] for name in ("sample_prompt", "sample_every", "output")]
+        with suppress(gr.Error):  # a folder that cannot be read is told of when it is used
+            for field, value in zip(self.suggested, self.suggest(first["data"], first["model"], ""), strict=True):
+                field.value = value
+
+    def _make_buttons(self) -> None:
+        with gr.Row():
+            self.start = gr.Button("Start", variant="primary", elem_id="start", min_width=80)
+            self.go_on = gr.Button("Go on", elem_id="go-on", min_width=80)
+            self.now = gr.Button("Draw now", elem_id="now", min_width=80)
+            self.stop = gr.Button("Stop", elem_id="stop", min_width=80)
+
+    def _make_view(self, found: dict) -> None:
+        self.run = chooser("run", found["runs"], next(iter(found["runs"]), ""), elem_id="run")
+        self.headline = gr.HTML(elem_id="headline")
+        self.curve = gr.HTML(elem_id="curve")
+        self.sheet = gr.Image(label="samples", interactive=False, format="png", buttons=["fullscreen"], elem_id="sheet")
+        self.time = gr.Slider(1, 2, 1, step=1, label="over time", interactive=True, visible=False, buttons=[])
+        with gr.Accordion("log", open=False):
+            self.line = gr.Textbox(label="command line", lines=2, buttons=["copy"], elem_id="train-line")
+            self.log = gr.Textbox(label="last lines", lines=12, elem_id="log")
+        self.shown, self.log_of_start = gr.State(("", 0, 0)), gr.State("")
+
+    def _connect(self) -> None:
+        """Say what is done when."""
+        self.folders.follow(TrainConfig, self.fields)
+        deciding = [self.data, self.model, self.fields["recipe"]]
+        gr.on([field.input for field in deciding], self.suggest, deciding, self.suggested)
+        started = [self.run, self.line, self.log_of_start]
+        self.start.click(self.start_new, set(self.fields.values()), started)
+        self.go_on.click(self.start_again, self.run, started)
+        self.now.click(self.save_now, self.run)
+        self.stop.click(self.end, self.run)
+        quiet = {"show_progress": "hidden", "concurrency_limit": 4}
+        told = [self.run, self.time, self.shown, self.log_of_start]
+        view = [self.headline, self.curve, self.sheet, self.time, self.log, self.shown]
+        gr.on([gr.Timer(EVERY).tick, self.run.change], self.watch, told, view, **quiet)
+        self.time.input(self.turn_to, [self.run, self.time], self.sheet, trigger_mode="always_last", **quiet)
+
+    # What it does.
 
     @telling
-    def start_new(values: dict):
-        given = by_name(fields, values)
-        given["output"] = given["output"] or suggested_output(first["output"], given["data"] or "")
-        return begin(folders.words(TrainConfig, given))
+    def suggest(self, data: str, model: str, recipe: str) -> tuple[str, str, str]:
+        """Return what to draw during training, the first caption; how often, eight times in all; and an output."""
+        known = self.folders.known({"data": data, "model": model, "recipe": recipe})
+        prompt = next((caption for _, caption in caption_rows(data) if caption), "")
+        every = str(TrainConfig.following(known)["steps"] // 8) if prompt else ""
+        return prompt, every, suggested_output(self.output, data)
 
     @telling
-    def start_again(name: str):
-        settings = _chosen(folders, name) / "config.json"
+    def start_new(self, values: dict):
+        given = by_name(self.fields, values)
+        given["output"] = given["output"] or suggested_output(self.output, given["data"] or "")
+        return self._begin(self.folders.words(TrainConfig, given))
+
+    @telling
+    def start_again(self, name: str):
+        settings = self._chosen(name) / "config.json"
         if not settings.exists():
             raise UserError(f"{name}: the run has not begun yet, and cannot go on; press Start")
-        return begin(["--config", str(settings), "--resume"])
+        return self._begin(["--config", str(settings), "--resume"])
 
     @telling
-    def end(name: str):
-        runs.tell(_chosen(folders, name), signal.SIGTERM)
-        gr.Info("The run saves after its step, and stops.", duration=5)
-
-    @telling
-    def save_now(name: str):
-        runs.tell(_chosen(folders, name), signal.SIGUSR1)
+    def save_now(self, name: str):
+        runs.tell(self._chosen(name), signal.SIGUSR1)
         gr.Info("The run saves and draws after its step.", duration=5)
 
     @telling
-    def fill(data: str, model: str, recipe: str):
-        known = folders.known({"data": data, "model": model, "recipe": recipe})
-        prompt, every = suggested_samples(data, known)
-        return prompt, every, suggested_output(first["output"], data)
+    def end(self, name: str):
+        runs.tell(self._chosen(name), signal.SIGTERM)
+        gr.Info("The run saves after its step, and stops.", duration=5)
 
-    def watch(name: str, at: int, before: tuple[str, int, int], log_of_start: str):
+    def watch(self, name: str, at: int, before: tuple[str, int, int], log_of_start: str):
         """Show what there is to see of a run; `before` is what was shown: the run, its last step, its sheets."""
-        if not name or folders.problem(name, "run"):
+        if not name or self.folders.problem(name, "run"):
             return [gr.skip()] * 6
         seen = runs.look(Path(name))
         shown = name, seen.step, len(seen.sheets)
@@ -109,30 +137,22 @@ def train_room(folders: Folders, found: dict, first: dict, on_start: Callable[[]
         return headline_of(seen, runs.refused(Path(name), log_of_start)), lines, picture, slider, seen.log, shown
 
     @telling
-    def turn_to(name: str, at: int):
-        sheets = runs.look(Path(_chosen(folders, name))).sheets
+    def turn_to(self, name: str, at: int):
+        sheets = runs.look(self._chosen(name)).sheets
         return Image.open(sheets[min(at, len(sheets)) - 1]) if sheets else None
 
-    folders.follow(TrainConfig, fields)
-    started = [run, line, log_of_start]
-    start.click(start_new, set(fields.values()), started)
-    go_on.click(start_again, run, started)
-    now.click(save_now, run)
-    stop.click(end, run)
-    suggested = [fields[name] for name in ("sample_prompt", "sample_every", "output")]
-    deciding = [data, model, fields["recipe"]]
-    gr.on([field.input for field in deciding], fill, deciding, suggested)
-    shown = [headline, curve, sheet, time, log, before]
-    quiet = {"show_progress": "hidden", "concurrency_limit": 4}
-    gr.on([gr.Timer(EVERY).tick, run.change], watch, [run, time, before, log_of_start], shown, **quiet)
-    time.input(turn_to, [run, time], sheet, trigger_mode="always_last", **quiet)
-    return {"pictures": data, "bases": model, "runs": run}
+    def _begin(self, words: list[str]):
+        config = self.folders.read(TrainConfig, words)
+        self.on_start()
+        written = runs.start(words, Path(config.output))
+        here = as_shown(Path(config.output).resolve())
+        others = [path for path in found_runs(self.output) if path != here]
+        return gr.update(choices=[here, *others], value=here), shlex.join(["python", "train.py", *words]), str(written)
 
-
-def _chosen(folders: Folders, name: str) -> Path:
-    if not name:
-        raise UserError("no run is chosen")
-    return folders.use(name, "run")
+    def _chosen(self, name: str) -> Path:
+        if not name:
+            raise UserError("no run is chosen")
+        return self.folders.use(name, "run")
 
 
 def found_runs(output: str) -> list[str]:
@@ -141,12 +161,6 @@ def found_runs(output: str) -> list[str]:
 
 def suggested_output(output: str, data: str) -> str:
     return str(Path(output) / Path(TrainConfig.following({"data": (data,)})["output"]).name)
-
-
-def suggested_samples(data: str, known: dict) -> tuple[str, str]:
-    """Return what to draw during training, the first caption, and how often, so that it is eight times in all."""
-    prompt = next((caption for _, caption in caption_rows(data) if caption), "")
-    return prompt, str(TrainConfig.following(known)["steps"] // 8) if prompt else ""
 
 
 def headline_of(seen: runs.Seen, refused: str) -> str:
