@@ -10,6 +10,7 @@ Rounding removes what is too small beside a weight.  How much of ΔW arrives is 
 
 import math
 import os
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
@@ -66,31 +67,6 @@ class Report:
         return "\n".join([*lines, *self.notes])
 
 
-@dataclass(frozen=True)
-class Rounding:
-    """How much of a tensor's ΔW was lost by rounding the sum, in squares: ‖W′ − W − ΔW‖² of ‖ΔW‖²."""
-
-    component: str
-    type: str
-    lost: float
-    whole: float
-
-
-def arrived(roundings: Iterable[Rounding]) -> list[str]:
-    """Return a line for each component and type on how much of ΔW arrived: 1 − ‖W′ − W − ΔW‖ / ‖ΔW‖, at least 0."""
-    alike: dict[tuple[str, str], list[Rounding]] = {}
-    for rounding in roundings:
-        alike.setdefault((rounding.component, rounding.type), []).append(rounding)
-    lines = []
-    for (component, kind), several in sorted(alike.items()):
-        lost, whole = (math.fsum(getattr(rounding, name) for rounding in several) for name in ("lost", "whole"))
-        share = max(0.0, 1 - math.sqrt(lost / whole)) if whole else 1.0
-        after = f"{share:.1%} of ΔW arrived, after rounding to {kind}"
-        wider = "" if kind in ("F32", "F64") else "; see --dtype"
-        lines.append(f"{component}: {after}" if share >= ENOUGH else f"warning: {component}: only {after}{wider}")
-    return lines
-
-
 # ----------------------------------------------------------------------------------------------- fold
 
 
@@ -128,8 +104,7 @@ def fold(
     read = [read_for(path, checkpoint.modules, str(base), allow_unmatched) for path, _ in loras]
     plan, folded = _plan(checkpoint, read, loras, dtype)
     types = {path: _types(file, written) for path, file in checkpoint.files.items()}
-    norms: dict[str, float] = {}
-    roundings: list[Rounding] = []
+    additions: list[Addition] = []
     room = checkpoint.size * (1 if undo is None else 2) + sum(
         math.prod(entry.shape) * (DTYPES[types[path].get(key, entry.dtype)].itemsize - DTYPES[entry.dtype].itemsize)
         for path, file in checkpoint.files.items()
@@ -142,16 +117,18 @@ def fold(
             for key in planned | types[path]:
                 keep = partial(kept.keep, name_of(path, key)) if kept else None
                 kind = types[path].get(key, file.entries[key].dtype)
-                changes[key] = partial(_added, file, key, planned.get(key, []), kind, norms, roundings, keep)
+                changes[key] = Addition(file, key, planned.get(key, []), kind, keep)
             rewrite(file, new / path, changes, types[path])
+            additions += changes.values()
         checkpoint.copy_others(new)
+    norms = {module: math.sqrt(square) for addition in additions for module, square in addition.squares.items()}
     for part in folded:
         part.changes = {m: n / norms[m] if norms[m] else math.inf for m, n in part.changes.items()}
     notes = [f"left out: {path}, whose weights would be those of the base" for path in checkpoint.left_out]
     changed = sum(len(keys) for keys in plan.values())
     tensors = sum(len(file.entries) for file in checkpoint.files.values())
     notes += [f"changed {changed} of {tensors} tensors"]
-    notes += arrived(roundings)
+    notes += _arrived(additions)
     ema = sum(key.startswith("model_ema.") for file in checkpoint.files.values() for key in file.entries)
     notes += [f"note: the {ema} tensors of the moving average (model_ema.) are those of the base"] if ema else []
     unmatched = {str(path): lora.unmatched for (path, _), lora in zip(loras, read, strict=True) if lora.unmatched}
@@ -216,67 +193,86 @@ def _plan(checkpoint: Checkpoint, read: list[LoRA], loras: list[tuple[Path, floa
     return plan, list(folded.values())
 
 
-def _added(
-    file: TensorFile,
-    key: str,
-    parts: list[Part],
-    kind: str,
-    norms: dict[str, float],
-    roundings: list[Rounding],
-    keep: Callable | None,
-    source: BinaryIO,
-) -> Iterator[np.ndarray]:
-    """Yield the bytes of a tensor of type `kind` with parts added, some rows at a time.
+@dataclass
+class Addition:
+    """The parts that are added to one tensor; when called, it adds them, and notes sizes meanwhile.
 
-    Notes ‖W‖ by module, and what rounding took, on the first rows of each piece.
+    What rounding took is measured on a sample: the first rows of each piece.
     """
-    entry = file.entries[key]
-    stored, product_type = DTYPES[entry.dtype], parts[0].A.dtype if parts else np.dtype(np.float32)
-    sum_type = np.dtype(np.float64) if entry.dtype == "F64" else product_type
-    rows_in_all, columns = (entry.shape[0], math.prod(entry.shape[1:])) if parts else (math.prod(entry.shape), 1)
-    rows_at_once = max(1, CHUNK // (stored.itemsize * columns))
-    shape, seen_shape = (rows_at_once, columns), (min(rows_at_once, max(1, SEEN // columns)), columns)
-    raw, wide, product = scratch("raw", shape, stored), scratch("wide", shape, sum_type), None
-    if parts:
-        product = scratch("product", shape, product_type)
-        before, wanted = (scratch(name, seen_shape, sum_type) for name in ("before", "wanted"))
-    squares = dict.fromkeys((part.module for part in parts), 0.0)
-    lost = whole = 0.0
-    for first in range(0, rows_in_all, rows_at_once):
-        rows = min(rows_at_once, rows_in_all - first)
-        original = raw[:rows].reshape(-1).view(np.uint8)
-        read_exactly(source, original, file.path)
-        weight = widen(raw[:rows], wide[:rows])  # (rows, columns)
-        seen, spans = min(rows, seen_shape[0]), []
-        if parts:
-            before[:seen] = weight[:seen]
-        for part in parts:
-            begin, end = max(first, part.first_row), min(first + rows, part.first_row + len(part.B))
+
+    file: TensorFile
+    key: str
+    parts: list[Part]
+    type: str  # of the tensor as it is written
+    keep: Callable | None  # is told the place of each piece, its original bytes and its new ones
+    squares: dict[str, float] = field(default_factory=lambda: defaultdict(float))  # ‖W‖² by module
+    lost: float = 0.0  # ‖W′ − W − ΔW‖² of the sample
+    whole: float = 0.0  # ‖ΔW‖² of the sample
+
+    def __call__(self, source: BinaryIO) -> Iterator[np.ndarray]:
+        """Yield the new bytes of the tensor, some rows at a time; `source` is at its first byte."""
+        entry = self.file.entries[self.key]
+        rows, columns = (entry.shape[0], math.prod(entry.shape[1:])) if self.parts else (math.prod(entry.shape), 1)
+        stored, sum_type = DTYPES[entry.dtype], self.parts[0].A.dtype if self.parts else np.dtype(np.float32)
+        shape = max(1, CHUNK // (stored.itemsize * columns)), columns
+        raw = scratch("raw", shape, stored)
+        wide = scratch("wide", shape, np.dtype(np.float64) if entry.dtype == "F64" else sum_type)
+        for first in range(0, rows, len(raw)):
+            piece = raw[: rows - first]
+            original = piece.reshape(-1).view(np.uint8)
+            read_exactly(source, original, self.file.path)
+            weight = widen(piece, wide[: len(piece)])  # (rows, columns)
+            samples = self._add(weight, first)
+            self._refuse_overflow(weight)
+            new = narrow(weight, self.type)
+            for at, before, delta in samples:
+                self._measure(new[at], before, delta)
+            new = new.reshape(-1).view(np.uint8)
+            if self.keep:
+                self.keep(first * columns * stored.itemsize, original, new)
+            yield new
+
+    def _add(self, weight: np.ndarray, first: int) -> list[tuple[slice, np.ndarray, np.ndarray]]:
+        """Add what belongs to rows from `first` on, in place; return where samples are, with W and ΔW there."""
+        seen, samples = max(1, SEEN // weight.shape[1]), []
+        for part in self.parts:
+            begin, end = max(first, part.first_row), min(first + len(weight), part.first_row + len(part.B))
             if begin < end:
                 mine = weight[begin - first : end - first]
-                squares[part.module] += float(np.vdot(mine, mine))
+                self.squares[part.module] += float(np.vdot(mine, mine))
+                sample = slice(begin - first, min(end - first, seen))
+                before = weight[sample].copy()
                 b = part.B[begin - part.first_row : end - part.first_row]
-                with np.errstate(over="ignore", invalid="ignore"):  # it is looked for below
-                    change = np.matmul(b, part.A, product[: len(mine)])
-                    mine += change
-                    if begin - first < seen:
-                        spans.append(slice(begin - first, min(end - first, seen)))
-                        wanted[spans[-1]] = change[: spans[-1].stop - spans[-1].start]
+                with np.errstate(over="ignore", invalid="ignore"):  # _refuse_overflow looks for it
+                    delta = np.matmul(b, part.A, scratch("product", mine.shape, part.A.dtype))
+                    mine += delta
+                samples.append((sample, before, delta[: len(before)].copy()))
+        return samples
+
+    def _refuse_overflow(self, weight: np.ndarray) -> None:
         extremes = np.array([weight.min(), weight.max()])
-        if not np.isfinite(widen(narrow(extremes, kind))).all():
-            modules = f" ({', '.join(split(part.module)[1] for part in parts)})" if parts else ""
-            raise UserError(f"{file.path}: {key}{modules} would not be finite numbers of type {kind}")
-        new = narrow(weight, kind)
-        for span in spans:
-            error = widen(new[span]) - before[span]
-            error -= wanted[span]
-            lost += float(np.vdot(error, error))
-            whole += float(np.vdot(wanted[span], wanted[span]))
-        new = new.reshape(-1).view(np.uint8)
-        if keep:
-            keep(first * columns * stored.itemsize, original, new)
-        yield new
-    for module, square in squares.items():
-        norms[module] = math.sqrt(square)
-    if parts:
-        roundings.append(Rounding(split(parts[0].module)[0], kind, lost, whole))
+        if not np.isfinite(widen(narrow(extremes, self.type))).all():
+            modules = f" ({', '.join(split(part.module)[1] for part in self.parts)})" if self.parts else ""
+            raise UserError(f"{self.file.path}: {self.key}{modules} would not be finite numbers of type {self.type}")
+
+    def _measure(self, new: np.ndarray, before: np.ndarray, delta: np.ndarray) -> None:
+        error = widen(new) - before
+        error -= delta
+        self.lost += float(np.vdot(error, error))
+        self.whole += float(np.vdot(delta, delta))
+
+
+def _arrived(additions: Iterable[Addition]) -> list[str]:
+    """Return a line for each component and type on how much of ΔW arrived: 1 − ‖W′ − W − ΔW‖ / ‖ΔW‖, at least 0."""
+    alike: dict[tuple[str, str], list[Addition]] = defaultdict(list)
+    for addition in additions:
+        if addition.parts:
+            alike[split(addition.parts[0].module)[0], addition.type].append(addition)
+    lines = []
+    for (component, kind), several in sorted(alike.items()):
+        lost, whole = math.fsum(each.lost for each in several), math.fsum(each.whole for each in several)
+        share = max(0.0, 1 - math.sqrt(lost / whole)) if whole else 1.0
+        after = f"{share:.1%} of ΔW arrived, after rounding to {kind}"
+        wider = "" if kind in ("F32", "F64") else "; see --dtype"
+        lines.append(f"{component}: {after}" if share >= ENOUGH else f"warning: {component}: only {after}{wider}")
+    return lines
