@@ -1,12 +1,11 @@
 """LoRA: fine-tune a large network by training a low-rank change of a few of its weights.
 
-A linear layer computes y = W x with a weight W of shape (out, in).  Fine-tuning would change all of
-W.  LoRA freezes W and learns a change ΔW that is a product of two thin matrices,
+A linear layer computes y = W x with a weight W of shape (out, in).  Fine-tuning would change all of W.  LoRA freezes W
+and learns a change ΔW that is a product of two thin matrices,
 
     y = W x + (alpha / rank) · B A x            A: (rank, in)   B: (out, rank)
 
-which has rank · (in + out) numbers instead of in · out.  At rank 8 and in = out = 320 that is
-5 120 instead of 102 400.
+which has rank · (in + out) numbers instead of in · out: at rank 8 and in = out = 320, 5 120 instead of 102 400.
 
                 x (in)
                 │
@@ -21,17 +20,15 @@ which has rank · (in + out) numbers instead of in · out.  At rank 8 and in = o
                 │
                 y (out)
 
-B starts at zero, so training starts from exactly the base.  ΔW = (alpha / rank) · B A is itself a
-matrix, so it can be added to W once training is done (`merge_lora`).  The network is then as fast
-as before.
+B starts at zero, so training starts from exactly the base.  ΔW = (alpha / rank) · B A is itself a matrix, so it can be
+added to W once training is done (`merge_lora`).  The network is then as fast as before.
 
     inject_lora(unet, rank=8)            # wrap the attention projections, freeze everything else
     train(lora_parameters(unet))
     merge_lora(unet); …; unmerge_lora(unet)
     remove_lora(unet)                    # the original layers are back, untouched
 
-A layer can carry several adapters at once, each with a name and a strength s that can be set at any
-time:  y = W x + Σ sᵢ · ΔWᵢ x.
+A layer can carry several adapters at once, each with a name and a strength s:  y = W x + Σ sᵢ · ΔWᵢ x.
 
 Source: Hu et al., "LoRA: low-rank adaptation of large language models", 2021.
 """
@@ -98,8 +95,8 @@ class Adapter(nn.Module):
 class ConvAdapter(Adapter):
     """One low-rank change of a convolution: A is a convolution to `rank` channels, B one of 1 × 1.
 
-    A, (rank, in, height, width), has the stride, padding and dilation of the base, so B A is a change
-    of the base's weight: ΔW[o, i, h, w] = (alpha / rank) · Σᵣ B[o, r] A[r, i, h, w].
+    A, (rank, in, height, width), has the stride, padding and dilation of the base, so B A is a change of the base's
+    weight: ΔW[o, i, h, w] = (alpha / rank) · Σᵣ B[o, r] A[r, i, h, w].
     """
 
     feature_dim = 1
@@ -148,9 +145,9 @@ class LoRALinear(nn.Module):
                     y = y + adapter(x).to(y.dtype)
         return y
 
-    def is_merged(self, name: str | None = None) -> bool:
-        """Whether the adapter called `name` (any by default) is in the base's weight."""
-        return bool(self.merged) if name is None else name in self.merged
+    def named(self, name: str | None = None) -> list[str]:
+        """Return the names of its adapters that `name` means: all of them, if it is None."""
+        return [each for each in self.adapters if name in (None, each)]
 
     @torch.no_grad()
     def weight_with(self, names: set[str]) -> torch.Tensor:
@@ -176,9 +173,6 @@ class LoRAConv2d(LoRALinear):
     kind = ConvAdapter
 
 
-KINDS: dict[type[nn.Module], type[LoRALinear]] = {nn.Linear: LoRALinear, nn.Conv2d: LoRAConv2d}
-
-
 # ------------------------------------------------------------------------- putting it in, taking it out
 
 
@@ -191,8 +185,8 @@ def original_layers(module: nn.Module) -> dict[str, nn.Module]:
     """Return every layer of `module` by full name, as if there were no LoRA in it."""
     layers = lora_layers(module)
     inside = tuple(f"{path}." for path in layers)
-    named = [(path, child) for path, child in module.named_modules() if not path.startswith(inside)]
-    return {path: layers[path].base if path in layers else child for path, child in named}
+    others = {path: child for path, child in module.named_modules() if not path.startswith(inside)}
+    return others | {path: layer.base for path, layer in layers.items()}
 
 
 def matching(module: nn.Module, targets: Sequence[str]) -> list[str]:
@@ -226,32 +220,38 @@ def inject_lora(
     """
     ranks = rank if isinstance(rank, Mapping) else dict.fromkeys(matching(module, targets), rank)
     alphas = alpha if isinstance(alpha, Mapping) else dict.fromkeys(ranks, alpha)
-    layers: dict[str, Any] = original_layers(module)
-    carrying = lora_layers(module)
+    layers: dict[str, Any] = original_layers(module) | lora_layers(module)
     problems = [] if name and "." not in name else [f"name {name!r} is empty or has a dot in it"]
-    for path, r in ranks.items():
-        layer = layers[path]
-        if not isinstance(layer, Layer):
-            problems.append(f"{path} is a {type(layer).__name__}; only Linear and Conv2d can take a LoRA")
-        elif getattr(layer, "groups", 1) != 1:
-            problems.append(f"{path} is a convolution in {layer.groups} groups; a LoRA needs one group")
-        elif path in carrying and name in carrying[path].adapters:
-            problems.append(f"{path} has a LoRA {name!r} already, of rank {carrying[path].adapters[name].rank}")
-        elif fitting and not 1 <= r <= min(layer.weight[0].numel(), len(layer.weight)):
-            sizes = f"{layer.weight[0].numel()} to {len(layer.weight)} features"
-            problems.append(f"{path} maps {sizes}; rank {r} is not between 1 and the smaller of them")
+    problems += [p for path, r in ranks.items() if (p := _misfit(layers[path], path, name, r, fitting))]
     refuse("inject LoRA", problems)
 
     module.requires_grad_(False)
     for path, r in ranks.items():
-        if path in carrying:
-            carrying[path].add(r, alphas.get(path), name, generator)
+        layer = layers[path]
+        if isinstance(layer, LoRALinear):
+            layer.add(r, alphas.get(path), name, generator)
         else:
-            kind = next(KINDS[base] for base in KINDS if isinstance(layers[path], base))
-            wrapper = kind(layers[path], r, alphas.get(path), name, generator)
-            module.set_submodule(path, wrapper.train(layers[path].training))
-    carrying = lora_layers(module)
-    return {path: carrying[path] for path in ranks}
+            kind = LoRAConv2d if isinstance(layer, nn.Conv2d) else LoRALinear
+            layers[path] = kind(layer, r, alphas.get(path), name, generator).train(layer.training)
+            module.set_submodule(path, layers[path])
+    return {path: layers[path] for path in ranks}
+
+
+def _misfit(layer: Any, path: str, name: str, rank: int, fitting: bool) -> str:
+    """Return why a layer cannot take a LoRA of that name and rank; nothing if it can."""
+    if isinstance(layer, LoRALinear):
+        if name in layer.adapters:
+            return f"{path} has a LoRA {name!r} already, of rank {layer.adapters[name].rank}"
+        layer = layer.base
+    if not isinstance(layer, Layer):
+        return f"{path} is a {type(layer).__name__}; only Linear and Conv2d can take a LoRA"
+    if getattr(layer, "groups", 1) != 1:
+        return f"{path} is a convolution in {layer.groups} groups; a LoRA needs one group"
+    inputs, outputs = layer.weight[0].numel(), len(layer.weight)
+    if fitting and not 1 <= rank <= min(inputs, outputs):
+        sizes = f"{inputs} to {outputs} features"
+        return f"{path} maps {sizes}; rank {rank} is not between 1 and the smaller of them"
+    return ""
 
 
 def layers_with(module: nn.Module, name: str | None = None, require_unmerged: bool = False) -> dict[str, LoRALinear]:
@@ -259,11 +259,11 @@ def layers_with(module: nn.Module, name: str | None = None, require_unmerged: bo
 
     Raises ValueError if none does, and with `require_unmerged` RuntimeError if one is merged.
     """
-    layers = {p: layer for p, layer in lora_layers(module).items() if name is None or name in layer.adapters}
+    layers = {path: layer for path, layer in lora_layers(module).items() if layer.named(name)}
     if not layers:
         which = "" if name is None else f" named {name!r}"
         raise ValueError(f"this {type(module).__name__} carries no LoRA{which}; inject_lora or load_lora first")
-    merged = [path for path, layer in layers.items() if layer.is_merged(name)]
+    merged = [path for path, layer in layers.items() if layer.merged.intersection(layer.named(name))]
     if require_unmerged and merged:
         raise RuntimeError(f"the LoRA in {', '.join(merged[:3])} … is merged; call unmerge_lora first")
     return layers
@@ -272,19 +272,19 @@ def layers_with(module: nn.Module, name: str | None = None, require_unmerged: bo
 def adapters_with(module: nn.Module, name: str | None = None, require_unmerged: bool = False) -> list[Adapter]:
     """Return the adapters of the LoRA called `name` (of all by default); raises as `layers_with` does."""
     layers = layers_with(module, name, require_unmerged).values()
-    return [adapter for layer in layers for each, adapter in layer.adapters.items() if name in (None, each)]
+    return [layer.adapters[each] for layer in layers for each in layer.named(name)]
 
 
 def remove_lora(module: nn.Module, name: str | None = None) -> None:
     """Take the LoRA called `name` (all by default) out of `module`, in place.
 
-    A layer that carries no other gets its original object back, still frozen.  Raises
-    RuntimeError while merged, since ΔW would stay in the weight.
+    A layer that carries no other gets its original object back, still frozen.  Raises RuntimeError while merged, since
+    ΔW would stay in the weight.
     """
     for path, layer in layers_with(module, name, require_unmerged=True).items():
-        if name is not None:
-            del layer.adapters[name]
-        if name is None or not layer.adapters:
+        for each in layer.named(name):
+            del layer.adapters[each]
+        if not layer.adapters:
             module.set_submodule(path, layer.base)
 
 
@@ -318,12 +318,11 @@ def lora_disabled(module: nn.Module) -> Iterator[None]:
 def merge_lora(module: nn.Module, name: str | None = None) -> None:
     """Fold the LoRA called `name` (all by default), at its strength, into the weights: W ← W + Σ sᵢ · ΔWᵢ.
 
-    The sum is computed in float32 and rounded once to the weight's own type.  Each layer keeps its
-    original weight until `unmerge_lora`.  Raises RuntimeError if merged already, ValueError, with
-    nothing changed, if a merged weight would not be finite.
+    The sum is computed in float32 and rounded once to the weight's own type.  Each layer keeps its original weight.
+    Raises RuntimeError if merged already; ValueError, with nothing changed, if a merged weight would not be finite.
     """
     layers = layers_with(module, name, require_unmerged=True)
-    names = {path: layer.merged | ({name} if name else {*layer.adapters}) for path, layer in layers.items()}
+    names = {path: layer.merged.union(layer.named(name)) for path, layer in layers.items()}
     broken = [path for path, layer in layers.items() if not layer.weight_with(names[path]).isfinite().all()]
     if broken:
         raise ValueError(f"cannot merge: the merged weight is not finite in {', '.join(broken)}")
@@ -336,8 +335,8 @@ def unmerge_lora(module: nn.Module, name: str | None = None) -> None:
 
     Raises RuntimeError if it is not merged.
     """
-    merged = [layer for layer in layers_with(module, name).values() if layer.is_merged(name)]
+    merged = [layer for layer in layers_with(module, name).values() if layer.merged.intersection(layer.named(name))]
     if not merged:
         raise RuntimeError("the LoRA is not merged; call merge_lora first")
     for layer in merged:
-        layer.set_merged(layer.merged - {name} if name else set())
+        layer.set_merged(layer.merged.difference(layer.named(name)))
