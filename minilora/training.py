@@ -12,7 +12,6 @@ import math
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -25,7 +24,6 @@ from .lora import lora_layers
 from .models.compiling import check_compiler
 from .models.precision import DTYPES
 from .run import checkpoint
-from .run.differences import differences
 from .run.ema import ema_update
 from .run.hub import check_login
 from .run.lost import rescue
@@ -33,9 +31,9 @@ from .run.objective import Denoising, Objective
 from .run.preview import write_preview
 from .run.ranks import StopSignals, decided_by_main, mean_over_ranks, processes, wait_for_all
 from .run.results import finish
+from .run.resume import resume, save_state, start
 from .run.setup import Run, prepare
 from .run.tracking import Log
-from .run.trained import load_trained_state, trained_state
 from .settings.errors import UserError
 from .settings.train import TrainConfig
 
@@ -140,14 +138,7 @@ def optimizer_step(run: Run, step: int, learning_rate: float) -> tuple[float, fl
     grad_norm = nn.utils.clip_grad_norm_(run.parameters, config.max_grad_norm).item()
     loss_mean = mean_over_ranks(loss_sum).item()
     run.objective.before_step()
-    # A gradient in fp16 that is not finite is usually overflow: the scaler skips the step and lowers its factor.
-    # (DDP has averaged the gradients, so every process skips it.)  At a factor of 1 it is no overflow any more.
-    may_overflow = run.scaler.is_enabled() and run.scaler.get_scale() > 1
-    if not math.isfinite(loss_mean) or not (math.isfinite(grad_norm) or may_overflow):
-        pictures = ", ".join(dict.fromkeys(run.examples.picture_at(p).path.name for p in run.plan.all_positions(step)))
-        raise UserError(
-            f"step {step + 1}: loss {loss_mean}, norm of the gradient {grad_norm}; its pictures: {pictures}"
-        )
+    refuse_infinite(run, step, loss_mean, grad_norm)
     run.scaler.step(run.optimizer)
     run.scaler.update()
     run.optimizer.zero_grad()
@@ -155,6 +146,16 @@ def optimizer_step(run: Run, step: int, learning_rate: float) -> tuple[float, fl
     if config.ema:
         ema_update(run.network, run.average, step, config.ema)
     return loss_mean, grad_norm
+
+
+def refuse_infinite(run: Run, step: int, loss: float, grad_norm: float) -> None:
+    """Raise UserError for a loss or a norm that is not finite, except where the scaler skips the step."""
+    # A gradient in fp16 that is not finite is usually overflow: the scaler skips the step and lowers its factor.
+    # (DDP has averaged the gradients, so every process skips it.)  At a factor of 1 it is no overflow any more.
+    may_overflow = run.scaler.is_enabled() and run.scaler.get_scale() > 1
+    if not math.isfinite(loss) or not (math.isfinite(grad_norm) or may_overflow):
+        pictures = ", ".join(dict.fromkeys(run.examples.picture_at(p).path.name for p in run.plan.all_positions(step)))
+        raise UserError(f"step {step + 1}: loss {loss}, norm of the gradient {grad_norm}; its pictures: {pictures}")
 
 
 def draw_dropout_masks(run: Run, positions: Sequence[int]) -> None:
@@ -186,55 +187,3 @@ def learning_rate_at(step: int, config: TrainConfig) -> float:
 def is_due(every: int | None, step: int) -> bool:
     """Whether what is done every `every` steps is due after this step."""
     return every is not None and (step + 1) % every == 0
-
-
-# -------------------------------------------------------------------------------- what a run leaves
-
-
-def save_state(run: Run, step: int) -> Path:
-    """Write a checkpoint after `step` steps and return its path."""
-    trained, optimizer = trained_state(run.network), checkpoint.optimizer_tensors(run.optimizer)
-    kept = run.average, run.objective.state(), run.scaler.state_dict()
-    state = checkpoint.State(step, trained, optimizer, *kept, *(run.validation.state() if run.validation else ({}, {})))
-    if run.ranks.is_main:
-        about = {"fingerprint": run.identity, "pictures": run.examples.contents()}
-        checkpoint.save_checkpoint(run.output, state, about, run.config.checkpoints_kept)
-    return checkpoint.path_of(run.output, step)
-
-
-def start(run: Run) -> int:
-    """Prepare the output folder for a new run, and return the number of steps done, 0."""
-    if run.ranks.is_main:
-        checkpoint.begin(run.output)
-    return 0
-
-
-def resume(run: Run) -> int:
-    """Load the newest checkpoint, if there is one, and return the number of steps that are done."""
-
-    def load() -> checkpoint.State | None:
-        checkpoint.take_up(run.output)
-        try:
-            return checkpoint.load_newest_checkpoint(run.output, partial(differences, run))
-        except ValueError as error:
-            raise UserError(f"--resume: {error}") from error
-
-    state = decided_by_main(load)
-    if state is None:
-        run.ranks.say(f"note: --resume found no checkpoint in {run.output}; starting from the beginning")
-        return start(run)
-    if state.step > run.config.steps:
-        raise UserError(f"--resume: the checkpoint has {state.step} steps done, more than --steps {run.config.steps}")
-    load_trained_state(run.network, state.trained)
-    checkpoint.load_optimizer_tensors(run.optimizer, state.optimizer)
-    for key, tensor in run.average.items():
-        tensor.copy_(state.average[key])
-    for key, tensor in run.objective.state().items():
-        tensor.copy_(state.objective[key])
-    run.scaler.load_state_dict(state.scaler)
-    if run.ranks.is_main:
-        (run.output / checkpoint.UNFINISHED).mkdir(exist_ok=True)
-    if run.validation:
-        run.validation.load(state.validation, state.lowest)
-    run.ranks.say(f"resume     after step {state.step}")
-    return state.step
