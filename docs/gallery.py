@@ -2,7 +2,7 @@
 
     python docs/gallery.py          (after docs/make.sh, whose outputs it reads; needs the extra "docs")
 
-A sheet is a PNG file that says itself where its pictures lie and what they are called (sampling.sheet).
+A sheet is a PNG file that says itself where its pictures lie and what they are called (minilora/data/sheet.py).
 The page shows some of its places as windows onto it, and a slider moves what is seen through them: by the
 columns, by the rows, or by both.
 """

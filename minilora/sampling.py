@@ -1,11 +1,9 @@
-"""Base + LoRAs + prompt -> pictures, and the sheets that show several of them side by side.
+"""Base + LoRAs + prompt -> pictures.
 
 The denoising is done by diffusers' pipelines.  Every picture has a seed of its own, used as in diffusers:
 `torch.Generator("cpu").manual_seed(seed)`.
 """
 
-import io
-import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -15,13 +13,12 @@ from pathlib import Path
 import diffusers
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin
+from PIL import Image
 
 from .data.buckets import Size
-from .data.folder import Item
 from .data.pictures import NO_PICTURE, crop, open_picture
+from .data.sheet import SETTINGS, numbered_in, picture_format, save_picture, sheet, write_captions
 from .files.network import components, load_lora
-from .files.tensors import write_whole
 from .lora import lora_layers, merge_lora, unmerge_lora
 from .models.base import Base
 from .models.compiling import check_compiler, compile_options
@@ -31,8 +28,6 @@ from .settings.errors import UserError
 from .settings.sample import SAMPLERS, SampleConfig
 from .settings.shared import path_and_number
 
-SETTINGS = "minilora"  # under which a picture's file tells the settings that it was drawn with
-DRAWN_BY = "drawn by"  # under which a picture's file tells for which prompt it was drawn, and by which base
 TOGETHER = 4  # pictures drawn in one pass; more are faster and take more memory
 
 
@@ -175,59 +170,6 @@ def evaluating(*modules: torch.nn.Module) -> Iterator[None]:
             child.training = training
 
 
-# ------------------------------------------------------------------------------- during training
-
-
-@contextmanager
-def beside_training(base: Base) -> Iterator[None]:
-    """Within the block every part is in evaluation mode; on a GPU the VAE takes as little memory as it can.
-
-    Then it decodes one picture after the other, and what is larger than its own size in tiles that overlap.
-    """
-    if base.device.type != "cpu":
-        base.vae.enable_slicing()
-        base.vae.enable_tiling()
-    with evaluating(*components(base.pipeline).values()):
-        yield
-
-
-def draw_prompts(
-    base: Base, prompts: Sequence[str], size: int, config: SampleConfig, on_step: Callable[[], None] | None = None
-) -> Image.Image:
-    """Draw each prompt with the LoRA as it is now, with three seeds."""
-    seeds = [config.seed, config.seed + 1, config.seed + 2]
-    with beside_training(base):
-        rows = draw_each(base, prompts, seeds, size, config, on_step)
-    return sheet(rows, [f"seed {seed}" for seed in seeds], list(prompts))
-
-
-def before_after(
-    base: Base,
-    item: Item,
-    size: Size,
-    config: SampleConfig,
-    on_step: Callable[[], None] | None = None,
-    before: Base | None = None,
-) -> Image.Image:
-    """Draw a training picture's caption by the base, the LoRA at 0.5 and at 1.0, and show the picture itself.
-
-    `before` is the base as it was, if all its weights were trained; then it and the trained base draw.
-    """
-    seeds, columns = [config.seed, config.seed + 1, config.seed + 2], []
-    ways = {"base": (base, 0.0), "LoRA at 0.5": (base, 0.5), "LoRA at 1.0": (base, 1.0)}
-    if before:
-        ways = {"base": (before, 1.0), "trained": (base, 1.0)}
-    for drawn_by, strength in ways.values():
-        with beside_training(drawn_by), merged_at(drawn_by, {"default": strength}):
-            # One after the other on a GPU, where training may leave little memory.
-            groups = [seeds] if base.device.type == "cpu" else [[seed] for seed in seeds]
-            drawn = [draw(drawn_by, item.captions[0], group, size, config, on_step) for group in groups]
-            columns.append([picture for group in drawn for picture in group])
-    columns.append([crop(item.open(), size)] * len(seeds))
-    rows = [list(row) for row in zip(*columns, strict=True)]
-    return sheet(rows, [*ways, "training picture"], [f"seed {seed}" for seed in seeds])
-
-
 # ------------------------------------------------------------------------------- the command
 
 
@@ -323,64 +265,3 @@ def load_loras(base: Base, texts: Sequence[str], allow_unmatched: bool = False) 
             print(line)
         strengths[f"lora{number}"] = strength
     return strengths
-
-
-# ------------------------------------------------------------------------------- sheets
-
-
-def sheet(rows: list[list[Image.Image]], columns: Sequence[str], labels: Sequence[str]) -> Image.Image:
-    """Put pictures on one labelled sheet: `columns` above, `labels` to the left.
-
-    Small pictures are enlarged by a whole factor, so that every pixel becomes a square.
-    """
-    side = max(rows[0][0].size)
-    cell = side * max(1, -(-128 // side))
-    font = ImageFont.load_default(16)
-    margin = 12 + max(round(font.getlength(label)) for label in labels)
-    result = Image.new("RGB", (margin + len(columns) * (cell + 4), 28 + len(rows) * (cell + 4)), "white")
-    ink = ImageDraw.Draw(result)
-    for x, column in enumerate(columns):
-        fitting = ImageFont.load_default(min(16, 16 * cell / max(1, font.getlength(column))))
-        ink.text((margin + x * (cell + 4) + cell // 2, 14), column, "black", fitting, anchor="mm")
-    for y, (row, label) in enumerate(zip(rows, labels, strict=True)):
-        top = 28 + y * (cell + 4)
-        ink.text((margin - 6, top + cell // 2), label, "black", font, anchor="rm")
-        for x, picture in enumerate(row):
-            fitted = ImageOps.pad(picture, (cell, cell), Image.Resampling.BICUBIC, color="white")
-            result.paste(fitted, (margin + x * (cell + 4), top))
-    place = {"columns": list(columns), "rows": list(labels), "left": margin, "top": 28, "cell": cell, "gap": 4}
-    result.info["sheet"] = json.dumps(place)  # a PNG file keeps it, for programs that crop the pictures out of it
-    return result
-
-
-def save_picture(picture: Image.Image, path: Path) -> None:
-    """Write a picture, whole or not at all, in the format of its name's ending."""
-    content, about = io.BytesIO(), PngImagePlugin.PngInfo()
-    for what in ("sheet", DRAWN_BY, SETTINGS):
-        if what in picture.info:
-            about.add_text(what, picture.info[what])
-    picture.save(content, picture_format(path), pnginfo=about)
-    write_whole(path, content.getvalue())
-
-
-def numbered_in(folder: Path, count: int) -> list[str]:
-    """Return names for `count` pictures; UserError if the folder has other files, which would have no captions."""
-    names = [f"{number:04d}.png" for number in range(1, count + 1)]
-    others = {path.name for path in folder.glob("*")} - {*names, "metadata.jsonl"}
-    if others:
-        raise UserError(f"--output {folder}: {min(others)} is there already; choose another folder, or delete it")
-    return names
-
-
-def write_captions(folder: Path, names: Sequence[str], captions: Sequence[str | Sequence[str]]) -> None:
-    """Write the metadata.jsonl that training reads: file names, and one or several captions of each picture."""
-    lines = [json.dumps({"file_name": n, "text": c}) + "\n" for n, c in zip(names, captions, strict=True)]
-    write_whole(folder / "metadata.jsonl", "".join(lines).encode())
-
-
-def picture_format(path: Path) -> str:
-    """Return the picture format of a file's name; UserError if Pillow cannot write one of that name."""
-    name = Image.registered_extensions().get(path.suffix.lower())
-    if name not in Image.SAVE:
-        raise UserError(f"--output {path}: its name must end as a picture's does, for example .png")
-    return name

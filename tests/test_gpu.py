@@ -19,7 +19,8 @@ from minilora.data.folder import read_folders
 from minilora.files.read import FILE_NAME
 from minilora.models.base import Base
 from minilora.models.device import CPU, this_device
-from minilora.sampling import before_after, draw, merged_at
+from minilora.run.samples import before_after
+from minilora.sampling import draw, merged_at
 from minilora.settings.sample import SampleConfig
 from minilora.settings.train import TrainConfig
 from minilora.training import train

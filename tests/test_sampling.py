@@ -13,8 +13,9 @@ from safetensors.torch import load_file, save_file
 from torch._dynamo.utils import counters
 
 from minilora import load_lora, lora_layers, set_lora_strength
+from minilora.data.sheet import sheet
 from minilora.models.base import Base
-from minilora.sampling import TOGETHER, draw, draw_each, evaluating, merged_at, sample, sheet
+from minilora.sampling import TOGETHER, draw, draw_each, evaluating, merged_at, sample
 from minilora.settings.errors import UserError
 from minilora.settings.sample import SAMPLERS, SampleConfig
 

@@ -42,9 +42,9 @@ from minilora.models.precision import DTYPES
 from minilora.run.differences import picture_differences
 from minilora.run.objective import Denoising
 from minilora.run.ranks import BatchPlan
+from minilora.run.samples import draw_prompts
 from minilora.run.trained import BEST
 from minilora.run.validation import FIGURES
-from minilora.sampling import draw_prompts
 from minilora.settings.errors import UserError
 from minilora.settings.sample import SampleConfig
 from minilora.settings.train import TrainConfig
@@ -512,7 +512,7 @@ def test_without_room_to_draw_the_lora_and_all_else_is_there(run, monkeypatch, c
     def draw(*args):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
-    monkeypatch.setattr("minilora.sampling.before_after", draw)
+    monkeypatch.setattr("minilora.run.samples.before_after", draw)
     folder = run("a")
     said = capsys.readouterr()
     assert "warning: no pictures were drawn (CUDA out of memory" in said.err

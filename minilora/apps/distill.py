@@ -18,11 +18,11 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 
+from ..data.sheet import save_picture
 from ..files.network import load_lora
 from ..files.tensors import write_whole
 from ..models.base import Base
 from ..run.ranks import Ranks, processes, wait_for_all
-from ..sampling import save_picture
 from ..settings.distill import DistillConfig
 from ..settings.setting import is_miniature
 from ..settings.train import TrainConfig

@@ -9,11 +9,11 @@ from tqdm import tqdm
 
 from ..data import draws
 from ..data.pictures import as_picture
+from ..data.sheet import save_picture, write_captions
 from ..files.tensors import write_whole
 from ..models.base import Base
 from ..run.lost import heartbeat
 from ..run.ranks import Ranks, wait_for_all
-from ..sampling import save_picture, write_captions
 from ..settings.errors import UserError
 from ..settings.sample import SampleConfig
 from ..settings.setting import BUNDLED, is_miniature

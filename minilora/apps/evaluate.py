@@ -47,12 +47,13 @@ from PIL import Image
 from ..data.folder import Item, read_folder
 from ..data.held_out import held_out_loss
 from ..data.pictures import as_tensor, crop_square
+from ..data.sheet import save_picture, sheet
 from ..models.base import Base
 from ..models.device import this_device
 from ..models.text import UNetWithText
 from ..run.encode import encoded_examples
 from ..run.ranks import Ranks
-from ..sampling import load_loras, merged_at, save_picture, sheet
+from ..sampling import load_loras, merged_at
 from ..settings.errors import UserError
 from ..settings.evaluate import EvaluateConfig
 from ..settings.train import TrainConfig

@@ -17,8 +17,9 @@ import torch
 from PIL import Image
 
 from ..data.pictures import as_tensor, open_picture
+from ..data.sheet import sheet
 from ..models.base import Base
-from ..sampling import draw, merged_at, sheet, use_scheduler
+from ..sampling import draw, merged_at, use_scheduler
 from ..settings.sample import SampleConfig
 from .classifier import share_right, train_classifier
 from .drawing import STYLES, TOGETHER

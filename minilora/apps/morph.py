@@ -41,12 +41,12 @@ import torch.nn.functional as F
 from PIL import Image
 
 from ..data.pictures import as_picture
+from ..data.sheet import picture_format, save_picture, sheet
 from ..files.network import load_lora
 from ..files.tensors import write_whole
 from ..lora import lora_disabled, lora_layers
 from ..models.base import Base
 from ..models.device import this_device
-from ..sampling import picture_format, save_picture, sheet
 from ..settings.errors import UserError
 from ..settings.morph import MorphConfig
 from .ddim import Levels, ddim_draw, ddim_invert

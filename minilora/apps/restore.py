@@ -24,11 +24,11 @@ from pathlib import Path
 import torch
 
 from ..data.pictures import NO_PICTURE, as_picture, as_tensor, crop_square, open_picture
+from ..data.sheet import save_picture, sheet
 from ..files.network import load_lora
 from ..lora import lora_disabled, set_lora_strength
 from ..models.base import Base
 from ..models.device import this_device
-from ..sampling import save_picture, sheet
 from ..settings.errors import UserError
 from ..settings.restore import RestoreConfig
 from ..settings.train import TrainConfig

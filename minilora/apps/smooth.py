@@ -27,12 +27,12 @@ from torch import nn
 from ..data import draws
 from ..data.examples import Batch
 from ..data.pictures import as_picture
+from ..data.sheet import sheet
 from ..diffusion import Schedule, add_noise, clean_and_noise, denoising_loss
 from ..lora import set_lora_strength
 from ..models.base import Base
 from ..run.objective import Objective
 from ..run.ranks import mean_over_ranks
-from ..sampling import sheet
 from ..settings.sample import SampleConfig
 from ..settings.train import TrainConfig
 from .drawing import draw_from

@@ -26,11 +26,12 @@ from PIL import Image
 
 from minilora.apps.classifier import share_right, train_classifier
 from minilora.data.pictures import as_tensor, crop_square, open_picture
+from minilora.data.sheet import sheet
 from minilora.files.network import load_lora
 from minilora.files.tensors import write_whole
 from minilora.lora import remove_lora
 from minilora.models.base import BUNDLED, Base
-from minilora.sampling import draw, draw_each, merged_at, sheet
+from minilora.sampling import draw, draw_each, merged_at
 from minilora.settings.sample import SampleConfig
 from minilora.settings.train import TrainConfig
 from minilora.training import train

@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from minilora.data import draws
-from minilora.sampling import write_captions
+from minilora.data.sheet import write_captions
 from minilora.settings.setting import BUNDLED
 
 from .pictures import (

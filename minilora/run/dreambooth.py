@@ -23,8 +23,9 @@ from tqdm import tqdm
 
 from ..data.folder import Item, read_folder
 from ..data.pictures import pixels_limited
+from ..data.sheet import DRAWN_BY, save_picture
 from ..models.base import Base
-from ..sampling import DRAWN_BY, TOGETHER, draw, save_picture
+from ..sampling import TOGETHER, draw
 from ..settings.errors import UserError
 from ..settings.sample import SampleConfig
 from ..settings.train import TrainConfig

@@ -12,9 +12,9 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from ..data.examples import Examples
 from ..data.folder import Item
 from ..data.pictures import as_picture
+from ..data.sheet import save_picture
 from ..models.device import CPU
 from ..models.text import cut_off
-from ..sampling import save_picture
 from ..settings.train import TrainConfig
 from .ranks import Ranks
 from .setup import load_base, sizes_for

@@ -3,13 +3,13 @@
 import sys
 from pathlib import Path
 
-from .. import sampling
 from ..data.folder import Item
+from ..data.sheet import save_picture
 from ..files.network import save_lora
 from ..files.tensors import write_whole
 from ..models.base import Base
 from ..settings.errors import UserError, first_line, is_out_of_memory
-from . import checkpoint
+from . import checkpoint, samples
 from .card import drawing_command, model_card
 from .ema import ema_weights
 from .hub import push
@@ -80,12 +80,12 @@ def draw_sheet(run: Run, item: Item, path: Path) -> str | None:
         with run.as_drawn():
             size, drawing = run.examples.size_of(item), run.drawing(item.captions[:1])
             before = Base.of(config, run.ranks.device, config.precision, config.base_lora) if config.full else None
-            sheet = sampling.before_after(run.base, item, size, drawing, heartbeat, before)
+            sheet = samples.before_after(run.base, item, size, drawing, heartbeat, before)
     except (RuntimeError, MemoryError, UserError) as error:
         if not isinstance(error, UserError) and not is_out_of_memory(error):
             raise
         print(f"warning: no pictures were drawn ({first_line(error)}); the training is complete", file=sys.stderr)
         path.unlink(missing_ok=True)  # an old sheet would show the LoRA of another run
         return None
-    sampling.save_picture(sheet, path)
+    save_picture(sheet, path)
     return path.relative_to(run.output).as_posix()

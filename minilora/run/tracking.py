@@ -8,11 +8,12 @@ import threading
 import numpy as np
 from torch.utils.tensorboard import SummaryWriter
 
-from .. import sampling
+from ..data.sheet import save_picture
 from ..settings.errors import UserError
 from ..settings.train import TrainConfig
 from .lost import heartbeat
 from .ranks import decided_by_main
+from .samples import draw_prompts
 
 
 class Log:
@@ -64,10 +65,8 @@ class Log:
             run = self.run
             prompts = run.config.sample_prompt
             with run.as_drawn():
-                sheet = sampling.draw_prompts(
-                    run.base, prompts, run.examples.resolution, run.drawing(prompts), heartbeat
-                )
-            sampling.save_picture(sheet, run.output / "samples" / f"step-{step:08d}.png")
+                sheet = draw_prompts(run.base, prompts, run.examples.resolution, run.drawing(prompts), heartbeat)
+            save_picture(sheet, run.output / "samples" / f"step-{step:08d}.png")
             self.writer.add_image("samples", np.array(sheet), step, dataformats="HWC")
             if self.wandb:
                 from wandb import Image

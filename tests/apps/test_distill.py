@@ -21,11 +21,12 @@ from minilora.apps.distill import DistillConfig, distill
 from minilora.apps.drawing import draw_pictures, read_captions
 from minilora.apps.fewsteps import called_right, crossed, wasserstein
 from minilora.data.pictures import as_picture
+from minilora.data.sheet import save_picture
 from minilora.files.read import FILE_NAME
 from minilora.lora import ATTENTION
 from minilora.models.base import Base
 from minilora.run.ranks import Ranks
-from minilora.sampling import sample, save_picture
+from minilora.sampling import sample
 from minilora.settings.command_line import read
 from minilora.settings.errors import UserError
 from minilora.settings.sample import SampleConfig
@@ -37,7 +38,7 @@ ONE = Ranks(0, 1, CPU)
 def config(tiny_base, tmp_path, monkeypatch) -> DistillConfig:
     monkeypatch.setattr(fewsteps, "MANY", 4)
     monkeypatch.setattr(smooth, "FRAMES", 5)
-    monkeypatch.setattr("minilora.sampling.before_after", lambda *_: Image.new("RGB", (8, 8)))
+    monkeypatch.setattr("minilora.run.samples.before_after", lambda *_: Image.new("RGB", (8, 8)))
     (tmp_path / "captions.txt").write_text("".join(f"thing {number}\n" for number in range(34)))
     words = {"captions": str(tmp_path / "captions.txt"), "output": str(tmp_path / "out"), "model": str(tiny_base)}
     return DistillConfig(**words, pictures=5, train_steps=2, batch_size=4, rank=2)

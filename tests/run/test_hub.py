@@ -127,7 +127,7 @@ def train(hub, pictures, tmp_path, tiny_base, monkeypatch, capsys):
         "HF_TOKEN_PATH": str(tmp_path / "none"),
     }.items():
         monkeypatch.setattr(constants, name, value)  # which are read from the environment only once
-    monkeypatch.setattr("minilora.sampling.before_after", lambda *_: Image.new("RGB", (8, 8)))  # slow
+    monkeypatch.setattr("minilora.run.samples.before_after", lambda *_: Image.new("RGB", (8, 8)))  # slow
     monkeypatch.chdir(tmp_path)
 
     def train(*words: str, token: str | None = TOKEN) -> tuple[int, list[str], list[str]]:

@@ -12,10 +12,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from minilora.data.folder import read_folders
 from minilora.data.held_out import keep_apart
+from minilora.data.sheet import write_captions
 from minilora.files.read import FILE_NAME
 from minilora.run.trained import BEST
 from minilora.run.validation import FIGURES
-from minilora.sampling import write_captions
 from minilora.settings.errors import UserError
 from minilora.settings.train import TrainConfig
 from minilora.training import train
@@ -41,7 +41,7 @@ def settings(pictures, held_out, tmp_path, tiny_base) -> dict:
 
 @pytest.fixture
 def run(settings, tmp_path, monkeypatch):
-    monkeypatch.setattr("minilora.sampling.before_after", lambda *_: Image.new("RGB", (8, 8)))  # slow
+    monkeypatch.setattr("minilora.run.samples.before_after", lambda *_: Image.new("RGB", (8, 8)))  # slow
 
     def run(name: str, **changes) -> Path:
         train(TrainConfig(**(settings | {"output": str(tmp_path / name)} | changes)))

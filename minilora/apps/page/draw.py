@@ -14,8 +14,9 @@ import gradio as gr
 import torch
 from PIL import Image
 
+from ...data.sheet import save_picture
 from ...models.base import Base
-from ...sampling import TOGETHER, draw_all, load, save_picture
+from ...sampling import TOGETHER, draw_all, load
 from ...settings.errors import UserError
 from ...settings.sample import SampleConfig
 from ...settings.shared import path_and_number
