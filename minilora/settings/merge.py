@@ -27,11 +27,7 @@ class MergeConfig(Settings):
         bare=True,
     )
     output: str | None = setting(
-        None,
-        "file or folder to write, in the layout of the base",
-        group=MERGING,
-        metavar="OUT",
-        basic=True,
+        None, "file or folder to write, in the layout of the base", group=MERGING, metavar="OUT", basic=True
     )
     overwrite: bool = setting(False, "replace what is at --output", group=MERGING, basic=True)
     allow_unmatched: bool = setting(
@@ -58,11 +54,7 @@ class MergeConfig(Settings):
     extract: bool = setting(False, "write the LoRA that leads from a base to a tuned one: BASE TUNED", group=OTHER)
     restore: bool = setting(False, "write the base that was merged into: MERGED UNDO", group=OTHER)
     rank: int | None = setting(
-        None,
-        "rank of the LoRA that --loras-only or --extract writes",
-        group=OTHER,
-        metavar="RANK",
-        within=AT_LEAST_1,
+        None, "rank of the LoRA that --loras-only or --extract writes", group=OTHER, metavar="RANK", within=AT_LEAST_1
     )
     energy: float | None = setting(
         None,

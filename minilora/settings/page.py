@@ -11,10 +11,7 @@ class PageConfig(Settings):
     """Every setting of minilora.apps.page."""
 
     usage = "[FOLDER …]"
-    examples = (
-        "python -m minilora.apps.page",
-        "python -m minilora.apps.page photos /data/models --port 8000",
-    )
+    examples = ("python -m minilora.apps.page", "python -m minilora.apps.page photos /data/models --port 8000")
 
     folders: tuple[str, ...] = setting(
         (".",),

@@ -21,11 +21,7 @@ class RestoreConfig(Settings):
     )
     prompt: str | None = setting(None, "what it shows", group=PICTURES, basic=True)
     edit: tuple[str, ...] = setting(
-        (),
-        "another prompt to draw from the picture's noise; may be repeated",
-        repeat=True,
-        group=PICTURES,
-        basic=True,
+        (), "another prompt to draw from the picture's noise; may be repeated", repeat=True, group=PICTURES, basic=True
     )
     strength: float = setting(
         0.4, "strength of the LoRA for --edit", group=PICTURES, metavar="STRENGTH", basic=True, within=AT_LEAST_0
