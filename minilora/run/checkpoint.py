@@ -169,15 +169,14 @@ class State:
     lowest: dict[str, torch.Tensor]  # what was trained where they are lowest
 
 
+# What the names of each part's tensors begin with; there was only LoRA to train at first.
+PARTS = {"trained": "lora", **{name: name for name in ("optimizer", "average", "objective", "lowest")}}
+
+
 def save_checkpoint(output: Path, state: State, run: dict, kept: int) -> None:
     """Write a checkpoint and delete all but the newest `kept`; `run` says of which run it is, as JSON values."""
-    tensors = {f"lora.{key}": value for key, value in state.trained.items()}  # called so since there was only LoRA
-    tensors |= {f"optimizer.{key}": value for key, value in state.optimizer.items()}
-    tensors |= {f"average.{key}": value for key, value in state.average.items()}
-    tensors |= {f"objective.{key}": value for key, value in state.objective.items()}
-    tensors |= {f"lowest.{key}": value for key, value in state.lowest.items()}
+    tensors = {f"{p}.{k}": value.cpu() for part, p in PARTS.items() for k, value in getattr(state, part).items()}
     about = {"step": state.step, "scaler": state.scaler, "validation": state.validation} | run
-    tensors = {key: value.cpu() for key, value in tensors.items()}
     write_checked(path_of(output, state.step), tensors, {"minilora": json.dumps(about, sort_keys=True)})
     for old in all_in(output)[:-kept]:
         old.unlink()
@@ -208,10 +207,9 @@ def load_newest_checkpoint(output: Path, differences: Callable[[dict], list[str]
         raise ValueError(f"{path} belongs to another run: " + "; ".join(different))
 
     tensors = {key: torch.from_numpy(array) for key, array in arrays.items()}
-    parts = [under(tensors, prefix) for prefix in ("lora.", "optimizer.", "average.", "objective.", "lowest.")]
-    trained, optimizer, average, objective, lowest = parts
+    parts = {part: under(tensors, f"{prefix}.") for part, prefix in PARTS.items()}
     validation = about.get("validation", {})  # older checkpoints have none
-    return State(about["step"], trained, optimizer, average, objective, about["scaler"], validation, lowest)
+    return State(step=about["step"], scaler=about["scaler"], validation=validation, **parts)
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:

@@ -30,11 +30,7 @@ from .ema import ema_weights
 from .encode import encoded_examples
 from .memory import tell_memory
 from .objective import Objective
-from .ranks import (
-    BatchPlan,
-    Ranks,
-    refuse_differences,
-)
+from .ranks import BatchPlan, Ranks, refuse_differences
 from .trained import trained_parameters, trained_state
 from .validation import Validation, read_pictures
 
@@ -116,22 +112,8 @@ def prepare(config: TrainConfig, objective: Objective, ranks: Ranks) -> Run:
         {name: tensor.to(where, copy=True) for name, tensor in trained_state(network).items()} if config.ema else {}
     )
     validation = Validation(config, network, base, held_out, ranks, plan) if held_out else None
-    run = Run(
-        config=config,
-        objective=objective,
-        ranks=ranks,
-        plan=plan,
-        base=base,
-        examples=examples,
-        validation=validation,
-        identity=identity,
-        network=network,
-        model=model,
-        parameters=parameters,
-        average=average,
-        optimizer=optimizer,
-        scaler=scaler,
-    )
+    parts = plan, base, examples, validation, identity, network, model, parameters, average, optimizer, scaler
+    run = Run(config, objective, ranks, *parts)
     introduce(run)
     return run
 

@@ -15,56 +15,12 @@ import sys
 import types
 import typing
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from .errors import UserError, first_line, is_out_of_memory
 from .setting import ByBase, Settings, as_typed, option
 from .strict_json import parse_json
-
-
-def train() -> None:
-    """Train a LoRA on a folder of pictures."""
-    run("minilora.settings.train:TrainConfig", "minilora.training:train", train.__doc__)
-
-
-def sample() -> None:
-    """Draw pictures with a base and any mix of LoRAs."""
-    run("minilora.settings.sample:SampleConfig", "minilora.sampling:sample", sample.__doc__)
-
-
-def merge() -> None:
-    """Fold LoRA files into a base; or merge, resize, convert and extract LoRAs."""
-    run("minilora.settings.merge:MergeConfig", "minilora.merge:merge", merge.__doc__)
-
-
-def restore() -> None:
-    """Draw a picture again from its own noise, with and without a LoRA of it; edit it."""
-    run("minilora.settings.restore:RestoreConfig", "minilora.apps.restore:restore", restore.__doc__)
-
-
-def morph() -> None:
-    """Morph between two pictures, with a LoRA of each."""
-    run("minilora.settings.morph:MorphConfig", "minilora.apps.morph:morph", morph.__doc__)
-
-
-def restyle() -> None:
-    """Draw pictures again in the style of a LoRA."""
-    run("minilora.settings.restyle:RestyleConfig", "minilora.apps.restyle:restyle", restyle.__doc__)
-
-
-def distill() -> None:
-    """Train a LoRA to draw in few steps, or smoothly."""
-    run("minilora.settings.distill:DistillConfig", "minilora.apps.distill:distill", distill.__doc__)
-
-
-def evaluate() -> None:
-    """Compare drawn pictures with others."""
-    run("minilora.settings.evaluate:EvaluateConfig", "minilora.apps.evaluate:evaluate", evaluate.__doc__)
-
-
-def page() -> None:
-    """Open a page in the browser to train, draw and merge, on this machine only."""
-    run("minilora.settings.page:PageConfig", "minilora.apps.page.__main__:serve", page.__doc__)
 
 
 def run(settings: str | type, work: str | Callable, description: str) -> None:
@@ -89,6 +45,31 @@ def run(settings: str | type, work: str | Callable, description: str) -> None:
         if line is None:
             raise
         fail(line)
+
+
+def _command(settings: str, work: str, description: str) -> Callable[[], None]:
+    return partial(run, f"minilora.settings.{settings}", f"minilora.{work}", description)
+
+
+train = _command("train:TrainConfig", "training:train", "Train a LoRA on a folder of pictures.")
+sample = _command("sample:SampleConfig", "sampling:sample", "Draw pictures with a base and any mix of LoRAs.")
+merge = _command(
+    "merge:MergeConfig", "merge:merge", "Fold LoRA files into a base; or merge, resize, convert and extract LoRAs."
+)
+restore = _command(
+    "restore:RestoreConfig",
+    "apps.restore:restore",
+    "Draw a picture again from its own noise, with and without a LoRA of it; edit it.",
+)
+morph = _command("morph:MorphConfig", "apps.morph:morph", "Morph between two pictures, with a LoRA of each.")
+restyle = _command("restyle:RestyleConfig", "apps.restyle:restyle", "Draw pictures again in the style of a LoRA.")
+distill = _command("distill:DistillConfig", "apps.distill:distill", "Train a LoRA to draw in few steps, or smoothly.")
+evaluate = _command("evaluate:EvaluateConfig", "apps.evaluate:evaluate", "Compare drawn pictures with others.")
+page = _command(
+    "page:PageConfig",
+    "apps.page.__main__:serve",
+    "Open a page in the browser to train, draw and merge, on this machine only.",
+)
 
 
 def told(error: Exception) -> str | None:
