@@ -17,34 +17,18 @@ from ..files.names import TEXT_ENCODER, TEXT_ENCODER_2, UNET, diffusers_unet_pat
 from ..settings.errors import UserError
 from .folder import SCHEDULER, VAE, Marks
 
-_CLIP: dict = {
-    "vocab_size": 49408,
-    "max_position_embeddings": 77,
-    "bos_token_id": 0,
-    "eos_token_id": 2,
-    "pad_token_id": 1,
-}
-CLIP_L = _CLIP | {
-    "hidden_size": 768,
-    "intermediate_size": 3072,
-    "num_hidden_layers": 12,
-    "num_attention_heads": 12,
-}
-CLIP_L |= {"hidden_act": "quick_gelu", "projection_dim": 768}
-OPENCLIP_H = _CLIP | {
-    "hidden_size": 1024,
-    "intermediate_size": 4096,
-    "num_attention_heads": 16,
-    "hidden_act": "gelu",
-}
-OPENCLIP_H |= {"num_hidden_layers": 23, "projection_dim": 512}  # of 24: the U-Net gets the last but one
-OPENCLIP_G = _CLIP | {
-    "hidden_size": 1280,
-    "intermediate_size": 5120,
-    "num_attention_heads": 20,
-    "hidden_act": "gelu",
-}
-OPENCLIP_G |= {"num_hidden_layers": 32, "projection_dim": 1280}
+
+def _clip(width: int, layers: int, heads: int, activation: str, projection: int) -> dict:
+    """Return the settings of a text encoder of CLIP's kind."""
+    words = {"vocab_size": 49408, "bos_token_id": 0, "eos_token_id": 2, "pad_token_id": 1}
+    sizes = {"hidden_size": width, "intermediate_size": 4 * width, "projection_dim": projection}
+    layout = {"num_hidden_layers": layers, "num_attention_heads": heads, "max_position_embeddings": 77}
+    return words | sizes | layout | {"hidden_act": activation}
+
+
+CLIP_L = _clip(768, 12, 12, "quick_gelu", 768)
+OPENCLIP_H = _clip(1024, 23, 16, "gelu", 512)  # of 24 layers: the U-Net gets the last but one
+OPENCLIP_G = _clip(1280, 32, 20, "gelu", 1280)
 # What fills a short prompt up to 77 tokens.
 CLIPS_PAD, OPENCLIPS_PAD = "<|endoftext|>", "!"
 
