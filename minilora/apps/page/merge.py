@@ -59,33 +59,32 @@ def _bytes(path: Path) -> int:
         return 0
 
 
-def merge_room(folders: Folders, found: dict, first: dict) -> dict[str, gr.Dropdown]:
-    """Build the room; return the fields whose choices are found in folders, by what they hold."""
-    merging = Merging()
-    with gr.Row():
-        with gr.Column(scale=3):
-            base = base_chooser(found, first["model"], "merge")
-            loras, strengths = sliders(found["loras"], "merge")
-            fields = form(MergeConfig, without=("files", *OTHER_WORK))
-        with gr.Column(scale=4):
-            with gr.Row():
-                start = gr.Button("Merge", variant="primary", elem_id="merge", min_width=80)
-                cancel = gr.Button("Cancel", min_width=80)
-            report = gr.Textbox(label="report", lines=12, elem_id="report")
-            line = gr.Textbox(label="the same from a terminal", lines=2, buttons=["copy"])
-    fields["output"].value = str(Path(first["output"]) / "merged")
+class MergeRoom:
+    """The room for merging; `choices` are the fields whose choices are found in folders, by what they hold."""
+
+    def __init__(self, folders: Folders, found: dict, first: dict):
+        self.folders, self.merging = folders, Merging()
+        with gr.Row():
+            with gr.Column(scale=3):
+                self.base = base_chooser(found, first["model"], "merge")
+                self.loras, self.strengths = sliders(found["loras"], "merge")
+                self.fields = form(MergeConfig, without=("files", *OTHER_WORK))
+            with gr.Column(scale=4):
+                with gr.Row():
+                    start = gr.Button("Merge", variant="primary", elem_id="merge", min_width=80)
+                    cancel = gr.Button("Cancel", min_width=80)
+                report = gr.Textbox(label="report", lines=12, elem_id="report")
+                line = gr.Textbox(label="the same from a terminal", lines=2, buttons=["copy"])
+        self.fields["output"].value = str(Path(first["output"]) / "merged")
+        self.choices = {"bases": self.base, "loras": self.loras}
+        given = {self.base, self.loras, *self.strengths, *self.fields.values()}
+        start.click(self.merge, given, [report, line], show_progress_on=report, concurrency_limit=1)
+        cancel.click(self.merging.cancel, queue=False)
 
     @telling
-    def work(values: dict, progress=gr.Progress()):  # noqa: B008
-        files = [
-            values[base] or as_shown(BUNDLED),
-            *with_strengths(values[loras], [values[slider] for slider in strengths]),
-        ]
-        words = [*files, *words_of(MergeConfig, by_name(fields, values))]
-        config = folders.read(MergeConfig, words)
-        return merging.run(words, config, progress), shlex.join(["python", "-m", "minilora.merge", *words])
-
-    given = {base, loras, *strengths, *fields.values()}
-    start.click(work, given, [report, line], show_progress_on=report, concurrency_limit=1)
-    cancel.click(merging.cancel, queue=False)
-    return {"bases": base, "loras": loras}
+    def merge(self, values: dict, progress=gr.Progress()):  # noqa: B008
+        loras = with_strengths(values[self.loras], [values[slider] for slider in self.strengths])
+        files = [values[self.base] or as_shown(BUNDLED), *loras]
+        words = [*files, *words_of(MergeConfig, by_name(self.fields, values))]
+        config = self.folders.read(MergeConfig, words)
+        return self.merging.run(words, config, progress), shlex.join(["python", "-m", "minilora.merge", *words])

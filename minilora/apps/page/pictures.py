@@ -13,38 +13,38 @@ from ...settings.train import TrainConfig
 from .form import Folders, chooser, telling
 
 
-def pictures_room(folders: Folders, found: dict, first: dict) -> dict[str, gr.Dropdown]:
-    """Build the room; return the fields whose choices are found in folders, by what they hold."""
-    with gr.Row(equal_height=True):
-        folder = chooser("folder", found["pictures"], first["data"], scale=4, elem_id="pictures-folder")
-        show = gr.Button("Show again", scale=1, elem_id="show")
-    counts = gr.Textbox(label="in it", lines=4, visible=False, elem_id="counts")
-    as_pages = {"preview": True, "selected_index": 0, "object_fit": "contain", "height": 560}
-    pages = gr.Gallery(label="as training sees them", visible=False, buttons=["fullscreen"], **as_pages)
-    table = gr.Dataframe(
-        headers=["picture", "caption"],
-        datatype=["str", "str"],
-        type="array",
-        column_count=2,
-        static_columns=[0],
-        column_widths=["25%", "75%"],
-        wrap=True,
-        interactive=True,
-        visible=False,
-        label="captions",
-        elem_id="captions",
-    )
-    save = gr.Button("Save captions", visible=False, elem_id="save-captions")
+class PicturesRoom:
+    """The room for pictures; `choices` are the fields whose choices are found in folders, by what they hold."""
+
+    def __init__(self, folders: Folders, found: dict, first: dict):
+        self.folders, self.base = folders, ["--model", first["model"]] if first["model"] else []
+        with gr.Row(equal_height=True):
+            self.folder = chooser("folder", found["pictures"], first["data"], scale=4, elem_id="pictures-folder")
+            self.show = gr.Button("Show again", scale=1, elem_id="show")
+        self._make_view()
+        self.choices = {"pictures": self.folder}
+        shown = [self.counts, self.pages, self.table, self.save]
+        gr.on(None, self.look, self.folder, shown)  # when the page is opened, and when another folder is chosen
+        self.show.click(self.look, self.folder, shown)
+        self.save.click(self.write, [self.folder, self.table]).success(self.look, self.folder, shown)
+
+    def _make_view(self) -> None:
+        self.counts = gr.Textbox(label="in it", lines=4, visible=False, elem_id="counts")
+        as_pages = {"preview": True, "selected_index": 0, "object_fit": "contain", "height": 560}
+        self.pages = gr.Gallery(label="as training sees them", visible=False, buttons=["fullscreen"], **as_pages)
+        columns = {"headers": ["picture", "caption"], "datatype": ["str", "str"], "column_widths": ["25%", "75%"]}
+        columns |= {"column_count": 2, "static_columns": [0], "type": "array", "wrap": True}
+        self.table = gr.Dataframe(label="captions", interactive=True, visible=False, elem_id="captions", **columns)
+        self.save = gr.Button("Save captions", visible=False, elem_id="save-captions")
 
     @telling
-    def look(name: str):
+    def look(self, name: str):
         if not name:
-            return [gr.skip()] * len(shown)
-        path = folders.use(name, "folder")
+            return [gr.skip()] * 4
+        path = self.folders.use(name, "folder")
         rows = caption_rows(str(path))
         if all(caption for _, caption in rows):
-            base = ["--model", first["model"]] if first["model"] else []
-            preview = look_at(folders.read(TrainConfig, ["--data", str(path), *base]))
+            preview = look_at(self.folders.read(TrainConfig, ["--data", str(path), *self.base]))
             pictures, lines = preview.pages, preview.lines
         else:
             pictures, lines = [], ["a picture without a caption is not trained on: write one below, and save"]
@@ -56,19 +56,13 @@ def pictures_room(folders: Folders, found: dict, first: dict) -> dict[str, gr.Dr
         )
 
     @telling
-    def write(name: str, rows: list[list[str]]):
-        path = folders.use(name or "", "folder")
+    def write(self, name: str, rows: list[list[str]]):
+        path = self.folders.use(name or "", "folder")
         captions: dict[str, list[str]] = {picture: [] for picture, _ in caption_rows(str(path))}
         for picture, caption in rows:
             if picture in captions:  # rows can be added in a table; there is no picture for those
                 captions[picture].append(caption)
         gr.Info(edit_captions(path, captions))
-
-    shown = [counts, pages, table, save]
-    gr.on(None, look, folder, shown)  # when the page is opened, and when another folder is chosen
-    show.click(look, folder, shown)
-    save.click(write, [folder, table]).success(look, folder, shown)
-    return {"pictures": folder}
 
 
 def caption_rows(folder: str) -> list[list[str]]:

@@ -24,8 +24,8 @@ from ...settings.errors import UserError
 from ...settings.page import PageConfig
 from .draw import DrawRoom, Easel
 from .form import Folders
-from .merge import merge_room
-from .pictures import pictures_room
+from .merge import MergeRoom
+from .pictures import PicturesRoom
 from .train import TrainRoom, found_runs
 
 HERE = r"(localhost|127\.0\.0\.1|\[::1\])(:\d+)?"
@@ -104,13 +104,13 @@ def build(config: PageConfig) -> gr.Blocks:
         with gr.Tabs():
             rooms = {}
             with gr.Tab("Pictures") as tab:
-                rooms[tab] = pictures_room(folders, found, first)
+                rooms[tab] = PicturesRoom(folders, found, first).choices
             with gr.Tab("Train") as tab:
                 rooms[tab] = TrainRoom(folders, found, first, easel.free).choices
             with gr.Tab("Draw") as tab:
                 rooms[tab] = DrawRoom(folders, found, first, easel).choices
             with gr.Tab("Merge") as tab:
-                rooms[tab] = merge_room(folders, found, first)
+                rooms[tab] = MergeRoom(folders, found, first).choices
         fields = [(kind, field) for room in rooms.values() for kind, field in room.items()]
 
         def refresh():
