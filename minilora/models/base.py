@@ -117,8 +117,7 @@ class Base:
     @cached_property
     def parameters(self) -> int:
         """The number of parameters of the U-Net; known without loading it."""
-        empty = empty_module(UNET, self.parts.config(UNET), self.parts.title)
-        return sum(parameter.numel() for parameter in empty.parameters())
+        return sum(parameter.numel() for parameter in self.empty(UNET).parameters())
 
     @cached_property
     def _precision(self) -> tuple[str, str]:
@@ -248,15 +247,27 @@ class Base:
             )
 
     @property
+    def text_parts(self) -> list[str]:
+        return [name for name in PIPELINES[self.kind] if name in KINDS]
+
+    @property
     def text_encoders(self) -> list[nn.Module]:
-        return [getattr(self, name) for name in PIPELINES[self.kind] if name.startswith("text_encoder")]
+        return [getattr(self, name) for name in self.text_parts]
 
     @property
     def tokenizers(self) -> list[CLIPTokenizer]:
         return [getattr(self, name) for name in PIPELINES[self.kind] if name.startswith("tokenizer")]
 
+    def _source(self, part: str) -> Folder | SingleFile:
+        return self.vae_parts if part == VAE else self.parts
+
+    def empty(self, part: str) -> nn.Module:
+        """Return a part with names and shapes but no numbers, without loading it."""
+        source = self._source(part)
+        return empty_module(part, source.config(part), source.title)
+
     def _load(self, part: str) -> nn.Module:
-        module = (self.vae_parts if part == VAE else self.parts).module(part, self.dtype)
+        module = self._source(part).module(part, self.dtype)
         self._fold_into(part, module.requires_grad_(False))
         return module.eval().to(self.device)
 
@@ -278,8 +289,7 @@ class Base:
         """The LoRAs, each with its strength and path.  Raises UserError for keys that match nothing in any part."""
         if not self.loras:
             return []
-        names = [UNET, *(name for name in PIPELINES[self.kind] if name in KINDS)]
-        empty = {part: empty_module(part, self.parts.config(part), self.parts.title) for part in names}
+        empty = {part: self.empty(part) for part in (UNET, *self.text_parts)}
         shapes = {full: shape for full, (_, _, shape) in live_modules(SimpleNamespace(**empty)).items()}
         given = [path_and_number(text) for text in self.loras]
         return [(read_for(Path(path), shapes, self.source, False), strength, path) for path, strength in given]
@@ -297,8 +307,7 @@ class Base:
     @cached_property
     def content(self) -> str:
         """What the base draws by, as a hash: its files, or its name and commit on the hub, schedule and LoRAs."""
-        parts = [UNET, VAE, *(name for name in PIPELINES[self.kind] if name in KINDS)]
-        sources = [(self.vae_parts if part == VAE else self.parts, part) for part in parts]
+        sources = [(self._source(part), part) for part in (UNET, VAE, *self.text_parts)]
         files = {file.path: file for source, part in sources for file in source.files(part)}
         more = [source.commit for source, _ in sources]
         more += [self.schedule.prediction_type, str(self.schedule.alphas_cumprod[-1].item())]

@@ -24,8 +24,8 @@ from torch.utils._pytree import tree_leaves
 from ..files.names import TEXT_ENCODER, TEXT_ENCODER_2, UNET
 from ..files.tensors import free_memory
 from ..lora import inject_lora
-from ..models.base import PIPELINES, Base
-from ..models.folder import KINDS, VAE, empty_module
+from ..models.base import Base
+from ..models.folder import VAE
 from ..models.targets import ranks_and_alphas
 from ..settings.setting import as_typed, is_installed, option
 from ..settings.train import TrainConfig
@@ -92,16 +92,15 @@ def memory_of(config: TrainConfig, base: Base) -> Memory:
     """Return the memory that a run of one process needs."""
     side, autocast = config.resolution or base.resolution, base.dtype
     dtype = torch.float32 if config.full else autocast  # of the weights
-    texts = [part for part in PIPELINES[base.kind] if part in KINDS]
-    empty = {part: _empty(base, part) for part in (UNET, VAE, *texts)}
-    encoding = sum(4 * parameter.numel() for part in (VAE, *texts) for parameter in empty[part].parameters())
+    empty = {part: base.empty(part) for part in (UNET, VAE, *base.text_parts)}
+    encoding = sum(4 * tensor.numel() for part in (VAE, *base.text_parts) for tensor in empty[part].parameters())
     with FakeTensorMode():
         vae = _faked(empty[VAE], torch.float32)
         with Live(vae.parameters()) as live, torch.no_grad():
             vae.encode(torch.empty(1, 3, side, side))
         kept = _bytes(vae.parameters()) + live.peak if config.crop == "random" else 0  # the VAE stays in memory
         unet = _faked(empty[UNET], dtype).train()
-        encoders = [_faked(empty[part], dtype) for part in texts] if config.train_text_encoder else []
+        encoders = [_faked(empty[part], dtype) for part in base.text_parts] if config.train_text_encoder else []
         weights, numbers, step = _step(config, base, unet, encoders, side, autocast)
     # A and B, their gradients and two averages of Adam, which are a byte a number with adamw8bit.
     each = 4 + 4 + (2 if config.optimizer == "adamw8bit" else 8) + (4 if config.ema else 0)
@@ -171,11 +170,6 @@ def _smaller(config: TrainConfig, base: Base) -> Iterator[tuple[str, Any]]:
 
 
 # ---------------------------------------------------------------------------------------- fake networks
-
-
-def _empty(base: Base, part: str) -> Any:
-    source = base.vae_parts if part == VAE else base.parts
-    return empty_module(part, source.config(part), source.title)
 
 
 def _faked(module: Any, dtype: torch.dtype) -> Any:
