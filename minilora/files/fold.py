@@ -204,7 +204,7 @@ class Addition:
     key: str
     parts: list[Part]
     type: str  # of the tensor as it is written
-    keep: Callable | None  # is told the place of each piece, its original bytes and its new ones
+    keep: Callable | None  # called with the place, the original and the new bytes of each piece
     squares: dict[str, float] = field(default_factory=lambda: defaultdict(float))  # ‖W‖² by module
     lost: float = 0.0  # ‖W′ − W − ΔW‖² of the sample
     whole: float = 0.0  # ‖ΔW‖² of the sample

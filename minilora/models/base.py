@@ -306,7 +306,7 @@ class Base:
 
     @cached_property
     def content(self) -> str:
-        """What the base draws by, as a hash: its files, or its name and commit on the hub, schedule and LoRAs."""
+        """A hash of all that its pictures depend on: files, or name and commit on the hub; schedule; LoRAs."""
         sources = [(self._source(part), part) for part in (UNET, VAE, *self.text_parts)]
         files = {file.path: file for source, part in sources for file in source.files(part)}
         more = [source.commit for source, _ in sources]

@@ -131,7 +131,7 @@ def unet_config(shapes: Mapping[str, tuple[int, ...]]) -> dict:
         "transformer_layers_per_block": tuple(len(numbers(pattern)) or 1 for pattern in transformers),
         "cross_attention_dim": unet[one][1],
         "use_linear_projection": linear,
-        # By its name the width of a head, it is their number: 8, or as many as have 64 each.
+        # The name says width, but it is the number of heads: 8, or as many as are 64 wide.
         "attention_head_dim": tuple(width // 64 for width in channels) if linear else 8,
     }
     if (embedding := unet.get("add_embedding.linear_1.weight")) is not None:

@@ -79,7 +79,7 @@ def refuse_others(items: Sequence[Item], drawn_by: str) -> None:
     others = {}
     for item in items:
         with pixels_limited(None), Image.open(item.path) as picture:  # which decodes nothing
-            told = picture.info.get(DRAWN_BY, drawn_by)  # nothing is told by what the user put there
+            told = picture.info.get(DRAWN_BY, drawn_by)  # the user's own pictures say nothing
         if told != drawn_by:
             others[item.path] = told
     if others:

@@ -2,7 +2,7 @@
 
     θ̄ ← d · θ̄ + (1 − d) · θ
 
-What there is after each single step depends on the pictures of the last few; the average is smoother.
+After a single step the weights lean towards the last few pictures; the average is smoother.
 """
 
 from collections.abc import Iterator, Mapping

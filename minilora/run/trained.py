@@ -25,7 +25,7 @@ FULL_RESULTS = "model", "model_ema", "unet_best.safetensors"  # two bases, as di
 
 
 def result_names(full: bool) -> tuple[str, str, str]:
-    """Return what is called how in the output folder: the result, its average (--ema), the best (--validation)."""
+    """Return the names in the output folder: of the result, its average (--ema), the best (--validation)."""
     return FULL_RESULTS if full else LORA_RESULTS
 
 

@@ -159,7 +159,7 @@ class Folders:
         return known
 
     def follow(self, cls: type[Settings], fields: Mapping[str, Any]) -> None:
-        """Let fields show their defaults anew when a setting changes that these depend on."""
+        """Show new defaults in the fields when a setting changes that they depend on."""
         deciding = {name: fields[name] for name in WHICH_OTHERS_FOLLOW if name in fields}
         following = [name for name in cls.following({}) if name in fields]
 
