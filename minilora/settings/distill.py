@@ -3,8 +3,9 @@
 import math
 from dataclasses import dataclass
 
+from . import shared
 from .setting import ABOVE_0, AT_LEAST_1, SEED, ByBase, Settings, setting
-from .shared import DATA, LORA, MODEL, MODEL_HELP, OUTPUT, PRECISION_HELP, PRECISIONS, SPEED, TRAINING
+from .shared import DATA, LORA, OUTPUT, TRAINING
 
 # Another objective needs more than the attention layers, so all kinds of layers are adapted.
 ALL_LAYERS = (
@@ -45,7 +46,7 @@ class DistillConfig(Settings):
         metavar="FILE",
         basic=True,
     )
-    model: str | None = setting(None, MODEL_HELP, group=MODEL, metavar="BASE", basic=True)
+    model: str | None = shared.model()
     train_steps: int | None = setting(
         None,
         "optimizer steps; if not given, 500 for lcm and 150 for smooth",
@@ -94,7 +95,7 @@ class DistillConfig(Settings):
     targets: tuple[str, ...] = setting(
         ALL_LAYERS, "layers to adapt, by the ends of their names; if not given, all kinds", group=LORA, metavar="LAYERS"
     )
-    precision: str = setting("auto", PRECISION_HELP, choices=PRECISIONS, group=SPEED)
+    precision: str = shared.precision()
 
     @property
     def middle_guidance(self) -> float:

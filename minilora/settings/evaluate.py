@@ -2,8 +2,9 @@
 
 from dataclasses import dataclass
 
+from . import shared
 from .setting import Settings, setting
-from .shared import DATA, MODEL, MODEL_HELP, OUTPUT, PRECISION_HELP, PRECISIONS, SPEED
+from .shared import DATA, MODEL, OUTPUT
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ class EvaluateConfig(Settings):
         metavar="LORA[:STRENGTH]",
         basic=True,
     )
-    model: str | None = setting(None, MODEL_HELP, group=MODEL, metavar="BASE", basic=True)
+    model: str | None = shared.model()
     output: str = setting(
         "out/evaluate",
         "folder of the figures, and of a sheet of nearest pictures",
@@ -49,7 +50,7 @@ class EvaluateConfig(Settings):
         group=DATA,
         metavar="MODEL",
     )
-    precision: str = setting("auto", PRECISION_HELP, choices=PRECISIONS, group=SPEED)
+    precision: str = shared.precision()
 
     def problems(self) -> list[str]:
         if len(self.folders) != 2:

@@ -3,8 +3,9 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from . import shared
 from .setting import AT_LEAST_1, SHARE, Settings, Within, setting
-from .shared import LORA, MODEL, MODEL_HELP, OUTPUT, PICTURES, PRECISION_HELP, PRECISIONS, SPEED, folder_for
+from .shared import LORA, OUTPUT, PICTURES, folder_for
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ class MorphConfig(Settings):
         None, "LoRA of the first picture; if not given, one is trained", group=LORA, metavar="LORA", basic=True
     )
     lora_b: str | None = setting(None, "LoRA of the second picture, likewise", group=LORA, metavar="LORA", basic=True)
-    model: str | None = setting(None, MODEL_HELP, group=MODEL, metavar="BASE", basic=True)
+    model: str | None = shared.model()
     output: str | None = setting(
         None,
         "animation to write (.gif, .webp, .png), or folder for the frames; if not given, morph.gif beside the LoRAs",
@@ -62,7 +63,7 @@ class MorphConfig(Settings):
     train_steps: int = setting(
         200, "optimizer steps that each is trained for", group=LORA, metavar="STEPS", within=AT_LEAST_1
     )
-    precision: str = setting("auto", PRECISION_HELP, choices=PRECISIONS, group=SPEED)
+    precision: str = shared.precision()
 
     @property
     def folder(self) -> Path:

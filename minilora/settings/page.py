@@ -2,8 +2,9 @@
 
 from dataclasses import dataclass
 
+from . import shared
 from .setting import Settings, Within, setting
-from .shared import DATA, MODEL, MODEL_HELP, OUTPUT
+from .shared import DATA, OUTPUT
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,7 @@ class PageConfig(Settings):
     output: str = setting(
         "out", "folder of what the page makes, one folder for each run", group=OUTPUT, metavar="FOLDER", basic=True
     )
-    model: str | None = setting(None, MODEL_HELP, group=MODEL, metavar="BASE", basic=True)
+    model: str | None = shared.model()
     port: int = setting(
         7860,
         "port of the page, on this machine only; 0 is any that is free",

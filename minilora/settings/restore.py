@@ -2,8 +2,9 @@
 
 from dataclasses import dataclass
 
+from . import shared
 from .setting import AT_LEAST_0, AT_LEAST_1, ByBase, Settings, setting
-from .shared import LORA, MODEL, MODEL_HELP, OUTPUT, PICTURES, PRECISION_HELP, PRECISIONS, SPEED, folder_for
+from .shared import LORA, OUTPUT, PICTURES, folder_for
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,7 @@ class RestoreConfig(Settings):
     lora: str | None = setting(
         None, "LoRA of this picture; if not given, one is trained", group=LORA, metavar="LORA", basic=True
     )
-    model: str | None = setting(None, MODEL_HELP, group=MODEL, metavar="BASE", basic=True)
+    model: str | None = shared.model()
     output: str | None = setting(
         None, "folder of the results; if not given, out/restore-<name>", group=OUTPUT, metavar="FOLDER", basic=True
     )
@@ -52,7 +53,7 @@ class RestoreConfig(Settings):
     train_steps: int = setting(
         ByBase(500, 400), "optimizer steps that it is trained for", group=LORA, metavar="STEPS", within=AT_LEAST_1
     )
-    precision: str = setting("auto", PRECISION_HELP, choices=PRECISIONS, group=SPEED)
+    precision: str = shared.precision()
 
     @classmethod
     def following(cls, values: dict) -> dict:

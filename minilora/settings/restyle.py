@@ -2,21 +2,9 @@
 
 from dataclasses import dataclass
 
-from .setting import AT_LEAST_1, SEED, ByBase, Settings, Within, setting
-from .shared import (
-    DATA,
-    GUIDANCE_HELP,
-    LORA_HELP,
-    MODEL,
-    MODEL_HELP,
-    OUTPUT,
-    PICTURES,
-    PRECISION_HELP,
-    PRECISIONS,
-    SEED_HELP,
-    SPEED,
-    folder_for,
-)
+from . import shared
+from .setting import AT_LEAST_1, ByBase, Settings, Within, setting
+from .shared import DATA, OUTPUT, PICTURES, folder_for
 
 
 @dataclass(frozen=True)
@@ -33,7 +21,7 @@ class RestyleConfig(Settings):
         (), "picture, or folder of pictures with captions", group=DATA, metavar="PICTURE", basic=True, bare=True
     )
     prompt: str | None = setting(None, "what they show, for those without a caption", group=DATA, basic=True)
-    lora: tuple[str, ...] = setting((), LORA_HELP, repeat=True, group=MODEL, metavar="LORA[:STRENGTH]", basic=True)
+    lora: tuple[str, ...] = shared.lora()
     strength: float = setting(
         0.5,
         "how much of a picture is drawn anew: above 0, up to 1 for all of it",
@@ -42,7 +30,7 @@ class RestyleConfig(Settings):
         basic=True,
         within=Within(0, 1, above=True),
     )
-    model: str | None = setting(None, MODEL_HELP, group=MODEL, metavar="BASE", basic=True)
+    model: str | None = shared.model()
     output: str | None = setting(
         None, "folder of the results; if not given, out/restyle-<name>", group=OUTPUT, metavar="FOLDER", basic=True
     )
@@ -60,9 +48,9 @@ class RestyleConfig(Settings):
         metavar="STEPS",
         within=AT_LEAST_1,
     )
-    guidance: float = setting(ByBase(7.5, 2.0), GUIDANCE_HELP, group=PICTURES, metavar="FACTOR", within=AT_LEAST_1)
+    guidance: float = shared.guidance(ByBase(7.5, 2.0))
     negative: str = setting("", "what to keep out of the pictures (negative prompt)", group=PICTURES)
-    seed: int = setting(0, SEED_HELP, group=PICTURES, metavar="SEED", within=SEED)
+    seed: int = shared.seed()
     controlnet: str | None = setting(
         None,
         "ControlNet for Canny edges, which keeps a picture's edges: a diffusers folder",
@@ -75,7 +63,7 @@ class RestyleConfig(Settings):
         group=PICTURES,
         metavar="FOLDER",
     )
-    precision: str = setting("auto", PRECISION_HELP, choices=PRECISIONS, group=SPEED)
+    precision: str = shared.precision()
 
     @classmethod
     def following(cls, values: dict) -> dict:

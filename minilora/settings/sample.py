@@ -4,25 +4,9 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from .setting import AT_LEAST_1, SEED, ByBase, Settings, as_typed, setting
-from .shared import (
-    COMPILE_HELP,
-    GUIDANCE_HELP,
-    LORA_HELP,
-    MODEL,
-    MODEL_CONFIG_HELP,
-    MODEL_HELP,
-    OUTPUT,
-    PICTURES,
-    PRECISION_HELP,
-    PRECISIONS,
-    PREDICTION_HELP,
-    PREDICTIONS,
-    SEED_HELP,
-    SPEED,
-    VAE_HELP,
-    ZERO_SNR_HELP,
-)
+from . import shared
+from .setting import AT_LEAST_1, ByBase, Settings, as_typed, setting
+from .shared import MODEL, OUTPUT, PICTURES
 
 SAMPLERS = {  # the class of diffusers behind each
     "ddim": "DDIMScheduler",
@@ -46,7 +30,7 @@ class SampleConfig(Settings):
 
     prompt: tuple[str, ...] = setting((), "what to draw; may be repeated", repeat=True, group=PICTURES, basic=True)
     negative: str = setting("", "what to keep out of the pictures (negative prompt)", group=PICTURES, basic=True)
-    seed: int = setting(0, SEED_HELP, group=PICTURES, metavar="SEED", basic=True, within=SEED)
+    seed: int = shared.seed(basic=True)
     count: int = setting(
         1, "number of pictures per prompt", group=PICTURES, metavar="PICTURES", basic=True, within=AT_LEAST_1
     )
@@ -62,11 +46,9 @@ class SampleConfig(Settings):
     steps: int = setting(
         ByBase(30, 20), "denoising steps", group=PICTURES, metavar="STEPS", basic=True, within=AT_LEAST_1
     )
-    guidance: float = setting(
-        ByBase(7.5, 2.0), GUIDANCE_HELP, group=PICTURES, metavar="FACTOR", basic=True, within=AT_LEAST_1
-    )
+    guidance: float = shared.guidance(ByBase(7.5, 2.0), basic=True)
     scheduler: str = setting("ddim", "sampler", choices=tuple(SAMPLERS), group=PICTURES)
-    zero_terminal_snr: bool = setting(False, ZERO_SNR_HELP, group=PICTURES)
+    zero_terminal_snr: bool = shared.zero_terminal_snr(group=PICTURES)
     image: str | None = setting(
         None,
         "picture to paint in, for an inpainting base",
@@ -82,14 +64,14 @@ class SampleConfig(Settings):
         needs=("image", "the picture that is painted in"),
     )
 
-    model: str | None = setting(None, MODEL_HELP, group=MODEL, metavar="BASE", basic=True)
-    lora: tuple[str, ...] = setting((), LORA_HELP, repeat=True, group=MODEL, metavar="LORA[:STRENGTH]", basic=True)
+    model: str | None = shared.model()
+    lora: tuple[str, ...] = shared.lora()
     allow_unmatched: bool = setting(
         False, "leave out keys and learnt words of a LoRA that have no place in the base", group=MODEL
     )
-    model_config: str | None = setting(None, MODEL_CONFIG_HELP, group=MODEL, metavar="FOLDER")
-    vae: str | None = setting(None, VAE_HELP, group=MODEL, metavar="VAE")
-    prediction_type: str | None = setting(None, PREDICTION_HELP, choices=PREDICTIONS, group=MODEL)
+    model_config: str | None = shared.model_config()
+    vae: str | None = shared.vae()
+    prediction_type: str | None = shared.prediction_type()
     strengths: tuple[float, ...] = setting(
         (),
         "compare strengths of the LoRAs, one column each: --strengths=-1,0,1 multiplies those of --lora by these",
@@ -103,8 +85,8 @@ class SampleConfig(Settings):
         group=MODEL,
         metavar="FACTOR,…",
     )
-    precision: str = setting("auto", PRECISION_HELP, choices=PRECISIONS, group=SPEED)
-    compile: bool = setting(False, COMPILE_HELP, group=SPEED)
+    precision: str = shared.precision()
+    compile: bool = shared.compile_unet()
 
     output: str = setting(
         "out/sample.png",

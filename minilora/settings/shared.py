@@ -1,35 +1,91 @@
-"""What the settings of several commands have in common: their groups and their help."""
+"""What the settings of several commands have in common: their groups, and those settings that several have."""
 
 import math
 import os
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from .errors import UserError
+from .setting import AT_LEAST_1, SEED, setting
 
 TEXT_ATTENTION = ("q_proj", "k_proj", "v_proj", "out_proj")  # those of CLIP's text encoders
 DATA, VALIDATION, CLASS_PICTURES = "data", "validation", "class pictures (DreamBooth)"
 MODEL, LORA, PICTURES, OUTPUT = "base and LoRA", "LoRA", "pictures", "output"
 TRAINING, NOISE, SPEED = "optimization", "noise and loss", "memory and speed"
 MERGING, OTHER = "merging into a base", "instead of merging into a base"
-MODEL_HELP = "base: diffusers folder, hub id (OWNER/NAME) or .safetensors file; if not given, the bundled miniature"
-MODEL_CONFIG_HELP = "diffusers folder or hub id with the settings and the tokenizer that a --model in one file lacks"
-VAE_HELP = "VAE to use instead of the base's own: folder or hub id of a VAE or a base, or a .safetensors file of either"
-PREDICTION_HELP = "what the U-Net predicts, where neither the base's settings nor a mark in its file say it right"
-PREDICTIONS = ("epsilon", "v_prediction")
-ZERO_SNR_HELP = "change the base's noise levels so that the last one is pure noise; for bases that predict v"
-PRECISION_HELP = (
-    "number format of the base and of the computation; bf16 and fp16 take half the memory; auto suits the machine"
-)
-PRECISIONS = ("auto", "fp32", "bf16", "fp16")
-COMPILE_HELP = "compile the U-Net: the first step takes minutes, each later one is faster"
-LORA_HELP = "LoRA file, folder of a training or hub id (OWNER/NAME); with a strength: out/fluent:0.8; may be repeated"
-GUIDANCE_HELP = "classifier-free guidance: how closely pictures follow the prompt, at least 1; 1 is without"
-SEED_HELP = "seed of the first picture; each next one has the next number"
 CLASS = ("class_prompt", "what the pictures of the class show")  # what other settings need, as `setting` takes it
 TEXT_ENCODERS = ("train_text_encoder", "which puts a LoRA there")
 WEIGHT = "the weight"  # what the number behind a folder of pictures is called
 TIMEOUT = 30.0  # minutes that a process waits for another
+
+# Settings of several commands; a command declares one as `model: str | None = shared.model()`.
+model = partial(
+    setting,
+    None,
+    "base: diffusers folder, hub id (OWNER/NAME) or .safetensors file; if not given, the bundled miniature",
+    group=MODEL,
+    metavar="BASE",
+    basic=True,
+)
+model_config = partial(
+    setting,
+    None,
+    "diffusers folder or hub id with the settings and the tokenizer that a --model in one file lacks",
+    group=MODEL,
+    metavar="FOLDER",
+)
+vae = partial(
+    setting,
+    None,
+    "VAE to use instead of the base's own: folder or hub id of a VAE or a base, or a .safetensors file of either",
+    group=MODEL,
+    metavar="VAE",
+)
+prediction_type = partial(
+    setting,
+    None,
+    "what the U-Net predicts, where neither the base's settings nor a mark in its file say it right",
+    choices=("epsilon", "v_prediction"),
+    group=MODEL,
+)
+zero_terminal_snr = partial(
+    setting, False, "change the base's noise levels so that the last one is pure noise; for bases that predict v"
+)
+lora = partial(
+    setting,
+    (),
+    "LoRA file, folder of a training or hub id (OWNER/NAME); with a strength: out/fluent:0.8; may be repeated",
+    repeat=True,
+    group=MODEL,
+    metavar="LORA[:STRENGTH]",
+    basic=True,
+)
+guidance = partial(
+    setting,
+    text="classifier-free guidance: how closely pictures follow the prompt, at least 1; 1 is without",
+    group=PICTURES,
+    metavar="FACTOR",
+    within=AT_LEAST_1,
+)
+seed = partial(
+    setting,
+    0,
+    "seed of the first picture; each next one has the next number",
+    group=PICTURES,
+    metavar="SEED",
+    within=SEED,
+)
+precision = partial(
+    setting,
+    "auto",
+    "number format of the base and of the computation; bf16 and fp16 take half the memory; auto suits the machine",
+    choices=("auto", "fp32", "bf16", "fp16"),
+    group=SPEED,
+)
+compile_unet = partial(
+    setting, False, "compile the U-Net: the first step takes minutes, each later one is faster", group=SPEED
+)
 
 
 def path_and_number(text: str, what: str = "the strength") -> tuple[str, float]:

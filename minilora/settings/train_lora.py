@@ -5,17 +5,9 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+from . import shared
 from .setting import ABOVE_0, AT_LEAST_1, Settings, option, setting
-from .shared import (
-    MODEL,
-    MODEL_CONFIG_HELP,
-    MODEL_HELP,
-    PREDICTION_HELP,
-    PREDICTIONS,
-    TEXT_ATTENTION,
-    TEXT_ENCODERS,
-    VAE_HELP,
-)
+from .shared import MODEL, TEXT_ATTENTION, TEXT_ENCODERS
 
 of_base = partial(setting, group=MODEL, in_identity=False)  # of the base, its content counts
 of_lora = partial(setting, group=MODEL)
@@ -25,10 +17,10 @@ of_lora = partial(setting, group=MODEL)
 class LoraSettings(Settings):
     """What the LoRA is trained on top of, and where it sits."""
 
-    model: str | None = of_base(None, MODEL_HELP, metavar="BASE", basic=True)
-    model_config: str | None = of_base(None, MODEL_CONFIG_HELP, metavar="FOLDER")
-    vae: str | None = of_base(None, VAE_HELP, metavar="VAE")
-    prediction_type: str | None = of_base(None, PREDICTION_HELP, choices=PREDICTIONS)
+    model: str | None = shared.model(in_identity=False)
+    model_config: str | None = shared.model_config(in_identity=False)
+    vae: str | None = shared.vae(in_identity=False)
+    prediction_type: str | None = shared.prediction_type(in_identity=False)
     base_lora: tuple[str, ...] = of_base(
         (),
         "LoRA to merge into the base before training; with a strength: out/fluent:0.8; may be repeated",

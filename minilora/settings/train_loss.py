@@ -3,8 +3,9 @@
 from dataclasses import dataclass
 from functools import partial
 
+from . import shared
 from .setting import ABOVE_0, AT_LEAST_0, Settings, setting
-from .shared import NOISE, ZERO_SNR_HELP
+from .shared import NOISE
 
 _setting = partial(setting, group=NOISE)
 
@@ -40,7 +41,7 @@ class LossSettings(Settings):
     timestep_range: tuple[int, ...] | None = _setting(
         None, "timesteps to train on, the first and one above the last: 0,500; if not given, all", metavar="FROM,TO"
     )
-    zero_terminal_snr: bool = _setting(False, ZERO_SNR_HELP)
+    zero_terminal_snr: bool = shared.zero_terminal_snr(group=NOISE)
 
     def problems(self) -> list[str]:
         wrong, range_ = super().problems(), self.timestep_range

@@ -4,8 +4,9 @@ import re
 from dataclasses import dataclass
 from functools import partial
 
+from . import shared
 from .setting import ABOVE_0, AT_LEAST_1, ByBase, Settings, is_installed, setting
-from .shared import COMPILE_HELP, OUTPUT, PRECISION_HELP, PRECISIONS, SPEED, TIMEOUT
+from .shared import OUTPUT, SPEED, TIMEOUT
 
 of_speed = partial(setting, group=SPEED, in_identity=False)
 of_output = partial(setting, group=OUTPUT, in_identity=False)
@@ -15,7 +16,7 @@ of_output = partial(setting, group=OUTPUT, in_identity=False)
 class OutputSettings(Settings):
     """How the work is done, and what it leaves."""
 
-    precision: str = of_speed("auto", PRECISION_HELP, choices=PRECISIONS, in_identity=True)
+    precision: str = shared.precision()
     micro_batch_size: int | None = of_speed(
         None,
         "pictures per forward pass and process; gradients accumulate over the batch; if not given, all at once",
@@ -25,7 +26,7 @@ class OutputSettings(Settings):
     gradient_checkpointing: bool = of_speed(
         False, "compute activations twice instead of keeping them: less memory, slower", by_recipe=True
     )
-    compile: bool = of_speed(False, COMPILE_HELP)
+    compile: bool = shared.compile_unet(in_identity=False)
     timeout: float = of_speed(
         TIMEOUT,
         "minutes to wait for another process, before the run ends with a message that names it",
