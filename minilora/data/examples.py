@@ -305,7 +305,7 @@ def _collate(positions: tuple[int, ...], rows: list[tuple], device: torch.device
 
     latents, conditionings, *drawn, kept = zip(*rows, strict=True)
     kept_together = None if kept[0] is None else together(kept)
-    return Batch(positions, stack(latents), together(conditionings), *map(stack, drawn), kept_together)
+    return Batch(positions, stack(latents), together(conditionings), *map(stack, drawn), kept=kept_together)
 
 
 @lru_cache(maxsize=4096)

@@ -2,6 +2,7 @@
 
 import os
 from pathlib import Path
+from typing import Any
 
 import gradio as gr
 
@@ -32,9 +33,10 @@ class PicturesRoom:
         self.counts = gr.Textbox(label="in it", lines=4, visible=False, elem_id="counts")
         as_pages = {"preview": True, "selected_index": 0, "object_fit": "contain", "height": 560}
         self.pages = gr.Gallery(label="as training sees them", visible=False, buttons=["fullscreen"], **as_pages)
-        columns = {"headers": ["picture", "caption"], "datatype": ["str", "str"], "column_widths": ["25%", "75%"]}
-        columns |= {"column_count": 2, "static_columns": [0], "type": "array", "wrap": True}
-        self.table = gr.Dataframe(label="captions", interactive=True, visible=False, elem_id="captions", **columns)
+        columns: dict[str, Any] = {"headers": ["picture", "caption"], "datatype": ["str", "str"]}
+        columns |= {"column_widths": ["25%", "75%"], "column_count": 2, "static_columns": [0]}
+        columns |= {"type": "array", "wrap": True, "interactive": True, "visible": False}
+        self.table = gr.Dataframe(label="captions", elem_id="captions", **columns)
         self.save = gr.Button("Save captions", visible=False, elem_id="save-captions")
 
     @telling
