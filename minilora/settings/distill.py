@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from functools import partial
 
 from . import shared
 from .setting import ABOVE_0, AT_LEAST_1, SEED, ByBase, Settings, setting
@@ -14,6 +15,9 @@ ALL_LAYERS = (
     *("conv1", "conv2", "conv_shortcut", "downsamplers.0.conv", "upsamplers.0.conv"),
 )
 
+of_training = partial(setting, group=TRAINING)
+of_data = partial(setting, group=DATA)
+
 
 @dataclass(frozen=True)
 class DistillConfig(Settings):
@@ -25,32 +29,25 @@ class DistillConfig(Settings):
         "python -m minilora.apps.distill --objective smooth --output out/smooth",
     )
 
-    objective: str = setting(
+    objective: str = of_training(
         "lcm",
         "what is learnt: to draw in four steps (lcm), or that pictures change evenly with their noise (smooth)",
         choices=("lcm", "smooth"),
-        group=TRAINING,
         basic=True,
     )
-    data: str | None = setting(
-        None,
-        "folder of pictures with captions; if not given, the base draws them",
-        group=DATA,
-        metavar="FOLDER",
-        basic=True,
+    data: str | None = of_data(
+        None, "folder of pictures with captions; if not given, the base draws them", metavar="FOLDER", basic=True
     )
-    captions: str | None = setting(
+    captions: str | None = of_data(
         None,
         "file of the captions to draw, one a line; if not given, the bundled base's words",
-        group=DATA,
         metavar="FILE",
         basic=True,
     )
     model: str | None = shared.model()
-    train_steps: int | None = setting(
+    train_steps: int | None = of_training(
         None,
         "optimizer steps; if not given, 500 for lcm and 150 for smooth",
-        group=TRAINING,
         metavar="STEPS",
         basic=True,
         within=AT_LEAST_1,
@@ -59,38 +56,28 @@ class DistillConfig(Settings):
         None, "folder of the results; if not given, out/<objective>", group=OUTPUT, metavar="FOLDER", basic=True
     )
 
-    pictures: int = setting(
-        320, "number of pictures that the base draws to learn from", group=DATA, metavar="PICTURES", within=AT_LEAST_1
+    pictures: int = of_data(
+        320, "number of pictures that the base draws to learn from", metavar="PICTURES", within=AT_LEAST_1
     )
-    guidance: tuple[float, ...] = setting(
+    guidance: tuple[float, ...] = of_training(
         ByBase((5.0, 10.0), (2.5, 3.5)),
         "guidance that lcm learns to do without; pictures are drawn with the middle",
-        group=TRAINING,
         metavar="LOWEST,HIGHEST",
     )
-    skip: int | None = setting(
+    skip: int | None = of_training(
         None,
         "levels, of 50, that one step of lcm's teacher goes over; if not given, 1, and 5 on the bundled base",
-        group=TRAINING,
         metavar="LEVELS",
         within=AT_LEAST_1,
     )
-    weight: float | None = setting(
-        None,
-        "weight of the variation in the loss of smooth; if not given, 1",
-        group=TRAINING,
-        metavar="WEIGHT",
-        within=ABOVE_0,
+    weight: float | None = of_training(
+        None, "weight of the variation in the loss of smooth; if not given, 1", metavar="WEIGHT", within=ABOVE_0
     )
-    batch_size: int = setting(8, "pictures per optimizer step", group=TRAINING, metavar="PICTURES", within=AT_LEAST_1)
-    learning_rate: float = setting(
-        ByBase(1e-4, 1e-3),
-        "highest learning rate, from which it falls to 0",
-        group=TRAINING,
-        metavar="RATE",
-        within=ABOVE_0,
+    batch_size: int = of_training(8, "pictures per optimizer step", metavar="PICTURES", within=AT_LEAST_1)
+    learning_rate: float = of_training(
+        ByBase(1e-4, 1e-3), "highest learning rate, from which it falls to 0", metavar="RATE", within=ABOVE_0
     )
-    seed: int = setting(0, "seed of every random draw", group=TRAINING, metavar="SEED", within=SEED)
+    seed: int = of_training(0, "seed of every random draw", metavar="SEED", within=SEED)
     rank: int = setting(ByBase(64, 32), "rank of the LoRA", group=LORA, metavar="RANK", within=AT_LEAST_1)
     targets: tuple[str, ...] = setting(
         ALL_LAYERS, "layers to adapt, by the ends of their names; if not given, all kinds", group=LORA, metavar="LAYERS"

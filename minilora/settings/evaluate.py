@@ -1,10 +1,13 @@
 """The settings of minilora.apps.evaluate, declared once."""
 
 from dataclasses import dataclass
+from functools import partial
 
 from . import shared
 from .setting import Settings, setting
 from .shared import DATA, MODEL, OUTPUT
+
+of_data = partial(setting, group=DATA)
 
 
 @dataclass(frozen=True)
@@ -17,10 +20,9 @@ class EvaluateConfig(Settings):
         "python -m minilora.apps.evaluate out/pictures dataset/fluent --lora out/fluent",
     )
 
-    folders: tuple[str, ...] = setting(
+    folders: tuple[str, ...] = of_data(
         (),
         "folder of drawn pictures, and folder of real pictures with captions",
-        group=DATA,
         metavar="PICTURES REFERENCE",
         basic=True,
         bare=True,
@@ -42,12 +44,11 @@ class EvaluateConfig(Settings):
         basic=True,
     )
 
-    caption: str | None = setting(None, "caption of every picture of REFERENCE that has none", group=DATA)
-    features: str | None = setting(
+    caption: str | None = of_data(None, "caption of every picture of REFERENCE that has none")
+    features: str | None = of_data(
         None,
         "vision model whose features give distances as in publications, a folder or hub id: facebook/dinov2-base, "
         "openai/clip-vit-base-patch32",
-        group=DATA,
         metavar="MODEL",
     )
     precision: str = shared.precision()

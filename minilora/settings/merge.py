@@ -1,11 +1,15 @@
 """The settings of minilora.merge, and their checks."""
 
 from dataclasses import dataclass
+from functools import partial
 
 from .setting import AT_LEAST_1, Settings, Within, option, setting
 from .shared import MERGING, OTHER
 
 DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}  # of --dtype, as safetensors files call them
+
+of_merge = partial(setting, group=MERGING)
+of_other = partial(setting, group=OTHER)
 
 
 @dataclass(frozen=True)
@@ -18,55 +22,42 @@ class MergeConfig(Settings):
         "python -m minilora.merge --loras-only out/a:0.5 out/b --rank 16 \\\n      --output both.safetensors",
     )
 
-    files: tuple[str, ...] = setting(
+    files: tuple[str, ...] = of_merge(
         (),
         "base, a diffusers folder, hub id or .safetensors file, and LoRAs, each with a strength if it is not 1",
-        group=MERGING,
         metavar="BASE LORA[:STRENGTH] …",
         basic=True,
         bare=True,
     )
-    output: str | None = setting(
-        None, "file or folder to write, in the layout of the base", group=MERGING, metavar="OUT", basic=True
+    output: str | None = of_merge(None, "file or folder to write, in the layout of the base", metavar="OUT", basic=True)
+    overwrite: bool = of_merge(False, "replace what is at --output", basic=True)
+    allow_unmatched: bool = of_merge(False, "leave out keys of a LoRA that have no place in the base", basic=True)
+    undo: str | None = of_merge(
+        None, "also write a file with the original bytes of what changes, for --restore", metavar="FILE", basic=True
     )
-    overwrite: bool = setting(False, "replace what is at --output", group=MERGING, basic=True)
-    allow_unmatched: bool = setting(
-        False, "leave out keys of a LoRA that have no place in the base", group=MERGING, basic=True
+    dtype: str | None = of_merge(
+        None, "type of the numbers that are written, if it is not that of what was read", choices=tuple(DTYPES)
     )
-    undo: str | None = setting(
-        None,
-        "also write a file with the original bytes of what changes, for --restore",
-        group=MERGING,
-        metavar="FILE",
-        basic=True,
-    )
-    dtype: str | None = setting(
-        None,
-        "type of the numbers that are written, if it is not that of what was read",
-        group=MERGING,
-        choices=tuple(DTYPES),
-    )
-    float64: bool = setting(False, "compute in float64 instead of float32", group=MERGING)
+    float64: bool = of_merge(False, "compute in float64 instead of float32")
 
-    loras_only: bool = setting(
-        False, "merge LoRAs into one LoRA, without a base: LORA[:STRENGTH] …; one is converted or resized", group=OTHER
+    loras_only: bool = of_other(
+        False, "merge LoRAs into one LoRA, without a base: LORA[:STRENGTH] …; one is converted or resized"
     )
-    extract: bool = setting(False, "write the LoRA that leads from a base to a tuned one: BASE TUNED", group=OTHER)
-    restore: bool = setting(False, "write the base that was merged into: MERGED UNDO", group=OTHER)
-    rank: int | None = setting(
-        None, "rank of the LoRA that --loras-only or --extract writes", group=OTHER, metavar="RANK", within=AT_LEAST_1
+    extract: bool = of_other(False, "write the LoRA that leads from a base to a tuned one: BASE TUNED")
+    restore: bool = of_other(False, "write the base that was merged into: MERGED UNDO")
+    rank: int | None = of_other(
+        None, "rank of the LoRA that --loras-only or --extract writes", metavar="RANK", within=AT_LEAST_1
     )
-    energy: float | None = setting(
+    energy: float | None = of_other(
         None,
         "instead of --rank: share of each ΔW's sum of squares to keep, 0 to 1",
-        group=OTHER,
         metavar="SHARE",
         within=Within(0, 1, above=True),
     )
-    base: str | None = setting(
-        None, "base that names the modules for --loras-only, as --dialect kohya needs", group=OTHER, metavar="BASE"
+    base: str | None = of_other(
+        None, "base that names the modules for --loras-only, as --dialect kohya needs", metavar="BASE"
     )
-    dialect: str = setting("diffusers", "how a LoRA is written", choices=("diffusers", "kohya", "peft"), group=OTHER)
+    dialect: str = of_other("diffusers", "how a LoRA is written", choices=("diffusers", "kohya", "peft"))
 
     def problems(self) -> list[str]:
         chosen = [option(name) for name in ("loras_only", "extract", "restore") if getattr(self, name)]

@@ -1,11 +1,15 @@
 """The settings of minilora.apps.morph, declared once."""
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from . import shared
 from .setting import AT_LEAST_1, SHARE, Settings, Within, setting
 from .shared import LORA, OUTPUT, PICTURES, folder_for
+
+of_pictures = partial(setting, group=PICTURES)
+of_lora = partial(setting, group=LORA)
 
 
 @dataclass(frozen=True)
@@ -19,21 +23,16 @@ class MorphConfig(Settings):
         "      --frames 33 --output morph.webp",
     )
 
-    pictures: tuple[str, ...] = setting((), "the two pictures", group=PICTURES, metavar="A B", basic=True, bare=True)
-    prompt_a: str | None = setting(None, "what the first one shows", group=PICTURES, basic=True)
-    prompt_b: str | None = setting(None, "what the second one shows", group=PICTURES, basic=True)
-    frames: int = setting(
-        17,
-        "number of frames, the two pictures among them",
-        group=PICTURES,
-        metavar="FRAMES",
-        basic=True,
-        within=Within(2),
+    pictures: tuple[str, ...] = of_pictures((), "the two pictures", metavar="A B", basic=True, bare=True)
+    prompt_a: str | None = of_pictures(None, "what the first one shows", basic=True)
+    prompt_b: str | None = of_pictures(None, "what the second one shows", basic=True)
+    frames: int = of_pictures(
+        17, "number of frames, the two pictures among them", metavar="FRAMES", basic=True, within=Within(2)
     )
-    lora_a: str | None = setting(
-        None, "LoRA of the first picture; if not given, one is trained", group=LORA, metavar="LORA", basic=True
+    lora_a: str | None = of_lora(
+        None, "LoRA of the first picture; if not given, one is trained", metavar="LORA", basic=True
     )
-    lora_b: str | None = setting(None, "LoRA of the second picture, likewise", group=LORA, metavar="LORA", basic=True)
+    lora_b: str | None = of_lora(None, "LoRA of the second picture, likewise", metavar="LORA", basic=True)
     model: str | None = shared.model()
     output: str | None = setting(
         None,
@@ -43,26 +42,16 @@ class MorphConfig(Settings):
         basic=True,
     )
 
-    steps: int = setting(
-        50,
-        "DDIM steps from a picture to its noise, and as many back",
-        group=PICTURES,
-        metavar="STEPS",
-        within=AT_LEAST_1,
+    steps: int = of_pictures(
+        50, "DDIM steps from a picture to its noise, and as many back", metavar="STEPS", within=AT_LEAST_1
     )
-    attention: float = setting(
-        0.6,
-        "share of the steps, 0 to 1, in which self-attention is mixed",
-        group=PICTURES,
-        metavar="SHARE",
-        within=SHARE,
+    attention: float = of_pictures(
+        0.6, "share of the steps, 0 to 1, in which self-attention is mixed", metavar="SHARE", within=SHARE
     )
-    adain: bool = setting(True, "do not give the noise a mean and spread between those of the ends", group=PICTURES)
-    even: bool = setting(True, "do not space the frames so that they look equally far apart", group=PICTURES)
-    rank: int = setting(16, "rank of the LoRAs that are trained", group=LORA, metavar="RANK", within=AT_LEAST_1)
-    train_steps: int = setting(
-        200, "optimizer steps that each is trained for", group=LORA, metavar="STEPS", within=AT_LEAST_1
-    )
+    adain: bool = of_pictures(True, "do not give the noise a mean and spread between those of the ends")
+    even: bool = of_pictures(True, "do not space the frames so that they look equally far apart")
+    rank: int = of_lora(16, "rank of the LoRAs that are trained", metavar="RANK", within=AT_LEAST_1)
+    train_steps: int = of_lora(200, "optimizer steps that each is trained for", metavar="STEPS", within=AT_LEAST_1)
     precision: str = shared.precision()
 
     @property

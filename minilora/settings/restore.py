@@ -1,10 +1,14 @@
 """The settings of minilora.apps.restore, declared once."""
 
 from dataclasses import dataclass
+from functools import partial
 
 from . import shared
 from .setting import AT_LEAST_0, AT_LEAST_1, ByBase, Settings, setting
 from .shared import LORA, OUTPUT, PICTURES, folder_for
+
+of_pictures = partial(setting, group=PICTURES)
+of_lora = partial(setting, group=LORA)
 
 
 @dataclass(frozen=True)
@@ -17,41 +21,32 @@ class RestoreConfig(Settings):
         "python -m minilora.apps.restore photo.png --prompt 'red apple' \\\n      --edit 'green apple' --strength 0.5",
     )
 
-    picture: tuple[str, ...] = setting(
-        (), "picture to restore", group=PICTURES, metavar="PICTURE", basic=True, bare=True
+    picture: tuple[str, ...] = of_pictures((), "picture to restore", metavar="PICTURE", basic=True, bare=True)
+    prompt: str | None = of_pictures(None, "what it shows", basic=True)
+    edit: tuple[str, ...] = of_pictures(
+        (), "another prompt to draw from the picture's noise; may be repeated", repeat=True, basic=True
     )
-    prompt: str | None = setting(None, "what it shows", group=PICTURES, basic=True)
-    edit: tuple[str, ...] = setting(
-        (), "another prompt to draw from the picture's noise; may be repeated", repeat=True, group=PICTURES, basic=True
+    strength: float = of_pictures(
+        0.4, "strength of the LoRA for --edit", metavar="STRENGTH", basic=True, within=AT_LEAST_0
     )
-    strength: float = setting(
-        0.4, "strength of the LoRA for --edit", group=PICTURES, metavar="STRENGTH", basic=True, within=AT_LEAST_0
-    )
-    lora: str | None = setting(
-        None, "LoRA of this picture; if not given, one is trained", group=LORA, metavar="LORA", basic=True
-    )
+    lora: str | None = of_lora(None, "LoRA of this picture; if not given, one is trained", metavar="LORA", basic=True)
     model: str | None = shared.model()
     output: str | None = setting(
         None, "folder of the results; if not given, out/restore-<name>", group=OUTPUT, metavar="FOLDER", basic=True
     )
 
-    guidance: float = setting(
+    guidance: float = of_pictures(
         ByBase(4.0, 1.5),
         "classifier-free guidance of --edit, at least 1; 1 is without",
-        group=PICTURES,
         metavar="FACTOR",
         within=AT_LEAST_1,
     )
-    steps: int = setting(
-        50,
-        "DDIM steps from the picture to its noise, and as many back",
-        group=PICTURES,
-        metavar="STEPS",
-        within=AT_LEAST_1,
+    steps: int = of_pictures(
+        50, "DDIM steps from the picture to its noise, and as many back", metavar="STEPS", within=AT_LEAST_1
     )
-    rank: int = setting(16, "rank of the LoRA that is trained", group=LORA, metavar="RANK", within=AT_LEAST_1)
-    train_steps: int = setting(
-        ByBase(500, 400), "optimizer steps that it is trained for", group=LORA, metavar="STEPS", within=AT_LEAST_1
+    rank: int = of_lora(16, "rank of the LoRA that is trained", metavar="RANK", within=AT_LEAST_1)
+    train_steps: int = of_lora(
+        ByBase(500, 400), "optimizer steps that it is trained for", metavar="STEPS", within=AT_LEAST_1
     )
     precision: str = shared.precision()
 

@@ -1,10 +1,13 @@
 """The settings of minilora.apps.restyle, declared once."""
 
 from dataclasses import dataclass
+from functools import partial
 
 from . import shared
 from .setting import AT_LEAST_1, ByBase, Settings, Within, setting
 from .shared import DATA, OUTPUT, PICTURES, folder_for
+
+of_pictures = partial(setting, group=PICTURES)
 
 
 @dataclass(frozen=True)
@@ -22,10 +25,9 @@ class RestyleConfig(Settings):
     )
     prompt: str | None = setting(None, "what they show, for those without a caption", group=DATA, basic=True)
     lora: tuple[str, ...] = shared.lora()
-    strength: float = setting(
+    strength: float = of_pictures(
         0.5,
         "how much of a picture is drawn anew: above 0, up to 1 for all of it",
-        group=PICTURES,
         metavar="SHARE",
         basic=True,
         within=Within(0, 1, above=True),
@@ -35,33 +37,25 @@ class RestyleConfig(Settings):
         None, "folder of the results; if not given, out/restyle-<name>", group=OUTPUT, metavar="FOLDER", basic=True
     )
 
-    strengths: tuple[float, ...] = setting(
+    strengths: tuple[float, ...] = of_pictures(
         (1.0,),
         "compare strengths of the LoRAs, one row each: 0,0.5,1 multiplies those of --lora by these",
-        group=PICTURES,
         metavar="FACTOR,…",
     )
-    steps: int = setting(
+    steps: int = of_pictures(
         ByBase(50, 30),
         "denoising steps at --strength 1; at 0.5 half of them are taken",
-        group=PICTURES,
         metavar="STEPS",
         within=AT_LEAST_1,
     )
     guidance: float = shared.guidance(ByBase(7.5, 2.0))
-    negative: str = setting("", "what to keep out of the pictures (negative prompt)", group=PICTURES)
+    negative: str = of_pictures("", "what to keep out of the pictures (negative prompt)")
     seed: int = shared.seed()
-    controlnet: str | None = setting(
-        None,
-        "ControlNet for Canny edges, which keeps a picture's edges: a diffusers folder",
-        group=PICTURES,
-        metavar="FOLDER",
+    controlnet: str | None = of_pictures(
+        None, "ControlNet for Canny edges, which keeps a picture's edges: a diffusers folder", metavar="FOLDER"
     )
-    style: str | None = setting(
-        None,
-        "folder of pictures in the style, to measure how much of it the results have",
-        group=PICTURES,
-        metavar="FOLDER",
+    style: str | None = of_pictures(
+        None, "folder of pictures in the style, to measure how much of it the results have", metavar="FOLDER"
     )
     precision: str = shared.precision()
 

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from . import shared
@@ -16,6 +17,9 @@ SAMPLERS = {  # the class of diffusers behind each
     "lcm": "LCMScheduler",
 }
 
+of_pictures = partial(setting, group=PICTURES)
+of_base = partial(setting, group=MODEL)
+
 
 @dataclass(frozen=True)
 class SampleConfig(Settings):
@@ -28,61 +32,47 @@ class SampleConfig(Settings):
         "      --model stable-diffusion-v1-5/stable-diffusion-v1-5 --size 512x768",
     )
 
-    prompt: tuple[str, ...] = setting((), "what to draw; may be repeated", repeat=True, group=PICTURES, basic=True)
-    negative: str = setting("", "what to keep out of the pictures (negative prompt)", group=PICTURES, basic=True)
+    prompt: tuple[str, ...] = of_pictures((), "what to draw; may be repeated", repeat=True, basic=True)
+    negative: str = of_pictures("", "what to keep out of the pictures (negative prompt)", basic=True)
     seed: int = shared.seed(basic=True)
-    count: int = setting(
-        1, "number of pictures per prompt", group=PICTURES, metavar="PICTURES", basic=True, within=AT_LEAST_1
-    )
-    size: tuple[int, ...] | None = setting(
+    count: int = of_pictures(1, "number of pictures per prompt", metavar="PICTURES", basic=True, within=AT_LEAST_1)
+    size: tuple[int, ...] | None = of_pictures(
         None,
         "width and height of the pictures in pixels; one number is a square; if not given, the base's own",
-        group=PICTURES,
         metavar="WIDTHxHEIGHT",
         separator="x",
         basic=True,
         within=AT_LEAST_1,
     )
-    steps: int = setting(
-        ByBase(30, 20), "denoising steps", group=PICTURES, metavar="STEPS", basic=True, within=AT_LEAST_1
-    )
+    steps: int = of_pictures(ByBase(30, 20), "denoising steps", metavar="STEPS", basic=True, within=AT_LEAST_1)
     guidance: float = shared.guidance(ByBase(7.5, 2.0), basic=True)
-    scheduler: str = setting("ddim", "sampler", choices=tuple(SAMPLERS), group=PICTURES)
+    scheduler: str = of_pictures("ddim", "sampler", choices=tuple(SAMPLERS))
     zero_terminal_snr: bool = shared.zero_terminal_snr(group=PICTURES)
-    image: str | None = setting(
-        None,
-        "picture to paint in, for an inpainting base",
-        group=PICTURES,
-        metavar="FILE",
-        needs=("mask", "where it is painted anew"),
+    image: str | None = of_pictures(
+        None, "picture to paint in, for an inpainting base", metavar="FILE", needs=("mask", "where it is painted anew")
     )
-    mask: str | None = setting(
+    mask: str | None = of_pictures(
         None,
         "picture that is white where --image is to be painted anew",
-        group=PICTURES,
         metavar="FILE",
         needs=("image", "the picture that is painted in"),
     )
 
     model: str | None = shared.model()
     lora: tuple[str, ...] = shared.lora()
-    allow_unmatched: bool = setting(
-        False, "leave out keys and learnt words of a LoRA that have no place in the base", group=MODEL
-    )
+    allow_unmatched: bool = of_base(False, "leave out keys and learnt words of a LoRA that have no place in the base")
     model_config: str | None = shared.model_config()
     vae: str | None = shared.vae()
     prediction_type: str | None = shared.prediction_type()
-    strengths: tuple[float, ...] = setting(
+    strengths: tuple[float, ...] = of_base(
         (),
         "compare strengths of the LoRAs, one column each: --strengths=-1,0,1 multiplies those of --lora by these",
-        group=MODEL,
         metavar="FACTOR,…",
         needs=("lora", "whose strength they change"),
     )
-    grid: tuple[float, ...] = setting(
+    grid: tuple[float, ...] = of_base(
         (),
         "compare mixtures of two LoRAs: one row for each factor of the first, one column for each of the second",
-        group=MODEL,
         metavar="FACTOR,…",
     )
     precision: str = shared.precision()

@@ -7,38 +7,38 @@ from . import shared
 from .setting import ABOVE_0, AT_LEAST_0, Settings, setting
 from .shared import NOISE
 
-_setting = partial(setting, group=NOISE)
+of_loss = partial(setting, group=NOISE)
 
 
 @dataclass(frozen=True)
 class LossSettings(Settings):
     """What is noised how, and what an error counts."""
 
-    snr_gamma: float | None = _setting(
+    snr_gamma: float | None = of_loss(
         None,
         "min-SNR: cap of the signal-to-noise ratio in the loss's weight; 5 is common",
         metavar="GAMMA",
         within=ABOVE_0,
     )
-    huber_c: float | None = _setting(
+    huber_c: float | None = of_loss(
         None,
         "Huber loss: errors above this count linearly, not squared; 0.1 is common",
         metavar="ERROR",
         within=ABOVE_0,
     )
-    dream: float | None = _setting(
+    dream: float | None = of_loss(
         None,
         "DREAM: also train on the U-Net's own errors, with this power for details; 1 is common",
         metavar="POWER",
         within=AT_LEAST_0,
     )
-    noise_offset: float = _setting(
+    noise_offset: float = of_loss(
         0.0,
         "strength of a constant that is added to the noise of each picture and channel; 0.05 is common",
         metavar="STRENGTH",
         within=AT_LEAST_0,
     )
-    timestep_range: tuple[int, ...] | None = _setting(
+    timestep_range: tuple[int, ...] | None = of_loss(
         None, "timesteps to train on, the first and one above the last: 0,500; if not given, all", metavar="FROM,TO"
     )
     zero_terminal_snr: bool = shared.zero_terminal_snr(group=NOISE)

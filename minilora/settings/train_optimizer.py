@@ -6,75 +6,77 @@ from functools import partial
 from .setting import ABOVE_0, AT_LEAST_0, AT_LEAST_1, SEED, ByBase, Settings, Within, is_installed, option, setting
 from .shared import TEXT_ENCODERS, TRAINING
 
-_setting = partial(setting, group=TRAINING)
+of_optimizer = partial(setting, group=TRAINING)
 
 
 @dataclass(frozen=True)
 class OptimizerSettings(Settings):
     """How the weights follow the gradient."""
 
-    steps: int = _setting(ByBase(1000, 400), "optimizer steps in all", metavar="STEPS", basic=True, within=AT_LEAST_1)
-    epochs: int | None = _setting(
+    steps: int = of_optimizer(
+        ByBase(1000, 400), "optimizer steps in all", metavar="STEPS", basic=True, within=AT_LEAST_1
+    )
+    epochs: int | None = of_optimizer(
         None, "instead of --steps: how often each picture is seen", metavar="N", within=AT_LEAST_1, in_identity=False
     )
-    batch_size: int = _setting(
+    batch_size: int = of_optimizer(
         ByBase(1, 8),
         "pictures per optimizer step, over all processes",
         metavar="PICTURES",
         basic=True,
         within=AT_LEAST_1,
     )
-    learning_rate: float = _setting(
+    learning_rate: float = of_optimizer(
         ByBase(1e-4, 2e-3), "highest learning rate of AdamW", metavar="RATE", basic=True, within=ABOVE_0
     )
-    text_encoder_learning_rate: float | None = _setting(
+    text_encoder_learning_rate: float | None = of_optimizer(
         None,
         "highest learning rate of the text encoders; if not given, the same",
         metavar="RATE",
         needs=TEXT_ENCODERS,
         within=ABOVE_0,
     )
-    lr_schedule: str = _setting(
+    lr_schedule: str = of_optimizer(
         "constant",
         "learning rate after the warm-up, by diffusers' names",
         choices=("constant", "linear", "cosine", "cosine_with_restarts", "polynomial"),
     )
-    lr_cycles: int = _setting(1, "number of cosines of cosine_with_restarts", metavar="N", within=AT_LEAST_1)
-    lr_power: float = _setting(1.0, "power of polynomial; 1 is linear", metavar="POWER", within=ABOVE_0)
-    warmup_steps: int = _setting(
+    lr_cycles: int = of_optimizer(1, "number of cosines of cosine_with_restarts", metavar="N", within=AT_LEAST_1)
+    lr_power: float = of_optimizer(1.0, "power of polynomial; 1 is linear", metavar="POWER", within=ABOVE_0)
+    warmup_steps: int = of_optimizer(
         0, "optimizer steps over which the learning rate rises from 0", metavar="STEPS", within=AT_LEAST_0
     )
-    optimizer: str = _setting(
+    optimizer: str = of_optimizer(
         "adamw",
         "adamw8bit keeps its state in 8 bits, and needs the package bitsandbytes",
         choices=("adamw", "adamw8bit"),
     )
-    weight_decay: float = _setting(0.01, "weight decay of AdamW", metavar="DECAY", within=AT_LEAST_0)
-    adam_betas: tuple[float, ...] = _setting(
+    weight_decay: float = of_optimizer(0.01, "weight decay of AdamW", metavar="DECAY", within=AT_LEAST_0)
+    adam_betas: tuple[float, ...] = of_optimizer(
         (0.9, 0.999), "decays of AdamW's two averages, each below 1", metavar="BETA1,BETA2"
     )
-    adam_epsilon: float = _setting(1e-8, "what AdamW adds to its denominator", metavar="EPSILON", within=ABOVE_0)
-    max_grad_norm: float = _setting(1.0, "gradients are clipped to this norm", metavar="NORM", within=ABOVE_0)
-    dropout: float = _setting(
+    adam_epsilon: float = of_optimizer(1e-8, "what AdamW adds to its denominator", metavar="EPSILON", within=ABOVE_0)
+    max_grad_norm: float = of_optimizer(1.0, "gradients are clipped to this norm", metavar="NORM", within=ABOVE_0)
+    dropout: float = of_optimizer(
         0.0,
         "share of each adapter's inputs, below 1, that is set to 0 at random",
         metavar="SHARE",
         within=Within(0, 0.99),
     )
-    ema: float | None = _setting(
+    ema: float | None = of_optimizer(
         None,
         "also write a moving average of the LoRA over the steps, with this decay; 0.999 is common",
         metavar="DECAY",
         within=Within(0, 1, above=True),
     )
-    ema_device: str | None = _setting(
+    ema_device: str | None = of_optimizer(
         None,
         "where the average is kept: cpu spares a GPU's memory; if not given, where the training is",
         choices=("cpu",),
         needs=("ema", "which keeps the average"),
         in_identity=False,
     )
-    seed: int = _setting(0, "seed of every random draw", metavar="SEED", within=SEED)
+    seed: int = of_optimizer(0, "seed of every random draw", metavar="SEED", within=SEED)
 
     def problems(self) -> list[str]:
         wrong = super().problems()
