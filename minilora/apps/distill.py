@@ -43,7 +43,7 @@ def distill(config: DistillConfig) -> dict[str, float] | None:
         settings = TrainConfig(
             data=(str(folder),),
             caption_dropout=0.0,  # only the teacher, which does not learn, is run without a caption
-            model=config.model,
+            **config.base_settings(),
             rank=config.rank,
             targets=config.targets,
             steps=config.train_steps,
@@ -59,7 +59,7 @@ def distill(config: DistillConfig) -> dict[str, float] | None:
         lora = train(settings, objective_of(config))
     if not ranks.is_main:
         return None
-    base = Base(config.model, ranks.device, config.precision)
+    base = Base.of(config, ranks.device, config.precision)
     load_lora(base.unet, lora)
     measure = few_steps if config.objective == "lcm" else smoothness
     figures, picture = measure(base, held_out, Path(folder), config)

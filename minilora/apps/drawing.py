@@ -52,9 +52,9 @@ def draw_pictures(config, captions: Sequence[str], folder: Path, ranks: Ranks) -
     chosen = [captions[draws.picture_at(config.seed, p, len(captions))] for p in range(config.pictures)]
     files = [folder / f"{position:05d}.png" for position in range(config.pictures)]
     steps = SampleConfig(prompt=(*captions[:1],), model=config.model).steps
-    base = Base(config.model, ranks.device, config.precision)
+    base = Base.of(config, ranks.device, config.precision)
     base.refuse_inpainting()
-    settings = [config.model, base.precision, config.seed, config.middle_guidance, steps, chosen]
+    settings = [*config.base_settings().values(), base.precision, config.seed, config.middle_guidance, steps, chosen]
     about, said = folder / "drawn.json", json.dumps(settings) + "\n"
     other = not about.exists() or about.read_text() != said
     wait_for_all()

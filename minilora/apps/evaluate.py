@@ -67,7 +67,7 @@ SHOWN = 8  # pictures on the sheet, with their nearest
 
 def evaluate(config: EvaluateConfig) -> dict[str, float]:
     """Compare the pictures of two folders, write a sheet of nearest ones, and return the figures."""
-    base = Base(config.model, this_device(), config.precision)
+    base = Base.of(config, this_device(), config.precision)
     base.refuse_inpainting()
     items, reference = (
         read_folder(folder, TrainConfig(data=(folder,), caption=caption), "evaluate")

@@ -73,12 +73,12 @@ def morph(config: MorphConfig) -> dict[str, float]:
     if output.suffix:
         animation_format(output)  # before the work, not after it
     paths, prompts = [Path(name) for name in config.pictures], [config.prompt_a, config.prompt_b]
-    pictures = [see(path, config.model) for path in paths]
+    pictures = [see(path, config) for path in paths]
     loras = [
         given or learn(path, prompt, config.folder / f"lora-{name}", config)
         for path, prompt, name, given in zip(paths, prompts, "ab", (config.lora_a, config.lora_b), strict=True)
     ]
-    base = Base(config.model, this_device(), config.precision)
+    base = Base.of(config, this_device(), config.precision)
     base.refuse_inpainting()
     for name, lora in zip("ab", loras, strict=True):
         load_lora(base.unet, lora, name)

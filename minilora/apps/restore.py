@@ -40,9 +40,9 @@ from .report import write_figures
 def restore(config: RestoreConfig) -> dict[str, float]:
     """Restore a picture with and without a LoRA of it, draw the edits, and return the figures."""
     path, output = Path(config.picture[0]), Path(config.output)
-    picture = see(path, config.model)
+    picture = see(path, config)
     lora = config.lora or learn(path, config.prompt, output / "lora", config)
-    base = Base(config.model, this_device(), config.precision)
+    base = Base.of(config, this_device(), config.precision)
     base.refuse_inpainting()
     load_lora(base.unet, lora)
 
@@ -75,13 +75,13 @@ def restore(config: RestoreConfig) -> dict[str, float]:
     return figures
 
 
-def see(path: Path, model: str | None) -> torch.Tensor:
+def see(path: Path, config) -> torch.Tensor:
     """Return a picture as training sees it, (3, side, side) in [-1, 1]; UserError if it cannot be opened."""
     try:
         picture = open_picture(path)
     except NO_PICTURE as error:
         raise UserError(f"{path}: it cannot be opened as a picture ({error})") from error
-    return as_tensor(crop_square(picture, Base(model, torch.device("cpu")).resolution))
+    return as_tensor(crop_square(picture, Base.of(config, torch.device("cpu")).resolution))
 
 
 def learn(path: Path, prompt: str, output: Path, config) -> Path:
@@ -93,11 +93,11 @@ def learn(path: Path, prompt: str, output: Path, config) -> Path:
         data=(str(path),),
         caption=prompt,
         caption_dropout=0.0,  # guidance is low here, so the empty prompt hardly matters
-        model=config.model,
+        **config.base_settings(),
         rank=config.rank,
         steps=config.train_steps,
         checkpoint_every=config.train_steps,  # one at the end; it knows the picture, so --resume notices another one
-        precision=Base(config.model, this_device(), config.precision).precision,  # as config.json has it
+        precision=Base.of(config, this_device(), config.precision).precision,  # as config.json has it
         output=str(output),
     )
     about = output / "config.json"

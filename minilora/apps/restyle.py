@@ -52,7 +52,7 @@ def restyle(config: RestyleConfig) -> dict[str, float]:
     """Draw pictures again at each strength of the LoRAs, write them, and return the figures."""
     output, [data] = Path(config.output), config.data
     items = read_pictures(data, config.prompt, "")
-    base = Base(config.model, this_device(), config.precision)
+    base = Base.of(config, this_device(), config.precision)
     base.refuse_inpainting()
     strengths = load_loras(base, config.lora)
     draw_again = pipeline_for(base, config)

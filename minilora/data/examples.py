@@ -49,7 +49,7 @@ class Batch:
     kept: Conditioning | None = None  # with --preserve: where the base's prediction is kept
 
 
-_CROP = 2  # raise this number when open_picture or crop give other pixels than before
+_CROP = 3  # raise this number when open_picture or crop give other pixels than before
 _MASK = 1  # likewise, for `mask`
 
 

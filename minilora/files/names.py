@@ -106,6 +106,23 @@ def diffusers_unet_paths(originals: Iterable[str]) -> dict[str, str]:
     return {path: ours for path in originals if (ours := _renamed(path, renaming))}
 
 
+# That of Stable Diffusion 1, 2 and XL, which have two layers in a block.  (XL has a block less.)
+_USUAL = {theirs: ours for ours, theirs in _unet_pairs(4, 2)}
+
+
+def full_name_of_dotted(name: str) -> str | None:
+    """Return the full name of a module by a dotted name of ComfyUI or OneTrainer; None if it is none.
+
+    Such a name is enough without a base, because the bases that these programs know have blocks of two layers.
+    """
+    for component, clips in _COMFY.items():
+        for clip in clips:
+            if name.startswith(start := f"text_encoders.{clip}.transformer."):
+                return full_name(component, name.removeprefix(start))
+    path = _renamed(re.sub(r"^(model\.)?diffusion_model\.|^unet\.", "", name), _USUAL)
+    return f"{UNET}.{path}" if path else None
+
+
 # ------------------------------------------------------------------------- text encoders: original -> diffusers
 
 

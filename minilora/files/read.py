@@ -37,6 +37,7 @@ from .names import (
     UNET,
     Modules,
     full_name,
+    full_name_of_dotted,
     known_by,
     last_layer,
     numbered,
@@ -324,6 +325,8 @@ def _spelt_out(name: str) -> set[str]:
     component, path = split(name)
     if component in ("down_blocks", "mid_block", "up_blocks"):  # bare, but only a U-Net has them
         component, path = UNET, name
+    if original := full_name_of_dotted(name):
+        return {original}
     if component not in COMPONENTS:
         return set()
     path = re.sub(r"\.to_out$", ".to_out.0", path.removeprefix("base_model.model.").replace(".processor.", "."))

@@ -110,7 +110,7 @@ class Base:
 
     @classmethod
     def of(cls, config, device: torch.device, precision: str = "fp32", loras: Sequence[str] = ()) -> "Base":
-        """Return the base that the settings of train.py or sample.py name."""
+        """Return the base that the settings of a command name."""
         names = config.model_config, config.zero_terminal_snr, loras, config.prediction_type, config.vae
         return cls(config.model, device, precision, *names)
 

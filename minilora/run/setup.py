@@ -60,9 +60,7 @@ class Run:
 
     def drawing(self, prompts: tuple[str, ...]) -> SampleConfig:
         """Return the settings to draw these prompts as sample.py does by default."""
-        config = self.config
-        same = "model", "model_config", "vae", "prediction_type", "zero_terminal_snr", "seed"
-        return SampleConfig(prompt=prompts, **{name: getattr(config, name) for name in same})
+        return SampleConfig(prompt=prompts, seed=self.config.seed, **self.config.base_settings())
 
     def as_drawn(self) -> AbstractContextManager:
         """Return the context to draw pictures in: with --sample-average the network has the average as its LoRA."""

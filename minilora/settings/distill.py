@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from . import shared
-from .setting import ABOVE_0, AT_LEAST_1, SEED, ByBase, Settings, setting
+from .setting import ABOVE_0, AT_LEAST_1, SEED, ByBase, setting
 from .shared import DATA, LORA, OUTPUT, TRAINING
 
 # Another objective needs more than the attention layers, so all kinds of layers are adapted.
@@ -20,7 +20,7 @@ of_data = partial(setting, group=DATA)
 
 
 @dataclass(frozen=True)
-class DistillConfig(Settings):
+class DistillConfig(shared.BaseSettings):
     """Every setting of minilora.apps.distill."""
 
     usage = ""

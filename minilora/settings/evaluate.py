@@ -4,14 +4,14 @@ from dataclasses import dataclass
 from functools import partial
 
 from . import shared
-from .setting import Settings, setting
+from .setting import setting
 from .shared import DATA, MODEL, OUTPUT
 
 of_data = partial(setting, group=DATA)
 
 
 @dataclass(frozen=True)
-class EvaluateConfig(Settings):
+class EvaluateConfig(shared.BaseSettings):
     """Every setting of minilora.apps.evaluate."""
 
     usage = "PICTURES REFERENCE"

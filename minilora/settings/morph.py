@@ -5,7 +5,7 @@ from functools import partial
 from pathlib import Path
 
 from . import shared
-from .setting import AT_LEAST_1, SHARE, Settings, Within, setting
+from .setting import AT_LEAST_1, SHARE, Within, setting
 from .shared import LORA, OUTPUT, PICTURES, folder_for
 
 of_pictures = partial(setting, group=PICTURES)
@@ -13,7 +13,7 @@ of_lora = partial(setting, group=LORA)
 
 
 @dataclass(frozen=True)
-class MorphConfig(Settings):
+class MorphConfig(shared.BaseSettings):
     """Every setting of minilora.apps.morph."""
 
     usage = "A B --prompt-a TEXT --prompt-b TEXT"

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from . import shared
-from .setting import AT_LEAST_0, AT_LEAST_1, ByBase, Settings, setting
+from .setting import AT_LEAST_0, AT_LEAST_1, ByBase, setting
 from .shared import LORA, OUTPUT, PICTURES, folder_for
 
 of_pictures = partial(setting, group=PICTURES)
@@ -12,7 +12,7 @@ of_lora = partial(setting, group=LORA)
 
 
 @dataclass(frozen=True)
-class RestoreConfig(Settings):
+class RestoreConfig(shared.BaseSettings):
     """Every setting of minilora.apps.restore."""
 
     usage = "PICTURE --prompt TEXT"

@@ -4,14 +4,14 @@ from dataclasses import dataclass
 from functools import partial
 
 from . import shared
-from .setting import AT_LEAST_1, ByBase, Settings, Within, setting
+from .setting import AT_LEAST_1, ByBase, Within, setting
 from .shared import DATA, OUTPUT, PICTURES, folder_for
 
 of_pictures = partial(setting, group=PICTURES)
 
 
 @dataclass(frozen=True)
-class RestyleConfig(Settings):
+class RestyleConfig(shared.BaseSettings):
     """Every setting of minilora.apps.restyle."""
 
     usage = "PICTURE --lora LORA"

@@ -6,7 +6,7 @@ from functools import partial
 from pathlib import Path
 
 from . import shared
-from .setting import AT_LEAST_1, ByBase, Settings, as_typed, setting
+from .setting import AT_LEAST_1, ByBase, as_typed, setting
 from .shared import MODEL, OUTPUT, PICTURES
 
 SAMPLERS = {  # the class of diffusers behind each
@@ -22,7 +22,7 @@ of_base = partial(setting, group=MODEL)
 
 
 @dataclass(frozen=True)
-class SampleConfig(Settings):
+class SampleConfig(shared.BaseSettings):
     """Every setting of sample.py."""
 
     usage = "--prompt TEXT"
@@ -47,7 +47,6 @@ class SampleConfig(Settings):
     steps: int = of_pictures(ByBase(30, 20), "denoising steps", metavar="STEPS", basic=True, within=AT_LEAST_1)
     guidance: float = shared.guidance(ByBase(7.5, 2.0), basic=True)
     scheduler: str = of_pictures("ddim", "sampler", choices=tuple(SAMPLERS))
-    zero_terminal_snr: bool = shared.zero_terminal_snr(group=PICTURES)
     image: str | None = of_pictures(
         None, "picture to paint in, for an inpainting base", metavar="FILE", needs=("mask", "where it is painted anew")
     )
@@ -61,9 +60,6 @@ class SampleConfig(Settings):
     model: str | None = shared.model()
     lora: tuple[str, ...] = shared.lora()
     allow_unmatched: bool = of_base(False, "leave out keys and learnt words of a LoRA that have no place in the base")
-    model_config: str | None = shared.model_config()
-    vae: str | None = shared.vae()
-    prediction_type: str | None = shared.prediction_type()
     strengths: tuple[float, ...] = of_base(
         (),
         "compare strengths of the LoRAs, one column each: --strengths=-1,0,1 multiplies those of --lora by these",

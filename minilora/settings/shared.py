@@ -1,13 +1,15 @@
 """What the settings of several commands have in common: their groups, and those settings that several have."""
 
+import dataclasses
 import math
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 from .errors import UserError
-from .setting import AT_LEAST_1, SEED, setting
+from .setting import AT_LEAST_1, SEED, Settings, setting
 
 TEXT_ATTENTION = ("q_proj", "k_proj", "v_proj", "out_proj")  # those of CLIP's text encoders
 DATA, VALIDATION, CLASS_PICTURES = "data", "validation", "class pictures (DreamBooth)"
@@ -27,30 +29,6 @@ model = partial(
     group=MODEL,
     metavar="BASE",
     basic=True,
-)
-model_config = partial(
-    setting,
-    None,
-    "diffusers folder or hub id with the settings and the tokenizer that a --model in one file lacks",
-    group=MODEL,
-    metavar="FOLDER",
-)
-vae = partial(
-    setting,
-    None,
-    "VAE to use instead of the base's own: folder or hub id of a VAE or a base, or a .safetensors file of either",
-    group=MODEL,
-    metavar="VAE",
-)
-prediction_type = partial(
-    setting,
-    None,
-    "what the U-Net predicts, where neither the base's settings nor a mark in its file say it right",
-    choices=("epsilon", "v_prediction"),
-    group=MODEL,
-)
-zero_terminal_snr = partial(
-    setting, False, "change the base's noise levels so that the last one is pure noise; for bases that predict v"
 )
 lora = partial(
     setting,
@@ -86,6 +64,42 @@ precision = partial(
 compile_unet = partial(
     setting, False, "compile the U-Net: the first step takes minutes, each later one is faster", group=SPEED
 )
+
+
+@dataclass(frozen=True, kw_only=True)
+class BaseSettings(Settings):
+    """What the commands that load a base have in common, besides its name, --model."""
+
+    model_config: str | None = setting(
+        None,
+        "diffusers folder or hub id with the settings and the tokenizer that a --model in one file lacks",
+        group=MODEL,
+        metavar="FOLDER",
+        in_identity=False,
+    )
+    vae: str | None = setting(
+        None,
+        "VAE to use instead of the base's own: folder or hub id of a VAE or a base, or a .safetensors file of either",
+        group=MODEL,
+        metavar="VAE",
+        in_identity=False,
+    )
+    prediction_type: str | None = setting(
+        None,
+        "what the U-Net predicts, where neither the base's settings nor a mark in its file say it right",
+        choices=("epsilon", "v_prediction"),
+        group=MODEL,
+        in_identity=False,
+    )
+    zero_terminal_snr: bool = setting(
+        False,
+        "change the base's noise levels so that the last one is pure noise; for bases that predict v",
+        group=MODEL,
+    )
+
+    def base_settings(self) -> dict:
+        """Return the settings that say which base it is, as other commands take them."""
+        return {name: getattr(self, name) for name in ("model", *(f.name for f in dataclasses.fields(BaseSettings)))}
 
 
 def path_and_number(text: str, what: str = "the strength") -> tuple[str, float]:

@@ -6,7 +6,7 @@ from functools import partial
 from typing import Any
 
 from . import shared
-from .setting import ABOVE_0, AT_LEAST_1, Settings, option, setting
+from .setting import ABOVE_0, AT_LEAST_1, option, setting
 from .shared import MODEL, TEXT_ATTENTION, TEXT_ENCODERS
 
 of_base = partial(setting, group=MODEL, in_identity=False)  # of the base, its content counts
@@ -14,13 +14,10 @@ of_lora = partial(setting, group=MODEL)
 
 
 @dataclass(frozen=True)
-class LoraSettings(Settings):
+class LoraSettings(shared.BaseSettings):
     """What the LoRA is trained on top of, and where it sits."""
 
     model: str | None = shared.model(in_identity=False)
-    model_config: str | None = shared.model_config(in_identity=False)
-    vae: str | None = shared.vae(in_identity=False)
-    prediction_type: str | None = shared.prediction_type(in_identity=False)
     base_lora: tuple[str, ...] = of_base(
         (),
         "LoRA to merge into the base before training; with a strength: out/fluent:0.8; may be repeated",

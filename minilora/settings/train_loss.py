@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 from functools import partial
 
-from . import shared
 from .setting import ABOVE_0, AT_LEAST_0, Settings, setting
 from .shared import NOISE
 
@@ -41,7 +40,6 @@ class LossSettings(Settings):
     timestep_range: tuple[int, ...] | None = of_loss(
         None, "timesteps to train on, the first and one above the last: 0,500; if not given, all", metavar="FROM,TO"
     )
-    zero_terminal_snr: bool = shared.zero_terminal_snr(group=NOISE)
 
     def problems(self) -> list[str]:
         wrong, range_ = super().problems(), self.timestep_range

@@ -8,15 +8,20 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import make_picture
-from helpers import CPU
+from helpers import CPU, random_lora, write_single_file
 from PIL import Image
 
 from minilora import inject_lora, lora_parameters, set_lora_strength
 from minilora.apps import morph as morphing
 from minilora.apps.ddim import Levels, ddim_draw, ddim_invert, guided
+from minilora.apps.distill import DistillConfig, distill
+from minilora.apps.evaluate import EvaluateConfig, evaluate
 from minilora.apps.morph import MorphConfig, between, distances, draw_frames, loras_between, morph, slerp, way
 from minilora.apps.restore import RestoreConfig, learn, psnr, restore, see
+from minilora.apps.restyle import RestyleConfig, restyle
+from minilora.files.layout import Checkpoint
 from minilora.files.network import save_lora
+from minilora.files.write import write_lora
 from minilora.models.base import Base
 from minilora.sampling import merged_at
 from minilora.settings.command_line import read
@@ -53,7 +58,7 @@ def config(tiny_base, two_pictures, tmp_path, monkeypatch) -> MorphConfig:
 @pytest.fixture
 def parts(base, config):
     """Return what `way` takes: levels, the pictures, their texts."""
-    pictures = [see(Path(name), config.model) for name in config.pictures]
+    pictures = [see(Path(name), config) for name in config.pictures]
     texts = [base.encode_text(prompt) for prompt in (config.prompt_a, config.prompt_b)]
     return Levels.of(base.scheduler, config.steps, CPU), pictures, texts
 
@@ -264,3 +269,42 @@ def test_each_frame_of_a_batch_has_its_own_mixture_of_the_loras(tiny_unet):
             alone = tiny_unet(x[number : number + 1], t, text[number : number + 1]).sample
             # A batch of three and one of one differ by the order of sums.
             torch.testing.assert_close(together[number : number + 1], alone, rtol=1e-4, atol=1e-5)
+
+
+# -------------------------------------------------------------------------------------------- the base
+
+
+@pytest.mark.parametrize("app", ["restore", "morph", "restyle", "evaluate", "distill"])
+def test_each_takes_the_settings_of_a_base(app, family_base, two_pictures, pictures, tmp_path, monkeypatch):
+    """The file has no VAE, and its settings predict what is not known: no part of an application does without them."""
+    monkeypatch.chdir(tmp_path)
+    base, settings = write_single_file(family_base("sd1"), tmp_path / "base.safetensors", "first_stage_model.")
+    scheduler = settings / "scheduler" / "scheduler_config.json"
+    scheduler.write_text(scheduler.read_text().replace('"epsilon"', '"x"'))
+    words = ["--model", str(base), "--model-config", str(settings), "--output", str(tmp_path / "out")]
+    one, other = two_pictures
+    small = ["--rank", "2", "--train-steps", "1"]
+    if app == "restyle":
+        lora = random_lora(Checkpoint(base).modules, 0, share=0.1)
+        write_lora(tmp_path / "l.safetensors", lora, "diffusers", Checkpoint(base).modules)
+    words += {
+        "restore": [one, "--prompt", "apple", "--steps", "2", *small],
+        "morph": [one, other, "--prompt-a", "apple", "--prompt-b", "dog", "--frames", "2", "--steps", "2", *small],
+        "restyle": [str(pictures), "--style", str(pictures), "--lora", str(tmp_path / "l.safetensors"), "--steps", "2"],
+        "evaluate": [str(pictures), str(pictures), "--caption", "apple"],
+        "distill": ["--data", str(pictures), "--objective", "smooth", "--batch-size", "2", *small],
+    }[app]
+    kind, run = {
+        "restore": (RestoreConfig, restore),
+        "morph": (MorphConfig, morph),
+        "restyle": (RestyleConfig, restyle),
+        "evaluate": (EvaluateConfig, evaluate),
+        "distill": (DistillConfig, distill),
+    }[app]
+    given = ["--vae", str(family_base("sd1")), "--prediction-type", "v_prediction"]
+    figures = run(read(kind, [*words, *given], ""))
+    assert figures
+    assert all(math.isfinite(figure) for figure in figures.values())
+    for without, said in ((given[2:], "it holds no VAE"), (given[:2], "prediction_type is 'x'")):
+        with pytest.raises(UserError, match=said):
+            run(read(kind, [*words, *without], ""))

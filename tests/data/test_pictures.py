@@ -9,12 +9,13 @@ from conftest import make_picture
 from PIL import Image, ImageCms
 
 from minilora.data.folder import read_folders
-from minilora.data.pictures import look_at, open_picture
+from minilora.data.pictures import NO_PICTURE, look_at, open_picture
 from minilora.settings.errors import UserError
 from minilora.settings.train import TrainConfig
 
-# The red, green and blue of two spaces as XYZ under D50, one a column: sRGB and Display P3 (ICC registry).
+# The red, green and blue of spaces as XYZ under D50, one a column: sRGB, Adobe RGB, Display P3 (ICC registry).
 SRGB = np.array([[0.43607, 0.38515, 0.14307], [0.22249, 0.71687, 0.06061], [0.01392, 0.09708, 0.71410]])
+ADOBE = np.array([[0.60974, 0.20528, 0.14919], [0.31111, 0.62567, 0.06322], [0.01947, 0.06087, 0.74457]])
 P3 = np.array([[0.51512, 0.29198, 0.15710], [0.24120, 0.69225, 0.06657], [-0.00105, 0.04189, 0.78407]])
 LEVELS = 2  # of 255: a profile holds numbers of 16 bits, and both lcms and we round
 
@@ -143,6 +144,56 @@ def test_inks_are_seen_as_their_profile_prints_them(kind):
 def test_a_profile_that_is_srgb_changes_no_number(mode):
     picture = make_picture(0).convert(mode)
     assert seen(picture, icc_profile=srgb_with(SRGB)).tobytes() == seen(picture).tobytes()
+
+
+def exif_of(space: int, index: str | None) -> bytes:
+    """Return EXIF with a colour space and an index of interoperability, as cameras write them."""
+    exif = Image.Exif()
+    exif.get_ifd(0x8769)[0xA001] = space
+    if index:
+        exif.get_ifd(0x8769)[0xA005] = {1: index}
+    return exif.tobytes()
+
+
+@pytest.mark.parametrize("colour", [(200, 100, 50), (128, 128, 128), (250, 240, 20)])
+@pytest.mark.parametrize("kind", ["PNG", "WEBP", "JPEG"])
+def test_adobe_rgb_that_only_exif_tells_is_brought_to_srgb(kind, colour):
+    options = {"WEBP": {"lossless": True}, "JPEG": {"quality": 100, "subsampling": 0}}.get(kind, {})
+    wanted = encoded(np.linalg.solve(SRGB, ADOBE @ (np.array(colour) / 255) ** (563 / 256)))
+    ours = seen(Image.new("RGB", (8, 8), colour), kind, exif=exif_of(65535, "R03"), **options)
+    most = 2 * LEVELS if kind == "JPEG" else LEVELS  # JPEG rounds, too
+    assert np.abs(ours.getpixel((3, 3)) - wanted).max() <= most
+
+
+def test_a_colour_space_of_2_is_adobe_rgb_too_and_greys_keep_their_own_curve():
+    colour = Image.new("RGB", (8, 8), (200, 100, 50))
+    for kind in ("PNG", "TIFF"):
+        two, r03 = seen(colour, kind, exif=exif_of(2, None)), seen(colour, exif=exif_of(65535, "R03"))
+        assert two.getpixel((0, 0)) == r03.getpixel((0, 0)) != (200, 100, 50)
+    r, g, b = seen(Image.new("L", (8, 8), 60), "JPEG", exif=exif_of(65535, "R03")).getpixel((3, 3))
+    assert max(r, g, b) - min(r, g, b) <= 1  # the white of a profile is rounded to 16 bits
+    assert abs(g - encoded((60 / 255) ** (563 / 256))) <= LEVELS
+
+
+@pytest.mark.parametrize(("space", "index"), [(1, "R98"), (65535, None), (65535, "R98"), (1, None)])
+def test_what_exif_does_not_call_adobe_rgb_keeps_its_numbers(space, index):
+    picture = make_picture(0)
+    assert seen(picture, exif=exif_of(space, index)).tobytes() == picture.tobytes()
+
+
+def test_a_profile_says_more_than_exif():
+    colour, wanted = (200, 100, 50), from_p3((200, 100, 50))
+    ours = seen(Image.new("RGB", (8, 8), colour), icc_profile=DISPLAY_P3, exif=exif_of(65535, "R03"))
+    assert np.abs(ours.getpixel((3, 3)) - wanted).max() <= LEVELS
+
+
+@pytest.mark.parametrize("content", [exif_of(65535, "R03")[:12], b"Exif\0\0MM"], ids=["cut in its header", "no TIFF"])
+def test_a_picture_with_damaged_exif_is_refused_as_others_are(content):
+    file = io.BytesIO()
+    make_picture(0).save(file, "PNG", exif=content)
+    for read in (look_at, open_picture):
+        with pytest.raises(NO_PICTURE):
+            read(io.BytesIO(file.getvalue()))
 
 
 @pytest.mark.parametrize(

@@ -179,9 +179,20 @@ def test_names_of_other_programs_are_read(writer, family, tmp_path):
         tensors[f"{called}.{up}.weight"] = b[..., None, None] if change.A.ndim == 4 else b
         tensors[f"{called}.alpha"] = torch.tensor(change.scale * change.rank)
     save_file(tensors, tmp_path / "o.safetensors")
-    found = read_lora(tmp_path / "o.safetensors", MODULES[family])
-    assert not found.unmatched
-    assert difference(lora, found) < 1  # alpha is float32, too
+    # Dots tell enough without a base.
+    for modules in (MODULES[family], None)[: 1 if writer.startswith("LyCORIS") else 2]:
+        found = read_lora(tmp_path / "o.safetensors", modules)
+        assert not found.unmatched
+        assert difference(lora, found) < 1  # alpha is float32, too
+
+
+@pytest.mark.parametrize(
+    "name", ["input_blocks.2.0.op", "diffusion_model.middle_block.3.proj_in", "text_encoders.clip_x.transformer.a.b"]
+)
+def test_a_dotted_name_that_no_usual_base_has_is_unmatched(name, tmp_path):
+    keys = {f"{name}.{end}.weight": torch.ones(2, 2) for end in ("lora_A", "lora_B")}
+    save_file(keys, tmp_path / "o.safetensors")
+    assert set(read_lora(tmp_path / "o.safetensors").unmatched) == set(keys)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
