@@ -411,9 +411,10 @@ def _read_peft(folder: Path, modules: Modules | None) -> LoRA:
         raise FormatError(f"{folder}: it holds neither {FILE_NAME} nor {PEFT_CONFIG}")
     whole = LoRA({})
     for sub, component in folders:
-        tensors, _ = _read_tensors(sub / PEFT_FILE)
+        tensors, metadata = _read_tensors(sub / PEFT_FILE)
         part = _read_peft_file(sub / PEFT_FILE, tensors, component, modules)
         whole.changes.update(part.changes)
+        whole.metadata.update(metadata)
         whole.unmatched.extend(part.unmatched)
     return whole
 

@@ -33,7 +33,7 @@ def write_lora(path: Path, lora: LoRA, dialect: str, modules: Modules | None) ->
     with staging(path, 0, overwrite=True, content=written if dialect == "peft" else ()) as new:
         for name, (tensors, about) in files.items():
             if dialect == "peft":
-                write_tensors(new / name, tensors, {"format": "pt"})
+                write_tensors(new / name, tensors, _kept_words(lora) | {"format": "pt"})
                 write_whole((new / name).with_name(PEFT_CONFIG), json.dumps(about, indent=2, sort_keys=True).encode())
             else:
                 write_tensors(new, tensors, about)

@@ -311,6 +311,8 @@ def frames(kind: str) -> bytes:
 
 
 WHOLE = png()
+ADOBE = b"Exif\0\0MM\0*\0\0\0\x08\0\x01\x87\x69\0\4\0\0\0\1\0\0\0\x1a\0\0\0\0"  # where the colour space stands
+ADOBE += b"\0\1\xa0\1\0\3\0\0\0\1\0\2\0\0\0\0\0\0"  # and that it is 2
 PROFILE = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
 NOISE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (20, 20, 3), dtype=np.uint8))
 JPEG, WEBP = io.BytesIO(), io.BytesIO()
@@ -337,6 +339,8 @@ PICTURES = [
     ("one with a colour profile cut in half", png(icc_profile=PROFILE[:300]), "profile cannot be used", True),
     ("grey with a colour profile of colours", png("L", icc_profile=PROFILE), "trained", True),
     ("CMYK with a colour profile of colours", png("CMYK", kind="TIFF", icc_profile=PROFILE), "it is for RGB", True),
+    ("one that only EXIF calls Adobe RGB", png(exif=ADOBE), "trained", True),
+    ("one with EXIF that is cut off", png(exif=ADOBE[:12]), "a.png cannot be opened"),
     ("a JPEG named .png", JPEG.getvalue(), "trained", True),
     ("16 bits", png("I;16"), "trained", True),
     ("a palette with transparency", png("P", transparency=0), "trained", True),

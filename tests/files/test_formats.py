@@ -439,13 +439,14 @@ def test_what_a_kohya_file_says_of_itself_survives_the_way_through_another_diale
     modules, lora = MODULES["sd2"], random_lora(MODULES["sd2"], 2)
     words = {"modelspec.title": "A style", "modelspec.author": "somebody", "ss_tag_frequency": '{"1_cat": {"cat": 3}}'}
     lora.metadata.update(words | {"ss_network_dim": "77", "sshs_model_hash": "of other bytes"})
-    for number, dialect in enumerate(("kohya", "diffusers", "kohya")):
-        write_lora(tmp_path / f"{number}.safetensors", lora, dialect, modules)
-        lora = read_lora(tmp_path / f"{number}.safetensors", modules)
+    for number, dialect in enumerate(("kohya", "diffusers", "peft", "kohya")):
+        path = tmp_path / ("adapter" if dialect == "peft" else f"{number}.safetensors")
+        write_lora(path, lora, dialect, modules)
+        lora = read_lora(path, modules)
         assert words.items() <= lora.metadata.items()
         assert "77" not in lora.metadata.values()
     assert lora.metadata["sshs_model_hash"] != "of other bytes"
-    assert (tmp_path / "0.safetensors").read_bytes() == (tmp_path / "2.safetensors").read_bytes()
+    assert (tmp_path / "0.safetensors").read_bytes() == (tmp_path / "3.safetensors").read_bytes()
 
 
 @pytest.mark.parametrize("family", FAMILIES)
