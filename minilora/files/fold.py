@@ -145,7 +145,8 @@ def read_for(path: Path, modules: Modules | None, base: str, allow_unmatched: bo
     except FormatError as error:
         raise UserError(f"LoRA {error}") from error
     unmatched = [key for key in lora.unmatched if key not in lora.words]
-    if other := other_network(unmatched):
+    # Without a base, nothing tells which modules of a U-Net there are.
+    if other := other_network([*unmatched, *(lora.changes if modules is None else ())]):
         network, key = other
         start = f"LoRA {path} " if modules is None else f"LoRA {path} was not made for this base: it "
         raise UserError(f"{start}is one of {network} ({key}); those of Stable Diffusion 1, 2 and XL are read")

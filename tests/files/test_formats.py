@@ -15,6 +15,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
+from minilora.files.fold import read_for
 from minilora.files.names import full_name, kohya_names, original_unet_paths
 from minilora.files.network import components, live_modules
 from minilora.files.number_types import EPSILON
@@ -22,6 +23,7 @@ from minilora.files.read import FILE_NAME, Change, FormatError, LoRA, read_lora
 from minilora.files.tensors import TensorFile, tensor_bytes
 from minilora.files.write import DIALECTS, as_kohya, difference, write_lora
 from minilora.models.base import BUNDLED
+from minilora.settings.errors import UserError
 
 FAMILIES = ("sd1", "sd2", "sdxl")
 
@@ -193,6 +195,26 @@ def test_a_dotted_name_that_no_usual_base_has_is_unmatched(name, tmp_path):
     keys = {f"{name}.{end}.weight": torch.ones(2, 2) for end in ("lora_A", "lora_B")}
     save_file(keys, tmp_path / "o.safetensors")
     assert set(read_lora(tmp_path / "o.safetensors").unmatched) == set(keys)
+
+
+@pytest.mark.parametrize("modules", [MODULES["sd1"], None], ids=["with a base", "without"])
+@pytest.mark.parametrize(
+    ("name", "network"),
+    [
+        ("unet.double_blocks.0.img_attn.qkv", "Flux"),  # OneTrainer
+        ("lycoris_single_transformer_blocks_3_attn_to_q", "Flux"),
+        ("diffusion_model.joint_blocks.7.x_block.attn.qkv", "Stable Diffusion 3"),
+        ("lora_transformer_pos_embed_proj", "a diffusion transformer"),
+        ("base_model.model.blocks.0.self_attn.q", "a diffusion transformer"),  # Wan
+        ("diffusion_model.layers.0.attention.qkv", "a diffusion transformer"),  # Lumina
+        ("text_encoders.t5xxl.transformer.encoder.block.0.layer.0.SelfAttention.q", "a text encoder of Stable"),
+    ],
+)
+def test_a_lora_of_another_network_is_named_as_one(name, network, modules, tmp_path):
+    keys = {f"{name}.{end}.weight": torch.ones(2, 2) for end in ("lora_A", "lora_B")}
+    save_file(keys, tmp_path / "o.safetensors")
+    with pytest.raises(UserError, match=f"is one of {network}"):
+        read_for(tmp_path / "o.safetensors", modules, "it", allow_unmatched=True)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
