@@ -932,3 +932,10 @@ def test_a_lora_is_trained_on(run):
         run("c", rank=8, init_from="gone")
     with pytest.raises(UserError, match="it changes nothing in the text encoders, which --train-text-encoder would"):
         run("d", rank=8, init_from=str(first), train_text_encoder=True)
+    for key, said in (  # whatever is wrong, the message is about that
+        ("bundle_emb.sks.clip_l", "brings learnt words .* leaves them out$"),
+        ("text_encoder.text_model.encoder.layers.0.mlp.fc1.lora_A.weight", r"needs --train-text-encoder\)$"),
+    ):
+        save_file(weights(first) | {key: torch.ones(2, 16)}, first.parent / "more.safetensors")
+        with pytest.raises(UserError, match=said):
+            run("e", rank=8, init_from=str(first.parent / "more.safetensors"))

@@ -194,7 +194,8 @@ def put_lora(network: UNetWithText | Any, unet: nn.Module, config: TrainConfig) 
         try:
             parts = [folded.component for folded in load_lora(network, config.init_from).folded]
         except UserError as error:
-            hint = "" if config.train_text_encoder else " (one of text encoders, too, needs --train-text-encoder)"
+            for_text = not config.train_text_encoder and any(name in str(error) for name in ("text_encoder", "lora_te"))
+            hint = " (one of text encoders, too, needs --train-text-encoder)" if for_text else ""
             raise UserError(f"--init-from: {error}{hint}") from error
         if UNET not in parts or (config.train_text_encoder and len(parts) == 1):
             lacks = "U-Net" if UNET not in parts else "text encoders, which --train-text-encoder would train"
