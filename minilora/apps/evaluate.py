@@ -3,7 +3,7 @@
     python -m minilora.apps.evaluate PICTURES REFERENCE [--lora LORA]
 
 PICTURES is a folder of drawn pictures, as `sample.py --output FOLDER` makes, and REFERENCE one of real pictures with
-captions.  Three things are measured, by the base itself unless --features is given:
+captions.  Four things are measured, by the base itself unless --features is given:
 
 1. The distance between the two distributions: the kernel distance of KID,
 
@@ -16,7 +16,9 @@ captions.  Three things are measured, by the base itself unless --features is gi
 
    --features also takes the features from a vision model, as publications do (vision.py), and prints the Fréchet and
    the kernel distance.  With DINOv2 (facebook/dinov2-base) the first is FD-DINOv2; with CLIP the second is close to
-   CMMD, which has another kernel.  Compare figures only for the same model, number of pictures and resolution.
+   CMMD, which has another kernel.  The likeness is the mean cosine between the features of a picture and of one in the
+   reference; of a subject, with DINOv2, it is the DINO score of DreamBooth.  Compare figures only for the same model,
+   number of pictures and resolution.
 
 2. The distance of each picture to the nearest one in the reference, by their latents.  A picture is a copy if the
    nearest is less than a third as far away as the next nearest.  If the reference is the training set, the LoRA has
@@ -24,6 +26,10 @@ captions.  Three things are measured, by the base itself unless --features is gi
 
 3. The denoising loss on the reference, at fixed timesteps and noises, without and with --lora.  On held-out pictures
    it falls while the LoRA learns their kind, and rises again when the LoRA memorizes its training set.
+
+4. With --drift, how far the LoRA moves pictures that it should leave alone: PROMPTS are drawn without and with it, from
+   the same seeds, and drift is 1 − the cosine between the features of each such pair, on average.  (The VAE's features
+   are first centred on those without the LoRA, and divided by their spread: else all pictures would look alike.)
 
 Sources: Bińkowski et al., "Demystifying MMD GANs", 2018; Yoon et al., "Diffusion probabilistic models
 generalize when they fail to memorize", 2023 (the third).
@@ -53,22 +59,38 @@ from ..models.device import this_device
 from ..models.text import UNetWithText
 from ..run.encode import encoded_examples
 from ..run.ranks import Ranks
-from ..sampling import load_loras, merged_at
+from ..sampling import draw, load_loras, merged_at
 from ..settings.errors import UserError
 from ..settings.evaluate import EvaluateConfig
+from ..settings.sample import SampleConfig
 from ..settings.train import TrainConfig
 from .report import write_figures
 from .vision import frechet_distance, vectors_of
 
+# Drawn for --drift; the bundled base knows all of them, too.
+PROMPTS = (
+    *("apple", "pizza", "dog", "cat", "butterfly", "tulip", "house", "car"),
+    *("airplane", "umbrella", "guitar", "alarm clock", "castle", "elephant", "mountain", "ship"),
+)
 TOGETHER = 8  # pictures looked at in one pass
 COPY = 1 / 3  # a picture is a copy below this share of the distance to the next nearest
 SHOWN = 8  # pictures on the sheet, with their nearest
 
 
 def evaluate(config: EvaluateConfig) -> dict[str, float]:
-    """Compare the pictures of two folders, write a sheet of nearest ones, and return the figures."""
+    """Measure pictures, LoRAs or both, as `config` says; write sheets of what was compared, and return the figures."""
     base = Base.of(config, this_device(), config.precision)
     base.refuse_inpainting()
+    strengths = load_loras(base, config.lora)
+    figures = compared(config, base, strengths) if config.folders else {}
+    if config.drift:
+        figures |= drift(config, base, strengths)
+    write_figures(Path(config.output), figures)
+    return figures
+
+
+def compared(config: EvaluateConfig, base: Base, strengths: dict[str, float]) -> dict[str, float]:
+    """Compare the pictures of two folders, write a sheet of nearest ones, and return the figures."""
     items, reference = (
         read_folder(folder, TrainConfig(data=(folder,), caption=caption), "evaluate")
         for folder, caption in zip(config.folders, ("", config.caption), strict=True)
@@ -90,7 +112,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, float]:
     near, which = far.topk(2, dim=1, largest=False)  # (pictures, 2)
     figures["distance to the nearest in the reference, by their latents"] = near[:, 0].mean().item()
     figures["share of copies"] = (near[:, 0] < COPY * near[:, 1]).float().mean().item()
-    figures |= losses_on(config, base, reference, side)
+    figures |= losses_on(config, base, reference, side, strengths)
 
     order = (near[:, 0] / near[:, 1]).argsort().tolist()
     print("nearest in the reference, the most likely copies first:")
@@ -100,7 +122,26 @@ def evaluate(config: EvaluateConfig) -> dict[str, float]:
     rows = [[drawn[i] for i in order[:SHOWN]], [real[which[i, 0]] for i in order[:SHOWN]]]
     columns = [f"{near[i, 0]:.3f}" for i in order[:SHOWN]]
     save_picture(sheet(rows, columns, ["picture", "nearest"]), Path(config.output) / "nearest.png")
-    write_figures(Path(config.output), figures)
+    return figures
+
+
+def drift(config: EvaluateConfig, base: Base, strengths: dict[str, float]) -> dict[str, float]:
+    """Draw PROMPTS without and with the LoRAs, write a sheet of both, and return how far apart they are."""
+    print(f"drift on {', '.join(PROMPTS)}")
+    drawing, seeds, drawn = SampleConfig(prompt=PROMPTS, model=config.model), range(len(PROMPTS)), []
+    for factor in (0.0, 1.0):
+        with merged_at(base, {name: factor * strength for name, strength in strengths.items()}):
+            drawn.append(draw(base, PROMPTS, seeds, base.resolution, drawing))
+    rows = [list(pair) for pair in zip(*drawn, strict=True)]
+    save_picture(sheet(rows, ["base", "LoRA"], PROMPTS), Path(config.output) / "drift.png")
+    before, after = features_of(base, drawn[0]), features_of(base, drawn[1])
+    centre, spread = before.mean(0), before.std(0).clamp(min=1e-6)  # (width,)
+    near = F.cosine_similarity((before - centre) / spread, (after - centre) / spread)  # (pictures,)
+    figures = {"drift by the VAE's features": 1 - near.mean().item()}
+    if config.features:
+        before, after = vectors_of(config.features, drawn, base.device)
+        near = F.cosine_similarity(before, after)
+        figures[f"drift by {config.features}"] = 1 - near.mean().item()
     return figures
 
 
@@ -117,14 +158,17 @@ def distances_by(model: str, drawn: Sequence[Image.Image], real: Sequence[Image.
             file=sys.stderr,
         )
     pairs = {"": (seen, wanted), "; of the halves of the reference": (wanted[::2], wanted[1::2])}
-    figures = {}
+    across = F.normalize(seen, dim=1) @ F.normalize(wanted, dim=1).T  # (pictures, reference)
+    figures = {f"likeness by {model}": across.mean().item()}
     for which, pair in pairs.items():
         figures[f"Fréchet distance by {model}{which}"] = frechet_distance(*pair)
         figures[f"kernel distance by {model}{which}"] = kernel_distance(*pair)
     return figures
 
 
-def losses_on(config: EvaluateConfig, base: Base, items: list[Item], resolution: int) -> dict[str, float]:
+def losses_on(
+    config: EvaluateConfig, base: Base, items: list[Item], resolution: int, strengths: dict[str, float]
+) -> dict[str, float]:
     """Return the denoising loss on pictures, by the base and with the LoRAs, if there are any."""
     losses, numbers = {}, range(len(items))
     with TemporaryDirectory() as cache:
@@ -137,10 +181,9 @@ def losses_on(config: EvaluateConfig, base: Base, items: list[Item], resolution:
                 network = UNetWithText(base.unet, base.text_encoders)
                 return held_out_loss(network, examples, base.schedule, numbers).mean().item()
 
-        losses["denoising loss on the reference; base"] = loss()
-        if config.lora:
-            with merged_at(base, load_loras(base, config.lora)):
-                losses["denoising loss on the reference; with LoRA"] = loss()
+        for name, at in (("base", dict.fromkeys(strengths, 0.0)), ("with LoRA", strengths))[: 1 + bool(strengths)]:
+            with merged_at(base, at):
+                losses[f"denoising loss on the reference; {name}"] = loss()
     return losses
 
 

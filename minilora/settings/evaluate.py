@@ -14,10 +14,11 @@ of_data = partial(setting, group=DATA)
 class EvaluateConfig(shared.BaseSettings):
     """Every setting of minilora.apps.evaluate."""
 
-    usage = "PICTURES REFERENCE"
+    usage = "[PICTURES REFERENCE]"
     examples = (
         "python -m minilora.apps.evaluate out/pictures dataset/fluent",
         "python -m minilora.apps.evaluate out/pictures dataset/fluent --lora out/fluent",
+        "python -m minilora.apps.evaluate --drift --lora out/fluent",
     )
 
     folders: tuple[str, ...] = of_data(
@@ -45,6 +46,12 @@ class EvaluateConfig(shared.BaseSettings):
     )
 
     caption: str | None = of_data(None, "caption of every picture of REFERENCE that has none")
+    drift: bool = of_data(
+        False,
+        "draw pictures of other things without and with the LoRA, and measure how far they move apart; PICTURES and "
+        "REFERENCE may then be left out",
+        needs=("lora", "whose drift is measured"),
+    )
     features: str | None = of_data(
         None,
         "vision model whose features give distances as in publications, a folder or hub id: facebook/dinov2-base, "
@@ -54,6 +61,6 @@ class EvaluateConfig(shared.BaseSettings):
     precision: str = shared.precision()
 
     def problems(self) -> list[str]:
-        if len(self.folders) != 2:
+        if len(self.folders) != 2 and (self.folders or not self.drift):
             return [f"evaluate takes two folders, PICTURES REFERENCE, not {' '.join(self.folders) or 'nothing'}"]
         return []

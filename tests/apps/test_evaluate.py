@@ -6,12 +6,16 @@ import shutil
 import pytest
 import torch
 from conftest import make_picture
+from diffusers import UNet2DConditionModel
+from helpers import randomize
 from PIL import Image
 
-from minilora.apps.evaluate import EvaluateConfig, evaluate, kernel_distance
+from minilora import inject_lora, save_lora
+from minilora.apps.evaluate import PROMPTS, EvaluateConfig, evaluate, kernel_distance
 from minilora.run.validation import FIGURES
 from minilora.settings.command_line import read
 from minilora.settings.errors import UserError
+from minilora.settings.setting import BUNDLED
 from minilora.settings.train import TrainConfig
 from minilora.training import train
 
@@ -72,6 +76,29 @@ def test_the_losses_are_those_of_training_on_the_same_pictures(config, pictures,
     assert learnt < without
     assert without == pytest.approx(losses["0"], rel=1e-5)  # of float32 sums in another order
     assert learnt == pytest.approx(losses["10"], rel=1e-4)  # merged in the one, beside the weights in the other
+
+
+def test_drift_is_0_without_a_change_and_grows_with_it(config, tmp_path, monkeypatch, capsys):
+    assert {*PROMPTS} <= {*(BUNDLED / "captions.txt").read_text().splitlines()}
+    monkeypatch.setattr("minilora.apps.evaluate.PROMPTS", PROMPTS[:3])
+    unet = UNet2DConditionModel.from_pretrained(config.model, subfolder="unet")
+    inject_lora(unet, rank=2)
+    save_lora(unet, tmp_path / "nothing")
+    randomize(unet)
+    save_lora(unet, tmp_path / "lora")
+
+    def drift(lora: str) -> float:
+        given = {"folders": (), "lora": (lora,), "drift": True, "output": str(tmp_path / "drift")}
+        figures = evaluate(EvaluateConfig(**vars(config) | given))
+        return figures["drift by the VAE's features"]
+
+    lora = str(tmp_path / "lora")
+    assert drift(str(tmp_path / "nothing")) == pytest.approx(0, abs=1e-6)  # of a cosine in float32
+    assert 0 < drift(f"{lora}:0.1") < drift(lora)
+    assert f"drift on {', '.join(PROMPTS[:3])}\n" in capsys.readouterr().out
+    assert Image.open(tmp_path / "drift" / "drift.png").height > 3 * 128
+    with pytest.raises(UserError, match="--drift needs --lora, whose drift is measured"):
+        EvaluateConfig(drift=True)
 
 
 def test_mistakes_are_said(config, tmp_path):

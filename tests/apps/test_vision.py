@@ -111,6 +111,7 @@ def test_evaluate_prints_both_distances_and_warns_where_pictures_are_few(picture
     words = {"model": str(tiny_base), "output": str(tmp_path / "out"), "features": folder}
     figures = evaluate(EvaluateConfig(folders=(str(pictures), str(pictures)), **words))
     assert figures[f"Fréchet distance by {folder}"] == pytest.approx(0, abs=1e-9)  # the same pictures
+    assert -1 <= figures[f"likeness by {folder}"] < 1
     assert figures[f"Fréchet distance by {folder}; of the halves of the reference"] > 0.01
     printed = capsys.readouterr()
     assert f"kernel distance by {folder}: " in printed.out

@@ -153,6 +153,8 @@ def broken_output(place: Place) -> list[str]:
     return picture(place, png())
 
 
+WHITE = io.BytesIO()
+Image.new("L", (20, 10), "white").save(WHITE, "PNG")
 FOLDERS = [
     ("a folder that does not exist", no_folder, "data: there is no such folder or picture"),
     ("an empty folder", empty_folder, "data: there is no picture in it"),
@@ -198,7 +200,7 @@ FOLDERS = [
     ),
     (
         "a mask of another shape than its picture",
-        partial(beside, {"a.mask.png": png("L", (20, 10))}),
+        partial(beside, {"a.mask.png": WHITE.getvalue()}),
         "a.mask.png has 20 × 10 pixels, another shape than a.png with 20 × 20",
     ),
     ("a mask that is all black", partial(beside, {"a.mask.png": png("L")}), "a.mask.png is all black"),
