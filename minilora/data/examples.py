@@ -2,13 +2,14 @@
 
 `Examples` gives the batch at any positions: which picture, mirrored or not, which caption, which noise, by draws.py.
 
-Pictures are encoded once.  The VAE turns a picture into a gaussian over latents.  Its mean and standard deviation are
-kept, and each draw takes a new sample from it.  They lie in a cache, with the vectors of the captions.  The name of a
-file there is a hash of everything that it depends on, so another picture, size or base is another file, and no file can
-be out of date.
+Pictures are encoded once, or with --variants so many times, with other crops and colours.  The VAE turns a picture into
+a gaussian over latents.  Its mean and standard deviation are kept, and each draw takes a new sample from it.  They lie
+in a cache, with the vectors of the captions.  The name of a file there is a hash of everything that it depends on, so
+another picture, size or base is another file, and no file can be out of date.
 """
 
 import hashlib
+import itertools
 import json
 import sys
 from collections.abc import Callable, Iterable, Sequence
@@ -19,7 +20,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageEnhance
 
 from ..diffusion import Conditioning
 from ..files.tensors import read_checked, write_checked
@@ -29,7 +30,7 @@ from ..settings.errors import UserError
 from ..settings.train import TrainConfig
 from . import buckets, draws
 from .buckets import Size
-from .folder import ChangedError, Item, without_trigger
+from .folder import ChangedError, Item, with_trigger, without_trigger
 from .known import forget
 from .pictures import CENTRE, as_tensor, crop, crop_at
 
@@ -47,6 +48,16 @@ class Batch:
     weights: torch.Tensor  # (batch,), of each picture's loss
     where: torch.Tensor  # (batch, 1, h, w), of mean 1: how much each place counts in the loss
     kept: Conditioning | None = None  # with --preserve: where the base's prediction is kept
+
+
+@dataclass(frozen=True)
+class View:
+    """How a picture is seen: mirrored or not, the place of its crop, as `crop` takes it, its colours."""
+
+    item: Item
+    mirrored: bool = False
+    place: tuple[float, float] = CENTRE
+    colours: tuple[float, ...] = ()  # factors of brightness, contrast and saturation; none: as they are
 
 
 _CROP = 3  # raise this number when open_picture or crop give other pixels than before
@@ -77,8 +88,9 @@ class Examples:
         self.folder = Path(config.cache).expanduser()
         self._base = encoders
         self.is_xl, self.tokens = encoders.is_xl, lru_cache(maxsize=4096)(encoders.tokens)
-        self.encoders = encoders if config.crop == "random" else None
-        captions = {"", *(caption for item in (*items, *class_items) for caption in item.captions)}
+        self.encoders = encoders if config.needs_vae else None
+        texts = {caption for item in (*items, *class_items) for caption in item.captions}
+        captions = {"", *(self.version(text, number) for text in texts for number in range(config.variants or 1))}
         self.captions = sorted(captions | ({*map(self.kept_caption, captions)} if config.preserve else set()))
 
     @property
@@ -97,12 +109,12 @@ class Examples:
 
     def fixed_batch(self, number: int, timesteps: dict[int, int], device: torch.device) -> Batch:
         """Return picture `number` at several timesteps; the noise depends on the key of each, and never changes."""
-        item = self.items[number]
-        latents = _load(self._picture_file(item, mirrored=False))["mean"]  # (channels, h, w)
-        conditioning = self._conditioning(item.captions[0], item, False, CENTRE)
+        view = View(self.items[number])
+        latents = _load(self._picture_file(view))["mean"]  # (channels, h, w)
+        conditioning = self._conditioning(view.item.captions[0], view)
         offset, draw = torch.zeros(len(latents), 1, 1), partial(draws.gaussian, 0, f"validation {number}")
         one = torch.tensor(1.0)
-        where = self._where(item, False, CENTRE, latents)
+        where = self._where(view, latents)
         rows = [
             (latents, conditioning, draw(n, latents.shape), offset, torch.tensor(t), one, where, None)
             for n, t in timesteps.items()
@@ -134,21 +146,38 @@ class Examples:
         """Return the width and height, in pixels, that a picture is cropped to."""
         return buckets.nearest(item.size, self.sizes)
 
-    def view_at(self, position: int) -> tuple[Item, bool, tuple[float, float]]:
-        """Return the picture at a position, whether it is mirrored, and the place of its crop, as `crop` takes it."""
+    def view_at(self, position: int) -> View:
+        """Return what is seen at a position: with --variants one of the views of a picture, else one of all."""
         seed, item = self.config.seed, self.picture_at(position)
         mirrored = self.config.mirror and draws.uniform(seed, "mirror", position) < 0.5
+        if self.config.variants:
+            return self.view(item, mirrored, self.variant_at(position))
         if self.config.crop == "random":
-            return item, mirrored, (draws.uniform(seed, "crop x", position), draws.uniform(seed, "crop y", position))
-        return item, mirrored, CENTRE
+            place = draws.uniform(seed, "crop x", position), draws.uniform(seed, "crop y", position)
+            return View(item, mirrored, place)
+        return View(item, mirrored)
+
+    def variant_at(self, position: int) -> int:
+        """Return the number of the variant at a position; 0 without --variants."""
+        return draws.integer(self.config.seed, "variant", position, 0, self.config.variants or 1)
+
+    def view(self, item: Item, mirrored: bool, variant: int) -> View:
+        """Return a picture's variant of some number, whose crop and colours are drawn."""
+
+        def drawn(what: str) -> float:
+            return draws.uniform(self.config.seed, f"{what} of {item.digest}", variant)
+
+        place = (drawn("crop x"), drawn("crop y")) if self.config.crop == "random" else CENTRE
+        jitter, colours = self.config.colour_jitter, ("brightness", "contrast", "saturation")
+        return View(item, mirrored, place, tuple(1 + jitter * (2 * drawn(what) - 1) for what in colours if jitter))
 
     def _row(self, position: int) -> tuple[Any, ...]:
-        seed, (item, mirrored, place) = self.config.seed, self.view_at(position)
+        seed, view = self.config.seed, self.view_at(position)
         if self.encoders is None:
-            encoded = _load(self._picture_file(item, mirrored))
+            encoded = _load(self._picture_file(view))
             mean, std = encoded["mean"], encoded["std"]  # (channels, h, w) each
         else:
-            mean, std = self.encoders.encode_picture(self.pixels(item, mirrored, place))
+            mean, std = self.encoders.encode_picture(self.pixels(view))
         latents = mean + std * draws.gaussian(seed, "posterior", position, mean.shape)
         noise = draws.gaussian(seed, "noise", position, mean.shape)
         noise_offset = draws.gaussian(seed, "noise offset", position, (len(mean), 1, 1))
@@ -158,18 +187,16 @@ class Examples:
         caption = self.caption_at(position)
         return (
             latents,
-            self._conditioning(caption, item, mirrored, place),
+            self._conditioning(caption, view),
             noise,
             noise_offset,
             timestep,
             weight,
-            self._where(item, mirrored, place, latents),
-            self._conditioning(self.kept_caption(caption), item, mirrored, place) if self.config.preserve else None,
+            self._where(view, latents),
+            self._conditioning(self.kept_caption(caption), view) if self.config.preserve else None,
         )
 
-    def _conditioning(
-        self, caption: str, item: Item, mirrored: bool, place: tuple[float, float]
-    ) -> dict[str, torch.Tensor]:
+    def _conditioning(self, caption: str, view: View) -> dict[str, torch.Tensor]:
         """Return the conditioning: the caption's vectors or, if the text encoders are trained, its tokens."""
         if self.config.train_text_encoder:
             conditioning = {"tokens": self.tokens(caption)}
@@ -178,8 +205,9 @@ class Examples:
         if not self.is_xl:
             return conditioning
         # Stable Diffusion XL also gets the picture's size, and place and size of the crop.
-        (w, h), (resized, left, top) = self.size_of(item), crop_at(item.size, self.size_of(item), place)
-        left = resized[0] - w - left if mirrored else left
+        item, (w, h) = view.item, self.size_of(view.item)
+        resized, left, top = crop_at(item.size, (w, h), view.place)
+        left = resized[0] - w - left if view.mirrored else left
         sizes = [item.size[1], item.size[0], top, left, h, w]
         return conditioning | {"sizes": torch.tensor(sizes, dtype=torch.float32)}
 
@@ -188,38 +216,54 @@ class Examples:
         seed, captions = self.config.seed, self.picture_at(position).captions
         if draws.uniform(seed, "caption dropout", position) < self.config.caption_dropout:
             return ""
-        return captions[draws.integer(seed, "caption", position, 0, len(captions))]
+        caption = captions[draws.integer(seed, "caption", position, 0, len(captions))]
+        return self.version(caption, self.variant_at(position))
+
+    def version(self, caption: str, variant: int) -> str:
+        """Return a caption as it is in some variant: its tags, but for the first --keep-tags, shuffled or left out."""
+        config = self.config
+        if not (config.shuffle_tags or config.tag_dropout):
+            return caption
+        tags = [tag.strip() for tag in (without_trigger(caption, config) if config.trigger else caption).split(",")]
+        kept, rest = tags[: config.keep_tags], tags[config.keep_tags :]
+        generator = draws.generator(config.seed, f"tags of {caption}", variant)
+        rest = [tag for tag in rest if generator.random() >= config.tag_dropout]
+        order = generator.permutation(len(rest)) if config.shuffle_tags else range(len(rest))
+        return with_trigger(", ".join([*kept, *(rest[place] for place in order)]), config)
 
     def kept_caption(self, caption: str) -> str:
         """Return where --preserve keeps the base's prediction: at the class, without the trigger, or without words."""
         return self.config.class_prompt or without_trigger(caption, self.config)
 
-    def pixels(self, item: Item, mirrored: bool, place: tuple[float, float] = CENTRE) -> torch.Tensor:
+    def pixels(self, view: View) -> torch.Tensor:
         """Return a picture's pixels as training sees them, in [-1, 1], (3, h, w)."""
         try:
-            picture = item.open()
+            picture = crop(view.item.open(), self.size_of(view.item), view.place)
         except ChangedError:  # in a way that the times of its file do not show, perhaps: the next run looks at all anew
             forget(self.config.cache)
             raise
-        pixels = as_tensor(crop(picture, self.size_of(item), place))
-        return pixels.flip(-1) if mirrored else pixels
+        kinds = ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color
+        for kind, factor in zip(kinds, view.colours, strict=False):
+            picture = kind(picture).enhance(factor)
+        pixels = as_tensor(picture)
+        return pixels.flip(-1) if view.mirrored else pixels
 
-    def mask(self, item: Item, mirrored: bool, place: tuple[float, float] = CENTRE) -> torch.Tensor:
+    def mask(self, view: View) -> torch.Tensor:
         """Return the mask of `pixels`, from 0 to 1 on the grid of the latents, (1, h, w)."""
-        (w, h), (resized, left, top) = self.size_of(item), crop_at(item.size, self.size_of(item), place)
+        item, (w, h) = view.item, self.size_of(view.item)
+        resized, left, top = crop_at(item.size, (w, h), view.place)
         per_latent, box = self._base.pixels_per_latent, Image.Resampling.BOX  # which keeps black 0 and white 1
         seen = item.open_mask().resize(resized, box).crop((left, top, left + w, top + h))
         mask = torch.from_numpy(np.array(seen.resize((w // per_latent, h // per_latent), box)))[None] / 255
-        if not mask.any() and self.encoders is None:
+        if not mask.any() and self.config.crop == "center":
             raise UserError(f"{item.mask} is all black in the crop of {w} × {h} pixels that is seen; try --buckets")
-        return mask.flip(-1) if mirrored else mask
+        return mask.flip(-1) if view.mirrored else mask
 
-    def _where(self, item: Item, mirrored: bool, place: tuple[float, float], latents: torch.Tensor) -> torch.Tensor:
+    def _where(self, view: View, latents: torch.Tensor) -> torch.Tensor:
         """Return how much each place of a picture counts, of mean 1, (1, h, w): a small mask weighs as a large one."""
-        if not item.mask:
+        if not view.item.mask:
             return torch.ones_like(latents[:1])
-        cached = self.encoders is None
-        mask = _load(self._mask_file(item, mirrored))["mask"] if cached else self.mask(item, mirrored, place)
+        mask = self.mask(view) if self.encoders else _load(self._mask_file(view))["mask"]
         counts = 1 - (1 - self.config.outside) * (1 - mask)  # exactly 1 where white
         return counts / counts.mean().clamp(min=1e-9)  # a random crop may see nothing that counts
 
@@ -227,12 +271,13 @@ class Examples:
         name = hashlib.sha256(json.dumps(ingredients).encode()).hexdigest()
         return self.folder / name[:2] / f"{name}.safetensors"
 
-    def _picture_file(self, item: Item, mirrored: bool) -> Path:
-        return self._file("latents", _CROP, self.vae, item.digest, self.size_of(item), mirrored)
+    def _picture_file(self, view: View) -> Path:
+        item, drawn = view.item, [] if (view.place, view.colours) == (CENTRE, ()) else [view.place, view.colours]
+        return self._file("latents", _CROP, self.vae, item.digest, self.size_of(item), view.mirrored, *drawn)
 
-    def _mask_file(self, item: Item, mirrored: bool) -> Path:
-        sizes = self._base.pixels_per_latent, item.size, self.size_of(item)
-        return self._file("mask", _MASK, item.mask_digest, item.mask == item.path, *sizes, mirrored)
+    def _mask_file(self, view: View) -> Path:
+        item, sizes = view.item, (self._base.pixels_per_latent, view.item.size, self.size_of(view.item))
+        return self._file("mask", _MASK, item.mask_digest, item.mask == item.path, *sizes, view.mirrored, view.place)
 
     def _caption_file(self, caption: str) -> Path:
         return self._file("text", self.text_encoder, caption)
@@ -266,22 +311,24 @@ class Examples:
                 {} if conditioning.pooled is None else {"pooled": conditioning.pooled[0]}
             )
 
-        def encode_picture(item: Item, mirrored: bool) -> dict[str, torch.Tensor]:
-            mean, std = encoders.encode_picture(self.pixels(item, mirrored))
+        def encode_picture(view: View) -> dict[str, torch.Tensor]:
+            mean, std = encoders.encode_picture(self.pixels(view))
             return {"mean": mean, "std": std}
 
-        def crop_mask(item: Item, mirrored: bool) -> dict[str, torch.Tensor]:
-            return {"mask": self.mask(item, mirrored)}
+        def crop_mask(view: View) -> dict[str, torch.Tensor]:
+            return {"mask": self.mask(view)}
 
         jobs = {}
         if not self.config.train_text_encoder:
             jobs = {self._caption_file(caption): partial(encode_caption, caption) for caption in self.captions}
         if self.encoders is None:
             for item in (*self.items, *self.class_items):
-                for mirrored in (False, True) if self.config.mirror else (False,):
-                    jobs[self._picture_file(item, mirrored)] = partial(encode_picture, item, mirrored)
+                ways = (False, True) if self.config.mirror else (False,)
+                variants = range(self.config.variants or 1)
+                for view in (self.view(item, *way) for way in itertools.product(ways, variants)):
+                    jobs[self._picture_file(view)] = partial(encode_picture, view)
                     if item.mask:
-                        jobs[self._mask_file(item, mirrored)] = partial(crop_mask, item, mirrored)
+                        jobs[self._mask_file(view)] = partial(crop_mask, view)
         return {path: partial(_write, path, encode) for path, encode in jobs.items()}
 
 
@@ -304,8 +351,9 @@ def _collate(positions: tuple[int, ...], rows: list[tuple], device: torch.device
         return Conditioning(**conditioning) if tokens is None else Tokens(tokens, **conditioning)
 
     latents, conditionings, *drawn, kept = zip(*rows, strict=True)
-    kept_together = None if kept[0] is None else together(kept)
-    return Batch(positions, stack(latents), together(conditionings), *map(stack, drawn), kept=kept_together)
+    noise, noise_offset, timesteps, weights, where = map(stack, drawn)
+    seen, seen_too = together(conditionings), None if kept[0] is None else together(kept)
+    return Batch(positions, stack(latents), seen, noise, noise_offset, timesteps, weights, where, seen_too)
 
 
 @lru_cache(maxsize=4096)

@@ -16,6 +16,7 @@ def encoded_examples(items, config, resolution: int, encoders: Base, length: int
     examples = Examples(items, config, resolution, encoders, length, *more)
     if examples.encoders:
         ranks.say("note: --crop random shows no crop twice, so the VAE stays in memory and encodes each draw")
+        ranks.say("note: with --variants 10, each picture would have ten crops, encoded once")
     if ranks.is_main:
         for line in examples.enlarged():
             print(f"warning: {line}", file=sys.stderr)

@@ -98,7 +98,7 @@ def memory_of(config: TrainConfig, base: Base) -> Memory:
         vae = _faked(empty[VAE], torch.float32)
         with Live(vae.parameters()) as live, torch.no_grad():
             vae.encode(torch.empty(1, 3, side, side))
-        kept = _bytes(vae.parameters()) + live.peak if config.crop == "random" else 0  # the VAE stays in memory
+        kept = _bytes(vae.parameters()) + live.peak if config.needs_vae else 0  # it stays in memory
         unet = _faked(empty[UNET], dtype).train()
         encoders = [_faked(empty[part], dtype) for part in base.text_parts] if config.train_text_encoder else []
         weights, numbers, step = _step(config, base, unet, encoders, side, autocast)

@@ -87,7 +87,8 @@ def _counts(
     lines.append(f"size       {' and '.join(sizes)} pixels")
     lines += examples.told()
     lines += [f"enlarged   {line}" for line in examples.enlarged()]
-    captions = {caption for item in items for caption in item.captions}
+    numbers = range(config.variants or 1)
+    captions = {examples.version(text, n) for item in items for text in item.captions for n in numbers}
     cut = sum(bool(cuts[caption]) for caption in captions)
     lines.append(f"captions   {len(captions)} different" + f"; the end of {cut}, struck out, is not seen" * (cut > 0))
     times = config.steps * config.batch_size / len(items) / (2 if config.has_class_pictures else 1)
@@ -101,16 +102,16 @@ def _counts(
 
 def _tile(examples: Examples, position: int, repeats: int, cuts: dict[str, str]) -> Image.Image:
     """Return a picture as it is seen at a position; below it stand its name, its sizes and its captions."""
-    item, mirrored, place = examples.view_at(position)
-    pixels = examples.pixels(item, mirrored, place)  # (3, h, w)
+    view = examples.view_at(position)
+    item, pixels = view.item, examples.pixels(view)  # (3, h, w)
     if item.mask:  # what does not count is faded into grey
-        counts = F.interpolate(examples.mask(item, mirrored, place)[None], pixels.shape[1:])[0]  # (1, h, w)
+        counts = F.interpolate(examples.mask(view)[None], pixels.shape[1:])[0]  # (1, h, w)
         pixels = pixels * (1 - FADED * (1 - counts))
     picture = as_picture(pixels)
     about = " to ".join(f"{width}x{height}" for width, height in (item.size, picture.size))  # (the font has no ×)
-    about += ", masked" * (item.mask is not None) + ", mirrored" * mirrored + f", {repeats} times" * (repeats > 1)
+    about += ", masked" * (item.mask is not None) + ", mirrored" * view.mirrored + f", {repeats} times" * (repeats > 1)
     lines = _wrapped(item.path.name, GREY) + _wrapped(about, GREY)
-    for caption in item.captions:
+    for caption in (examples.version(text, examples.variant_at(position)) for text in item.captions):
         seen = caption.removesuffix(cuts[caption])
         lines += _wrapped(seen, BLACK, cuts[caption]) if caption else _wrapped("(no words)", GREY)
 

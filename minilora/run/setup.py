@@ -140,9 +140,10 @@ def encode(
     encoders = Base.of(config, ranks.device, loras=config.base_lora)
     how = resolution, encoders, len(base.schedule), ranks, sizes
     examples = encoded_examples(items, config, *how, others)
-    plain = replace(config, mirror=False, crop="center", outside=0.0)
-    held_out = encoded_examples(held_out_items, plain, *how) if held_out_items else None
-    encoders.release("text_encoder", "text_encoder_2", *([] if config.crop == "random" else ["vae"]))
+    plain: dict[str, Any] = {"mirror": False, "crop": "center", "outside": 0.0, "variants": None, "keep_tags": 0}
+    plain |= {"colour_jitter": 0.0, "shuffle_tags": False, "tag_dropout": 0.0}
+    held_out = encoded_examples(held_out_items, replace(config, **plain), *how) if held_out_items else None
+    encoders.release("text_encoder", "text_encoder_2", *([] if examples.encoders else ["vae"]))
     return examples, held_out
 
 

@@ -8,6 +8,9 @@ from .recipes import RECIPES
 from .setting import ABOVE_0, AT_LEAST_0, AT_LEAST_1, SHARE, ByBase, Settings, option, setting
 from .shared import CLASS, CLASS_PICTURES, DATA, TRAINING, VALIDATION, WEIGHT, path_and_number
 
+VARIANTS = ("variants", "how many there are")
+VARIED = ("colour_jitter", "shuffle_tags", "tag_dropout")  # what variants of a picture differ in, beside their crops
+
 of_data = partial(setting, group=DATA)
 of_validation = partial(setting, group=VALIDATION, in_identity=False)
 of_class = partial(setting, group=CLASS_PICTURES)
@@ -73,6 +76,31 @@ class DataSettings(Settings):
     )
     outside: float = of_data(
         0.0, "how much of a picture counts that its mask leaves out, 0 to 1", metavar="SHARE", within=SHARE
+    )
+    variants: int | None = of_data(
+        None,
+        "encode each picture so many times, with other crops and colours, and its captions with other tags; which of "
+        "them is seen is drawn each time; with it, --crop random needs no VAE in memory",
+        metavar="N",
+        within=AT_LEAST_1,
+    )
+    colour_jitter: float = of_data(
+        0.0,
+        "how far brightness, contrast and saturation of a variant are changed at most, 0 to 1; 0.1 is slight",
+        needs=VARIANTS,
+        metavar="SHARE",
+        within=SHARE,
+    )
+    shuffle_tags: bool = of_data(False, "shuffle the tags of a caption, the parts between commas", needs=VARIANTS)
+    tag_dropout: float = of_data(
+        0.0, "share of the tags of a caption that are left out", needs=VARIANTS, metavar="SHARE", within=SHARE
+    )
+    keep_tags: int = of_data(
+        0,
+        "number of tags at the beginning that stay in their place; --trigger always does",
+        needs=VARIANTS,
+        metavar="N",
+        within=AT_LEAST_0,
     )
     caption_dropout: float = of_data(
         ByBase(0.0, 0.1), "share of draws, 0 to 1, whose caption is left empty", metavar="SHARE", within=SHARE
@@ -150,6 +178,11 @@ class DataSettings(Settings):
             return None
 
     @property
+    def needs_vae(self) -> bool:
+        """Whether each draw is encoded anew."""
+        return self.crop == "random" and not self.variants
+
+    @property
     def has_class_pictures(self) -> bool:
         """Whether every other picture in training is one of the class; --preserve does without."""
         return bool(self.class_prompt) and not self.preserve
@@ -170,6 +203,10 @@ class DataSettings(Settings):
             names = ("class_data", "class_pictures", "prior_weight")
             given = [name for name in names if getattr(self, name) != defaults.get(name)]
             wrong += [f"{option(name)} has no effect with --preserve, which needs no class pictures" for name in given]
+        if self.variants and not (self.crop == "random" or any(getattr(self, name) for name in VARIED)):
+            wrong.append(f"--variants has no effect without --crop random or one of {', '.join(map(option, VARIED))}")
+        if self.keep_tags and not (self.shuffle_tags or self.tag_dropout):
+            wrong.append("--keep-tags has no effect without --shuffle-tags or --tag-dropout")
         if self.has_class_pictures and self.buckets:
             wrong.append("--class-prompt and --buckets cannot be given at once: a batch holds both kinds, of one size")
         if self.has_class_pictures and self.class_data is None:

@@ -12,6 +12,7 @@ from conftest import make_picture
 from helpers import CPU
 from PIL import Image
 
+from minilora.data.examples import View
 from minilora.data.folder import read_folders
 from minilora.data.held_out import held_out_loss
 from minilora.diffusion import Conditioning, Schedule, denoising_loss
@@ -148,11 +149,11 @@ def test_a_mask_is_cropped_and_mirrored_as_its_picture(data, tmp_path, tiny_base
     examples = examples_of(settings(data, tmp_path, tiny_base, caption="x", **more), 64)
     ways = set()
     for position in range(12):
-        item, mirrored, place = examples.view_at(position)
-        ways.add((mirrored, place))
-        pixels = (examples.pixels(item, mirrored, place).mean(0) + 1) / 2  # (64, 64)
+        view = examples.view_at(position)
+        ways.add((view.mirrored, view.place))
+        pixels = (examples.pixels(view).mean(0) + 1) / 2  # (64, 64)
         wanted = F.avg_pool2d(pixels[None], 2)  # (1, 32, 32)
-        mask = examples.mask(item, mirrored, place)
+        mask = examples.mask(view)
         # The picture is resized by another filter, which blurs a few places at edges and lets them overshoot.
         assert (mask - wanted).abs().mean() < 0.03
         assert (mask - wanted.flip(-1)).abs().mean() > 0.1
@@ -282,7 +283,7 @@ def test_what_can_be_seen_through_is_left_out_of_either_kind_of_mask(data, tmp_p
     assert {name for name, item in items.items() if item.mask} == {"a.png", "b.jpg", "c.png", "d.png"}
     for name in ("c.png", "d.png"):
         assert torch.equal(
-            examples.mask(items[name], False) > 0.5, torch.tensor([True] * 4 + [False] * 4).expand(1, 8, 8)
+            examples.mask(View(items[name])) > 0.5, torch.tensor([True] * 4 + [False] * 4).expand(1, 8, 8)
         )
     assert not by_name(examples_of(dataclasses.replace(config, alpha_mask=False)))["c.png"].mask
     painted.putalpha(0)
@@ -308,7 +309,7 @@ def test_the_preview_fades_what_does_not_count(data, tmp_path, tiny_base):
     for column, item in enumerate(examples.items):
         left = GAP + column * (TILE + GAP)
         shown = np.array(page.crop((left, GAP, left + TILE, GAP + TILE)), dtype=float) / 127.5 - 1
-        pixels = examples.pixels(item, False).permute(1, 2, 0).numpy()
+        pixels = examples.pixels(View(item)).permute(1, 2, 0).numpy()
         half = TILE // 2
         assert np.allclose(shown[:, :half], pixels[:, :half], atol=0.01)
         assert np.allclose(shown[:, half:], pixels[:, half:] * (0.15 if item.mask else 1), atol=0.01)

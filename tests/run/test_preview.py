@@ -37,14 +37,17 @@ def settings(photos, tiny_base, tmp_path, **more) -> TrainConfig:
     return TrainConfig(**given | {"cache": str(tmp_path / "cache"), "steps": 6, "batch_size": 2} | more)
 
 
-@pytest.mark.parametrize("more", [{}, {"mirror": True}, {"crop": "random", "mirror": True}, {"trigger": "sks"}])
+VARIED = {"variants": 3, "crop": "random", "colour_jitter": 0.3, "shuffle_tags": True}
+
+
+@pytest.mark.parametrize("more", [{}, {"mirror": True}, {"crop": "random", "mirror": True}, {"trigger": "sks"}, VARIED])
 def test_each_picture_is_shown_as_training_sees_it_first(photos, tiny_base, tmp_path, more):
     config = settings(photos, tiny_base, tmp_path, **more)
     [page] = look_at(config).pages
     examples = Examples(*_parts(config))
     for column, item in enumerate(examples.items):
         position = next(p for p in range(100) if examples.picture_at(p) == item)
-        wanted = as_picture(examples.pixels(*examples.view_at(position)))
+        wanted = as_picture(examples.pixels(examples.view_at(position)))
         left = GAP + column * (TILE + GAP)
         shown = page.crop((left, GAP, left + TILE, GAP + TILE))
         assert np.array_equal(shown, wanted)  # a picture of the side of a tile is not resized
@@ -63,10 +66,10 @@ def test_the_pixels_that_training_encodes_are_those_of_the_preview(photos, tiny_
     other = Examples(items, dataclasses.replace(config, crop="center"), resolution, base, length)
     for job in {**examples.to_encode(base), **other.to_encode(base)}.values():
         job()
-    mean, std = base.encode_picture(examples.pixels(*examples.view_at(3)))
+    mean, std = base.encode_picture(examples.pixels(examples.view_at(3)))
     noise = (examples.batch([3], CPU).latents[0] - mean) / std
     again = other.batch([3], CPU).latents[0]
-    centred = base.encode_picture(other.pixels(*other.view_at(3)))
+    centred = base.encode_picture(other.pixels(other.view_at(3)))
     # The same draw from the posterior; what is left is float32's rounding of (mean + std · noise − mean) / std.
     assert np.allclose(noise, (again - centred[0]) / centred[1], atol=1e-3)
 
