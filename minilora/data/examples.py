@@ -256,7 +256,8 @@ class Examples:
         seen = item.open_mask().resize(resized, box).crop((left, top, left + w, top + h))
         mask = torch.from_numpy(np.array(seen.resize((w // per_latent, h // per_latent), box)))[None] / 255
         if not mask.any() and self.config.crop == "center":
-            raise UserError(f"{item.mask} is all black in the crop of {w} × {h} pixels that is seen; try --buckets")
+            what = f"in the crop of {w} × {h} pixels that is seen the mask of {item.path} is all black"
+            raise UserError(f"{what}; try --buckets or --crop random")
         return mask.flip(-1) if view.mirrored else mask
 
     def _where(self, view: View, latents: torch.Tensor) -> torch.Tensor:
