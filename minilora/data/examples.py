@@ -353,8 +353,8 @@ def _collate(positions: tuple[int, ...], rows: list[tuple], device: torch.device
 
     latents, conditionings, *drawn, kept = zip(*rows, strict=True)
     noise, noise_offset, timesteps, weights, where = map(stack, drawn)
-    seen, seen_too = together(conditionings), None if kept[0] is None else together(kept)
-    return Batch(positions, stack(latents), seen, noise, noise_offset, timesteps, weights, where, seen_too)
+    conditioning, kept_too = together(conditionings), None if kept[0] is None else together(kept)
+    return Batch(positions, stack(latents), conditioning, noise, noise_offset, timesteps, weights, where, kept_too)
 
 
 @lru_cache(maxsize=4096)
