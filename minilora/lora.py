@@ -1,7 +1,7 @@
-"""LoRA: fine-tune a large network by training a low-rank change of a few of its weights.
+"""LoRA: fine-tune a large network by training low-rank deltas of a few of its weights.
 
 A linear layer computes y = W x with a weight W of shape (out, in).  Fine-tuning would change all of W.  LoRA freezes W
-and learns a change ΔW that is a product of two thin matrices,
+and learns a delta ΔW that is a product of two thin matrices,
 
     y = W x + (alpha / rank) · B A x            A: (rank, in)   B: (out, rank)
 
@@ -48,7 +48,7 @@ ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")  # the attention projections of
 
 
 class Adapter(nn.Module):
-    """One low-rank change of a linear layer: x -> strength · (alpha / rank) · B (A x).
+    """The low-rank delta of a linear layer: x -> strength · (alpha / rank) · B (A x).
 
     `lora_A` is (rank, in), gaussian with standard deviation 1 / rank; `lora_B` is (out, rank), zero.
     Both are float32 whatever the base is: half precision would round the small steps of training away.
@@ -93,9 +93,9 @@ class Adapter(nn.Module):
 
 
 class ConvAdapter(Adapter):
-    """One low-rank change of a convolution: A is a convolution to `rank` channels, B one of 1 × 1.
+    """The low-rank delta of a convolution: A is a convolution to `rank` channels, B one of 1 × 1.
 
-    A, (rank, in, height, width), has the stride, padding and dilation of the base, so B A is a change of the base's
+    A, (rank, in, height, width), has the stride, padding and dilation of the base, so ΔW has the shape of the base's
     weight: ΔW[o, i, h, w] = (alpha / rank) · Σᵣ B[o, r] A[r, i, h, w].
     """
 
