@@ -70,13 +70,11 @@ class DataSettings(Settings):
     mirror: bool = of_data(False, "show each picture mirrored half of the time", by_recipe=True)
     alpha_mask: bool = of_data(
         False,
-        "learn only what the alpha channel of a picture shows; a picture may also have a mask beside it, of white and "
-        "black: name.mask.png",
+        "take each picture's alpha channel as its mask, so that only what it shows is learnt; a mask in a file of its "
+        "own, name.mask.png, white where it counts, needs no setting",
         in_identity=False,
     )
-    outside: float = of_data(
-        0.0, "how much of a picture counts that its mask leaves out, 0 to 1", metavar="SHARE", within=SHARE
-    )
+    outside: float = of_data(0.0, "weight in the loss of what a mask leaves out, 0 to 1", metavar="SHARE", within=SHARE)
     variants: int | None = of_data(
         None,
         "encode each picture so many times, with other crops and colours, and its captions with other tags; which of "
@@ -135,8 +133,8 @@ class DataSettings(Settings):
 
     patience: int | None = of_validation(
         None,
-        "end when the loss on the held-out pictures has not fallen for so many measurements; the result is the LoRA of "
-        "the lowest",
+        "end after so many measurements in a row that found no lower validation loss; the result is the LoRA with the "
+        "lowest",
         metavar="MEASUREMENTS",
         needs=("validate_every", "which says how often it is measured"),
         within=AT_LEAST_1,
@@ -145,8 +143,8 @@ class DataSettings(Settings):
     class_prompt: str | None = of_class(None, "prompt of the subject's class, for prior preservation: 'a dog'")
     preserve: float = of_class(
         0.0,
-        "weight in the loss of what the base predicts at --class-prompt (no class pictures are drawn then), else at "
-        "the captions without --trigger, else at the empty prompt: prior preservation without pictures; 1 is common",
+        "prior preservation without class pictures: weight of a loss that keeps what the base predicts at "
+        "--class-prompt, else at the captions without --trigger, else at the empty prompt; 1 is common",
         metavar="WEIGHT",
         within=AT_LEAST_0,
     )
