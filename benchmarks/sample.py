@@ -22,9 +22,9 @@ from minilora import inject_lora, lora_parameters
 from minilora.models.base import Base
 from minilora.models.compiling import compile_options
 from minilora.models.device import this_device
+from minilora.models.precision import DTYPES
 from minilora.sampling import draw, merged_at
 from minilora.settings.sample import SampleConfig
-from minilora.settings.shared import PRECISIONS
 
 
 def contender(args: argparse.Namespace, lora: bool, compiled: bool) -> Base:
@@ -50,7 +50,7 @@ def seconds(base: Base, args: argparse.Namespace) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", metavar="BASE", help="as for sample.py; if not given, the bundled base")
-    parser.add_argument("--precision", choices=PRECISIONS, default="fp32")
+    parser.add_argument("--precision", choices=("auto", *DTYPES), default="fp32")
     parser.add_argument("--rank", type=int, default=8, metavar="RANK", help="rank of the LoRA (default 8)")
     parser.add_argument(
         "--steps", type=int, default=2, metavar="STEPS", help="denoising steps, each with guidance (default 2)"
