@@ -45,6 +45,8 @@ def merge(config: MergeConfig) -> None:
             allow_unmatched=config.allow_unmatched,
             dtype=np.float64 if config.float64 else np.float32,
             written=DTYPES.get(config.dtype),
+            revision=config.revision,
+            variant=config.variant,
         )
     print(report)
     print(f"wrote {output}")
@@ -55,12 +57,13 @@ def _write_lora(config: MergeConfig, output: Path) -> Report:
     refuse_existing(output, config.overwrite)
     notes: list[str] = []
     reduction = None
+    which = config.revision, config.variant
     if config.extract:
-        base, tuned = (Checkpoint(Path(path)) for path in config.files)
+        base, tuned = Checkpoint(Path(config.files[0]), *which), Checkpoint(Path(config.files[1]))
         lora, reduction, notes = extract(base, tuned, config.rank, config.energy)
         modules = base.modules
     else:
-        modules = Checkpoint(Path(config.base)).modules if config.base else None
+        modules = Checkpoint(Path(config.base), *which).modules if config.base else None
         loras = []
         for text in config.files:
             path, strength = path_and_number(text)

@@ -18,6 +18,7 @@ from minilora.models.base import Base
 from minilora.sampling import TOGETHER, draw, draw_each, evaluating, merged_at, sample
 from minilora.settings.errors import UserError
 from minilora.settings.sample import SAMPLERS, SampleConfig
+from minilora.settings.train import TrainConfig
 
 
 @pytest.fixture
@@ -52,6 +53,18 @@ def test_the_picture_is_the_one_diffusers_draws(command, lora, tiny_base):
     assert np.abs(ours - theirs).max() <= 1e-4  # ours is merged and theirs is not: float32 rounding
     file = command(lora=(f"{lora}:0.7",), seed=5, guidance=4.0)
     assert np.abs(theirs * 255 - file).max() <= 0.5 + 255e-4  # the file holds whole numbers
+
+
+def test_without_a_base_the_one_is_taken_that_the_lora_names_and_it_is_said(command, lora, tiny_base, tmp_path, capsys):
+    drawn = command(lora=(str(lora),))
+    (lora / "config.json").write_text(TrainConfig(data=("x",), model=str(tiny_base)).to_json())
+    assert np.array_equal(command(lora=(str(lora),), model=None), drawn)
+    assert f"note: the base is {tiny_base}, by config.json of {lora}" in capsys.readouterr().err
+    (lora / "config.json").write_text(TrainConfig(data=("x",), model=str(tmp_path / "gone")).to_json())
+    with pytest.raises(
+        UserError, match=rf"--model .*gone: .*; it is named by config.json of {lora}, and --model names"
+    ):
+        command(lora=(str(lora),), model=None)
 
 
 def test_a_picture_tells_the_settings_that_draw_it_again(command, lora, tmp_path):

@@ -90,17 +90,19 @@ def fold(
     allow_unmatched: bool = False,
     dtype: type = np.float32,
     written: str | None = None,
+    revision: str | None = None,
+    variant: str | None = None,
 ) -> Report:
     """Write `base` with LoRAs folded in, each at its strength, to `output`, in the layout of `base`.
 
     The sum is computed in `dtype` and rounded once to each weight's own type, or to the type `written`, as "F32", for
-    all weights.  `undo` is a file for the original bytes of what changes.  Raises UserError, with nothing left under
-    `output`, for files that cannot be read, unmatched keys (unless allowed), shapes that do not fit, sums that are not
-    finite numbers, and a full disk.
+    all weights.  `undo` is a file for the original bytes of what changes.  `revision` and `variant` are those of the
+    base, as `Checkpoint` takes them.  Raises UserError, with nothing left under `output`, for files that cannot be
+    read, unmatched keys (unless allowed), shapes that do not fit, sums that are not finite numbers, and a full disk.
     """
     if undo and undo.resolve().is_relative_to(output.resolve()):
         raise UserError(f"--undo {undo}: it is inside --output {output}; choose a place outside")
-    checkpoint = Checkpoint(base)
+    checkpoint = Checkpoint(base, revision, variant)
     read = [read_for(path, checkpoint.modules, str(base), allow_unmatched) for path, _ in loras]
     plan, folded = _plan(checkpoint, read, loras, dtype)
     types = {path: _types(file, written) for path, file in checkpoint.files.items()}

@@ -8,11 +8,9 @@ import re
 from pathlib import Path, PurePosixPath
 
 from ..settings.errors import UserError, first_line
-from .tensors import PICKLES
+from ..settings.shared import FILE_NAME, hub_name
 
-FILE_NAME = "pytorch_lora_weights.safetensors"  # of diffusers
 PEFT_CONFIG, PEFT_FILE = "adapter_config.json", "adapter_model.safetensors"
-WEIGHTS = (".safetensors", *PICKLES)  # endings of files' names
 NO_WEIGHTS = ("scheduler", "optimizer", "checkpoint")  # parts of names of files that are not LoRAs, as in diffusers
 BASE_FILES = ["*.json", "*/*.json", "*/*.txt", "*/*.safetensors"]
 VARIANTS = ["*.fp16.*", "*.non_ema.*"]
@@ -20,12 +18,11 @@ VARIANTS = ["*.fp16.*", "*.non_ema.*"]
 
 def lora_path(path: Path) -> Path:
     """Return a path; if it names a LoRA on the hub, the path of the fetched file.  UserError if there is none."""
-    found = re.fullmatch(r"(\w[\w.-]*/[\w.-]+?)(?:/(.+\.safetensors))?", path.as_posix())
-    if _is_here(path) or not found or (not found[2] and path.suffix in WEIGHTS):
+    if not (found := hub_name(path)):
         return path
     from huggingface_hub import hf_hub_download
 
-    repo, name = found.groups()
+    repo, name = found
     name = name or _chosen(repo, _names_in(repo))
     try:
         if PurePosixPath(name).name == PEFT_FILE:  # its scale is in the config
@@ -35,23 +32,30 @@ def lora_path(path: Path) -> Path:
         raise UserError(f"LoRA {path}: {_nothing(first_line(error))}") from error
 
 
-def base_path(path: Path) -> Path:
-    """Return a path; if it names a base on the hub, the path of the fetched folder.  UserError if there is none."""
-    named = re.fullmatch(r"\w[\w.-]*/[\w.-]+", path.as_posix())
-    if _is_here(path) or not named or path.suffix in WEIGHTS:
+def base_path(path: Path, revision: str | None = None, variant: str | None = None) -> Path:
+    """Return a path; if it names a base on the hub, the path of the fetched folder.  UserError if there is none.
+
+    What is fetched is the newest revision unless one is named, and of the weights one variant.
+    """
+    if not (found := hub_name(path)) or found[1]:
+        if revision:
+            raise UserError(f"--revision {revision}: {path} is on this machine; only a base on the hub has revisions")
         return path
     from huggingface_hub import snapshot_download
 
+    wanted = {"allow_patterns": BASE_FILES, "ignore_patterns": VARIANTS}
+    if variant:
+        wanted = {"allow_patterns": [*BASE_FILES[:-1], f"*/*.{variant}.safetensors", f"*/*.{variant}-*.safetensors"]}
     try:
-        folder = Path(snapshot_download(str(path), allow_patterns=BASE_FILES, ignore_patterns=VARIANTS))
+        folder = Path(snapshot_download(str(path), revision=revision, **wanted))
     except Exception as error:  # as above
         raise UserError(f"{path}: {_nothing(first_line(error))}") from error
     return folder
 
 
-def _is_here(path: Path) -> bool:
-    """Whether a name is of this machine: it exists, or its folder does, as of a misspelt out/mountian."""
-    return path.exists() or Path(path.parts[0]).is_dir()
+def variant_of(path: Path) -> str:
+    """Return "fp16" of model.fp16.safetensors, also in parts, model.fp16-00001-of-00002.safetensors; "" of others."""
+    return re.sub(r"-\d+-of-\d+", "", ".".join(path.name.split(".")[1:-1]))
 
 
 def _nothing(reason: str) -> str:

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from ..settings.errors import UserError
-from .from_hub import base_path
+from .from_hub import base_path, variant_of
 from .names import COMPONENTS, UNET, diffusers_unet_paths, full_name, modules_of_original
 from .number_types import DTYPES, WEIGHTS, widen
 from .tensors import PICKLES, Entry, TensorFile, write_whole
@@ -30,25 +30,30 @@ class Place:
 class Checkpoint:
     """A base on disk: its weight files, all its other files, and where the weight of each module lies.
 
+    `revision` is one of a hub id.  Of the weights in a folder, only those of `variant` are seen, if it is given.
     Raises UserError if there is no Stable Diffusion in safetensors files at `path`.
     """
 
-    def __init__(self, path: Path):
-        self.path = path = base_path(path)
+    def __init__(self, path: Path, revision: str | None = None, variant: str | None = None):
+        self.path = path = base_path(path, revision, variant)
+        self.variant = variant
         self.files: dict[Path, TensorFile] = {}  # by path relative to `path`
         self.others: list[Path] = []
         self.left_out: list[Path] = []  # weights in other formats, into which nothing is merged
         self.places: dict[str, list[Place]] = {}
         if path.is_dir():
             self._look_through_folder()
-        elif path.is_file():
+        elif path.is_file() and not variant:
             self.files[Path()] = TensorFile(path)
             self._find_original_places()
         else:
-            raise UserError(f"{path}: there is no such file or folder")
+            what = f"folder, as one with the variant {variant} is" if variant else "file or folder"
+            raise UserError(f"{path}: there is no such {what}")
         if not self.places:
             raise UserError(
-                f"{path}: it is neither a diffusers folder with .safetensors weights nor a single file of one"
+                f"{path}: it has no .safetensors weights of the variant {variant}"
+                if variant
+                else f"{path}: it is neither a diffusers folder with .safetensors weights nor a single file of one"
             )
 
     @property
@@ -95,13 +100,17 @@ class Checkpoint:
                 continue  # a cache or a repository, not the base
             if path.suffix in (*PICKLES, ".msgpack", ".onnx", ".h5"):
                 self.left_out.append(path)
-            elif path.suffix != ".safetensors" or len(path.parts) != 2:
+            elif path.suffix != ".safetensors" or len(path.parts) != 2 or self._is_other(path):
                 (self.left_out if path.suffix == ".safetensors" else self.others).append(path)
             else:
                 self.files[path] = TensorFile(self.path / path)
                 if component in COMPONENTS:
                     for key, entry in self.files[path].entries.items():
                         self._add([full_name(component, key.removesuffix(".weight"))], path, key, entry)
+
+    def _is_other(self, path: Path) -> bool:
+        """Whether weights are of another variant than the one that was asked for."""
+        return bool(self.variant) and variant_of(path) != self.variant
 
     def _find_original_places(self) -> None:
         prefix, entries = "model.diffusion_model.", self.files[Path()].entries

@@ -28,13 +28,14 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from ..settings.errors import UserError
+from ..settings.shared import WEIGHT_FILES
 from ..settings.strict_json import parse_json
 from .number_types import DTYPES, NAMES
 
 CHUNK = 1 << 20  # bytes that are processed at a time: few enough for a processor's cache
 COMPUTING = 2  # threads that change tensors, besides the one that copies
 UNCACHED = 0x80 if sys.platform == "linux" else 0  # RWF_DONTCACHE of Linux 6.14, which Python has no name for yet
-PICKLES = (".pt", ".pth", ".ckpt", ".bin")
+PICKLES = WEIGHT_FILES[1:]
 PICKLE_HELP = (
     "a pickle, which can run code when it is opened, is not read; where you trust it, convert it with "
     "safetensors.torch.save_file(torch.load(file, weights_only=True), 'new.safetensors')"

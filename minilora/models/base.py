@@ -25,7 +25,7 @@ from functools import cached_property
 from pathlib import Path
 from types import SimpleNamespace
 
-from .folder import KINDS, SCHEDULER, VAE, Folder, empty_module, loading  # isort: skip (before diffusers is imported)
+from .folder import KINDS, SCHEDULER, VAE, Folder, empty_module, loading, say_once  # isort: skip (before diffusers is imported)
 
 import diffusers
 import torch
@@ -39,6 +39,7 @@ from ..files.names import TEXT_ENCODER, TEXT_ENCODER_2, UNET
 from ..files.network import attach_lora, live_modules
 from ..files.read import LoRA
 from ..lora import lora_layers
+from ..settings.base import named_base
 from ..settings.errors import UserError
 from ..settings.setting import BUNDLED
 from ..settings.shared import path_and_number
@@ -68,6 +69,8 @@ class Base:
     drawing starts there, as a file's mark does, too.
     Source: Lin et al., "Common diffusion noise schedules and sample steps are flawed", 2023.
 
+    `revision` and `variant` are those of a hub id; a folder has variants, too.
+
     `precision` is fp32, bf16, fp16 or auto, which leaves it to precision.py.
 
     `loras`, each "path" or "path:strength", are folded into the weights of each part as it is loaded.
@@ -86,6 +89,8 @@ class Base:
         loras: Sequence[str] = (),
         prediction_type: str | None = None,
         vae: str | None = None,
+        revision: str | None = None,
+        variant: str | None = None,
     ):
         self.source = str(BUNDLED if name is None else name)
         self.device = device
@@ -95,13 +100,17 @@ class Base:
         self.prediction_type = prediction_type
         title = f"--model {self.source}"
         self.parts: Folder | SingleFile
+        if revision and Path(self.source).exists():
+            raise UserError(f"--revision {revision}: {title} is on this machine; only a base on the hub has revisions")
         if is_file(self.source):
+            if variant:
+                raise UserError(f"--variant {variant}: {title} is a single file, which has no variants")
             configs = Folder(config, f"--model-config {config}") if config else None
             self.parts = SingleFile(self.source, title, configs, prediction_type)
         elif config:
             raise UserError(f"--model-config {config}: {title} is not a single file, and has its own settings")
         else:
-            self.parts = Folder(self.source, title)
+            self.parts = Folder(self.source, title, revision=revision, variant=variant)
         self.vae_parts = self.parts if vae is None else vae_parts(vae, self.parts)
         self.index = self.parts.index()
         self.kind = self.index.get("_class_name") if isinstance(self.index, dict) else None
@@ -110,9 +119,19 @@ class Base:
 
     @classmethod
     def of(cls, config, device: torch.device, precision: str = "fp32", loras: Sequence[str] = ()) -> "Base":
-        """Return the base that the settings of a command name."""
-        names = config.model_config, config.zero_terminal_snr, loras, config.prediction_type, config.vae
-        return cls(config.model, device, precision, *names)
+        """Return the base that the settings of a command name; if a LoRA names it, that is said."""
+        options = config.base_settings()
+        name, settings = options.pop("model"), options.pop("model_config")
+        named = named_base(getattr(config, "lora", None))
+        by_lora = name and named and name == named.settings.get("model")
+        if by_lora:
+            say_once(f"note: the base is {name}, by {named.by}")
+        try:
+            return cls(name, device, precision, settings, loras=loras, **options)
+        except UserError as error:
+            if not by_lora:
+                raise
+            raise UserError(f"{error}; it is named by {named.by}, and --model names another") from error
 
     @cached_property
     def parameters(self) -> int:

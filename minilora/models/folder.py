@@ -1,7 +1,6 @@
 """A diffusers folder, or a hub id: each part of a base in a sub-folder, its settings beside its weights."""
 
 import os
-import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,6 +19,7 @@ from huggingface_hub import try_to_load_from_cache
 from torch import nn
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
+from ..files.from_hub import variant_of
 from ..files.names import TEXT_ENCODER, TEXT_ENCODER_2, UNET
 from ..files.read import some
 from ..files.tensors import TensorFile, refuse_more_than_memory
@@ -49,20 +49,30 @@ class Marks:
 class Folder:
     """A diffusers folder or hub id; `title` is what messages call it by.
 
-    `subfolders` says where parts lie that are not in the sub-folder of their own name.
+    `subfolders` says where parts lie that are not in the sub-folder of their own name.  `revision` is one of a hub id,
+    and `variant` that of the weights; without one it is found.
     """
 
     marks = Marks()
 
-    def __init__(self, name: str, title: str, subfolders: dict[str, str] | None = None):
+    def __init__(
+        self,
+        name: str,
+        title: str,
+        subfolders: dict[str, str] | None = None,
+        revision: str | None = None,
+        variant: str | None = None,
+    ):
         self.name = name
         self.title = title
         self.subfolders = subfolders or {}
+        self.revision: dict = {"revision": revision} if revision else {}
+        self.variant = variant
 
     def index(self) -> dict:
         """Return what model_index.json says: which pipeline it is, and of which parts."""
         try:
-            return DiffusionPipeline.load_config(self.name)
+            return DiffusionPipeline.load_config(self.name, **self.revision)
         except Exception as error:  # as in loading
             raise UserError(
                 f"{self.title}: neither a diffusers folder (with model_index.json) nor a hub id that can be reached "
@@ -72,23 +82,25 @@ class Folder:
     def config(self, part: str) -> dict:
         """Return the settings of the U-Net, the VAE, a text encoder or the scheduler."""
         with loading(self.title, part):
+            where = {"subfolder": self._subfolder(part), **self.revision}
             if part in (UNET, VAE, SCHEDULER):
-                config = KINDS.get(part, DDIMScheduler).load_config(self.name, subfolder=self._subfolder(part))
+                config = KINDS.get(part, DDIMScheduler).load_config(self.name, **where)
                 if not isinstance(config, dict):
                     raise ValueError(f"its settings are {config!r}, and no JSON object")
                 return config
             kind = KINDS[part]
-            return kind.config_class.from_pretrained(self.name, subfolder=self._subfolder(part)).to_dict()
+            return kind.config_class.from_pretrained(self.name, **where).to_dict()
 
     def tokenizer(self, part: str) -> CLIPTokenizer:
         with loading(self.title, part):
-            return CLIPTokenizer.from_pretrained(self.name, subfolder=self._subfolder(part))
+            return CLIPTokenizer.from_pretrained(self.name, subfolder=self._subfolder(part), **self.revision)
 
     def module(self, part: str, dtype: torch.dtype) -> nn.Module:
         """Load a part, with its numbers in `dtype`.  Raises UserError for weights that lack a tensor, by its name."""
         # Only transformers goes without accelerate whatever it is told.
         options: dict = {"low_cpu_mem_usage": False} if part in (UNET, VAE) else {}
         options |= {"subfolder": self._subfolder(part), "torch_dtype": dtype, "output_loading_info": True}
+        options |= self.revision
         kind = KINDS[part]
         with loading(self.title, part):
             variant = self._variant(part)
@@ -99,14 +111,14 @@ class Folder:
             try:
                 module, about = kind.from_pretrained(self.name, variant=variant, use_safetensors=True, **options)
             except OSError as error:
-                if Path(self.name).is_dir():
+                if Path(self.name).is_dir() or self.variant:
                     raise
                 variant = "fp16"  # which variants a hub id has is not known before
                 try:
                     module, about = kind.from_pretrained(self.name, variant=variant, use_safetensors=True, **options)
                 except OSError:
                     raise error from None  # the first one says what is wrong
-        if variant:
+        if variant and not self.variant:
             say_once(f"note: {self.title}: of its {part} there is only the variant {variant}, which is used")
         refuse_missing(self.title, part, about["missing_keys"])
         warn_of_more(self.title, part, about["unexpected_keys"])
@@ -115,7 +127,7 @@ class Folder:
     def files(self, part: str) -> list[TensorFile]:
         """Return the files of a part's weights; none for a hub id."""
         ending = f".{variant}" if (variant := self._variant(part)) else ""
-        inside = sorted(path for path in self._place(part).glob("*.safetensors") if _variant_of(path) == ending[1:])
+        inside = sorted(path for path in self._place(part).glob("*.safetensors") if variant_of(path) == ending[1:])
         return [TensorFile(path) for path in inside]
 
     @property
@@ -123,12 +135,17 @@ class Folder:
         """The name and commit of a hub id, as it is in the cache; nothing for a folder, whose files tell."""
         if Path(self.name).is_dir():
             return ""
-        cached = [try_to_load_from_cache(self.name, name) for name in ("model_index.json", "config.json")]
-        return "@".join([self.name, *(Path(path).parent.name for path in cached if isinstance(path, str))])
+        cached = [
+            try_to_load_from_cache(self.name, name, **self.revision) for name in ("model_index.json", "config.json")
+        ]
+        named = [self.name, *([self.variant] if self.variant else [])]
+        return "@".join([*named, *(Path(path).parent.name for path in cached if isinstance(path, str))])
 
     def _variant(self, part: str) -> str | None:
         """Return the variant of a part's weights that is to be loaded: None, unless there are only others."""
-        found = {_variant_of(path) for path in self._place(part).glob("*.safetensors")}
+        if self.variant:
+            return self.variant
+        found = {variant_of(path) for path in self._place(part).glob("*.safetensors")}
         return None if not found or "" in found else min(found, key=lambda variant: ("ema" in variant, variant))
 
     def _place(self, part: str) -> Path:
@@ -145,11 +162,6 @@ def empty_module(part: str, config: dict, title: str) -> nn.Module:
         if part in (UNET, VAE):
             return kind.from_config(config)
         return kind(kind.config_class.from_dict(config))
-
-
-def _variant_of(path: Path) -> str:
-    """Return "fp16" of model.fp16.safetensors, also in parts, model.fp16-00001-of-00002.safetensors; "" of others."""
-    return re.sub(r"-\d+-of-\d+", "", ".".join(path.name.split(".")[1:-1]))
 
 
 @contextmanager

@@ -30,7 +30,7 @@ def drawing_command(config: TrainConfig, prompt: str, lora: str) -> str:
     if config.full:
         return shlex.join([*words, "--model", f"{lora}/{FULL_RESULTS[0]}"])
     words += [word for each in (lora, *config.base_lora) for word in ("--lora", each)]
-    for name in ("model", "model_config", "vae", "prediction_type"):
+    for name in ("model", "revision", "variant", "model_config", "vae", "prediction_type"):
         words += [option(name), getattr(config, name)] if getattr(config, name) else []
     return shlex.join(words + (["--zero-terminal-snr"] if config.zero_terminal_snr else []))
 
@@ -90,7 +90,8 @@ def _in_diffusers(config: TrainConfig, is_xl: bool, lora: str, prompt: str, sche
         model = f"{lora}/{FULL_RESULTS[0]}"
         return f"from diffusers import {kind}\n\npipeline = {kind}.from_pretrained({model!r})\n{_draw(prompt)}"
     model = config.model or "minilora/base"
-    load = f"from_pretrained({model!r})"
+    more = "".join(f", {name}={value!r}" for name in ("revision", "variant") if (value := getattr(config, name)))
+    load = f"from_pretrained({model!r}{more})"
     if os.path.isfile(model):
         load = f"from_single_file({model!r}" + (f", config={config.model_config!r})" if config.model_config else ")")
     lines = [f"from diffusers import {kind}", "", f"pipeline = {kind}.{load}"]

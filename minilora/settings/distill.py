@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from . import shared
+from .base import BaseSettings
 from .setting import ABOVE_0, AT_LEAST_1, SEED, ByBase, setting
 from .shared import DATA, LORA, OUTPUT, TRAINING
 
@@ -20,7 +21,7 @@ of_data = partial(setting, group=DATA)
 
 
 @dataclass(frozen=True)
-class DistillConfig(shared.BaseSettings):
+class DistillConfig(BaseSettings):
     """Every setting of minilora.apps.distill."""
 
     usage = ""

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from . import shared
+from .base import BaseSettings
 from .setting import setting
 from .shared import DATA, MODEL, OUTPUT
 
@@ -11,7 +12,7 @@ of_data = partial(setting, group=DATA)
 
 
 @dataclass(frozen=True)
-class EvaluateConfig(shared.BaseSettings):
+class EvaluateConfig(BaseSettings):
     """Every setting of minilora.apps.evaluate."""
 
     usage = "[PICTURES REFERENCE]"
@@ -36,7 +37,7 @@ class EvaluateConfig(shared.BaseSettings):
         metavar="LORA[:STRENGTH]",
         basic=True,
     )
-    model: str | None = shared.model()
+    model: str | None = shared.model_of_lora()
     output: str = setting(
         "out/evaluate",
         "folder of the figures, and of a sheet of nearest pictures",
@@ -56,6 +57,11 @@ class EvaluateConfig(shared.BaseSettings):
         None,
         "vision model whose features give distances as in publications, a folder or hub id: facebook/dinov2-base, "
         "openai/clip-vit-base-patch32",
+        metavar="MODEL",
+    )
+    classifier: str | None = of_data(
+        None,
+        "image classifier that gives the Inception Score, a folder or hub id: google/vit-base-patch16-224",
         metavar="MODEL",
     )
     precision: str = shared.precision()

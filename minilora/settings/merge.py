@@ -3,7 +3,8 @@
 from dataclasses import dataclass
 from functools import partial
 
-from .setting import AT_LEAST_1, Settings, Within, option, setting
+from .base import VersionSettings
+from .setting import AT_LEAST_1, Within, option, setting
 from .shared import MERGING, OTHER
 
 DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}  # of --dtype, as safetensors files call them
@@ -13,7 +14,7 @@ of_other = partial(setting, group=OTHER)
 
 
 @dataclass(frozen=True)
-class MergeConfig(Settings):
+class MergeConfig(VersionSettings):
     """Every setting of minilora.merge."""
 
     usage = "BASE LORA[:STRENGTH] … --output OUT"
@@ -78,7 +79,7 @@ class MergeConfig(Settings):
             wrong.append("--extract needs a --rank or an --energy")
         only = {"rank": "--loras-only --extract", "energy": "--loras-only --extract", "base": "--loras-only"}
         only |= {"undo": "a merge", "allow_unmatched": "a merge --loras-only", "float64": "a merge"}
-        only |= {"dtype": "a merge --loras-only --extract"}
+        only |= dict.fromkeys(("dtype", "revision", "variant"), "a merge --loras-only --extract")
         wrong += [f"{option(k)} has no effect on {what}" for k, w in only.items() if getattr(self, k) and what not in w]
         if self.dtype and self.undo:
             wrong.append("--undo and --dtype cannot be given at once: with other types, there is nothing to put back")

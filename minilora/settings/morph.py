@@ -5,6 +5,7 @@ from functools import partial
 from pathlib import Path
 
 from . import shared
+from .base import BaseSettings
 from .setting import AT_LEAST_1, SHARE, Within, setting
 from .shared import LORA, OUTPUT, PICTURES, folder_for
 
@@ -13,7 +14,7 @@ of_lora = partial(setting, group=LORA)
 
 
 @dataclass(frozen=True)
-class MorphConfig(shared.BaseSettings):
+class MorphConfig(BaseSettings):
     """Every setting of minilora.apps.morph."""
 
     usage = "A B --prompt-a TEXT --prompt-b TEXT"

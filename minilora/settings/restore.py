@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from . import shared
+from .base import BaseSettings
 from .setting import AT_LEAST_0, AT_LEAST_1, ByBase, setting
 from .shared import LORA, OUTPUT, PICTURES, folder_for
 
@@ -12,7 +13,7 @@ of_lora = partial(setting, group=LORA)
 
 
 @dataclass(frozen=True)
-class RestoreConfig(shared.BaseSettings):
+class RestoreConfig(BaseSettings):
     """Every setting of minilora.apps.restore."""
 
     usage = "PICTURE --prompt TEXT"

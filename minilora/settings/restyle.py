@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from . import shared
+from .base import BaseSettings
 from .setting import AT_LEAST_1, ByBase, Within, setting
 from .shared import DATA, OUTPUT, PICTURES, folder_for
 
@@ -11,7 +12,7 @@ of_pictures = partial(setting, group=PICTURES)
 
 
 @dataclass(frozen=True)
-class RestyleConfig(shared.BaseSettings):
+class RestyleConfig(BaseSettings):
     """Every setting of minilora.apps.restyle."""
 
     usage = "PICTURE --lora LORA"
@@ -32,7 +33,7 @@ class RestyleConfig(shared.BaseSettings):
         basic=True,
         within=Within(0, 1, above=True),
     )
-    model: str | None = shared.model()
+    model: str | None = shared.model_of_lora()
     output: str | None = setting(
         None, "folder of the results; if not given, out/restyle-<name>", group=OUTPUT, metavar="FOLDER", basic=True
     )

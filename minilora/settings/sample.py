@@ -6,6 +6,7 @@ from functools import partial
 from pathlib import Path
 
 from . import shared
+from .base import BaseSettings
 from .setting import AT_LEAST_1, ByBase, as_typed, setting
 from .shared import MODEL, OUTPUT, PICTURES
 
@@ -22,7 +23,7 @@ of_base = partial(setting, group=MODEL)
 
 
 @dataclass(frozen=True)
-class SampleConfig(shared.BaseSettings):
+class SampleConfig(BaseSettings):
     """Every setting of sample.py."""
 
     usage = "--prompt TEXT"
@@ -57,7 +58,7 @@ class SampleConfig(shared.BaseSettings):
         needs=("image", "the picture that is painted in"),
     )
 
-    model: str | None = shared.model()
+    model: str | None = shared.model_of_lora()
     lora: tuple[str, ...] = shared.lora()
     allow_unmatched: bool = of_base(False, "leave out keys and learnt words of a LoRA that have no place in the base")
     strengths: tuple[float, ...] = of_base(

@@ -1,15 +1,14 @@
 """What the settings of several commands have in common: their groups, and those settings that several have."""
 
-import dataclasses
 import math
 import os
+import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 from .errors import UserError
-from .setting import AT_LEAST_1, SEED, Settings, setting
+from .setting import AT_LEAST_1, SEED, setting
 
 TEXT_ATTENTION = ("q_proj", "k_proj", "v_proj", "out_proj")  # those of CLIP's text encoders
 DATA, VALIDATION, CLASS_PICTURES = "data", "validation", "class pictures (DreamBooth)"
@@ -19,6 +18,8 @@ MERGING, OTHER = "merging into a base", "instead of merging into a base"
 CLASS = ("class_prompt", "what the pictures of the class show")  # what other settings need, as `setting` takes it
 TEXT_ENCODERS = ("train_text_encoder", "which puts a LoRA there")
 WEIGHT = "the weight"  # what the number behind a folder of pictures is called
+FILE_NAME = "pytorch_lora_weights.safetensors"  # of a LoRA, as diffusers calls it
+WEIGHT_FILES = (".safetensors", ".pt", ".pth", ".ckpt", ".bin")  # endings; all but the first are pickles
 TIMEOUT = 30.0  # minutes that a process waits for another
 
 # Settings of several commands; a command declares one as `model: str | None = shared.model()`.
@@ -29,6 +30,12 @@ model = partial(
     group=MODEL,
     metavar="BASE",
     basic=True,
+)
+model_of_lora = partial(
+    setting,
+    None,
+    str(model.args[1]).replace("the bundled", "the one that a LoRA names, or the bundled"),
+    **model.keywords,
 )
 lora = partial(
     setting,
@@ -66,42 +73,6 @@ compile_unet = partial(
 )
 
 
-@dataclass(frozen=True, kw_only=True)
-class BaseSettings(Settings):
-    """What the commands that load a base have in common, besides its name, --model."""
-
-    model_config: str | None = setting(
-        None,
-        "diffusers folder or hub id with the settings and the tokenizer that a --model in one file lacks",
-        group=MODEL,
-        metavar="FOLDER",
-        in_identity=False,
-    )
-    vae: str | None = setting(
-        None,
-        "VAE to use instead of the base's own: folder or hub id of a VAE or a base, or a .safetensors file of either",
-        group=MODEL,
-        metavar="VAE",
-        in_identity=False,
-    )
-    prediction_type: str | None = setting(
-        None,
-        "what the U-Net predicts, where neither the base's settings nor a mark in its file say it right",
-        choices=("epsilon", "v_prediction"),
-        group=MODEL,
-        in_identity=False,
-    )
-    zero_terminal_snr: bool = setting(
-        False,
-        "change the base's noise levels so that the last one is pure noise; for bases that predict v",
-        group=MODEL,
-    )
-
-    def base_settings(self) -> dict:
-        """Return the settings that say which base it is, as other commands take them."""
-        return {name: getattr(self, name) for name in ("model", *(f.name for f in dataclasses.fields(BaseSettings)))}
-
-
 def path_and_number(text: str, what: str = "the strength") -> tuple[str, float]:
     """Split "out/fluent:0.8" into path and number.
 
@@ -123,6 +94,18 @@ def path_and_number(text: str, what: str = "the strength") -> tuple[str, float]:
 def is_mask(path: Path) -> bool:
     """Whether a picture is, by its name, the mask of another one: a.mask.png of a.jpg."""
     return path.stem.lower().endswith(".mask")
+
+
+def hub_name(path: str | Path) -> tuple[str, str | None] | None:
+    """Return the repository OWNER/NAME, and the file in it, that a name may mean on the Hugging Face hub.
+
+    None for a name of this machine: what exists, what is in a folder that does, as a misspelt out/mountian, and files
+    of weights.
+    """
+    path = Path(path)
+    found = re.fullmatch(r"(\w[\w.-]*/[\w.-]+?)(?:/(.+\.safetensors))?", path.as_posix())
+    here = path.exists() or Path(path.parts[0]).is_dir() if path.parts else True
+    return None if here or not found or (not found[2] and path.suffix in WEIGHT_FILES) else (found[1], found[2])
 
 
 def folder_for(application: str, names: Sequence[str]) -> Path:

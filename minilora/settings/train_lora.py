@@ -6,15 +6,15 @@ from functools import partial
 from typing import Any
 
 from . import shared
+from .base import BaseSettings, of_base
 from .setting import ABOVE_0, AT_LEAST_1, option, setting
 from .shared import MODEL, TEXT_ATTENTION, TEXT_ENCODERS
 
-of_base = partial(setting, group=MODEL, in_identity=False)  # of the base, its content counts
 of_lora = partial(setting, group=MODEL)
 
 
 @dataclass(frozen=True)
-class LoraSettings(shared.BaseSettings):
+class LoraSettings(BaseSettings):
     """What the LoRA is trained on top of, and where it sits."""
 
     model: str | None = shared.model(in_identity=False)

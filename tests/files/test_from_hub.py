@@ -2,15 +2,14 @@
 
 import json
 import re
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 import torch
 from helpers import random_lora
-from huggingface_hub import close_session, constants
+from huggingface_hub import constants
 from safetensors.torch import save_file
+from stand_in import files_of
 
 from minilora.files.fold import fold
 from minilora.files.from_hub import base_path, lora_path
@@ -19,66 +18,7 @@ from minilora.files.read import read_lora
 from minilora.files.write import difference, write_lora
 from minilora.settings.errors import UserError
 
-COMMIT = "0" * 39 + "1"
 MODULES = {f"unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_{n}": (8, 8) for n in "qkv"}
-
-
-class Answer(BaseHTTPRequestHandler):
-    """Answer for the repositories in `server.repos`, each a dictionary of files by their paths."""
-
-    protocol_version = "HTTP/1.1"
-
-    def log_message(self, *_) -> None:
-        pass
-
-    def do_GET(self) -> None:
-        path = self.path.split("?")[0]
-        if found := re.fullmatch(r"/api/models/(\w+/\w+)(?:/revision/\w+)?", path):
-            self.send(self.server.repos.get(found[1]) and {"id": found[1], "sha": COMMIT, "siblings": []})
-        elif found := re.fullmatch(r"/api/models/(\w+/\w+)/tree/\w+", path):
-            files = self.server.repos.get(found[1])
-            self.send(files and [{"type": "file", "path": p, "size": len(c), "oid": "0"} for p, c in files.items()])
-        elif found := re.fullmatch(r"/(\w+/\w+)/resolve/\w+/(.+)", path):
-            self.send(self.server.repos.get(found[1], {}).get(found[2]))
-        else:  # as for what the client asks about itself
-            self.send(None)
-
-    do_HEAD = do_GET
-
-    def send(self, content: bytes | list | dict | None) -> None:
-        body = content if isinstance(content, bytes) else json.dumps(content or {"error": "Not found"}).encode()
-        self.send_response(404 if content is None else 200)
-        for name, value in {"ETag": f'"{hash(body)}"', "X-Repo-Commit": COMMIT, "Content-Length": len(body)}.items():
-            self.send_header(name, str(value))
-        if content is None:
-            self.send_header("X-Error-Code", "RepoNotFound")
-        self.end_headers()
-        if self.command == "GET":
-            self.wfile.write(body)
-
-
-@pytest.fixture
-def hub(tmp_path, monkeypatch):
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Answer)
-    server.repos = {}
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    address = f"http://127.0.0.1:{server.server_port}"
-    template = address + "/{repo_id}/resolve/{revision}/{filename}"
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-    cache = str(tmp_path / "cache")
-    for name, value in {"ENDPOINT": address, "HF_HUB_CACHE": cache, "HF_HUB_DISABLE_XET": True}.items():
-        monkeypatch.setattr(constants, name, value)  # which are read from the environment only once
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.chdir(tmp_path)
-    close_session()
-    yield server
-    server.shutdown()
-    server.server_close()
-    close_session()
-
-
-def files_of(folder) -> dict[str, bytes]:
-    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
 @pytest.mark.parametrize(

@@ -1,12 +1,16 @@
 """models/folder.py: a base in a folder, its weights in whatever variant there is."""
 
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
 from helpers import CPU
 from safetensors.torch import load_file, save_file
+from stand_in import files_of
 
+from minilora.files.fold import fold
+from minilora.files.layout import Checkpoint
 from minilora.models.base import Base
 from minilora.models.folder import KINDS, Folder
 from minilora.settings.errors import UserError
@@ -83,3 +87,55 @@ def test_a_folder_without_vae_takes_one(copy, family_base):
     base = Base(str(copy), CPU, vae=str(family_base("sd1")))
     assert base.resolution == 16
     assert base.vae.config.latent_channels == 4
+
+
+def test_the_variant_that_is_asked_for_is_the_one_that_is_used_and_merged_into(copy, family_base, tmp_path, capsys):
+    for path in list(copy.glob("*/*.safetensors")):
+        plain = path.read_bytes()
+        only_variant(path, "half")
+        path.write_bytes(plain)
+    asked, found, whole = (
+        Base(name, CPU, variant=v).unet.state_dict()
+        for name, v in ((str(copy), "half"), (str(copy), None), (str(family_base("sdxl")), None))
+    )
+    assert all(torch.equal(asked[key], whole[key].half().float()) for key in whole)
+    assert all(torch.equal(found[key], whole[key]) for key in whole)
+    assert "variant" not in capsys.readouterr().err
+    fold(copy, [], tmp_path / "merged", variant="half")
+    assert all(".half." in path.name for path in (tmp_path / "merged").glob("*/*.safetensors"))
+    for refused in (lambda: Base(str(copy), CPU, variant="fp8").unet, lambda: Checkpoint(copy, variant="fp8")):
+        with pytest.raises(UserError, match="fp8"):
+            refused()
+
+
+def test_a_revision_and_a_variant_of_a_base_on_the_hub(tiny_base, hub, tmp_path, monkeypatch):
+    """Its weights in the older revision are others, and its variant has others again."""
+    old = shutil.copytree(tiny_base, tmp_path / "old")
+    unet = old / "unet" / "diffusion_pytorch_model.safetensors"
+    for path, factor in ((unet, 2), (unet.with_suffix(".fp16.safetensors"), 3)):
+        save_file(
+            {key: factor * tensor for key, tensor in load_file(tiny_base / "unet" / unet.name).items()},
+            path,
+            {"format": "pt"},
+        )
+    hub.repos |= {"someone/base": files_of(tiny_base), "someone/base@old": files_of(old)}
+    monkeypatch.chdir(tmp_path)
+    newest = Base("someone/base", CPU)
+    for variant, factor in ((None, 2), ("fp16", 3)):
+        base = Base("someone/base", CPU, revision="old", variant=variant)
+        ours = base.unet.state_dict()
+        assert all(torch.equal(ours[key], factor * tensor) for key, tensor in newest.unet.state_dict().items())
+        assert base.parts.commit != newest.parts.commit
+        [file] = [
+            file
+            for path, file in Checkpoint(Path("someone/base"), "old", variant).files.items()
+            if path.parts[0] == "unet"
+        ]
+        assert all(
+            (file.read(key) == factor * tensor.numpy()).all() for key, tensor in newest.unet.state_dict().items()
+        )
+    for refused in (lambda: Base(str(tiny_base), CPU, revision="old"), lambda: Checkpoint(tiny_base, "old")):
+        with pytest.raises(UserError, match=r"--revision old: .* only a base on the hub has revisions"):
+            refused()
+    with pytest.raises(UserError, match="someone/base: neither a diffusers folder"):
+        Base("someone/base", CPU, revision="never")

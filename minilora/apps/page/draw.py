@@ -17,6 +17,7 @@ from PIL import Image
 from ...data.sheet import save_picture
 from ...models.base import Base
 from ...sampling import TOGETHER, draw_all, load
+from ...settings.base import HOW
 from ...settings.errors import UserError
 from ...settings.sample import SampleConfig
 from ...settings.shared import path_and_number
@@ -25,7 +26,7 @@ from .pictures import caption_rows
 
 LORAS = 6  # sliders there are
 GRID = "0,0.25,0.5,0.75,1"
-LOADED = ("model", "model_config", "vae", "prediction_type", "zero_terminal_snr", "precision", "allow_unmatched")
+LOADED = (*HOW, "precision", "allow_unmatched")
 
 
 class Easel:

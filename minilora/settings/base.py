@@ -1,0 +1,155 @@
+"""The settings of every command that takes a base; and the base that a LoRA names, where a LoRA is given and no base.
+
+A LoRA's base is named by the first of these that says something:
+
+    config.json            of a training here: the base, and the other settings that say how it is read
+    README.md              a card for the hub, here or there: its base_model
+    adapter_config.json    PEFT's: base_model_name_or_path
+    the file's metadata    kohya's ss_sd_model_name: a hub id, or a file's name without its folder
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+from .setting import Settings, setting
+from .shared import FILE_NAME, MODEL, hub_name, path_and_number
+from .strict_json import parse_json
+
+of_base = partial(setting, group=MODEL, in_identity=False)  # of the base, its content counts
+
+
+@dataclass(frozen=True, kw_only=True)
+class VersionSettings(Settings):
+    """Which version of a base it is."""
+
+    revision: str | None = of_base(None, "branch, tag or commit of a base on the hub", metavar="REVISION")
+    variant: str | None = of_base(
+        None, "variant of a base's weights: fp16 reads model.fp16.safetensors", metavar="VARIANT"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class BaseSettings(VersionSettings):
+    """What the commands that load a base have in common, besides its name, --model."""
+
+    model_config: str | None = of_base(
+        None,
+        "diffusers folder or hub id with the settings and the tokenizer that a --model in one file lacks",
+        metavar="FOLDER",
+    )
+    vae: str | None = of_base(
+        None,
+        "VAE to use instead of the base's own: folder or hub id of a VAE or a base, or a .safetensors file of either",
+        metavar="VAE",
+    )
+    prediction_type: str | None = of_base(
+        None,
+        "what the U-Net predicts, where neither the base's settings nor a mark in its file say it right",
+        choices=("epsilon", "v_prediction"),
+    )
+    zero_terminal_snr: bool = setting(
+        False,
+        "change the base's noise levels so that the last one is pure noise; for bases that predict v",
+        group=MODEL,
+        by_recipe=True,
+    )
+
+    @classmethod
+    def following(cls, values: dict) -> dict:
+        named = named_base(values.get("lora")) if values.get("model") is None else None
+        found = dict(named.settings) if named else {}
+        return super().following(values | found) | found
+
+    def base_settings(self) -> dict:
+        """Return the settings that say which base it is, as other commands take them."""
+        return {name: getattr(self, name) for name in HOW}
+
+
+HOW = ("model", *(one.name for one in fields(BaseSettings)))
+
+
+@dataclass(frozen=True)
+class NamedBase:
+    """A base that a LoRA names; without settings, the bundled one."""
+
+    by: str  # what names it: "config.json of out/mountain"
+    settings: Mapping[str, Any] = field(default_factory=dict)  # those of HOW that are not at their default
+
+
+def named_base(loras: str | Sequence[str] | None) -> NamedBase | None:
+    """Return the base of the first LoRA, "path" or "path:strength", that names one; None if none does.
+
+    What cannot be read names nothing: the LoRA itself is read later, and tells what is wrong.
+    """
+    for text in (loras,) if isinstance(loras, str) else loras or ():
+        path, _ = path_and_number(text)
+        repo = hub_name(path)
+        for by, settings in _on_hub(repo[0]) if repo else _beside(Path(path)):
+            if settings is not None:
+                return NamedBase(f"{by} of {path}", settings)
+    return None
+
+
+def _beside(path: Path) -> Iterator[tuple[str, dict | None]]:
+    """Yield what may name the base of a LoRA of this machine, and the settings that it gives, if any."""
+    folder = path if path.is_dir() else path.parent
+    run = _json(folder / "config.json")
+    how = {name: run[name] for name in HOW if isinstance(run.get(name), str | bool) and run[name]}
+    yield "config.json", (how if "model" in how else {}) if {"model", "base_lora"} <= run.keys() else None
+    yield "README.md", _model(_card(folder / "README.md"))
+    yield "adapter_config.json", _model(_json(folder / "adapter_config.json").get("base_model_name_or_path"))
+    name = _metadata(folder / FILE_NAME if path.is_dir() else path).get("ss_sd_model_name")
+    beside = folder / name if name else folder
+    yield "ss_sd_model_name in the metadata", _model(str(beside) if beside.is_file() else name)
+
+
+@cache  # a page asks at every move of a slider
+def _on_hub(repo: str) -> tuple[tuple[str, dict | None]]:
+    from huggingface_hub import hf_hub_download, try_to_load_from_cache
+
+    try:
+        here = try_to_load_from_cache(repo, "README.md")
+        card = _card(Path(here if isinstance(here, str) else hf_hub_download(repo, "README.md")))
+    except Exception:  # of any kind: no network, no card, no such repository
+        card = None
+    return (("the card", _model(card)),)
+
+
+def _model(name: Any) -> dict | None:
+    return {"model": name} if isinstance(name, str) and name else None
+
+
+def _json(path: Path) -> dict:
+    try:
+        values = parse_json(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return values if isinstance(values, dict) else {}
+
+
+def _card(path: Path) -> Any:
+    """Return the base_model of a card, the first of several."""
+    if not path.is_file():
+        return None
+    from huggingface_hub import metadata_load
+
+    try:
+        name = (metadata_load(path) or {}).get("base_model")
+    except Exception:  # of any kind: a page without a head, or with one that is no YAML
+        return None
+    return name[0] if isinstance(name, list) and name else name
+
+
+def _metadata(path: Path) -> Mapping[str, str]:
+    if path.suffix != ".safetensors" or not path.is_file():
+        return {}
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="np") as file:
+            return file.metadata() or {}
+    except (OSError, SafetensorError):
+        return {}
