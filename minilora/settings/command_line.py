@@ -12,6 +12,7 @@ import json
 import os
 import shutil
 import sys
+import tomllib
 import types
 import typing
 from collections.abc import Callable
@@ -19,7 +20,8 @@ from functools import partial
 from pathlib import Path
 
 from .errors import UserError, first_line, is_out_of_memory
-from .setting import ByBase, Settings, as_typed, option
+from .others import translated
+from .setting import ByBase, Settings, as_typed, as_words, option
 from .strict_json import parse_json
 
 
@@ -119,6 +121,8 @@ def read(cls: type[Settings], argv: list[str], description: str):
     # --data there, the output folder must be another one.
     follows = cls.following(values)
     values = {name: value for name, value in values.items() if name not in follows or value != follows[name]}
+    if given.keys() & cls.one_of:
+        values = {name: value for name, value in values.items() if name not in cls.one_of}
     settings = cls(**values | given)
     if show:
         print(settings.to_json(), end="")
@@ -170,7 +174,8 @@ def _parser(cls: type[Settings], description: str) -> argparse.ArgumentParser:
     others.add_argument(
         "--config",
         metavar="FILE",
-        help="read settings from a JSON file; the command line wins over it, --no-… over a switch that it turns on",
+        help="read settings from a file, of JSON or TOML, ours or (for training) of diffusers and kohya; the command "
+        "line wins over it, --no-… over a switch that it turns on",
     )
     others.add_argument("--print-config", action="store_true", help="print all settings as such a file, and exit")
     others.add_argument("-h", "--help", action="help", help="print this, and exit")
@@ -230,16 +235,21 @@ def kind_of(cls: type, name: str) -> tuple[type, bool, bool]:
     return hint, False, optional
 
 
-def _read_file(cls: type, path: Path) -> dict:
+def _read_file(cls: type[Settings], path: Path) -> dict:
     """Read settings from a JSON file, checking every name and type."""
+    reads = tomllib.loads if path.suffix == ".toml" else parse_json
     try:
-        values = parse_json(path.read_text(encoding="utf-8-sig"))
+        values = reads(path.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError) as error:
         raise UserError(f"--config {path}: {error}") from error
     if not isinstance(values, dict):
         raise UserError(f"--config {path}: it holds a {type(values).__name__} and should hold one object of settings")
     fields = {field.name: field for field in dataclasses.fields(cls)}
-    problems, result = [], {}
+    result, said = {}, values
+    nothing: list[str] = []
+    problems: list[str] = []
+    if cls.reads_others:
+        values, nothing, problems = translated(said, fields.keys())
     for name, value in values.items():
         if name not in fields:
             problems.append(_unknown(name, set(fields)))
@@ -257,6 +267,9 @@ def _read_file(cls: type, path: Path) -> dict:
             problems.append(f"{name} is {json.dumps(value)} and should be {wanted}")
     if problems:
         raise UserError(f"--config {path}: " + "; ".join(problems))
+    if said != values and int(os.environ.get("RANK", "0")) == 0:
+        more = f"; of no effect here are {', '.join(nothing)}" if nothing else ""
+        print(f"note: --config {path} says: {as_words(values)}{more}", file=sys.stderr)
     return result
 
 

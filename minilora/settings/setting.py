@@ -8,11 +8,12 @@ import dataclasses
 import json
 import math
 import re
-from collections.abc import Collection, Iterable
+import shlex
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from .errors import UserError
 
@@ -86,8 +87,8 @@ def setting(
     among the first ones, and every other under its `group`.  `choices` are all values that it can have, `within`
     is the range of its numbers.  `needs` is another setting that it has no effect without, and what that one is.
     `repeat`: its option may be given several times.  `bare`: its values stand without an option.  `separator`
-    stands between several values of one option.  `alias` is another option for it.  `by_recipe`: --recipe may change
-    its default.  `in_identity`: what is learnt depends on it.
+    stands between several values of one option.  `alias` is another option for it.  `by_recipe`: --recipe, or the
+    run of a --lora, may change its default.  `in_identity`: what is learnt depends on it.
     """
     metadata = {"help": text, "group": group, "metavar": metavar, "basic": basic, "default": default}
     metadata |= {"choices": choices, "within": within, "needs": needs, "separator": separator}
@@ -107,12 +108,25 @@ def as_typed(value, separator: str = ",") -> str:
     return f"{value:g}" if isinstance(value, float) and float(f"{value:g}") == value else str(value)
 
 
+def as_words(settings: Mapping[str, Any]) -> str:
+    """Return settings as one would type them: --rank 8 --no-mirror."""
+    words = []
+    for name, value in settings.items():
+        repeated = isinstance(value, list) and all(isinstance(one, str) for one in value)
+        for one in value if repeated else [value]:
+            text = as_typed(tuple(one) if isinstance(one, list) else one)
+            words += [option(name if one else f"no_{name}")] if isinstance(one, bool) else [option(name), text]
+    return shlex.join(words)
+
+
 @dataclass(frozen=True)
 class Settings:
     """What the settings of every command share: defaults that follow other settings, and checks."""
 
     usage: ClassVar[str] = ""  # what a command needs at least, for the first line of its help
     examples: ClassVar[tuple[str, ...]] = ()  # whole commands, for its help
+    one_of: ClassVar[tuple[str, ...]] = ()  # one of these on the command line stands instead of all in the file
+    reads_others: ClassVar[bool] = False  # whether --config reads the settings of other programs
 
     def __post_init__(self):
         follows = self.following(vars(self))

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .recipes import RECIPES, recipe_settings
-from .setting import as_typed, is_miniature, option
+from .setting import as_words, is_miniature
 from .shared import WEIGHT, path_and_number
 from .train_data import DataSettings
 from .train_lora import LoraSettings
@@ -23,6 +23,8 @@ class TrainConfig(OutputSettings, LossSettings, OptimizerSettings, LoraSettings,
     """Every setting of train.py, those of the last class first, as dataclasses have it."""
 
     usage = "--data FOLDER"
+    one_of = ("steps", "epochs")
+    reads_others = True
     examples = (
         "python train.py --data dataset/mountain --output out/mountain",
         "torchrun --nproc-per-node 2 train.py --data photos --caption 'sks dog' \\\n"
@@ -46,12 +48,8 @@ class TrainConfig(OutputSettings, LossSettings, OptimizerSettings, LoraSettings,
 
     def recipe_as_typed(self) -> str:
         """Return the settings that --recipe stands for, but for those that were given, as one would type them."""
-        words = []
-        for name, value in recipe_settings(self.recipe, vars(self)).items() if self.recipe else ():
-            if getattr(self, name) == value:
-                switch = option(name if value else f"no_{name}")
-                words.append(switch if isinstance(value, bool) else f"{option(name)} {as_typed(value)}")
-        return " ".join(words)
+        meant = recipe_settings(self.recipe, vars(self)) if self.recipe else {}
+        return as_words({name: value for name, value in meant.items() if getattr(self, name) == value})
 
     def with_steps(self, pictures: int) -> "TrainConfig":
         """Return the settings with the steps that --epochs asks for, if it is given."""

@@ -1,0 +1,172 @@
+"""The settings of other programs, as those of train.py: of diffusers' scripts, of kohya's, and of articles after them.
+
+All of them call most things alike, so one table has the names of all.  What only makes a run faster or tells more has
+no counterpart and is named; what changes the result and has none is an error, unless it is off.
+"""
+
+import json
+import math
+import os
+import re
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+RENAMED = {
+    "pretrained_model_name_or_path": "model",
+    **dict.fromkeys(("data_dir", "train_data_dir", "instance_data_dir", "dataset_name"), "data"),
+    "instance_prompt": "caption",
+    "class_data_dir": "class_data",
+    "num_class_images": "class_pictures",
+    "prior_loss_weight": "prior_weight",
+    "max_train_samples": "max_pictures",
+    "random_flip": "mirror",
+    "flip_aug": "mirror",
+    "enable_bucket": "buckets",
+    "caption_dropout_rate": "caption_dropout",
+    "network_dim": "rank",
+    "lora_alpha": "alpha",
+    "network_alpha": "alpha",
+    "network_weights": "init_from",
+    **dict.fromkeys(("n_epochs", "num_train_epochs", "max_train_epochs"), "epochs"),
+    "max_train_steps": "steps",
+    "unet_lr": "learning_rate",
+    "text_encoder_lr": "text_encoder_learning_rate",
+    **dict.fromkeys(("lr_scheduler", "lr_scheduler_name"), "lr_schedule"),
+    "lr_num_cycles": "lr_cycles",
+    "lr_scheduler_num_cycles": "lr_cycles",
+    "lr_scheduler_power": "lr_power",
+    "lr_warmup_steps": "warmup_steps",
+    "adam_weight_decay": "weight_decay",
+    "optimizer_type": "optimizer",
+    "min_snr_gamma": "snr_gamma",
+    "mixed_precision": "precision",
+    "train_batch_size": "micro_batch_size",
+    "output_dir": "output",
+    "checkpointing_steps": "checkpoint_every",
+    "save_every_n_steps": "checkpoint_every",
+    "checkpoints_total_limit": "checkpoints_kept",
+    "resume_from_checkpoint": "resume",
+    "validation_prompt": "sample_prompt",
+    "hub_model_id": "push_to_hub",
+}
+# What several of theirs say together, or what has another form here: `translated` reads these one by one.
+READ = {"gradient_accumulation_steps", "adam_beta1", "adam_beta2", "center_crop", "random_crop", "use_8bit_adam"}
+READ |= {"v_parameterization", "network_train_unet_only", "with_prior_preservation", "push_to_hub"}
+UNCHANGING = {  # settings without a counterpart, and the values at which they change nothing here
+    "network_module": ("networks.lora",),
+    "clip_skip": (1,),
+    "max_token_length": (75,),
+    "bucket_reso_steps": (64,),
+    "caption_extension": (".txt",),
+    "loss_type": ("l2",),
+    "max_timestep": (1000,),
+    "min_bucket_reso": (256,),
+    "max_bucket_reso": (1024, 2048),
+    "image_interpolation_mode": ("lanczos",),
+    "dataset_config_name": ("default",),
+}
+WITHOUT_EFFECT = re.compile(  # on what is learnt
+    r"ckpt_name|output_name|save_.*|metadata_.*|no_metadata|training_comment|hub_.*|huggingface_.*|"
+    r"logging_dir|log_.*|report_to|tracker_.*|wandb_.*|console_.*|"
+    r"num_validation_images|validation_(epochs|steps)|sample_(prompts|sampler|at_first|every_.*|batch_size)|"
+    r"cache_.*|.*num_workers|.*loader.*|vae_batch_size|local_rank|ddp_.*|v2|prior_generation_precision|"
+    r"allow_tf32|enable_xformers.*|xformers|sdpa|mem_eff_attn|lowram|highvram|set_grads_to_none|pre_compute_.*"
+)
+
+
+def translated(values: Mapping[str, Any], ours: Collection[str]) -> tuple[dict[str, Any], list[str], list[str]]:
+    """Return the settings of another program by our names, the names that have no effect here, and what is wrong.
+
+    `ours` are our names; a file with these alone comes back as it is.
+    """
+    flat = {name: value for name, value in values.items() if not isinstance(value, dict)}
+    for section in values.values():  # kohya's TOML may have sections, which mean nothing
+        flat |= section if isinstance(section, dict) else {}
+    if not any(name in RENAMED or name in READ for name in flat if name not in ours):
+        return dict(values), [], []
+    given = {name: value for name, value in flat.items() if value not in (None, "")}
+    nothing, wrong = [], []
+    result: dict[str, Any] = {}
+    for name, value in given.items():
+        if name in RENAMED or (name in ours and name not in READ):
+            result[RENAMED.get(name, name)] = value
+        elif name in READ or value in (False, 0, [], {}) or value in UNCHANGING.get(name, ()):
+            continue
+        elif WITHOUT_EFFECT.fullmatch(name):
+            nothing.append(name)
+        else:
+            wrong.append(f"{name} = {json.dumps(value, default=str)} has no counterpart, and may change what is learnt")
+
+    def first(*names: str, default: Any = None) -> Any:
+        return next((given[name] for name in names if name in given), default)
+
+    batch = [first("train_batch_size", default=1), first("gradient_accumulation_steps", default=1)]
+    if not all(type(number) is int and number > 0 for number in batch):
+        wrong.append("train_batch_size and gradient_accumulation_steps should be whole numbers above 0")
+    elif {"train_batch_size", "gradient_accumulation_steps"} & {*given}:
+        result["batch_size"] = math.prod(batch) * int(os.environ.get("WORLD_SIZE", "1"))
+    if {"adam_beta1", "adam_beta2"} & {*given}:
+        result["adam_betas"] = [first("adam_beta1", default=0.9), first("adam_beta2", default=0.999)]
+    if {"center_crop", "random_crop"} & {*given}:
+        result["crop"] = "center" if first("center_crop", default=not first("random_crop")) else "random"
+    if first("use_8bit_adam"):
+        result["optimizer"] = "adamw8bit"
+    if first("v_parameterization"):
+        result["prediction_type"] = "v_prediction"
+    if {"network_module", "network_dim"} & {*given}:  # kohya's, whose defaults are others
+        result = {"rank": 4, "alpha": 1.0} | result
+        result["learning_rate"] = first("unet_lr", "learning_rate", default=2e-6)
+        result["train_text_encoder"] = not first("network_train_unet_only") and first("text_encoder_lr") != 0
+        if not result["train_text_encoder"]:
+            result.pop("text_encoder_learning_rate", None)
+    if first("with_prior_preservation") is False:
+        result = {name: value for name, value in result.items() if not name.startswith(("class_", "prior_"))}
+    if not first("push_to_hub"):
+        result.pop("push_to_hub", None)
+    elif "push_to_hub" not in result:
+        wrong.append("push_to_hub needs hub_model_id, as OWNER/NAME")
+    if "steps" in result and "epochs" in result:  # in kohya's program the epochs count, in diffusers' the steps
+        result.pop("steps" if "max_train_epochs" in given else "epochs")
+    if "sample_prompt" in result:
+        result.setdefault("sample_every", result.get("checkpoint_every", 500))
+    result |= {name: read(result[name]) for name, read in _FORMS.items() if name in result}
+    share, steps = result.get("warmup_steps"), result.get("steps")
+    if isinstance(share, float) and share < 1 and steps:  # of the run, as kohya's may be
+        result["warmup_steps"] = round(share * steps)
+    return result, nothing, wrong
+
+
+# ------------------------------------------------------------------------- what has another form here
+
+
+def _folders(name: Any) -> Any:
+    """Return kohya's folders of pictures with their weights: 10_dog in a folder is dog, ten times per epoch."""
+    names = name if isinstance(name, list) else [name]
+    inside = sorted(Path(str(names[0])).glob("*_*")) if len(names) == 1 else []
+    found = [f"{path}:{path.name.split('_')[0]}" for path in inside if re.match(r"\d+_", path.name) and path.is_dir()]
+    return found or names
+
+
+def _side(value: Any) -> Any:
+    sides = {*map(int, re.findall(r"\d+", str(value)))}
+    return sides.pop() if len(sides) == 1 else value
+
+
+def _number(value: Any) -> Any:
+    try:
+        return float(value) if isinstance(value, str) else value
+    except ValueError:
+        return value
+
+
+_FORMS = {
+    "data": _folders,
+    "resolution": _side,
+    "lr_schedule": lambda name: "constant" if name == "constant_with_warmup" else name,
+    "optimizer": lambda name: str(name).lower(),
+    "precision": lambda name: "fp32" if name == "no" else name,
+    "resume": lambda name: True if name == "latest" else name,
+    "sample_prompt": lambda text: text if isinstance(text, list) else [text],
+    **dict.fromkeys(("learning_rate", "text_encoder_learning_rate", "alpha", "snr_gamma", "noise_offset"), _number),
+}
