@@ -18,10 +18,11 @@ from PIL import Image
 from tqdm import tqdm
 
 from ..settings.errors import UserError
-from ..settings.shared import WEIGHT, is_mask, path_and_number
+from ..settings.shared import WEIGHT, hub_name, is_mask, path_and_number
 from ..settings.train import TrainConfig
 from .captions import TABLES, beside, read_table, read_text
 from .contents import files_in, told_left_out, told_unused
+from .from_hub import fetched
 from .kinds import is_picture, kind_of_bytes, named, remedy, unread_kind
 from .known import Known, state_of
 from .pictures import BOMB, NO_PICTURE, look_at, open_mask, open_picture, pixels_claimed, pixels_limited
@@ -74,6 +75,8 @@ def read_folders(config: TrainConfig, quiet: bool = False) -> list[Item]:
     for text in config.data:
         folder, weight = path_and_number(text, WEIGHT)
         try:
+            if hub_name(folder):
+                folder = str(fetched(folder, config, quiet))
             items += [item for item in read_folder(folder, config, quiet=quiet) for _ in range(int(weight))]
         except UserError as error:
             problems.append(str(error))

@@ -11,7 +11,7 @@ from pathlib import Path
 from PIL import Image
 
 from .setting import is_miniature
-from .shared import WEIGHT, is_mask, path_and_number
+from .shared import WEIGHT, hub_name, is_mask, path_and_number
 
 RECIPES = ("subject", "face", "style")
 _STEPS = {"subject": (100, 800, 2000), "face": (100, 1000, 3000), "style": (60, 1500, 4000)}  # a picture, least, most
@@ -25,7 +25,7 @@ def recipe_settings(recipe: str, values: dict) -> dict:
     if is_miniature(model):
         return mirror  # the other defaults are its own
     each, least, most = _STEPS[recipe]
-    steps = min(max(each * _count(values.get("data") or ()), least), most)
+    steps = min(max(each * _count(values.get("data") or (), values.get("max_pictures") or 1), least), most)
     settings = mirror | {
         "rank": 32 if recipe == "face" else 16,
         "steps": steps * (2 if class_pictures else 1),  # half of them see class pictures
@@ -44,15 +44,15 @@ def recipe_settings(recipe: str, values: dict) -> dict:
     return settings
 
 
-def _count(data) -> int:
-    """Return how many pictures there are by their names, each as often as its folder's weight says."""
+def _count(data, on_hub: int) -> int:
+    """Return how many pictures there are by their names, each as often as its folder's weight says; `on_hub` there."""
     known, count = Image.registered_extensions(), 0
     for text in data:
         folder, weight = path_and_number(text, WEIGHT)
         pictures = [path for path in Path(folder).rglob("*") if path.suffix.lower() in known and not is_mask(path)]
         names = [path.relative_to(folder) for path in pictures]
         shown = [name for name in names if not any(part.startswith(".") for part in name.parts)]
-        count += max(1, len(shown)) * int(weight)
+        count += max(1, on_hub if hub_name(folder) else len(shown)) * int(weight)
     return count
 
 

@@ -22,8 +22,9 @@ class DataSettings(Settings):
 
     data: tuple[str, ...] = of_data(
         (),
-        "folder of pictures, with captions in metadata.jsonl, metadata.csv or a .txt beside each; or one picture; may "
-        "be repeated; with a weight, folder:2, each picture comes twice per epoch",
+        "folder of pictures, with captions in metadata.jsonl, metadata.csv or a .txt beside each; or one picture; "
+        "or the hub id of a data set (OWNER/NAME); may be repeated; with a weight, folder:2, each picture comes twice "
+        "per epoch",
         repeat=True,
         metavar="FOLDER",
         basic=True,
@@ -37,7 +38,23 @@ class DataSettings(Settings):
         in_identity=False,
     )
     caption_column: str = of_data(
-        "text", "key of the caption in metadata.jsonl or metadata.csv", metavar="KEY", in_identity=False
+        "text",
+        "key of the caption in metadata.jsonl or metadata.csv, or column in a data set on the hub",
+        metavar="KEY",
+        in_identity=False,
+    )
+    image_column: str = of_data(
+        "image", "column of the pictures of a data set on the hub", metavar="NAME", in_identity=False
+    )
+    max_pictures: int | None = of_data(
+        None,
+        "the first pictures of a data set on the hub, so many; if not given, all",
+        metavar="N",
+        within=AT_LEAST_1,
+        in_identity=False,
+    )
+    data_revision: str | None = of_data(
+        None, "branch, tag or commit of a data set on the hub", metavar="REVISION", in_identity=False
     )
     trigger: str | None = of_data(
         None, "word to put before every caption: sks makes 'sks, a dog'", metavar="WORD", basic=True

@@ -387,6 +387,13 @@ CONFIGS = [
     ("has a rank of 40 digits", f'{{"rank": {"9" * 40}}}', "rank 99999"),
     ("has a number of 5,000 digits", f'{{"seed": {"9" * 5000}}}', "c.json: Exceeds the limit"),
     ("has a warm-up longer than the run", '{"warmup_steps": 2}', "--warmup-steps is 2 and --steps 1: the warm-up"),
+    (
+        "is kohya's, and skips a layer of the text encoder",
+        '{"network_dim": 2, "clip_skip": 2}',
+        "c.json: clip_skip = 2 has no counterpart, and may change what is learnt",
+    ),
+    ("is diffusers', of sides that differ", '{"lr_scheduler": "linear", "resolution": "8,16"}', 'resolution is "8,16"'),
+    ("is diffusers', with what has no effect here", '{"random_flip": true, "allow_tf32": true}', "trained", True),
     ("begins with a byte order mark", '\ufeff{"seed": 8}', "trained", True),
 ]
 
@@ -821,6 +828,11 @@ CHECKPOINTS = [
     ("there is none", no_checkpoint, "found no checkpoint", True),
 ]
 
+VERSIONS = [
+    ("a --variant that it has not", ("--variant", "fp8"), "its unet does not load"),
+    ("a --revision", ("--revision", "old"), "--revision old: --model"),
+]
+
 SIZES = [
     ("is two numbers with a comma", "16,8", "argument --size: '16,8' is not WIDTHxHEIGHT, in whole numbers"),
     ("lacks a height", "16x", "argument --size: '16x' is not WIDTHxHEIGHT, in whole numbers"),
@@ -837,6 +849,7 @@ ROOMS = {
     "Pictures": ("a picture is", picture, PICTURES),
     "Config files": ("the file of `--config`", config, CONFIGS),
     "Bases": ("the folder of `--model`", base, BASES),
+    "Versions of bases": ("of a base in a folder is asked", lambda place, words: sample(place, *words), VERSIONS),
     "Bases in a single file": ("the file of `--model`", single, SINGLES),
     "LoRA files": ("the file of `--lora`", lora, LORAS),
     "Prompts": ("`--prompt` of sample.py", lambda place, text: sample(place, prompt=text), PROMPTS),

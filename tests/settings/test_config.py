@@ -114,6 +114,11 @@ def test_what_follows_from_other_settings_goes_on_following_them(tmp_path):
 SHOWN = {  # which test shows what a setting does, but for the CHANGES of test_training.py
     TrainConfig: {
         "data": "test_data.py::test_each_folder_comes_as_often_as_its_weight_says",
+        "image_column": "test_data_from_hub.py::test_columns_have_other_names_and_captions_may_come_from_the_option",
+        "max_pictures": "test_data_from_hub.py::test_a_data_set_on_the_hub_is_the_folder_of_its_pictures_and_later_"
+        "without_a_network",
+        "data_revision": "test_data_from_hub.py::test_a_data_set_on_the_hub_is_the_folder_of_its_pictures_and_later_"
+        "without_a_network",
         "max_pixels": "test_folder.py::test_a_larger_picture_is_read_where_max_pixels_says_so",
         "caption": "test_data.py::test_captions_come_from_text_files_and_the_option_fills_the_gaps",
         "class_prompt": "test_dreambooth.py::test_what_is_learnt_depends_on_the_class",
@@ -133,6 +138,8 @@ SHOWN = {  # which test shows what a setting does, but for the CHANGES of test_t
         "validation": "test_validation.py::test_a_share_of_the_pictures_is_kept_from_training",
         "validate_every": "test_validation.py::test_figures_are_logged_printed_and_kept_and_disturb_nothing",
         "model": "test_families.py::test_a_lora_trained_here_draws_the_same_in_diffusers",
+        "revision": "test_base_folder.py::test_a_revision_and_a_variant_of_a_base_on_the_hub",
+        "variant": "test_base_folder.py::test_a_revision_and_a_variant_of_a_base_on_the_hub",
         "model_config": "test_single_file.py::test_a_single_file_is_the_same_base",
         "vae": "test_single_file.py::test_the_vae_is_taken_from_a_folder_or_a_file_of_a_base_or_of_its_own",
         "prediction_type": "test_single_file.py::test_the_option_overrules_a_mark_and_what_is_used_is_printed",
@@ -184,6 +191,8 @@ SHOWN = {  # which test shows what a setting does, but for the CHANGES of test_t
         "size": "test_sampling.py::test_a_size_is_width_and_height_or_the_side_of_a_square",
         "scheduler": "test_sampling.py::test_every_scheduler_draws_in_its_own_way",
         "model": "test_families.py::test_a_lora_trained_here_draws_the_same_in_diffusers",
+        "revision": "test_base_folder.py::test_a_revision_and_a_variant_of_a_base_on_the_hub",
+        "variant": "test_base_folder.py::test_a_revision_and_a_variant_of_a_base_on_the_hub",
         "model_config": "test_single_file.py::test_loras_are_folded_into_a_single_file_as_into_a_folder",
         "vae": "test_single_file.py::test_the_vae_is_taken_from_a_folder_or_a_file_of_a_base_or_of_its_own",
         "prediction_type": "test_single_file.py::test_the_option_overrules_a_mark_and_what_is_used_is_printed",

@@ -1,0 +1,129 @@
+"""A data set of the Hugging Face hub, OWNER/NAME, as a folder of pictures and captions in the cache.
+
+The package datasets reads it row by row, so that of a large one only --max-pictures are fetched.  The files of pictures
+are kept as they are, and the captions go into a metadata.jsonl.  The folder gets its name when it is complete, and from
+then on nothing is asked of the hub.
+"""
+
+import hashlib
+import json
+import re
+import shutil
+import sys
+from collections.abc import Iterable
+from io import BytesIO
+from itertools import islice
+from pathlib import Path
+
+from filelock import FileLock
+from PIL import Image
+from tqdm import tqdm
+
+from ..settings.errors import UserError, first_line
+from ..settings.setting import is_installed
+from ..settings.train import TrainConfig
+from .kinds import named
+from .pictures import BOMB, NO_PICTURE
+
+SETTINGS = "data_revision", "image_column", "caption_column", "max_pictures"  # that decide what is fetched
+ON_HUB = re.compile(r"(zip://[^:]*::)?hf://datasets/")  # where the picture of a row may lie that is not in the row
+
+
+def fetched(name: str, config: TrainConfig, quiet: bool = False) -> Path:
+    """Return the folder of a data set's pictures; fetch it if it is not in the cache.
+
+    Raises UserError if there is no such data set or column, if a picture cannot be opened, and for the package datasets
+    where it lacks.  Of several processes of a machine the first fetches, and the others wait.
+    """
+    what = [name, *(getattr(config, setting) for setting in SETTINGS)]
+    digest = hashlib.sha256(json.dumps(what).encode()).hexdigest()[:12]
+    folder = Path(config.cache).expanduser() / "hub" / f"{name.replace('/', '--')}-{digest}"
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{folder}.lock"):
+        if not folder.is_dir():
+            unfinished = folder.with_name(f"{folder.name}.part")
+            shutil.rmtree(unfinished, ignore_errors=True)
+            unfinished.mkdir()
+            count = write_pictures(_rows(name, config), unfinished, f"--data {name}", config)
+            unfinished.rename(folder)
+            if not quiet:
+                print(f"note: --data {name}: fetched {count} pictures into {folder}", file=sys.stderr)
+    return folder
+
+
+def _rows(name: str, config: TrainConfig) -> Iterable[dict]:
+    """Yield the rows of a data set, of the split train or else of the first; pictures are not decoded."""
+    if not is_installed("datasets"):
+        raise UserError(
+            f"--data {name}: there is no such folder; to take it from the hub, pip install -e '.[datasets]'"
+        )
+    from datasets import load_dataset
+
+    try:
+        splits = load_dataset(name, revision=config.data_revision, streaming=True)
+        split = splits.get("train", next(iter(splits.values())))
+        yield from islice(split.decode(False), config.max_pictures)
+    except Exception as error:  # of any kind: no network, no such data set, a damaged file
+        raise UserError(
+            f"--data {name}: there is no such folder, and no data set of that name on the hub that can be read "
+            f"({first_line(error)})"
+        ) from error
+
+
+def write_pictures(rows: Iterable[dict], folder: Path, title: str, config: TrainConfig) -> int:
+    """Write the pictures of rows into a folder, and a table of the captions that they have; return their number."""
+    captions, count, wrong = [], 0, []
+    for number, row in enumerate(tqdm(rows, "fetch", unit="picture", delay=2)):
+        lacking = [name for name in (config.image_column,) if name not in row]
+        lacking += [config.caption_column] if config.caption_column not in row and config.caption is None else []
+        if lacking:
+            raise UserError(
+                f"{title}: it has no column {' and no '.join(lacking)}, but {', '.join(row)}; --image-column and "
+                "--caption-column name others"
+            )
+        content, caption = _content(row[config.image_column]), row.get(config.caption_column)
+        ending = _ending(content)
+        texts = caption if isinstance(caption, list) and caption else [caption]
+        if not ending or not (all(isinstance(text, str) for text in texts) or config.caption is not None):
+            wrong.append(f"row {number}")
+            continue
+        path = folder / f"{number:06d}{ending}"
+        path.write_bytes(content)
+        if all(isinstance(text, str) for text in texts):
+            captions.append({"file_name": path.name, config.caption_column: caption})
+        count += 1
+    if wrong or not count:
+        what = f"{named(wrong, 'rows')} have no picture that can be opened, or no caption" if wrong else "it is empty"
+        raise UserError(f"{title}: {what}")
+    if captions:
+        lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in captions)
+        (folder / "metadata.jsonl").write_text(lines, encoding="utf-8")
+    return count
+
+
+def _content(cell: object) -> bytes:
+    """Return the file of a picture that is not decoded; nothing if it is neither in the row nor on the hub."""
+    if not isinstance(cell, dict):
+        return b""
+    if cell.get("bytes"):
+        return cell["bytes"]
+    path = str(cell.get("path") or "")
+    if not ON_HUB.match(path):
+        return b""  # a stranger's row must not name files of this machine
+    import fsspec
+
+    with fsspec.open(path, "rb") as file:
+        return file.read()
+
+
+def _ending(content: bytes) -> str:
+    """Return the ending of a picture's name by its content; nothing if Pillow does not know it."""
+    try:
+        kind = Image.open(BytesIO(content)).format
+    except BOMB:  # how large a picture may be is said when the folder is read
+        return ".png"
+    except NO_PICTURE:
+        return ""
+    known = Image.registered_extensions()
+    usual = f".{str(kind).lower()}"
+    return usual if usual in known else next((ending for ending, name in known.items() if name == kind), "")
