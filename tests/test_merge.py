@@ -494,6 +494,18 @@ def test_reducing_to_a_share_of_the_energy(folder):
         assert change.rank == 1 or values[: change.rank - 1].sum() / values.sum() < 0.8
 
 
+def test_the_table_tells_what_each_rank_would_lose(folder, tmp_path):
+    lora_for(folder, tmp_path / "l.safetensors", dialect="diffusers")
+    fold(folder, [(tmp_path / "l.safetensors", 1.0)], tmp_path / "tuned")
+    checkpoints = Checkpoint(folder), Checkpoint(tmp_path / "tuned")
+    for rank in (1, 2, 4):
+        _, told, _ = extract(*checkpoints, rank, None)
+        *_, head, errors, overall = str(told).splitlines()
+        [(_, error)] = [pair for pair in zip(head.split(), errors.split(), strict=True) if pair[0] == str(rank)]
+        assert overall == f"overall: error {error}"
+    assert errors.split()[1] > errors.split()[3]  # of rank 1 and of rank 4, both of two digits before the point
+
+
 def test_extracting_finds_what_was_folded_in(folder, tmp_path):
     lora = lora_for(folder, tmp_path / "l.safetensors")
     fold(folder, [(tmp_path / "l.safetensors", 1.0)], tmp_path / "tuned")

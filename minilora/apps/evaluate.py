@@ -19,6 +19,7 @@ captions.  Four things are measured, by the base itself unless --features is giv
    CMMD, which has another kernel.  The likeness is the mean cosine between the features of a picture and of one in the
    reference; of a subject, with DINOv2, it is the DINO score of DreamBooth.  Compare figures only for the same model,
    number of pictures and resolution.
+   --classifier prints the Inception Score by an image classifier.
 
 2. The distance of each picture to the nearest one in the reference, by their latents.  A picture is a copy if the
    nearest is less than a third as far away as the next nearest.  If the reference is the training set, the LoRA has
@@ -65,7 +66,7 @@ from ..settings.evaluate import EvaluateConfig
 from ..settings.sample import SampleConfig
 from ..settings.train import TrainConfig
 from .report import write_figures
-from .vision import frechet_distance, vectors_of
+from .vision import frechet_distance, inception_score, shares_of_classes, vectors_of
 
 # Drawn for --drift; the bundled base knows all of them, too.
 PROMPTS = (
@@ -108,6 +109,10 @@ def compared(config: EvaluateConfig, base: Base, strengths: dict[str, float]) ->
     )
     if config.features:
         figures |= distances_by(config.features, drawn, real)
+    if config.classifier:
+        for what, there in (("", drawn), ("; of the reference", real)):
+            shares = shares_of_classes(config.classifier, there, this_device())
+            figures[f"Inception Score by {config.classifier}{what}"] = inception_score(shares)
     far = torch.cdist(latents_of(base, drawn), latents_of(base, real))  # (pictures, reference)
     near, which = far.topk(2, dim=1, largest=False)  # (pictures, 2)
     figures["distance to the nearest in the reference, by their latents"] = near[:, 0].mean().item()

@@ -1,4 +1,4 @@
-"""Feature vectors of pictures from a vision model, and the Fréchet distance between two sets of them.
+"""What vision models say of pictures: feature vectors, the Fréchet distance of two sets of them, the Inception Score.
 
 The model can be any of transformers' models, in safetensors, that turns a picture into one vector: DINOv2, CLIP, ViT.
 The Fréchet distance treats each set of vectors, with mean μ and covariance S, as a gaussian:
@@ -7,17 +7,24 @@ The Fréchet distance treats each set of vectors, with mean μ and covariance S,
 
 With the features of Inception it is FID; with those of DINOv2 it is FD-DINOv2, which agrees better with people.
 
-Sources: Heusel et al., "GANs trained by a two time-scale update rule converge to a local Nash equilibrium", 2017;
-Stein et al., "Exposing flaws of generative model evaluation metrics and their unfair treatment of diffusion
-models", 2023.
+The Inception Score needs a classifier: it is high where each picture x is surely of one class y, and all classes come,
+
+    IS = exp(mean over x of Σ p(y|x) log(p(y|x) / p(y)))        p(y) = mean over x of p(y|x)
+
+from 1 to the number of classes.
+
+Sources: Salimans et al., "Improved techniques for training GANs", 2016; Heusel et al., "GANs trained by a two
+time-scale update rule converge to a local Nash equilibrium", 2017; Stein et al., "Exposing flaws of generative model
+evaluation metrics and their unfair treatment of diffusion models", 2023.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from PIL import Image
 from safetensors import SafetensorError
-from transformers import AutoImageProcessor, AutoModel
+from transformers import AutoImageProcessor, AutoModel, AutoModelForImageClassification
 
 from ..settings.errors import UserError, first_line
 
@@ -30,18 +37,7 @@ def vectors_of(name: str, sets: Sequence[Sequence[Image.Image]], device: torch.d
 
     Raises UserError if the model cannot be loaded.
     """
-    try:
-        processor = AutoImageProcessor.from_pretrained(name, backend="pil", trust_remote_code=False)
-        options = {"dtype": torch.float32, "output_loading_info": True}
-        model, about = AutoModel.from_pretrained(name, use_safetensors=True, trust_remote_code=False, **options)
-    except (OSError, ValueError, SafetensorError) as error:
-        raise UserError(f"--features {name}: {first_line(error)}") from error
-    # A pooler that the file lacks would have random weights; then the first token is taken as the picture's vector.
-    lacks = sorted(about["missing_keys"])
-    has_pooler = not any(key.startswith("pooler.") for key in lacks)
-    if lacks := [key for key in lacks if not key.startswith("pooler.")]:
-        raise UserError(f"--features {name}: {len(lacks)} weights are not in the file, {lacks[0]} among them")
-    model.eval().to(device)
+    processor, model, has_pooler = _load(AutoModel, f"--features {name}", name, device)
     look = getattr(model, "get_image_features", model)  # CLIP looks at texts, too
 
     def see(pictures: Sequence[Image.Image]) -> torch.Tensor:
@@ -49,6 +45,41 @@ def vectors_of(name: str, sets: Sequence[Sequence[Image.Image]], device: torch.d
         return (seen.pooler_output if has_pooler else seen.last_hidden_state[:, 0]).cpu()  # (pictures, width)
 
     return [torch.cat([see(one[i : i + TOGETHER]) for i in range(0, len(one), TOGETHER)]) for one in sets]
+
+
+@torch.no_grad()
+def shares_of_classes(name: str, pictures: Sequence[Image.Image], device: torch.device) -> torch.Tensor:
+    """Return how sure a classifier is of each class for each picture, (pictures, classes); each row sums up to 1.
+
+    Raises UserError if the classifier cannot be loaded.
+    """
+    processor, model, _ = _load(AutoModelForImageClassification, f"--classifier {name}", name, device)
+    shares = []
+    for start in range(0, len(pictures), TOGETHER):
+        seen = processor(images=list(pictures[start : start + TOGETHER]), return_tensors="pt").pixel_values
+        shares.append(model(pixel_values=seen.to(device)).logits.double().softmax(-1).cpu())
+    return torch.cat(shares)
+
+
+def _load(kind: type, title: str, name: str, device: torch.device) -> tuple[Any, Any, bool]:
+    """Return what prepares pictures for a model, the model, and whether its file has a pooler."""
+    try:
+        processor = AutoImageProcessor.from_pretrained(name, backend="pil", trust_remote_code=False)
+        options = {"dtype": torch.float32, "output_loading_info": True}
+        model, about = kind.from_pretrained(name, use_safetensors=True, trust_remote_code=False, **options)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise UserError(f"{title}: {first_line(error)}") from error
+    # A pooler that the file lacks would have random weights; then the first token is taken as the picture's vector.
+    lacks = sorted(about["missing_keys"])
+    has_pooler = not any(key.startswith("pooler.") for key in lacks)
+    if lacks := [key for key in lacks if not key.startswith("pooler.")]:
+        raise UserError(f"{title}: {len(lacks)} weights are not in the file, {lacks[0]} among them")
+    return processor, model.eval().to(device), has_pooler
+
+
+def inception_score(shares: torch.Tensor) -> float:
+    """Return the Inception Score of shares of classes, (pictures, classes), in float64."""
+    return torch.special.entr(shares.mean(0)).sum().sub(torch.special.entr(shares).sum(1).mean()).exp().item()
 
 
 def frechet_distance(one: torch.Tensor, other: torch.Tensor) -> float:

@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -121,11 +121,16 @@ def make_unet() -> UNet2DConditionModel:
     )
 
 
-def make_scheduler() -> DDIMScheduler:
+SCHEDULES = {"scaled_linear": "scaled_linear", "linear": "linear", "cosine": "squaredcos_cap_v2", "sigmoid": "sigmoid"}
+
+
+def make_scheduler(schedule: str = "scaled_linear") -> DDIMScheduler:
+    """Return the noise levels of a base; `schedule` is one of SCHEDULES, whose values are diffusers' names."""
+    betas = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": SCHEDULES[schedule]}
+    if schedule == "sigmoid":  # which only the class of DDPM knows by its name
+        betas = {"trained_betas": DDPMScheduler(**betas).betas.tolist()}
     return DDIMScheduler(
-        beta_start=0.00085,
-        beta_end=0.012,
-        beta_schedule="scaled_linear",
+        **betas,
         num_train_timesteps=1000,
         prediction_type="v_prediction",
         clip_sample=False,
@@ -287,7 +292,7 @@ def train_unet(drawings: list[Drawing], tokenizer, vae, steps: int, work: Path, 
         text_encoder.load_state_dict(load_file(args.start / "text_encoder" / "model.safetensors"))
     modules = torch.nn.ModuleDict({"unet": unet, "text_encoder": text_encoder}).to(device)
     network = torch.compile(unet) if args.compile else unet
-    schedule = Schedule.of(make_scheduler()).to(device)
+    schedule = Schedule.of(make_scheduler(args.schedule)).to(device)
     batch = 32
 
     def loss_at(step: int) -> torch.Tensor:
@@ -307,7 +312,8 @@ def train_unet(drawings: list[Drawing], tokenizer, vae, steps: int, work: Path, 
             clean = latents[shown]  # (b, 4, 16, 16)
             return denoising_loss(network, clean, text, noise.to(device), timesteps.to(device), schedule).mean()
 
-    average = fit("unet", modules, loss_at, steps, args.learning_rate, work)
+    name = "unet" if args.schedule == "scaled_linear" else f"unet-{args.schedule}"  # another run in the same --work
+    average = fit(name, modules, loss_at, steps, args.learning_rate, work)
     return average["unet"].eval(), average["text_encoder"].eval()
 
 
@@ -354,6 +360,9 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
         metavar="RATE",
         default=6e-4,
         help="highest learning rate of those steps (default 0.0006)",
+    )
+    parser.add_argument(
+        "--schedule", choices=SCHEDULES, default="scaled_linear", help="noise levels (default scaled_linear)"
     )
     parser.add_argument("--things", type=int, metavar="N", help="number of things of things.txt; if not given, all")
     parser.add_argument(
@@ -406,7 +415,7 @@ def main(words: list[str] | None = None) -> None:
         text_encoder=text_encoder,
         tokenizer=tokenizer,
         unet=unet,
-        scheduler=make_scheduler(),
+        scheduler=make_scheduler(args.schedule),
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,

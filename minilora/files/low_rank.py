@@ -29,6 +29,7 @@ class Reduction:
     lost: dict[str, float] = field(default_factory=dict)
     size: dict[str, float] = field(default_factory=dict)
     ranks: dict[str, int] = field(default_factory=dict)
+    at: dict[int, float] = field(default_factory=dict)  # Σ‖ΔW − ΔW′‖² of all modules, if they had these ranks
 
     def __str__(self) -> str:
         lines = [
@@ -37,7 +38,10 @@ class Reduction:
         ]
         total = math.sqrt(sum(size**2 for size in self.size.values()))
         error = math.sqrt(sum(lost**2 for lost in self.lost.values())) / total if total else 0.0
-        return "\n".join([*lines, f"overall: error {error:.3%}"])
+        errors = {rank: f"{math.sqrt(square) / total if total else 0:.3%}" for rank, square in self.at.items()}
+        table = [" ".join(["rank ", *(f"{rank:>{len(text)}}" for rank, text in errors.items())])]
+        table += [" ".join(["error", *errors.values()])]
+        return "\n".join([*lines, *table, f"overall: error {error:.3%}"])
 
 
 def combine(loras: Sequence[tuple[LoRA, float]]) -> LoRA:
@@ -159,6 +163,9 @@ def _note(report: Reduction, name: str, values: np.ndarray, kept: int) -> None:
     report.size[name] = float(np.linalg.norm(values))
     report.lost[name] = float(np.linalg.norm(values[kept:]))
     report.ranks[name] = kept
+    for rank in (2**power for power in range(9)):
+        if rank <= max(len(values), *report.at, 1):
+            report.at[rank] = report.at.get(rank, 0.0) + float(np.square(values[rank:]).sum())
 
 
 def _others_that_differ(one: Checkpoint, two: Checkpoint) -> Iterator[str]:

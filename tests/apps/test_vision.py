@@ -21,7 +21,7 @@ from transformers import (
 )
 
 from minilora.apps.evaluate import EvaluateConfig, evaluate
-from minilora.apps.vision import frechet_distance, vectors_of
+from minilora.apps.vision import frechet_distance, inception_score, shares_of_classes, vectors_of
 from minilora.data.pictures import as_tensor
 from minilora.settings.errors import UserError
 
@@ -116,6 +116,27 @@ def test_evaluate_prints_both_distances_and_warns_where_pictures_are_few(picture
     printed = capsys.readouterr()
     assert f"kernel distance by {folder}: " in printed.out
     assert "warning: 5 and 5 pictures are too few for 16 features" in printed.err
+
+
+def test_the_inception_score_is_its_formula_and_has_its_limits():
+    p = gaussian(12, 5, 0).softmax(1)
+    wanted = (p * (p / p.mean(0)).log()).sum(1).mean().exp().item()
+    assert inception_score(p) == pytest.approx(wanted)
+    assert inception_score(torch.eye(5).double().repeat(3, 1)) == pytest.approx(5)  # sure, and all classes come
+    assert inception_score(torch.eye(5).double()[:1].repeat(3, 1)) == pytest.approx(1)  # sure, and always of one
+
+
+def test_evaluate_prints_the_inception_score_by_a_classifier(pictures, tmp_path, tiny_base):
+    torch.manual_seed(0)
+    model = ViTForImageClassification(ViTConfig(**SMALL, **SEEN, num_labels=3))
+    processor = {"image_processor_type": "ViTImageProcessor", "size": {"height": 28, "width": 28}}
+    folder = save(tmp_path / "vit", model, **processor)
+    shown = [make_picture(number, 28, 28) for number in range(3)]
+    shares = shares_of_classes(folder, shown, CPU)
+    torch.testing.assert_close(shares, model(prepared(shown)).logits.double().softmax(-1), atol=1e-6, rtol=1e-5)
+    words = {"model": str(tiny_base), "output": str(tmp_path / "out"), "classifier": folder}
+    figures = evaluate(EvaluateConfig(folders=(str(pictures), str(pictures)), **words))
+    assert figures[f"Inception Score by {folder}"] == figures[f"Inception Score by {folder}; of the reference"] >= 1
 
 
 def test_what_is_no_vision_model_in_safetensors_is_said(tmp_path, pictures_28):

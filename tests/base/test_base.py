@@ -3,13 +3,15 @@
 import json
 import shutil
 
+import diffusers
 import numpy as np
 import pytest
 import torch
 from conftest import make_picture
-from diffusers import StableDiffusionPipeline
+from diffusers import DDPMScheduler, StableDiffusionPipeline
 
 from minilora.base import build, pictures
+from minilora.settings.sample import SAMPLERS
 from minilora.settings.train import TrainConfig
 from minilora.training import train
 
@@ -52,6 +54,15 @@ def test_what_is_built_is_an_ordinary_pipeline_that_draws(base):
     [picture] = pipeline("apple, noto style", num_inference_steps=2, output_type="pt").images
     assert picture.shape == (3, pictures.SIZE, pictures.SIZE)
     assert picture.isfinite().all()
+
+
+@pytest.mark.parametrize("schedule", build.SCHEDULES)
+def test_the_noise_levels_are_diffusers_and_every_sampler_draws_by_them(schedule, tmp_path):
+    build.make_scheduler(schedule).save_pretrained(tmp_path)
+    wanted = DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule=build.SCHEDULES[schedule])
+    for kind in SAMPLERS.values():
+        read = getattr(diffusers, kind).from_pretrained(tmp_path)
+        assert torch.equal(read.alphas_cumprod, wanted.alphas_cumprod)
 
 
 def test_a_lora_is_trained_on_what_is_built(base, tmp_path):
