@@ -303,8 +303,8 @@ class Examples:
             lines.append(f"preserve   what the base predicts at {at}")
         return lines
 
-    def to_encode(self, encoders: Base) -> dict[Path, Callable[[], None]]:
-        """Return every file that the cache must hold, with a function that writes it."""
+    def to_encode(self, encoders: Base) -> tuple[dict[Path, Callable[[], None]], dict[Path, Callable[[], None]]]:
+        """Return every file that the cache must hold, with a function that writes it: captions, then pictures."""
 
         def encode_caption(caption: str) -> dict[str, torch.Tensor]:
             conditioning = encoders.encode_prompt(caption)
@@ -319,18 +319,21 @@ class Examples:
         def crop_mask(view: View) -> dict[str, torch.Tensor]:
             return {"mask": self.mask(view)}
 
-        jobs = {}
+        captions, pictures = {}, {}
         if not self.config.train_text_encoder:
-            jobs = {self._caption_file(caption): partial(encode_caption, caption) for caption in self.captions}
+            captions = {self._caption_file(caption): partial(encode_caption, caption) for caption in self.captions}
         if self.encoders is None:
             for item in (*self.items, *self.class_items):
                 ways = (False, True) if self.config.mirror else (False,)
                 variants = range(self.config.variants or 1)
                 for view in (self.view(item, *way) for way in itertools.product(ways, variants)):
-                    jobs[self._picture_file(view)] = partial(encode_picture, view)
+                    pictures[self._picture_file(view)] = partial(encode_picture, view)
                     if item.mask:
-                        jobs[self._mask_file(view)] = partial(crop_mask, view)
-        return {path: partial(_write, path, encode) for path, encode in jobs.items()}
+                        pictures[self._mask_file(view)] = partial(crop_mask, view)
+        captions, pictures = (
+            {path: partial(_write, path, encode) for path, encode in jobs.items()} for jobs in (captions, pictures)
+        )
+        return captions, pictures
 
 
 def _write(path: Path, encode: partial) -> None:

@@ -26,12 +26,13 @@ def encoded_examples(items, config, resolution: int, encoders: Base, length: int
 
 
 def fill_cache(examples: Examples, encoders: Base, ranks: Ranks) -> None:
-    """Encode what the cache lacks; each process makes a part of the files."""
-    jobs = examples.to_encode(encoders)
-    # The work is divided over all processes; then, if machines do not share the folder, each machine makes the rest.
-    for rank, world in ((ranks.rank, ranks.world), (ranks.local_rank, ranks.local_world)):
-        share = [path for path in list(jobs)[rank::world] if not is_whole(path)]
-        for path in tqdm(share, "encode", disable=not (ranks.is_main and share)):
-            jobs[path]()
-            heartbeat()
-        wait_for_all()
+    """Encode what the cache lacks, captions first; each process makes a part of the files."""
+    for jobs in examples.to_encode(encoders):
+        # All processes divide the work; then, if machines do not share the folder, each machine makes the rest.
+        for rank, world in ((ranks.rank, ranks.world), (ranks.local_rank, ranks.local_world)):
+            share = [path for path in list(jobs)[rank::world] if not is_whole(path)]
+            for path in tqdm(share, "encode", disable=not (ranks.is_main and share)):
+                jobs[path]()
+                heartbeat()
+            wait_for_all()
+        encoders.release(*encoders.text_parts)  # the VAE needs gigabytes for a large picture

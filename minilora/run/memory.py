@@ -2,9 +2,9 @@
 
 Fake tensors have a shape and a type but no numbers.  A U-Net of fake tensors, with its LoRA, goes through one step in
 seconds and in no memory, while `Live` counts what a real one would hold at each moment.  The VAE and the text encoders
-are counted likewise.  They have left memory before the first step, so what counts is the larger of the two:
+are counted likewise.  They leave memory one after the other before the first step, so what counts is the largest:
 
-    encoding    VAE + text encoders, in float32, + what they hold of one picture
+    encoding    text encoders in float32; then the VAE in float32 + what it holds of one picture
     training    U-Net + LoRA with gradients and Adam's averages + what a step keeps for the backward pass
 """
 
@@ -93,18 +93,19 @@ def memory_of(config: TrainConfig, base: Base) -> Memory:
     side, autocast = config.resolution or base.resolution, base.dtype
     dtype = torch.float32 if config.full else autocast  # of the weights
     empty = {part: base.empty(part) for part in (UNET, VAE, *base.text_parts)}
-    encoding = sum(4 * tensor.numel() for part in (VAE, *base.text_parts) for tensor in empty[part].parameters())
+    encoding_captions = sum(4 * tensor.numel() for part in base.text_parts for tensor in empty[part].parameters())
     with FakeTensorMode():
         vae = _faked(empty[VAE], torch.float32)
         with Live(vae.parameters()) as live, torch.no_grad():
             vae.encode(torch.empty(1, 3, side, side))
-        kept = _bytes(vae.parameters()) + live.peak if config.needs_vae else 0  # it stays in memory
+        encoding_pictures = _bytes(vae.parameters()) + round(SLACK * live.peak)
         unet = _faked(empty[UNET], dtype).train()
         encoders = [_faked(empty[part], dtype) for part in base.text_parts] if config.train_text_encoder else []
         weights, numbers, step = _step(config, base, unet, encoders, side, autocast)
     # A and B, their gradients and two averages of Adam, which are a byte a number with adamw8bit.
     each = 4 + 4 + (2 if config.optimizer == "adamw8bit" else 8) + (4 if config.ema else 0)
-    encoding += round(SLACK * live.peak)
+    kept = encoding_pictures if config.needs_vae else 0  # the VAE stays in memory
+    encoding = max(encoding_captions, encoding_pictures)
     return Memory(_held(base.device), encoding, weights, numbers * each, round(SLACK * step) + kept)
 
 

@@ -70,11 +70,11 @@ def test_the_parts_are_those_of_the_base(family_base):
         base = Base(str(family_base(family)), CPU)
         need = needed(family_base(family), rank=2)
         frozen = sum(4 * parameter.numel() for parameter in base.unet.parameters())
-        encoders = [base.vae, *base.text_encoders]
         inject_lora(base.unet, 2)
         assert need.weights == frozen
         assert need.lora == 16 * sum(parameter.numel() for parameter in lora_parameters(base.unet))
-        assert need.encoding > sum(4 * p.numel() for encoder in encoders for p in encoder.parameters())
+        assert need.encoding > sum(4 * p.numel() for p in base.vae.parameters())  # beside it what it holds of a picture
+        assert need.encoding >= sum(4 * p.numel() for encoder in base.text_encoders for p in encoder.parameters())
 
 
 def test_what_takes_less_takes_less(tiny_base):

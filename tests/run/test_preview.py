@@ -13,7 +13,9 @@ from minilora.data.examples import Examples
 from minilora.data.folder import read_folders
 from minilora.data.pictures import as_picture
 from minilora.models.base import Base
+from minilora.run.encode import encoded_examples
 from minilora.run.preview import COLUMNS, GAP, ROWS, TILE, look_at, write_preview
+from minilora.run.ranks import Ranks
 from minilora.settings.train import TrainConfig
 from minilora.training import train
 
@@ -64,14 +66,29 @@ def test_the_pixels_that_training_encodes_are_those_of_the_preview(photos, tiny_
     items, config, resolution, base, length = _parts(config)
     examples = Examples(items, config, resolution, base, length)
     other = Examples(items, dataclasses.replace(config, crop="center"), resolution, base, length)
-    for job in {**examples.to_encode(base), **other.to_encode(base)}.values():
-        job()
+    for jobs in (*examples.to_encode(base), *other.to_encode(base)):
+        for job in jobs.values():
+            job()
     mean, std = base.encode_picture(examples.pixels(examples.view_at(3)))
     noise = (examples.batch([3], CPU).latents[0] - mean) / std
     again = other.batch([3], CPU).latents[0]
     centred = base.encode_picture(other.pixels(other.view_at(3)))
     # The same draw from the posterior; what is left is float32's rounding of (mean + std · noise − mean) / std.
     assert np.allclose(noise, (again - centred[0]) / centred[1], atol=1e-3)
+
+
+def test_text_encoders_have_left_memory_when_pictures_are_encoded(photos, tiny_base, tmp_path, monkeypatch):
+    items, config, resolution, base, length = _parts(settings(photos, tiny_base, tmp_path, resolution=16))
+    loaded, encode = [], Base.encode_picture
+
+    def watched(self, pixels):
+        loaded.extend(part for part in self.text_parts if part in vars(self))
+        return encode(self, pixels)
+
+    monkeypatch.setattr(Base, "encode_picture", watched)
+    examples = encoded_examples(items, config, resolution, base, length, Ranks(0, 1, CPU))
+    assert examples.batch([0], CPU).latents.isfinite().all()  # the pictures were encoded
+    assert loaded == []
 
 
 def test_no_network_is_loaded(photos, tiny_base, tmp_path):
