@@ -110,8 +110,8 @@ def compared(config: EvaluateConfig, base: Base, strengths: dict[str, float]) ->
     if config.features:
         figures |= distances_by(config.features, drawn, real)
     if config.classifier:
-        for what, there in (("", drawn), ("; of the reference", real)):
-            shares = shares_of_classes(config.classifier, there, this_device())
+        for what, shown in (("", drawn), ("; of the reference", real)):
+            shares = shares_of_classes(config.classifier, shown, this_device())
             figures[f"Inception Score by {config.classifier}{what}"] = inception_score(shares)
     far = torch.cdist(latents_of(base, drawn), latents_of(base, real))  # (pictures, reference)
     near, which = far.topk(2, dim=1, largest=False)  # (pictures, 2)

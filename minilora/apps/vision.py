@@ -61,7 +61,7 @@ def shares_of_classes(name: str, pictures: Sequence[Image.Image], device: torch.
     return torch.cat(shares)
 
 
-def _load(kind: type, title: str, name: str, device: torch.device) -> tuple[Any, Any, bool]:
+def _load(kind: Any, title: str, name: str, device: torch.device) -> tuple[Any, Any, bool]:
     """Return what prepares pictures for a model, the model, and whether its file has a pooler."""
     try:
         processor = AutoImageProcessor.from_pretrained(name, backend="pil", trust_remote_code=False)

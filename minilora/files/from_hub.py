@@ -43,11 +43,11 @@ def base_path(path: Path, revision: str | None = None, variant: str | None = Non
         return path
     from huggingface_hub import snapshot_download
 
-    wanted = {"allow_patterns": BASE_FILES, "ignore_patterns": VARIANTS}
+    wanted, others = BASE_FILES, VARIANTS
     if variant:
-        wanted = {"allow_patterns": [*BASE_FILES[:-1], f"*/*.{variant}.safetensors", f"*/*.{variant}-*.safetensors"]}
+        wanted, others = [*wanted[:-1], f"*/*.{variant}.safetensors", f"*/*.{variant}-*.safetensors"], []
     try:
-        folder = Path(snapshot_download(str(path), revision=revision, **wanted))
+        folder = Path(snapshot_download(str(path), revision=revision, allow_patterns=wanted, ignore_patterns=others))
     except Exception as error:  # as above
         raise UserError(f"{path}: {_nothing(first_line(error))}") from error
     return folder
