@@ -5,7 +5,7 @@ r"""Train the bundled miniature Stable Diffusion from scratch.
 It makes four parts, in this order:
 
     tokenizer      byte-pair encoding of the things' names, learnt in a second
-    VAE            128 × 128 pixels <-> 16 × 16 latents; learns from drawings and photographs, its decoder longest
+    VAE            128 × 128 pixels <-> 16 × 16 latents; learns from drawings and photographs
     text encoder   names -> vectors  \  trained together on the latents of a few hundred
     U-Net          denoises latents  /  things, each drawn in three styles
 
@@ -52,7 +52,6 @@ from .pictures import (
 
 TOKENS = 32  # per caption
 SAVE_EVERY = 200  # steps
-DECODER_FIRST = 10**6  # the position of the decoder's first picture: after all of the VAE's
 
 # --------------------------------------------------------------------------------------- the parts
 
@@ -217,13 +216,7 @@ def patch_at(position: int, side: int, drawn: list[np.ndarray], photographs: lis
 
 
 def train_vae(
-    drawn: list[np.ndarray],
-    photographs: list[np.ndarray],
-    steps: int,
-    decoder_steps: int,
-    work: Path,
-    device,
-    precision: torch.dtype,
+    drawn: list[np.ndarray], photographs: list[np.ndarray], steps: int, work: Path, device, precision: torch.dtype
 ) -> AutoencoderKL:
     """Train the autoencoder: on patches of 64 pixels first, then every other step on whole pictures.
 
@@ -248,30 +241,10 @@ def train_vae(
         return F.mse_loss(rebuilt, pixels) + 0.1 * F.l1_loss(rebuilt, pixels) + 3e-5 * 0.5 * divergence.mean()
 
     vae = fit("vae", modules, loss_at, steps, 1.5e-3, work)["vae"].eval()
-    train_decoder(vae, drawn, photographs, decoder_steps, work, precision)
     # Latents are multiplied so that their variance is 1, as in every Stable Diffusion.
     sample = as_pixels(drawn[:: max(1, len(drawn) // 500)]).to(device)
     vae.register_to_config(scaling_factor=round(1 / encode(vae, sample).std().item(), 5))
     return vae
-
-
-def train_decoder(
-    vae: AutoencoderKL, drawn: list[np.ndarray], photographs: list[np.ndarray], steps: int, work: Path, precision
-) -> None:
-    """Train the decoder alone further, on whole pictures: the latents stay, so a U-Net that has learnt them fits."""
-    decoder = torch.nn.ModuleDict({"first": vae.post_quant_conv, "decoder": vae.decoder})
-    vae.requires_grad_(False)
-    decoder.requires_grad_(True)
-
-    def loss_at(step: int) -> torch.Tensor:
-        pixels = as_pixels([patch_at(DECODER_FIRST + 4 * step + i, SIZE, drawn, photographs) for i in range(4)])
-        pixels = pixels.to(vae.device)  # (4, 3, 128, 128)
-        with torch.autocast(vae.device.type, precision, enabled=precision != torch.float32):
-            rebuilt = vae.decode(encode(vae, pixels)).sample.float()
-        return F.mse_loss(rebuilt, pixels) + 0.1 * F.l1_loss(rebuilt, pixels)
-
-    average = fit("decoder", decoder, loss_at, steps, 1e-3, work)
-    vae.post_quant_conv, vae.decoder = average["first"], average["decoder"]
 
 
 @torch.no_grad()
@@ -341,13 +314,6 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
         help="steps of 16 patches or 4 whole pictures (default 5400); 0 takes the VAE of --start",
     )
     parser.add_argument(
-        "--decoder-steps",
-        type=int,
-        metavar="STEPS",
-        default=2400,
-        help="further steps of 4 whole pictures for the VAE's decoder alone (default 2400)",
-    )
-    parser.add_argument(
         "--steps",
         type=int,
         metavar="STEPS",
@@ -404,8 +370,7 @@ def main(words: list[str] | None = None) -> None:
         train_tokenizer(read_things()).save_pretrained(kept)
     tokenizer = CLIPTokenizer.from_pretrained(kept)
     if args.vae_steps:
-        photographs = read_photographs(args.data)
-        vae = train_vae(drawn, photographs, args.vae_steps, args.decoder_steps, args.work, device, precision)
+        vae = train_vae(drawn, read_photographs(args.data), args.vae_steps, args.work, device, precision)
     else:
         vae = AutoencoderKL.from_pretrained(args.start, subfolder="vae", use_safetensors=True, low_cpu_mem_usage=False)
         vae = vae.requires_grad_(False).to(device)

@@ -4,7 +4,6 @@ import json
 import shutil
 
 import diffusers
-import numpy as np
 import pytest
 import torch
 from conftest import make_picture
@@ -38,7 +37,7 @@ def data(tmp_path_factory):
 
 def build_base(data, folder, *more):
     words = ["--data", data, "--work", folder / "work", "--output", folder / "base", "--things", 4]
-    words += ["--vae-steps", 3, "--decoder-steps", 2, "--steps", 3, "--no-compile", "--no-bf16", *more]
+    words += ["--vae-steps", 3, "--steps", 3, "--no-compile", "--no-bf16", *more]
     build.main([str(word) for word in words])
     return folder / "base"
 
@@ -78,12 +77,12 @@ def test_a_build_that_is_stopped_anywhere_goes_on_to_the_same_bytes(data, base, 
 
     def step(optimizer):
         steps.append(optimizer)
-        if len(steps) in (2, 6, 9):  # in the VAE's training, in its decoder's, and in the U-Net's
+        if len(steps) in (2, 6):  # in the VAE's training, and in the U-Net's
             raise KeyboardInterrupt
         return real(optimizer)
 
     monkeypatch.setattr(torch.optim.AdamW, "step", step)
-    for _ in range(3):
+    for _ in range(2):
         with pytest.raises(KeyboardInterrupt):
             build_base(data, tmp_path)
     again = build_base(data, tmp_path)
@@ -91,16 +90,6 @@ def test_a_build_that_is_stopped_anywhere_goes_on_to_the_same_bytes(data, base, 
     assert len(weights) == 3
     changed = [str(path) for path in weights if (again / path).read_bytes() != (base / path).read_bytes()]
     assert not changed
-
-
-def test_the_decoder_is_trained_further_on_the_same_latents(tmp_path):
-    photographs = build.as_pixels([np.asarray(make_picture(0, pictures.SIZE, pictures.SIZE))])
-    vae = build.make_vae().eval()
-    latents, decoded = build.encode(vae, photographs), vae.decode(build.encode(vae, photographs)).sample
-    pixels = [np.asarray(make_picture(number, pictures.SIZE, pictures.SIZE)) for number in range(2)]
-    build.train_decoder(vae, pixels, pixels, 1, tmp_path, torch.float32)
-    assert torch.equal(build.encode(vae, photographs), latents)
-    assert not torch.equal(vae.decode(latents).sample, decoded)
 
 
 def test_a_base_is_trained_further_with_the_vae_that_it_has(data, base, tmp_path):
