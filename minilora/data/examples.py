@@ -330,10 +330,11 @@ class Examples:
                     pictures[self._picture_file(view)] = partial(encode_picture, view)
                     if item.mask:
                         pictures[self._mask_file(view)] = partial(crop_mask, view)
-        captions, pictures = (
-            {path: partial(_write, path, encode) for path, encode in jobs.items()} for jobs in (captions, pictures)
-        )
-        return captions, pictures
+
+        def written(jobs: dict[Path, partial]) -> dict[Path, Callable[[], None]]:
+            return {path: partial(_write, path, encode) for path, encode in jobs.items()}
+
+        return written(captions), written(pictures)
 
 
 def _write(path: Path, encode: partial) -> None:
