@@ -136,7 +136,9 @@ def _profile_of(file: Image.Image) -> bytes | None:
     if profile := file.info.get("icc_profile"):
         return profile
     exif = file.getexif()
-    space, index = exif.get_ifd(0x8769).get(0xA001), str(exif.get_ifd(0xA005).get(1, "")).rstrip("\0 ")
+    details = exif.get_ifd(0x8769)
+    index = exif.get_ifd(0xA005).get(1, "") if 0xA005 in details else ""  # (Pillow 12 fails where there is none)
+    space, index = details.get(0xA001), str(index).rstrip("\0 ")
     return adobe_rgb() if space == 2 or (space == 0xFFFF and index == "R03") else None
 
 
