@@ -35,4 +35,5 @@ def fill_cache(examples: Examples, encoders: Base, ranks: Ranks) -> None:
                 jobs[path]()
                 heartbeat()
             wait_for_all()
-        encoders.release(*encoders.text_parts)  # the VAE needs gigabytes for a large picture
+        if not examples.config.train_text_encoder:  # (with it they may hold a LoRA, and nothing of theirs is kept)
+            encoders.release(*encoders.text_parts)  # the VAE needs gigabytes for a large picture
