@@ -105,7 +105,8 @@ def memory_of(config: TrainConfig, base: Base) -> Memory:
     # A and B, their gradients and two averages of Adam, which are a byte a number with adamw8bit.
     each = 4 + 4 + (2 if config.optimizer == "adamw8bit" else 8) + (4 if config.ema else 0)
     kept = encoding_pictures if config.needs_vae else 0  # the VAE stays in memory
-    encoding = max(encoding_captions, encoding_pictures)
+    # Text encoders that are trained do not leave memory before the VAE encodes, see `fill_cache`.
+    encoding = (sum if config.train_text_encoder else max)((encoding_captions, encoding_pictures))
     return Memory(_held(base.device), encoding, weights, numbers * each, round(SLACK * step) + kept)
 
 
