@@ -199,9 +199,9 @@ def as_pixels(pictures: list[np.ndarray]) -> torch.Tensor:
 
 
 def patch_at(position: int, side: int, drawn: list[np.ndarray], photographs: list[np.ndarray]) -> np.ndarray:
-    """Return the square that the VAE learns from at a position, (side, side, 3); two thirds are from drawings."""
+    """Return the square that the VAE learns from at a position, (side, side, 3): of a drawing at even positions."""
     random = draws.generator(SEED, "vae", position)
-    if random.random() < 0.65:
+    if position % 2 == 0:
         picture = drawn[random.integers(len(drawn))]
         if side == SIZE:
             picture = np.roll(picture, random.integers(-8, 9, 2), (0, 1))
@@ -212,39 +212,51 @@ def patch_at(position: int, side: int, drawn: list[np.ndarray], photographs: lis
         patch = picture[top : top + side, left : left + side]
         if side == SIZE or (patch.min(axis=2) < 245).mean() > 0.4:
             break
+    if position % 2 and random.random() < 0.5:  # the photographs are few, so their light and colours vary
+        patch = (patch * random.uniform(0.6, 1.2)).clip(0, 255).astype(np.uint8)
+        patch = patch[..., random.permutation(3)] if random.random() < 0.5 else patch
     return patch[:, ::-1] if random.random() < 0.5 else patch
 
 
-def train_vae(
-    drawn: list[np.ndarray], photographs: list[np.ndarray], steps: int, work: Path, device, precision: torch.dtype
-) -> AutoencoderKL:
-    """Train the autoencoder: on patches of 64 pixels first, then every other step on whole pictures.
+def train_vae(drawn: list[np.ndarray], photographs: list[np.ndarray], work: Path, device, precision, args):
+    """Train the autoencoder; every other step on patches of 64 pixels, which cost a quarter and say nearly as much.
 
-    A patch costs a quarter of a picture, and nearly all of it is informative; but later whole pictures are encoded.
+    With `--start` its VAE is trained further, and the latents of drawings stay where its U-Net knows them.
     """
     torch.manual_seed(SEED)  # the first weights
-    vae = make_vae()
+    vae = load_vae(args.start) if args.start else make_vae()
+    first = copy.deepcopy(vae).to(device)
     modules = torch.nn.ModuleDict({"vae": vae}).to(device)
 
     def loss_at(step: int) -> torch.Tensor:
-        count, side = (4, SIZE) if step > steps // 2 and step % 2 else (16, SIZE // 2)
+        count, side = (4, SIZE) if step % 2 else (16, SIZE // 2)
         positions = range(step * 16, step * 16 + count)
-        pixels = as_pixels([patch_at(p, side, drawn, photographs) for p in positions]).to(
-            device
-        )  # (count, 3, side, side)
+        patches = [patch_at(p, side, drawn, photographs) for p in positions]
+        pixels = as_pixels(patches).to(device)  # (count, 3, side, side)
         noise = torch.stack([draws.gaussian(SEED, "posterior", p, (4, side // 8, side // 8)) for p in positions])
         with torch.autocast(device.type, precision, enabled=precision != torch.float32):
             posterior = vae.encode(pixels).latent_dist
-            rebuilt = vae.decode(posterior.mean + posterior.std * noise.to(device)).sample.float()
+            error = vae.decode(posterior.mean + posterior.std * noise.to(device)).sample.float() - pixels
+        # Squares of single pixels say little about the colour of an area: with them alone, grass turns grey.
+        areas = F.avg_pool2d(error, 8).square().mean()
         # The divergence only keeps the latents from drifting far from a unit gaussian.
         divergence = posterior.mean.float().square() + posterior.var.float() - 1 - posterior.logvar.float()
-        return F.mse_loss(rebuilt, pixels) + 0.1 * F.l1_loss(rebuilt, pixels) + 3e-5 * 0.5 * divergence.mean()
+        loss = error.square().mean() + 0.1 * error.abs().mean() + 4 * areas + 3e-5 * 0.5 * divergence.mean()
+        if args.start and side == SIZE:
+            known = first.encode(pixels[::2]).latent_dist.mean  # of the drawings
+            loss = loss + 0.05 * (posterior.mean[::2].float() - known).square().mean() / known.var()
+        return loss
 
-    vae = fit("vae", modules, loss_at, steps, 1.5e-3, work)["vae"].eval()
-    # Latents are multiplied so that their variance is 1, as in every Stable Diffusion.
-    sample = as_pixels(drawn[:: max(1, len(drawn) // 500)]).to(device)
-    vae.register_to_config(scaling_factor=round(1 / encode(vae, sample).std().item(), 5))
+    vae = fit("vae", modules, loss_at, args.vae_steps, 8e-4 if args.start else 1.5e-3, work)["vae"].eval()
+    if not args.start:
+        # Latents are multiplied so that their variance is 1, as in every Stable Diffusion.
+        sample = as_pixels(drawn[:: max(1, len(drawn) // 500)]).to(device)
+        vae.register_to_config(scaling_factor=round(1 / encode(vae, sample).std().item(), 5))
     return vae
+
+
+def load_vae(folder: Path) -> AutoencoderKL:
+    return AutoencoderKL.from_pretrained(folder, subfolder="vae", use_safetensors=True, low_cpu_mem_usage=False).float()
 
 
 @torch.no_grad()
@@ -311,7 +323,7 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
         type=int,
         metavar="STEPS",
         default=5400,
-        help="steps of 16 patches or 4 whole pictures (default 5400); 0 takes the VAE of --start",
+        help="steps of 16 patches or 4 whole pictures (default 5400); 0 takes the VAE of --start as it is",
     )
     parser.add_argument(
         "--steps",
@@ -335,7 +347,7 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
         "--start",
         type=Path,
         metavar="FOLDER",
-        help="diffusers folder whose tokenizer, text encoder and U-Net are trained further",
+        help="diffusers folder whose VAE, text encoder and U-Net are trained further, with its tokenizer",
     )
     parser.add_argument(
         "--compile",
@@ -370,10 +382,9 @@ def main(words: list[str] | None = None) -> None:
         train_tokenizer(read_things()).save_pretrained(kept)
     tokenizer = CLIPTokenizer.from_pretrained(kept)
     if args.vae_steps:
-        vae = train_vae(drawn, read_photographs(args.data), args.vae_steps, args.work, device, precision)
+        vae = train_vae(drawn, read_photographs(args.data), args.work, device, precision, args)
     else:
-        vae = AutoencoderKL.from_pretrained(args.start, subfolder="vae", use_safetensors=True, low_cpu_mem_usage=False)
-        vae = vae.requires_grad_(False).to(device)
+        vae = load_vae(args.start).requires_grad_(False).to(device)
     unet, text_encoder = train_unet(drawings, tokenizer, vae, args.steps, args.work, device, precision, args)
     StableDiffusionPipeline(
         vae=vae,

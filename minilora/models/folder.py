@@ -1,5 +1,6 @@
 """A diffusers folder, or a hub id: each part of a base in a sub-folder, its settings beside its weights."""
 
+import logging
 import os
 import sys
 from collections.abc import Iterator
@@ -10,6 +11,8 @@ from pathlib import Path
 
 # Set before diffusers is imported: it makes transformers warn about parts that are not used here.
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+# diffusers imports bitsandbytes where it is installed, which misses a kernel for 4 bits that nothing here calls.
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 import diffusers
 import torch

@@ -102,6 +102,17 @@ def test_a_base_is_trained_further_with_the_vae_that_it_has(data, base, tmp_path
     ).read_bytes()
 
 
+def test_a_vae_is_trained_further_and_its_latents_keep_their_scale(data, base, tmp_path):
+    further = build_base(data, tmp_path, "--start", base, "--vae-steps", 2, "--steps", 1)
+    old, new = (build.load_vae(folder) for folder in (base, further))
+    assert old.config.scaling_factor == new.config.scaling_factor
+    pixels = torch.rand(1, 3, pictures.SIZE, pictures.SIZE) * 2 - 1
+    latents, moved = (build.encode(vae, pixels) for vae in (old, new))
+    assert not torch.equal(latents, moved)
+    # Two steps of at most 0.02 of the highest rate: near the old latents, and not those of another first VAE.
+    assert (moved - latents).std() < 0.1 * latents.std()
+
+
 def test_the_build_says_which_data_it_lacks(tmp_path, capsys):
     with pytest.raises(SystemExit) as end:
         build.main(["--data", str(tmp_path)])
