@@ -5,7 +5,7 @@ The denoising is done by diffusers' pipelines.  Every picture has a seed of its 
 """
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +18,7 @@ from PIL import Image
 from .data.buckets import Size
 from .data.pictures import NO_PICTURE, crop, open_picture
 from .data.sheet import SETTINGS, numbered_in, picture_format, save_picture, sheet, write_captions
+from .files.names import block_factors, full_name
 from .files.network import components, load_lora
 from .lora import lora_layers, merge_lora, unmerge_lora
 from .models.base import Base
@@ -26,7 +27,7 @@ from .models.device import this_device
 from .models.text import warn_of_cuts
 from .settings.errors import UserError
 from .settings.sample import SAMPLERS, SampleConfig
-from .settings.shared import path_and_number
+from .settings.shared import by_block, path_and_number
 
 TOGETHER = 4  # pictures drawn in one pass; more are faster and take more memory
 
@@ -127,22 +128,21 @@ def _inpainting(base: Base, size: Size, config: SampleConfig) -> dict:
 
 
 @contextmanager
-def merged_at(base: Base, strengths: dict[str, float]) -> Iterator[None]:
-    """Within the block the LoRAs are merged at the given strengths; afterwards everything is as before.
+def merged_at(base: Base, strengths: dict[str, float], blocks: Mapping[str, float] = {}) -> Iterator[None]:
+    """Within its `with` statement the LoRAs are merged at the given strengths; afterwards everything is as before.
 
-    Raises UserError if that gives weights that are not finite.
+    `blocks` are factors on the strengths, as `block_factors` takes them.  Raises UserError if a block has no layer of
+    a LoRA, or if a weight would not be finite.
     """
-    modules = [module for module in components(base.pipeline).values() if lora_layers(module)]
-    adapters = [
-        (name, adapter)
-        for module in modules
-        for layer in lora_layers(module).values()
-        for name, adapter in layer.adapters.items()
-    ]
-    found = [adapter.strength for _, adapter in adapters]
+    parts = {part: module for part, module in components(base.pipeline).items() if lora_layers(module)}
+    modules = list(parts.values())
+    layers = {full_name(part, path): at for part in parts for path, at in lora_layers(parts[part]).items()}
+    adapters = [(full, name, adapter) for full, at in layers.items() for name, adapter in at.adapters.items()]
+    factors = block_factors(layers, blocks)
+    found = [adapter.strength for *_, adapter in adapters]
     try:
-        for name, adapter in adapters:
-            adapter.strength = strengths.get(name, adapter.strength)
+        for full, name, adapter in adapters:
+            adapter.strength = strengths.get(name, adapter.strength) * factors[full]
         try:
             for module in modules:
                 merge_lora(module)
@@ -153,7 +153,7 @@ def merged_at(base: Base, strengths: dict[str, float]) -> Iterator[None]:
         for module in modules:
             if any(layer.merged for layer in lora_layers(module).values()):
                 unmerge_lora(module)
-        for (_, adapter), strength in zip(adapters, found, strict=True):
+        for (*_, adapter), strength in zip(adapters, found, strict=True):
             adapter.strength = strength
 
 
@@ -229,7 +229,8 @@ def draw_all(
     def draw_at(*factors: float) -> list[list[Image.Image]]:
         """Draw every prompt with every seed; the LoRAs are merged, at their strengths times these factors."""
         nonlocal drawing
-        with merged_at(base, {name: strengths[name] * f for name, f in zip(strengths, factors, strict=True)}):
+        at = {name: strengths[name] * factor for name, factor in zip(strengths, factors, strict=True)}
+        with merged_at(base, at, by_block(config.lora_blocks)):
             rows = draw_each(base, config.prompt, seeds, size, drawing, on_step)
         drawing = replace(config, compile=False)  # the U-Net is compiled now; the time is printed only once
         return rows

@@ -8,6 +8,7 @@ import struct
 import subprocess
 import sys
 import tracemalloc
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -270,6 +271,58 @@ def test_the_merged_folder_is_the_live_module_merged(tmp_path):
     for name, tensor in live.state_dict().items():
         if "lora" not in name:
             torch.testing.assert_close(merged[name.replace(".base.", ".")], tensor, rtol=1e-6, atol=1e-6)
+
+
+def test_a_layers_strength_is_the_loras_times_its_blocks_factor(folder, tmp_path):
+    lora = lora_for(folder, tmp_path / "l.safetensors", share=1.0)
+    blocks = {"down": 0.2, "mid": 0.0, "up": 1.5, "up_blocks.1": -0.5}
+    fold(folder, [(tmp_path / "l.safetensors", 0.7)], tmp_path / "out", blocks=blocks)
+    factors = names.block_factors(lora.changes, blocks)
+    assert {*factors.values()} == {0.2, 0.0, 1.5, -0.5, 1.0}
+    scaled = {name: replace(change, scale=change.scale * factors[name]) for name, change in lora.changes.items()}
+    check_merged(folder, tmp_path / "out", LoRA(scaled), 0.7)
+
+
+def test_blocks_of_factor_1_are_none_and_undo_knows_of_none(folder, tmp_path, monkeypatch):
+    lora_for(folder, tmp_path / "l.safetensors", share=1.0)
+    base, lora, ones = str(folder), f"{tmp_path / 'l.safetensors'}:0.7", "down=1,mid=1,up=1,text=1"
+    paths = {name: str(tmp_path / name) for name in ("plain", "ones", "some", "undo", "back")}
+    for name, words in (("plain", []), ("ones", ["--lora-blocks", ones])):
+        assert run(monkeypatch, base, lora, "--output", paths[name], *words) == 0
+        assert run(monkeypatch, "--loras-only", lora, "--output", f"{paths[name]}.safetensors", *words) == 0
+    assert bytes_of(tmp_path / "ones") == bytes_of(tmp_path / "plain")
+    assert bytes_of(tmp_path / "ones.safetensors") == bytes_of(tmp_path / "plain.safetensors")
+    some = ["--lora-blocks", "down=0.2,up=0.5", "--undo", paths["undo"]]
+    assert run(monkeypatch, base, lora, "--output", paths["some"], *some) == 0
+    assert bytes_of(tmp_path / "some") != bytes_of(tmp_path / "plain")
+    assert run(monkeypatch, "--restore", paths["some"], paths["undo"], "--output", paths["back"]) == 0
+    assert bytes_of(tmp_path / "back") == bytes_of(folder)
+
+
+def test_a_lora_written_with_blocks_is_the_lora_merged_with_blocks(folder, tmp_path, monkeypatch, capsys):
+    one, two = (lora_for(folder, tmp_path / name, seed, share=1.0) for seed, name in enumerate(("a.safetensors", "b")))
+    words = [f"{tmp_path / 'a.safetensors'}:0.5", str(tmp_path / "b"), "--lora-blocks", "mid=0.25,up=-1,text=2"]
+    factors = names.block_factors(one.changes, {"mid": 0.25, "up": -1.0, "text": 2.0})
+    assert run(monkeypatch, "--loras-only", *words, "--output", str(tmp_path / "both.safetensors")) == 0
+    both = read_lora(tmp_path / "both.safetensors", Checkpoint(folder).modules)
+    for name, change in both.changes.items():
+        expected = factors[name] * (0.5 * one.changes[name].delta(np.float64) + two.changes[name].delta(np.float64))
+        np.testing.assert_allclose(change.delta(np.float64), expected, rtol=0, atol=1e-5)  # B is rounded to float32
+    [first, *_] = one.changes
+    few = LoRA({first: one.changes[first]})
+    write_lora(tmp_path / "few.safetensors", few, "diffusers", Checkpoint(folder).modules)
+    for start in ([str(folder)], ["--loras-only"]):
+        argv = [
+            *start,
+            str(tmp_path / "few.safetensors"),
+            "--lora-blocks",
+            "up_blocks.9=1",
+            "--output",
+            str(tmp_path / "x"),
+        ]
+        assert run(monkeypatch, *argv) == 2
+        assert "--lora-blocks up_blocks.9: no layer of a LoRA is there; they are in " in capsys.readouterr().err
+        assert not (tmp_path / "x").exists()
 
 
 @pytest.mark.parametrize("kind", ["folder", "file"])
@@ -673,6 +726,12 @@ finally:
             ["b", "l", "--output", "o", "--undo", "u", "--dtype", "float16"],
             "--undo and --dtype cannot be given at once",
         ),
+        (["--restore", "m", "u", "--output", "o", "--lora-blocks", "up=1"], "--lora-blocks has no effect on --restore"),
+        (
+            ["b", "l", "--output", "o", "--lora-blocks", "up=1,up=2,mid"],
+            "--lora-blocks mid: it takes a block and a factor",
+        ),
+        (["b", "l", "--output", "o", "--lora-blocks", "up=1,up=2"], "--lora-blocks names up twice"),
         (["--restore", "m", "u", "--output", "o", "--dtype", "float16"], "--dtype has no effect on --restore"),
         (["b", "l", "--output", "o", "--dtype", "fp16"], "--dtype is 'fp16'; it can be float32, float16, bfloat16"),
         (["b", "l:nan", "--output", "o"], "the strength nan is not a finite number"),

@@ -7,17 +7,21 @@ import numpy as np
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
-from helpers import CPU, write_a_lora
+from helpers import CPU, random_lora, write_a_lora
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch._dynamo.utils import counters
 
 from minilora import load_lora, lora_layers, set_lora_strength
 from minilora.data.sheet import sheet
+from minilora.files.fold import fold
+from minilora.files.layout import Checkpoint
+from minilora.files.write import write_lora
 from minilora.models.base import Base
 from minilora.sampling import TOGETHER, draw, draw_each, evaluating, merged_at, sample
 from minilora.settings.errors import UserError
 from minilora.settings.sample import SAMPLERS, SampleConfig
+from minilora.settings.shared import by_block
 from minilora.settings.train import TrainConfig
 
 
@@ -53,6 +57,41 @@ def test_the_picture_is_the_one_diffusers_draws(command, lora, tiny_base):
     assert np.abs(ours - theirs).max() <= 1e-4  # ours is merged and theirs is not: float32 rounding
     file = command(lora=(f"{lora}:0.7",), seed=5, guidance=4.0)
     assert np.abs(theirs * 255 - file).max() <= 0.5 + 255e-4  # the file holds whole numbers
+
+
+def test_drawn_with_blocks_is_drawn_on_the_base_merged_with_blocks(command, lora, tiny_base, tmp_path):
+    blocks = {"lora_blocks": ("down=0.2", "mid=0.5", "up_blocks.1=-1")}
+    plain, drawn = command(lora=(f"{lora}:0.7",)), command(lora=(f"{lora}:0.7",), **blocks)
+    fold(tiny_base, [(lora, 0.7)], tmp_path / "merged", blocks=by_block(blocks["lora_blocks"]))
+    assert np.abs(drawn.astype(int) - command(model=str(tmp_path / "merged"))).max() <= 1  # the order of float32 sums
+    assert np.abs(drawn.astype(int) - plain).max() > 1
+    assert np.array_equal(plain, command(lora=(f"{lora}:0.7",), lora_blocks=("down=1", "mid=1", "up=1")))
+    assert np.array_equal(command(), command(lora=(str(lora),), lora_blocks=("down=0", "mid=0", "up=0")))
+    with pytest.raises(UserError, match=r"--lora-blocks up_blocks\.0, text: no layer of a LoRA is there; they are in"):
+        command(lora=(str(lora),), lora_blocks=("up_blocks.0=1", "text=1", "mid=1"))
+
+
+def test_weights_with_blocks_are_those_of_the_merged_base(tiny_base, tmp_path):
+    """Of all parts, and all kinds of layers; afterwards the weights are the base's, and the strengths as before."""
+    modules = Checkpoint(tiny_base).modules
+    write_lora(tmp_path / "l.safetensors", random_lora(modules, 0, share=1.0), "diffusers", modules)
+    blocks = {"down": 0.2, "up_blocks.0": -1.5, "conv_in": 0.0, "text": 0.5}
+    fold(tiny_base, [(tmp_path / "l.safetensors", 0.7)], tmp_path / "merged", blocks=blocks)
+    base, merged = Base(str(tiny_base), CPU), Base(str(tmp_path / "merged"), CPU)
+    pairs = [(base.unet, merged.unet), (base.text_encoder, merged.text_encoder)]
+    before = [{name: tensor.clone() for name, tensor in part.state_dict().items()} for part, _ in pairs]
+    load_lora(base.pipeline, tmp_path / "l.safetensors", "a")
+    with merged_at(base, {"a": 0.7}, blocks):
+        for part, other in pairs:
+            wanted = other.state_dict()
+            for path, layer in lora_layers(part).items():
+                # Sums of a few float32 products, in another order.
+                torch.testing.assert_close(layer.base.weight, wanted[f"{path}.weight"], rtol=1e-5, atol=1e-5)
+    for (part, _), weights in zip(pairs, before, strict=True):
+        assert len(lora_layers(part)) > 10
+        for path, layer in lora_layers(part).items():
+            assert torch.equal(layer.base.weight, weights[f"{path}.weight"])
+            assert layer.adapters["a"].strength == 1.0
 
 
 def test_without_a_base_the_one_is_taken_that_the_lora_names_and_it_is_said(command, lora, tiny_base, tmp_path, capsys):

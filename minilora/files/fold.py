@@ -11,7 +11,7 @@ Rounding removes what is too small beside a weight.  How much of ΔW arrives is 
 import math
 import os
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -24,7 +24,7 @@ import numpy as np
 
 from ..settings.errors import UserError
 from .layout import Checkpoint
-from .names import Modules, split
+from .names import Modules, block_factors, split
 from .number_types import DTYPES, WEIGHTS, narrow, scratch, widen
 from .read import Change, FormatError, LoRA, other_network, read_lora, some
 from .tensors import CHUNK, TensorFile, read_exactly, rewrite, staging
@@ -85,6 +85,7 @@ def fold(
     loras: list[tuple[Path, float]],
     output: Path,
     *,
+    blocks: Mapping[str, float] = {},
     overwrite: bool = False,
     undo: Path | None = None,
     allow_unmatched: bool = False,
@@ -95,16 +96,17 @@ def fold(
 ) -> Report:
     """Write `base` with LoRAs folded in, each at its strength, to `output`, in the layout of `base`.
 
-    The sum is computed in `dtype` and rounded once to each weight's own type, or to the type `written`, as "F32", for
-    all weights.  `undo` is a file for the original bytes of what changes.  `revision` and `variant` are those of the
-    base, as `Checkpoint` takes them.  Raises UserError, with nothing left under `output`, for files that cannot be
-    read, unmatched keys (unless allowed), shapes that do not fit, sums that are not finite numbers, and a full disk.
+    `blocks` are factors on the strengths, as `block_factors` takes them.  The sum is computed in `dtype` and rounded
+    once to each weight's own type, or to the type `written`, as "F32", for all weights.  `undo` is a file for the
+    original bytes of what changes.  `revision` and `variant` are those of the base, as `Checkpoint` takes them.
+    Raises UserError, with nothing left under `output`, for files that cannot be read, unmatched keys (unless allowed),
+    blocks without a LoRA, shapes that do not fit, sums that are not finite numbers, and a full disk.
     """
     if undo and undo.resolve().is_relative_to(output.resolve()):
         raise UserError(f"--undo {undo}: it is inside --output {output}; choose a place outside")
     checkpoint = Checkpoint(base, revision, variant)
     read = [read_for(path, checkpoint.modules, str(base), allow_unmatched) for path, _ in loras]
-    plan, folded = _plan(checkpoint, read, loras, dtype)
+    plan, folded = _plan(checkpoint, read, loras, blocks, dtype)
     types = {path: _types(file, written) for path, file in checkpoint.files.items()}
     additions: list[Addition] = []
     room = checkpoint.size * (1 if undo is None else 2) + sum(
@@ -173,15 +175,16 @@ def _types(file: TensorFile, written: str | None) -> dict[str, str]:
     return {key: written for key in weights if file.entries[key].dtype != written}
 
 
-def _plan(checkpoint: Checkpoint, read: list[LoRA], loras: list[tuple[Path, float]], dtype: type):
+def _plan(checkpoint: Checkpoint, read: list[LoRA], loras: list[tuple[Path, float]], blocks: Mapping, dtype: type):
     """Return what is added to which tensors, by file and key, and a report with ‖sΔW‖ instead of ‖sΔW‖ / ‖W‖."""
     plan: dict[Path, dict[str, list[Part]]] = {}
     folded: dict[tuple[int, str], Folded] = {}
     changes: dict[str, list[tuple[Change, float]]] = {}
-    for number, (lora, (path, strength)) in enumerate(zip(read, loras, strict=True)):
+    factors = block_factors([module for lora in read for module in lora.changes], blocks)
+    for number, (lora, (path, given)) in enumerate(zip(read, loras, strict=True)):
         for module, change in lora.changes.items():
-            component = split(module)[0]
-            about = folded.setdefault((number, component), Folded(f"{path} at {strength:g}", component))
+            component, strength = split(module)[0], given * factors[module]
+            about = folded.setdefault((number, component), Folded(f"{path} at {given:g}", component))
             about.changes[module] = abs(strength) * change.norm()
             changes.setdefault(module, []).append((change, strength))
     for module, several in changes.items():

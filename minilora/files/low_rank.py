@@ -10,14 +10,14 @@ Aᵀ = P S, B A = Q (R Sᵀ) Pᵀ, and only the small core R Sᵀ is decomposed.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 
 from ..settings.errors import UserError
 from .layout import Checkpoint
-from .names import last_layer
+from .names import block_factors, last_layer
 from .number_types import WEIGHTS, narrow, rounding_error, widen
 from .read import Change, LoRA
 
@@ -44,15 +44,17 @@ class Reduction:
         return "\n".join([*lines, *table, f"overall: error {error:.3%}"])
 
 
-def combine(loras: Sequence[tuple[LoRA, float]]) -> LoRA:
+def combine(loras: Sequence[tuple[LoRA, float]], blocks: Mapping[str, float] = {}) -> LoRA:
     """Return Σ sᵢ · ΔWᵢ as one LoRA, exactly; its rank in each module is the sum of their ranks.
 
-    Raises UserError if two LoRAs have a ΔW of different shapes for a module.
+    `blocks` are factors on the strengths, as `block_factors` takes them.  Raises UserError if two LoRAs have a ΔW of
+    different shapes for a module.
     """
+    factors = block_factors([name for lora, _ in loras for name in lora.changes], blocks)
     changes: dict[str, list[tuple[Change, float]]] = {}
     for lora, strength in loras:
         for name, change in lora.changes.items():
-            changes.setdefault(name, []).append((change, strength))
+            changes.setdefault(name, []).append((change, strength * factors[name]))
     result = {}
     for name, several in changes.items():
         # (A linear layer and a convolution of 1 × 1 are the same.)

@@ -17,6 +17,8 @@ name in a file is looked up.
 import re
 from collections.abc import Iterable, Mapping
 
+from ..settings.errors import UserError
+
 COMPONENTS = UNET, TEXT_ENCODER, TEXT_ENCODER_2 = "unet", "text_encoder", "text_encoder_2"
 
 Modules = Mapping[str, tuple[int, ...]]  # full name -> shape of the weight, (out, in) or (out, in, height, width)
@@ -33,6 +35,33 @@ def split(name: str) -> tuple[str, str]:
     """Split a full name into component and path."""
     component, _, path = name.partition(".")
     return component, path
+
+
+# ------------------------------------------------------------------------------------------------ blocks
+
+
+def blocks_of(names: Iterable[str]) -> list[str]:
+    """Return the blocks that modules, by paths in a U-Net or full names, are in: down_blocks.0, mid_block, …"""
+    found = (re.match(r"(?:unet\.)?((?:down|up)_blocks\.\d+|mid_block|text_encoder(?:_2)?)\b", name) for name in names)
+    return sorted({match[1] for match in found if match})
+
+
+def block_factors(modules: Iterable[str], blocks: Mapping[str, float]) -> dict[str, float]:
+    """Return the factor on the strength of each module, by full name, that `blocks` gives by block.
+
+    A block is down, mid, up or text (the text encoders), or the beginning of modules' paths, as up_blocks.1.  The
+    longest counts; a module in none has the factor 1.  Raises UserError for a block without a module.
+    """
+    short = {"down": "down_blocks.", "mid": "mid_block.", "up": "up_blocks.", "text": "text_encoder"}
+    starts = {block: short.get(block, f"{block}.") for block in blocks}
+    around = {
+        name: [block for block, start in starts.items() if f"{name.removeprefix('unet.')}.".startswith(start)]
+        for name in modules
+    }
+    if empty := [block for block in blocks if not any(block in each for each in around.values())]:
+        there = ", ".join(blocks_of(around))
+        raise UserError(f"--lora-blocks {', '.join(empty)}: no layer of a LoRA is there; they are in {there}")
+    return {name: blocks[max(each, key=len)] if each else 1.0 for name, each in around.items()}
 
 
 # ----------------------------------------------------------------------------- U-Net: diffusers <-> original

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from functools import partial
 
+from . import shared
 from .base import VersionSettings
 from .setting import AT_LEAST_1, Within, option, setting
 from .shared import MERGING, OTHER
@@ -33,6 +34,7 @@ class MergeConfig(VersionSettings):
     output: str | None = of_merge(None, "file or folder to write, in the layout of the base", metavar="OUT", basic=True)
     overwrite: bool = of_merge(False, "replace what is at --output", basic=True)
     allow_unmatched: bool = of_merge(False, "leave out keys of a LoRA that have no place in the base", basic=True)
+    lora_blocks: tuple[str, ...] = shared.lora_blocks(group=MERGING)
     undo: str | None = of_merge(
         None, "also write a file with the original bytes of what changes, for --restore", metavar="FILE", basic=True
     )
@@ -78,9 +80,11 @@ class MergeConfig(VersionSettings):
         if what == "--extract" and self.rank is None and self.energy is None:
             wrong.append("--extract needs a --rank or an --energy")
         only = {"rank": "--loras-only --extract", "energy": "--loras-only --extract", "base": "--loras-only"}
-        only |= {"undo": "a merge", "allow_unmatched": "a merge --loras-only", "float64": "a merge"}
+        only |= {"undo": "a merge", "float64": "a merge"}
+        only |= dict.fromkeys(("allow_unmatched", "lora_blocks"), "a merge --loras-only")
         only |= dict.fromkeys(("dtype", "revision", "variant"), "a merge --loras-only --extract")
         wrong += [f"{option(k)} has no effect on {what}" for k, w in only.items() if getattr(self, k) and what not in w]
+        wrong += shared.wrong_blocks(self.lora_blocks)
         if self.dtype and self.undo:
             wrong.append("--undo and --dtype cannot be given at once: with other types, there is nothing to put back")
         if self.dialect != "diffusers" and what in ("a merge", "--restore"):

@@ -67,6 +67,7 @@ class SampleConfig(BaseSettings):
         metavar="FACTOR,…",
         needs=("lora", "whose strength they change"),
     )
+    lora_blocks: tuple[str, ...] = shared.lora_blocks(group=MODEL, needs=("lora", "whose strength they change"))
     grid: tuple[float, ...] = of_base(
         (),
         "compare mixtures of two LoRAs: one row for each factor of the first, one column for each of the second",
@@ -85,6 +86,7 @@ class SampleConfig(BaseSettings):
 
     def problems(self) -> list[str]:
         wrong = [] if self.prompt else ["--prompt is needed: what to draw, for example --prompt 'red apple'"]
+        wrong += shared.wrong_blocks(self.lora_blocks)
         if self.grid and len(self.lora) != 2:
             wrong.append(f"--grid mixes two --lora, not {len(self.lora)}")
         if self.grid and (len(self.prompt) > 1 or self.count > 1):

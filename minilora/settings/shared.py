@@ -46,6 +46,13 @@ lora = partial(
     metavar="LORA[:STRENGTH]",
     basic=True,
 )
+lora_blocks = partial(
+    setting,
+    (),
+    "factors on the strength of the LoRAs by block: down=0.2,mid=1,up=1; text is the text encoders, and the beginning "
+    "of a layer's name is a block, too: up_blocks.1=0.5; the longest counts, and without one the factor is 1",
+    metavar="BLOCK=FACTOR,…",
+)
 guidance = partial(
     setting,
     text="classifier-free guidance: how closely pictures follow the prompt, at least 1; 1 is without",
@@ -89,6 +96,24 @@ def path_and_number(text: str, what: str = "the strength") -> tuple[str, float]:
     if not math.isfinite(number):
         raise UserError(f"{text}: {what} {last} is not a finite number")
     return path, number
+
+
+def by_block(texts: Sequence[str]) -> dict[str, float]:
+    """Return --lora-blocks as a mapping from block to factor."""
+    return {block: float(factor) for block, factor in (text.split("=") for text in texts)}
+
+
+def wrong_blocks(texts: Sequence[str]) -> list[str]:
+    """Return what is wrong with --lora-blocks."""
+    names = [text.partition("=")[0] for text in texts]
+    return [
+        *(
+            f"--lora-blocks {text}: it takes a block and a factor, as up=0.5"
+            for text in texts
+            if not re.fullmatch(r"[\w.]+=-?\d*\.?\d+", text)
+        ),
+        *(f"--lora-blocks names {name} twice" for name in dict.fromkeys(names) if names.count(name) > 1),
+    ]
 
 
 def is_mask(path: Path) -> bool:

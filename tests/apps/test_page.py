@@ -198,7 +198,7 @@ def folders(tmp_path, monkeypatch):
 # Settings that hold a text and no path; of each other setting with a text, it is shown that it leads nowhere else.
 NO_PATHS = {"caption", "caption_column", "trigger", "class_prompt", "sample_prompt", "prompt", "negative"}
 NO_PATHS |= {"image_column", "data_revision", "revision", "variant"}
-NO_PATHS |= {"targets", "rank_for", "alpha_for", "text_encoder_targets", "push_to_hub", "wandb"}
+NO_PATHS |= {"targets", "lora_blocks", "rank_for", "alpha_for", "text_encoder_targets", "push_to_hub", "wandb"}
 PLACES = [
     (settings, field.name)
     for settings in (TrainConfig, SampleConfig, MergeConfig)

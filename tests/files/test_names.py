@@ -1,5 +1,7 @@
 """files/names.py: every name of a module, with diffusers' own converter as the oracle for the original layout."""
 
+import re
+
 import pytest
 import torch
 from conftest import make_tiny_text_encoder, make_unet
@@ -8,6 +10,7 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 from minilora.files import names
 from minilora.files.network import live_modules
+from minilora.settings.errors import UserError
 
 
 def with_weights(module: torch.nn.Module) -> list[str]:
@@ -55,6 +58,29 @@ def test_kohya_names_are_those_of_its_trainer():
     assert sdxl["unet.up_blocks.0.upsamplers.0.conv"] == "lora_unet_output_blocks_2_2_conv"
     assert sdxl["unet.down_blocks.0.resnets.0.conv1"] == "lora_unet_input_blocks_1_0_in_layers_2"
     assert [sdxl[name].split("_text_model")[0] for name in encoders] == ["lora_te1", "lora_te2"]
+
+
+def test_each_module_has_the_factor_of_the_longest_block_around_it(tokenizer):
+    encoders = make_tiny_text_encoder(tokenizer), make_tiny_text_encoder(tokenizer, CLIPTextModelWithProjection)
+    modules = [name for part in (make_unet("sdxl"), *encoders) for name in live_modules(part)]
+    assert set(names.block_factors(modules, {}).values()) == {1.0}
+    given = {"up_blocks.1": 0.5, "up": -2.0, "down": 0.2, "down_blocks.1.attentions.0": 3.0, "conv_in": 0.0}
+    expected = {
+        "unet.up_blocks.1.": 0.5,
+        "unet.up_blocks.": -2.0,
+        "unet.down_blocks.1.attentions.0.": 3.0,
+        "unet.down_blocks.": 0.2,
+        "unet.conv_in": 0.0,
+    }
+    for name, factor in names.block_factors(modules, given).items():
+        assert factor == next((f for start, f in expected.items() if name.startswith(start)), 1.0), name
+    for given, of_both in (({"text": 0.5}, (0.5, 0.5)), ({"text": 0.5, "text_encoder_2": 4.0}, (0.5, 4.0))):
+        for name, factor in names.block_factors(modules, given).items():
+            assert factor == {"unet": 1.0, "text_encoder": of_both[0], "text_encoder_2": of_both[1]}[name.split(".")[0]]
+    few = ["unet.up_blocks.1.x.to_q", "unet.mid_block.x.to_q", "unet.up_blocks.10.x.to_q", "unet.conv_in"]
+    said = "--lora-blocks down, up_blocks.0, text: no layer of a LoRA is there; they are in mid_block, up_blocks.1, "
+    with pytest.raises(UserError, match=re.escape(f"{said}up_blocks.10")):
+        names.block_factors(few, {"down": 1.0, "mid": 1.0, "up_blocks.0": 1.0, "text": 1.0})
 
 
 @pytest.mark.parametrize("family", ["sd1", "sd2", "sdxl"])

@@ -199,6 +199,7 @@ SHOWN = {  # which test shows what a setting does, but for the CHANGES of test_t
         "lora": "test_sampling.py::test_several_loras_add_up",
         "allow_unmatched": "test_sampling.py::test_a_word_that_does_not_fit_is_said_and_can_be_left_out",
         "strengths": "test_sampling.py::test_strengths_make_one_row_per_seed_and_one_column_per_strength",
+        "lora_blocks": "test_sampling.py::test_drawn_with_blocks_is_drawn_on_the_base_merged_with_blocks",
         "grid": "test_restyle.py::test_a_grid_mixes_two_loras",
         "precision": "test_sampling.py::test_half_precision_draws_nearly_the_same",
         "compile": "test_sampling.py::test_what_is_traced_for_compiling_draws_the_same",
@@ -395,6 +396,11 @@ def test_sampling_settings():
         read(SampleConfig, [], "")
     with pytest.raises(UserError, match="--strengths needs --lora, whose strength"):
         read(SampleConfig, ["--prompt", "a", "--strengths", "1"], "")
+    with pytest.raises(UserError, match="--lora-blocks needs --lora, whose strength"):
+        read(SampleConfig, ["--prompt", "a", "--lora-blocks", "up=1"], "")
+    for wrong in ("up", "up=", "=1", "up=nan", "up=1e3", "up=1=2", "up mid=1"):
+        with pytest.raises(UserError, match=f"--lora-blocks {wrong}: it takes a block and a factor, as up=0.5"):
+            read(SampleConfig, ["--prompt", "a", "--lora", "x", "--lora-blocks", wrong], "")
     with pytest.raises(UserError, match="--negative has no effect at --guidance 1"):
         read(SampleConfig, ["--prompt", "a", "--negative", "b", "--guidance", "1"], "")
     with pytest.raises(UserError, match=r"--strengths is 0,nan; each must be a finite number"):
