@@ -859,6 +859,18 @@ def test_ranks_and_sets_from_the_settings(run):
         run("b", rank_for=("attn2",))
 
 
+def test_a_block_from_the_settings(run, monkeypatch):
+    folder = run("a", targets=("up_blocks.1:attention", "mid_block:attention+ff"))
+    there = {".".join(key.split(".")[1:3]) for key in weights(folder)}
+    assert {name.split(".")[0] for name in there} == {"mid_block", "up_blocks"}
+    assert not [key for key in weights(folder) if ".ff." in key and ".mid_block." not in key]
+    assert all(tensor.any() for tensor in weights(folder).values())  # all of it has learnt
+    for _ in range(2):  # also of a large base, whose memory is told of first
+        with pytest.raises(UserError, match="target 'style' is a block that only Stable Diffusion XL"):
+            run("b", targets=("style",))
+        monkeypatch.setattr("minilora.run.setup.SMALL", 0)
+
+
 def test_alphas_from_the_settings(run, capsys):
     # A's gradient is 0 while B is, and Adam takes a step of the learning rate whatever the scale: ΔW has the scale.
     plain, other = (

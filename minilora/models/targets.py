@@ -1,9 +1,12 @@
 """Which layers a LoRA goes into, and with which rank: names for groups of layers, and parts of names.
 
-    attention      the projections of the attention layers: to_q, to_k, to_v, to_out.0
-    attention+ff   and the two layers behind each: ff.net.0.proj, ff.net.2
-    linear         every linear layer inside the blocks of a U-Net
-    linear+conv    and every convolution there, but those in groups
+    attention         the projections of the attention layers: to_q, to_k, to_v, to_out.0
+    ff                the two layers behind each: ff.net.0.proj, ff.net.2
+    linear            every linear layer inside the blocks of a U-Net
+    conv              every convolution there, but those in groups
+    attention+ff      several of these, and ends of names: attention+proj_in
+    up_blocks.1:ff    those in one block, which is the beginning of their names
+    subject, style    the attention in one block of Stable Diffusion XL each
 
 No group contains the layers before and behind the blocks, which are nearly the same in all bases of a family.
 """
@@ -13,26 +16,54 @@ from typing import Any
 
 from torch import nn
 
+from ..files.names import blocks_of
 from ..lora import ATTENTION, matching, original_layers
 from ..settings.errors import refuse
 
-SETS = {"attention": ATTENTION, "attention+ff": (*ATTENTION, "ff.net.0.proj", "ff.net.2")}
-KIND_SETS = {"linear": (nn.Linear,), "linear+conv": (nn.Linear, nn.Conv2d)}
+SETS = {"attention": ATTENTION, "ff": ("ff.net.0.proj", "ff.net.2")}
+KINDS = {"linear": nn.Linear, "conv": nn.Conv2d}
 BLOCKS = ("down_blocks.", "mid_block.", "up_blocks.")
+# What is in a picture, and how it is drawn, in Stable Diffusion XL.
+# Source: Frenkel et al., "Implicit style-content separation using B-LoRA", 2024.
+XL_BLOCKS = {"subject": "up_blocks.0.attentions.0", "style": "up_blocks.0.attentions.1"}
 
 
 def named_targets(module: nn.Module, targets: Sequence[str]) -> list[str]:
-    """Return targets with the names of groups replaced by the layers that they stand for."""
-    result: list[str] = []
+    """Return targets with the names of groups and blocks replaced by the layers that they stand for.
+
+    Raises ValueError, naming every one, for targets in a block that has no such layers.
+    """
+    layers, result = original_layers(module), list[str]()
+    problems: list[str] = []
     for target in targets:
-        kinds = KIND_SETS.get(target, ())
-        found = [
-            path
-            for path, layer in original_layers(module).items()
-            if path.startswith(BLOCKS) and isinstance(layer, kinds) and getattr(layer, "groups", 1) == 1
-        ]
-        result += found or SETS.get(target, (target,))
+        block, _, what = (f"{target}:attention" if target in XL_BLOCKS else target).rpartition(":")
+        names = _names(layers, what)
+        if block:
+            anywhere = [path for path in layers if any(f".{path}".endswith(f".{name}") for name in names)]
+            start = XL_BLOCKS.get(block, block)
+            names = [path for path in anywhere if f"{path}.".startswith(f"{start}.")]
+            if block in XL_BLOCKS and not {start, "add_embedding"} <= layers.keys():
+                problems.append(f"target {target!r} is a block that only Stable Diffusion XL and bases made of it have")
+            elif not names:
+                known = anywhere if start in layers else []
+                there = f"{what} is in" if known else "the blocks are"
+                problems.append(f"target {target!r} matches no layer; {there} {', '.join(blocks_of(known or layers))}")
+        result += names
+    refuse("inject LoRA", problems)
     return list(dict.fromkeys(result))
+
+
+def _names(layers: Mapping[str, nn.Module], what: str) -> list[str]:
+    """Return the ends of names that groups, joined by +, stand for; of a kind of layers, their full names."""
+    parts = what.split("+")
+    kinds = tuple(KINDS[part] for part in parts if part in KINDS)
+    found = [
+        path
+        for path, layer in layers.items()
+        if path.startswith(BLOCKS) and isinstance(layer, kinds) and getattr(layer, "groups", 1) == 1
+    ]
+    ends = [end for part in parts if not (found and part in KINDS) for end in SETS.get(part, (part,))]
+    return found + ends
 
 
 def ranks_and_alphas(

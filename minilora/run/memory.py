@@ -27,6 +27,7 @@ from ..lora import inject_lora
 from ..models.base import Base
 from ..models.folder import VAE
 from ..models.targets import ranks_and_alphas
+from ..settings.errors import UserError
 from ..settings.setting import as_typed, is_installed, option
 from ..settings.train import TrainConfig
 from .trained import trained_parameters
@@ -112,11 +113,14 @@ def memory_of(config: TrainConfig, base: Base) -> Memory:
 
 def _step(config: TrainConfig, base: Base, unet, encoders: list, side: int, dtype: torch.dtype) -> tuple[int, int, int]:
     """Go through a step; return the bytes of the weights, the numbers in A and B, and the bytes of all else at most."""
-    if not config.full:
-        ranks, alphas = ranks_and_alphas(unet, config.targets, config.rank, config.alpha, **config.by_part())
-        inject_lora(unet, ranks, alphas)
-    for encoder in encoders:
-        inject_lora(encoder, config.rank, config.alpha, config.text_encoder_targets)
+    try:
+        if not config.full:
+            ranks, alphas = ranks_and_alphas(unet, config.targets, config.rank, config.alpha, **config.by_part())
+            inject_lora(unet, ranks, alphas)
+        for encoder in encoders:
+            inject_lora(encoder, config.rank, config.alpha, config.text_encoder_targets)
+    except ValueError as error:
+        raise UserError(str(error)) from error
     if config.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
     trained = [parameter for part in (unet, *encoders) for parameter in trained_parameters(part, config.full)]

@@ -43,7 +43,8 @@ class LoraSettings(BaseSettings):
     )
     targets: tuple[str, ...] = of_lora(
         ("attention",),
-        "layers of the U-Net to adapt: attention, attention+ff, linear, linear+conv, or ends of names with commas",
+        "layers of the U-Net to adapt: attention, ff, linear, conv, attention+ff, …, or ends of names, with commas; in "
+        "one block: up_blocks.1:attention; on XL also subject or style, the block that holds it",
         metavar="LAYERS",
     )
     rank_for: tuple[str, ...] = of_lora(
