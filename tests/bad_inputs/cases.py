@@ -841,6 +841,45 @@ SIZES = [
     ("is not a multiple of what the base needs", "16x10", "--size is 16x10; this base needs multiples of 8"),
 ]
 
+BLOCKS = [
+    ("lacks a factor", "up", "--lora-blocks up: it takes a block and a factor, as up=0.5"),
+    ("has a factor that is not finite", "up=nan", "--lora-blocks up=nan: it takes a block and a factor"),
+    ("names a block twice", "up=1,mid=1,up=2", "--lora-blocks names up twice"),
+    ("names a block without a layer of the LoRA", "up_blocks.0=2", "--lora-blocks up_blocks.0: no layer of a LoRA is"),
+    (
+        "names the text encoders, which have no LoRA",
+        "text=1",
+        "--lora-blocks text: no layer of a LoRA is there; they are",
+    ),
+    ("is one that fits", "down=0,mid=-1,up_blocks.1=.5", "wrote", True),
+]
+
+TARGETS = [
+    (
+        "is a block that there is not",
+        "up_blocks.9:attention",
+        "the blocks are down_blocks.0, down_blocks.1, mid_block,",
+    ),
+    (
+        "is a block without such layers",
+        "down_blocks.1:attention",
+        "attention is in down_blocks.0, mid_block, up_blocks",
+    ),
+    ("is a block without an end", "mid_block:", "target 'mid_block:' matches no layer"),
+    (
+        "is a block of another family",
+        "style",
+        "'style' is a block that only Stable Diffusion XL and bases made of it have",
+    ),
+    ("is one that fits", "up_blocks.1:attention,mid_block:attention+ff", "trained    ", True),
+]
+
+
+def targeted(place: Place, text: str) -> list[str]:
+    place.write("data/a.png", png())
+    return train(place, "--caption", "x", "--targets", text)
+
+
 ROOMS = {
     "Data folders": ("`--data` is", lambda place, what: what(place), FOLDERS),
     "metadata.jsonl": ("the file", metadata, TABLES),
@@ -854,6 +893,12 @@ ROOMS = {
     "LoRA files": ("the file of `--lora`", lora, LORAS),
     "Prompts": ("`--prompt` of sample.py", lambda place, text: sample(place, prompt=text), PROMPTS),
     "Sizes": ("`--size` of sample.py", lambda place, text: sample(place, "--size", text), SIZES),
+    "Blocks": (
+        "`--lora-blocks` of sample.py",
+        lambda place, text: sample(place, "--lora", place.run, "--lora-blocks", text),
+        BLOCKS,
+    ),
+    "Targets": ("`--targets` of train.py", targeted, TARGETS),
     "Checkpoints": ("with `--resume`", resumed, CHECKPOINTS),
 }
 CASES = [Case(room, *row) for room, (_, _, rows) in ROOMS.items() for row in rows]
