@@ -25,6 +25,7 @@ from pathlib import Path
 from statistics import median
 
 ROOT = Path(__file__).parents[1]
+BLOCKS = {"mid+up": "mid_block:attention,up_blocks:attention", "up": "up_blocks:attention"}  # of --blocks
 WARM_UP = 2  # steps that are not counted
 FORWARDS = 7
 SWEEPS = {
@@ -213,13 +214,15 @@ def pictures(work: Path, count: int) -> Path:
     return folder
 
 
-def compare(work: Path, script: Path | None, compiled: bool, rounds: int, steps: int) -> None:
+def compare(work: Path, script: Path | None, compiled: bool, blocks: bool, rounds: int, steps: int) -> None:
     """Print the table of minilora, its peer and the bare forward pass."""
     data, unit = pictures(work, 8), work / "forward.json"
     ours, train = minilora(work, data), ROOT / "train.py"
     contenders = {"minilora": (train, ours)}
     if compiled:
         contenders["minilora, compiled"] = train, [*ours, "--compile"]
+    if blocks:
+        contenders |= {f"minilora, {name}": (train, [*ours, "--targets", targets]) for name, targets in BLOCKS.items()}
     if script:
         contenders["official script"] = script, peer(work, data)
     for path, arguments in contenders.values():
@@ -300,6 +303,7 @@ def main() -> None:
     )
     parser.add_argument("--peer", type=Path, metavar="SCRIPT", help="train_text_to_image_lora.py of diffusers")
     parser.add_argument("--compile", action="store_true", help="also minilora with torch.compile")
+    parser.add_argument("--blocks", action="store_true", help="also minilora in the blocks mid+up, and up, alone")
     parser.add_argument(
         "--rounds", type=int, default=3, metavar="ROUNDS", help="runs of each contender; medians count (default 3)"
     )
@@ -320,7 +324,7 @@ def main() -> None:
     elif args.sweep:
         sweep(work, args.sweep, args.steps)
     else:
-        compare(work, args.peer and args.peer.resolve(), args.compile, args.rounds, args.steps)
+        compare(work, args.peer and args.peer.resolve(), args.compile, args.blocks, args.rounds, args.steps)
 
 
 if __name__ == "__main__":
