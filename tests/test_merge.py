@@ -284,7 +284,7 @@ def test_a_layers_strength_is_the_loras_times_its_blocks_factor(folder, tmp_path
 
 
 def test_blocks_of_factor_1_are_none_and_undo_knows_of_none(folder, tmp_path, monkeypatch):
-    lora_for(folder, tmp_path / "l.safetensors", share=1.0)
+    lora_for(folder, tmp_path / "l.safetensors", dialect="diffusers", share=1.0)
     base, lora, ones = str(folder), f"{tmp_path / 'l.safetensors'}:0.7", "down=1,mid=1,up=1,text=1"
     paths = {name: str(tmp_path / name) for name in ("plain", "ones", "some", "undo", "back")}
     for name, words in (("plain", []), ("ones", ["--lora-blocks", ones])):
@@ -300,29 +300,19 @@ def test_blocks_of_factor_1_are_none_and_undo_knows_of_none(folder, tmp_path, mo
 
 
 def test_a_lora_written_with_blocks_is_the_lora_merged_with_blocks(folder, tmp_path, monkeypatch, capsys):
-    one, two = (lora_for(folder, tmp_path / name, seed, share=1.0) for seed, name in enumerate(("a.safetensors", "b")))
-    words = [f"{tmp_path / 'a.safetensors'}:0.5", str(tmp_path / "b"), "--lora-blocks", "mid=0.25,up=-1,text=2"]
+    a, b, both, few, out = (tmp_path / f"{name}.safetensors" for name in ("a", "b", "both", "few", "out"))
+    one, two = (lora_for(folder, path, seed, "diffusers", share=1.0) for seed, path in enumerate((a, b)))
     factors = names.block_factors(one.changes, {"mid": 0.25, "up": -1.0, "text": 2.0})
-    assert run(monkeypatch, "--loras-only", *words, "--output", str(tmp_path / "both.safetensors")) == 0
-    both = read_lora(tmp_path / "both.safetensors", Checkpoint(folder).modules)
-    for name, change in both.changes.items():
+    words = ["--lora-blocks", "mid=0.25,up=-1,text=2", "--output", both]
+    assert run(monkeypatch, "--loras-only", f"{a}:0.5", b, *words) == 0
+    for name, change in read_lora(both, Checkpoint(folder).modules).changes.items():
         expected = factors[name] * (0.5 * one.changes[name].delta(np.float64) + two.changes[name].delta(np.float64))
         np.testing.assert_allclose(change.delta(np.float64), expected, rtol=0, atol=1e-5)  # B is rounded to float32
-    [first, *_] = one.changes
-    few = LoRA({first: one.changes[first]})
-    write_lora(tmp_path / "few.safetensors", few, "diffusers", Checkpoint(folder).modules)
-    for start in ([str(folder)], ["--loras-only"]):
-        argv = [
-            *start,
-            str(tmp_path / "few.safetensors"),
-            "--lora-blocks",
-            "up_blocks.9=1",
-            "--output",
-            str(tmp_path / "x"),
-        ]
-        assert run(monkeypatch, *argv) == 2
+    write_lora(few, LoRA(dict([*one.changes.items()][:1])), "diffusers", Checkpoint(folder).modules)
+    for start in ([folder], ["--loras-only"]):
+        assert run(monkeypatch, *start, few, "--lora-blocks", "up_blocks.9=1", "--output", out) == 2
         assert "--lora-blocks up_blocks.9: no layer of a LoRA is there; they are in " in capsys.readouterr().err
-        assert not (tmp_path / "x").exists()
+        assert not out.exists()
 
 
 @pytest.mark.parametrize("kind", ["folder", "file"])

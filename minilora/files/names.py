@@ -59,7 +59,7 @@ def block_factors(modules: Iterable[str], blocks: Mapping[str, float]) -> dict[s
         for name in modules
     }
     if empty := [block for block in blocks if not any(block in each for each in around.values())]:
-        there = ", ".join(blocks_of(around))
+        there = ", ".join(blocks_of(around)) or "no block"
         raise UserError(f"--lora-blocks {', '.join(empty)}: no layer of a LoRA is there; they are in {there}")
     return {name: blocks[max(each, key=len)] if each else 1.0 for name, each in around.items()}
 
