@@ -78,16 +78,16 @@ def train(config: TrainConfig, objective: Objective | None = None) -> Path:
             for step in range(first_step, config.steps):
                 if validation and validation.has_stalled():
                     break
-                learning_rate, began = learning_rate_at(step, config), time.monotonic()
-                loss, grad_norm = optimizer_step(run, step, learning_rate)
+                began = time.monotonic()
+                loss, grad_norm = optimizer_step(run, step, learning_rate_at(step, config))
                 done = step + 1
                 lock.refuse_if_gone()
                 if config.compile and step == first_step:
                     bar.clear()
                     ranks.say(f"compiled   in the first step, which took {time.monotonic() - began:.0f} s")
-                bar.set_postfix(loss=f"{loss:.4f}", lr=f"{learning_rate:.1e}", refresh=False)
+                bar.set_postfix(loss=f"{loss:.4f}", lr=f"{run.learning_rate:.1e}", refresh=False)
                 bar.update()
-                log.numbers(step + 1, loss=loss, learning_rate=learning_rate, grad_norm=grad_norm)
+                log.numbers(step + 1, loss=loss, learning_rate=run.learning_rate, grad_norm=grad_norm)
                 if validation and (is_due(config.validate_every, step) or step + 1 == config.steps):
                     log.numbers(step + 1, validation=validation.measure(step + 1))
                 stop, now = signals.seen_by_any(ranks)

@@ -103,8 +103,9 @@ def memory_of(config: TrainConfig, base: Base) -> Memory:
         unet = _faked(empty[UNET], dtype).train()
         encoders = [_faked(empty[part], dtype) for part in base.text_parts] if config.train_text_encoder else []
         weights, numbers, step = _step(config, base, unet, encoders, side, autocast)
-    # A and B, their gradients and two averages of Adam, which are a byte a number with adamw8bit.
-    each = 4 + 4 + (2 if config.optimizer == "adamw8bit" else 8) + (4 if config.ema else 0)
+    # A and B, their gradients and what the optimizer keeps: two averages, of a byte a number with adamw8bit; Prodigy
+    # also keeps the first weights and a sum of gradients.
+    each = 4 + 4 + {"adamw": 8, "adamw8bit": 2, "prodigy": 16}[config.optimizer] + (4 if config.ema else 0)
     kept = encoding_pictures if config.needs_vae else 0  # the VAE stays in memory
     # Text encoders that are trained do not leave memory before the VAE encodes, see `fill_cache`.
     encoding = (sum if config.train_text_encoder else max)((encoding_captions, encoding_pictures))

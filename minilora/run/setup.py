@@ -30,6 +30,7 @@ from .ema import ema_weights
 from .encode import encoded_examples
 from .memory import tell_memory
 from .objective import Objective
+from .prodigy import Prodigy
 from .ranks import BatchPlan, Ranks, refuse_differences
 from .trained import trained_parameters, trained_state
 from .validation import Validation, read_pictures
@@ -57,6 +58,12 @@ class Run:
     @property
     def output(self) -> Path:
         return Path(self.config.output)
+
+    @property
+    def learning_rate(self) -> float:
+        """Return the learning rate of the U-Net as the last step had it, times what Prodigy has found."""
+        found = self.optimizer.d if isinstance(self.optimizer, Prodigy) else 1.0
+        return self.optimizer.param_groups[0]["lr"] * found
 
     def drawing(self, prompts: tuple[str, ...]) -> SampleConfig:
         """Return the settings to draw these prompts as sample.py does by default."""
@@ -148,7 +155,7 @@ def encode(
 
 
 def make_optimizer(config: TrainConfig, parameters: list[nn.Parameter], of_unet: int) -> torch.optim.Optimizer:
-    """Return AdamW for all parameters; those after the first `of_unet` have the text encoders' learning rate."""
+    """Return the optimizer of all parameters; those after the first `of_unet` have the text encoders' learning rate."""
     text_ratio = (config.text_encoder_learning_rate or config.learning_rate) / config.learning_rate
     groups = [{"params": parameters[:of_unet], "ratio": 1.0}, {"params": parameters[of_unet:], "ratio": text_ratio}]
     groups = [group for group in groups if group["params"]]
@@ -156,6 +163,8 @@ def make_optimizer(config: TrainConfig, parameters: list[nn.Parameter], of_unet:
     options["weight_decay"] = config.weight_decay
     if config.optimizer == "adamw":
         return torch.optim.AdamW(groups, **options, fused=True)
+    if config.optimizer == "prodigy":
+        return Prodigy(groups, **options)
     from bitsandbytes.optim import AdamW8bit  # an optional package
 
     # By default tensors of fewer than 4,096 numbers stay in float32, and most matrices of a LoRA are that small.

@@ -25,11 +25,12 @@ def recipe_settings(recipe: str, values: dict) -> dict:
     if is_miniature(model):
         return mirror  # the other defaults are its own
     each, least, most = _STEPS[recipe]
+    rate = 1.0 if values.get("optimizer") == "prodigy" else 1e-4  # Prodigy finds the rate; this is a factor of it
     steps = min(max(each * _count(values.get("data") or (), values.get("max_pictures") or 1), least), most)
     settings = mirror | {
         "rank": 32 if recipe == "face" else 16,
         "steps": steps * (2 if class_pictures else 1),  # half of them see class pictures
-        "learning_rate": 1e-4,
+        "learning_rate": rate,
         "caption_dropout": 0.1 if style else 0.0,
         # A batch of subject and class pictures has one size.
         "buckets": not class_pictures and not values.get("compile"),
@@ -40,7 +41,7 @@ def recipe_settings(recipe: str, values: dict) -> dict:
         settings["gradient_checkpointing"] = True
     elif not style and not values.get("full"):
         # A subject's new word gets a meaning of its own; XL's encoders know enough, and are large.
-        settings |= {"train_text_encoder": True, "text_encoder_learning_rate": 5e-5}
+        settings |= {"train_text_encoder": True, "text_encoder_learning_rate": rate / 2}
     return settings
 
 

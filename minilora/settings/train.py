@@ -38,6 +38,8 @@ class TrainConfig(OutputSettings, LossSettings, OptimizerSettings, LoraSettings,
             follows |= recipe_settings(values["recipe"], values)
         if values.get("full"):  # all weights together need a smaller rate
             follows |= {"learning_rate": 2e-4 if is_miniature(values.get("model")) else 1e-5}
+        if values.get("optimizer") == "prodigy":  # which finds the rate; this is a factor of it
+            follows |= {"learning_rate": 1.0}
         data, rank = values.get("data"), values.get("rank") or follows["rank"]
         path = Path(os.path.abspath(path_and_number(data[0], WEIGHT)[0] if data else ""))
         output = str(Path("out") / (path.stem if path.is_file() else path.name)) if data else None

@@ -27,7 +27,11 @@ class OptimizerSettings(Settings):
         within=AT_LEAST_1,
     )
     learning_rate: float = of_optimizer(
-        ByBase(1e-4, 2e-3), "highest learning rate of AdamW", metavar="RATE", basic=True, within=ABOVE_0
+        ByBase(1e-4, 2e-3),
+        "highest learning rate of AdamW; with prodigy a factor of the rate that it finds, 1 if not given",
+        metavar="RATE",
+        basic=True,
+        within=ABOVE_0,
     )
     text_encoder_learning_rate: float | None = of_optimizer(
         None,
@@ -48,8 +52,9 @@ class OptimizerSettings(Settings):
     )
     optimizer: str = of_optimizer(
         "adamw",
-        "adamw8bit keeps its state in 8 bits, and needs the package bitsandbytes",
-        choices=("adamw", "adamw8bit"),
+        "adamw8bit keeps its state in 8 bits, and needs the package bitsandbytes; prodigy is AdamW that finds its "
+        "learning rate itself",
+        choices=("adamw", "adamw8bit", "prodigy"),
     )
     weight_decay: float = of_optimizer(0.01, "weight decay of AdamW", metavar="DECAY", within=AT_LEAST_0)
     adam_betas: tuple[float, ...] = of_optimizer(
@@ -95,4 +100,9 @@ class OptimizerSettings(Settings):
                 wrong.append(f"{option(name)} needs --lr-schedule {schedule}")
         if self.optimizer == "adamw8bit" and not is_installed("bitsandbytes"):
             wrong.append("--optimizer adamw8bit needs the package bitsandbytes; type: pip install -e '.[8bit]'")
+        if self.optimizer == "prodigy":
+            for name in ("learning_rate", "text_encoder_learning_rate"):
+                if (rate := getattr(self, name)) is not None and 0 < rate < 0.1:
+                    why = "with --optimizer prodigy it is a factor of the rate that is found"
+                    wrong.append(f"{option(name)} is {rate:g}; {why}: leave it out, or give at least 0.1")
         return wrong

@@ -82,6 +82,9 @@ def test_what_takes_less_takes_less(tiny_base):
     assert needed(tiny_base, batch_size=4, gradient_checkpointing=True).step < plain.step
     assert needed(tiny_base, batch_size=4, micro_batch_size=1).step < plain.step / 3
     assert needed(tiny_base, batch_size=4, optimizer="adamw8bit").lora < plain.lora
+    assert (
+        needed(tiny_base, batch_size=4, optimizer="prodigy").lora == 24 / 16 * plain.lora
+    )  # two numbers more for each
     assert needed(tiny_base, batch_size=4, train_text_encoder=True).lora > plain.lora
     assert needed(tiny_base, batch_size=4, ema=0.9).lora > plain.lora
     full = needed(tiny_base, batch_size=4, full=True)

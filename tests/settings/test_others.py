@@ -97,6 +97,7 @@ def test_a_file_of_ours_is_read_as_before_and_silently(config, capsys):
         ),
         ({"v_parameterization": True}, {"prediction_type": "v_prediction"}),
         ({"learning_rate": "1e-5"}, {"learning_rate": 1e-5}),
+        ({"optimizer_type": "Prodigy"}, {"optimizer": "prodigy", "learning_rate": 1}),
         ({"network_dim": 8}, {"rank": 8, "alpha": 1, "train_text_encoder": True}),
         (
             {"network_dim": 8, "text_encoder_lr": 0, "unet_lr": 1e-3},
@@ -114,7 +115,7 @@ def test_what_has_another_form_there(theirs, ours, config):
     ("theirs", "said"),
     [
         ({"resolution": "512,768"}, 'resolution is "512,768" and should be int'),
-        ({"optimizer_type": "Prodigy"}, "--optimizer is 'prodigy'; it can be adamw, adamw8bit"),
+        ({"optimizer_type": "Lion"}, "--optimizer is 'lion'; it can be adamw, adamw8bit, prodigy"),
         ({"resume_from_checkpoint": "out/checkpoint-500"}, 'resume is "out/checkpoint-500" and should be bool'),
         ({"train_batch_size": "4"}, "train_batch_size and gradient_accumulation_steps should be whole numbers above 0"),
         ({"push_to_hub": True}, "push_to_hub needs hub_model_id, as OWNER/NAME"),

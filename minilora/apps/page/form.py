@@ -24,7 +24,7 @@ from ...settings.shared import path_and_number
 
 HUB_ID = r"\w[\w.-]*/\w[\w.-]*(/[\w./-]+\.safetensors)?"
 # As the number of steps follows the number of pictures.
-WHICH_OTHERS_FOLLOW = ("data", "model", "recipe", "full", "class_prompt", "preserve", "compile")
+WHICH_OTHERS_FOLLOW = ("data", "model", "recipe", "full", "class_prompt", "preserve", "compile", "optimizer")
 LARGE = 1 << 30  # bytes; a .safetensors file that has as many is taken for a base, a smaller one for a LoRA
 DEEP, MOST = 4, 2000  # levels of folders, and folders in all, that are looked through for what to choose from
 
