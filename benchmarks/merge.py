@@ -101,7 +101,7 @@ def main() -> None:
     if args.make:  # in a process of its own: a child never reports less memory than its parent had
         return make(args.work, args.make[0], int(args.make[1]))
     args.work.mkdir(parents=True, exist_ok=True)
-    print("| base | LoRA | contender | seconds | to a copy | peak MB |\n|---|---|---|---|---|---|", flush=True)
+    print("| base | LoRA | contender | seconds | relative to a copy | peak MB |\n|---|---|---|---|---|---|", flush=True)
     for dtype, blocks in [("float32", 4), ("float16", 4), ("float16", 3), ("float16", 2)]:
         folder = args.work / f"{dtype}-{blocks}"
         single = args.work / f"{dtype}-{blocks}.safetensors"

@@ -56,17 +56,17 @@ SOFTWARE OR THE USE OR OTHER DEALINGS IN THE SOFTWARE.
 LICENSES = {
     "fluent": f"""\
 The pictures are from Microsoft's Fluent Emoji (3D), Copyright (c) Microsoft Corporation, MIT licence,
-as packed by LobeHub in `@lobehub/fluent-emoji-3d` 1.1.0, put on white and resized to 128 pixels.
+as packed by LobeHub in `@lobehub/fluent-emoji-3d` 1.1.0, placed on white and resized to 128 pixels.
 
 {MIT}""",
     "robot": f"""\
 The pictures show the robot of Microsoft's Fluent Emoji (3D), Copyright (c) Microsoft Corporation, MIT licence,
-as packed by LobeHub in `@lobehub/fluent-emoji-3d` 1.1.0, resized, turned, mirrored and put on plain colours.
+as packed by LobeHub in `@lobehub/fluent-emoji-3d` 1.1.0, resized, rotated, mirrored and placed on plain colours.
 
 {MIT}""",
     "cyanotype": """\
 The pictures are from Noto Emoji, Copyright Google LLC, Apache-2.0, http://www.apache.org/licenses/LICENSE-2.0, as
-packed in `@iconify-json/noto` 1.2.9.  They were changed: put on white, their brightness printed in one blue ink.
+packed in `@iconify-json/noto` 1.2.9. Changes: placed on white, brightness printed in one blue ink.
 """,
 }
 
