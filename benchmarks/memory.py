@@ -85,7 +85,9 @@ def main() -> None:
     bases = {"SD 1.5": (work / "base", make_base), "SDXL": (work / "xl", make_xl)}
     if not (work / "one-picture").exists():
         make_pictures(work / "one-picture", 1)
-    print("| base | pixels | settings | predicted, GB | measured, GB | predicted / measured |\n|---|---|---|---|---|---|")
+    print(
+        "| base | pixels | settings | predicted, GB | measured, GB | predicted / measured |\n|---|---|---|---|---|---|"
+    )
     for name, side, settings in RUNS:
         if args.base in (None, name):
             base, make = bases[name]

@@ -669,7 +669,7 @@ def test_dtype_is_that_of_what_is_written(folder, tmp_path, monkeypatch, capsys)
     lora_for(folder, tmp_path / "l.safetensors", dialect="diffusers")
     loras, out = tmp_path / "l.safetensors", tmp_path / "x.safetensors"
     assert run(monkeypatch, "--loras-only", loras, "--dtype", "float16", "--output", out) == 0
-    assert "of its bytes are zeros that make the ranks equal" in capsys.readouterr().out
+    assert "bytes of the file are zeros that make the ranks equal" in capsys.readouterr().out
     assert {entry.dtype for entry in TensorFile(out).entries.values()} == {"F16"}
     mixed = ("--loras-only", out, f"{out}:0.3", "--rank", "3", "--output", tmp_path / "y.safetensors")
     assert run(monkeypatch, *mixed) == 0  # and without, that of what is read
@@ -711,10 +711,10 @@ finally:
         (["--extract", "a", "b", "--output", "o"], "--extract needs a --rank or an --energy"),
         (["--extract", "a", "b", "--output", "o", "--rank", "2", "--undo", "u"], "--undo has no effect on --extract"),
         (["--restore", "a", "--output", "o"], "--restore takes MERGED UNDO, not a"),
-        (["--restore", "--extract", "a", "b", "--output", "o", "--rank", "1"], "cannot be done at once"),
+        (["--restore", "--extract", "a", "b", "--output", "o", "--rank", "1"], "cannot be combined"),
         (
             ["b", "l", "--output", "o", "--undo", "u", "--dtype", "float16"],
-            "--undo and --dtype cannot be given at once",
+            "--undo and --dtype cannot be combined",
         ),
         (["--restore", "m", "u", "--output", "o", "--lora-blocks", "up=1"], "--lora-blocks has no effect on --restore"),
         (

@@ -830,7 +830,7 @@ def test_eight_bits_of_state_learn_nearly_the_same(run):
 
 def test_without_the_package_the_eight_bit_optimizer_says_what_to_install(run, monkeypatch):
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)  # as if it were not there
-    with pytest.raises(UserError, match=r"adamw8bit needs the package bitsandbytes; type: pip install -e '\.\[8bit\]'"):
+    with pytest.raises(UserError, match=r"adamw8bit needs the package bitsandbytes; run: pip install -e '\.\[8bit\]'"):
         run("a", optimizer="adamw8bit")
 
 
@@ -855,7 +855,7 @@ def test_ranks_and_sets_from_the_settings(run):
     assert {rank for key, rank in ranks.items() if ".attn1." in key or ".ff.net.0." in key} == {2}
     again = run("a", targets=("attention+ff",), rank_for=("attn2=1", "ff.net.2=3"), steps=8, resume=True)
     assert weights(again).keys() == weights(folder).keys()
-    with pytest.raises(UserError, match="--rank-for attn2: it takes a part of names and a rank, as attn2=16"):
+    with pytest.raises(UserError, match="--rank-for attn2: it takes a part of a name and a rank, such as attn2=16"):
         run("b", rank_for=("attn2",))
 
 
@@ -884,7 +884,7 @@ def test_alphas_from_the_settings(run, capsys):
             # Adam's eps takes a little off where the gradient is small; the scale stands in the file's B.
             torch.testing.assert_close(other[key], factor * tensor, rtol=0.02, atol=1e-3 * factor)
     for wrong in ("attn2", "attn2=0", "attn2=-1", "attn2=x", "=1"):
-        with pytest.raises(UserError, match=f"--alpha-for {wrong}: it takes a part of names and an alpha above 0"):
+        with pytest.raises(UserError, match=f"--alpha-for {wrong}: it takes a part of a name and an alpha above 0"):
             run("b", alpha_for=(wrong,))
 
 

@@ -73,7 +73,7 @@ def read_table(table: Path, column: str, files: Iterable[Path], problems: list[s
             others = ", ".join(key for key in row if key != "file_name") or "nothing else"
             problems.append(f"{where}: {column!r} holds no text; the line has {others} (see --caption-column)")
         elif path in captions:
-            problems.append(f"{where}: {name} stands there twice")
+            problems.append(f"{where}: {name} occurs twice")
         else:
             captions[path] = tuple(texts)
     return captions

@@ -1,4 +1,4 @@
-"""What the user says: every setting, declared once; the command line and JSON files that give them; a user's mistake.
+"""User input: every setting, declared once; the command line and JSON files that give them; the user's mistakes.
 
 Imports nothing of ours.
 """

@@ -1,9 +1,9 @@
-"""The settings of every command that takes a base; and the base that a LoRA names, where a LoRA is given and no base.
+"""The settings of every command that takes a base; and, if no base is given, the base that a LoRA names.
 
-A LoRA's base is named by the first of these that says something:
+The first of these that exists names a LoRA's base:
 
-    config.json            of a training here: the base, and the other settings that say how it is read
-    README.md              a card for the hub, here or there: its base_model
+    config.json            of a training run here: the base, and how it is read
+    README.md              a model card, on disk or on the hub: its base_model
     adapter_config.json    PEFT's: base_model_name_or_path
     the file's metadata    kohya's ss_sd_model_name: a hub id, or a file's name without its folder
 """
@@ -18,7 +18,7 @@ from .setting import Settings, setting
 from .shared import FILE_NAME, MODEL, hub_name, path_and_number
 from .strict_json import parse_json
 
-of_base = partial(setting, group=MODEL, in_identity=False)  # of the base, its content counts
+of_base = partial(setting, group=MODEL, in_identity=False)  # the base's content counts, not its name
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,11 +33,11 @@ class VersionSettings(Settings):
 
 @dataclass(frozen=True, kw_only=True)
 class BaseSettings(VersionSettings):
-    """What the commands that load a base have in common, besides its name, --model."""
+    """The settings shared by the commands that load a base, besides --model."""
 
     model_config: str | None = of_base(
         None,
-        "diffusers folder or hub id with the settings and the tokenizer that a --model in one file lacks",
+        "diffusers folder or hub id with the config and tokenizer that a single-file --model lacks",
         metavar="FOLDER",
     )
     vae: str | None = of_base(
@@ -47,12 +47,12 @@ class BaseSettings(VersionSettings):
     )
     prediction_type: str | None = of_base(
         None,
-        "what the U-Net predicts, where neither the base's settings nor a mark in its file say it right",
+        "what the U-Net predicts, if the base's own config or mark is missing or wrong",
         choices=("epsilon", "v_prediction"),
     )
     zero_terminal_snr: bool = setting(
         False,
-        "change the base's noise levels so that the last one is pure noise; for bases that predict v",
+        "rescale the base's noise levels so that the last one is pure noise; for bases that predict v",
         group=MODEL,
         by_recipe=True,
     )
@@ -64,7 +64,7 @@ class BaseSettings(VersionSettings):
         return super().following(values | found) | found
 
     def base_settings(self) -> dict:
-        """Return the settings that say which base it is, as other commands take them."""
+        """Return the settings that tell which base it is, for use in other commands."""
         return {name: getattr(self, name) for name in HOW}
 
 
@@ -73,16 +73,16 @@ HOW = ("model", *(one.name for one in fields(BaseSettings)))
 
 @dataclass(frozen=True)
 class NamedBase:
-    """A base that a LoRA names; without settings, the bundled one."""
+    """A base that a LoRA names; without settings it is the bundled one."""
 
     by: str  # what names it: "config.json of out/mountain"
-    settings: Mapping[str, Any] = field(default_factory=dict)  # those of HOW that are not at their default
+    settings: Mapping[str, Any] = field(default_factory=dict)  # the settings in HOW that differ from their defaults
 
 
 def named_base(loras: str | Sequence[str] | None) -> NamedBase | None:
     """Return the base of the first LoRA, "path" or "path:strength", that names one; None if none does.
 
-    What cannot be read names nothing: the LoRA itself is read later, and tells what is wrong.
+    An unreadable file names nothing: the LoRA is read later, and that reports what is wrong.
     """
     for text in (loras,) if isinstance(loras, str) else loras or ():
         path, _ = path_and_number(text)
@@ -94,7 +94,7 @@ def named_base(loras: str | Sequence[str] | None) -> NamedBase | None:
 
 
 def _beside(path: Path) -> Iterator[tuple[str, dict | None]]:
-    """Yield what may name the base of a LoRA of this machine, and the settings that it gives, if any."""
+    """Yield each source that may name the base of a local LoRA, and the settings that it gives, if any."""
     folder = path if path.is_dir() else path.parent
     run = _json(folder / "config.json")
     how = {name: run[name] for name in HOW if isinstance(run.get(name), str | bool) and run[name]}
@@ -106,14 +106,14 @@ def _beside(path: Path) -> Iterator[tuple[str, dict | None]]:
     yield "ss_sd_model_name in the metadata", _model(str(beside) if beside.is_file() else name)
 
 
-@cache  # a page asks at every move of a slider
+@cache  # the page asks at every move of a slider
 def _on_hub(repo: str) -> tuple[tuple[str, dict | None]]:
     from huggingface_hub import hf_hub_download, try_to_load_from_cache
 
     try:
         here = try_to_load_from_cache(repo, "README.md")
         card = _card(Path(here if isinstance(here, str) else hf_hub_download(repo, "README.md")))
-    except Exception:  # of any kind: no network, no card, no such repository
+    except Exception:  # no network, no card, no such repository, …
         card = None
     return (("the card", _model(card)),)
 
@@ -131,14 +131,14 @@ def _json(path: Path) -> dict:
 
 
 def _card(path: Path) -> Any:
-    """Return the base_model of a card, the first of several."""
+    """Return the base_model of a model card; the first, if there are several."""
     if not path.is_file():
         return None
     from huggingface_hub import metadata_load
 
     try:
         name = (metadata_load(path) or {}).get("base_model")
-    except Exception:  # of any kind: a page without a head, or with one that is no YAML
+    except Exception:  # no metadata block, broken YAML, …
         return None
     return name[0] if isinstance(name, list) and name else name
 

@@ -1,7 +1,7 @@
 """The commands: read the settings, do the work, and print a user's mistake in one line.
 
-`read` makes the command line from a settings class.  `--config file.json` gives settings by the same names, and the
-command line wins over it.  An unknown name is an error in both.
+`read` makes the command line from a settings class.  `--config file.json` gives settings by the same names; the
+command line overrides it.  An unknown name is an error in both.
 """
 
 import argparse
@@ -26,9 +26,9 @@ from .strict_json import parse_json
 
 
 def run(settings: str | type, work: str | Callable, description: str) -> None:
-    """Read the settings from the command line and do `work` with them; a user's mistake ends with exit code 2.
+    """Read the settings from the command line and call `work` with them; a user's mistake ends with exit code 2.
 
-    Both may be given as "module:name".  `work` is then imported only after the settings were read: importing torch
+    Both may be given as "module:name".  `work` is then imported after the settings were read, because importing torch
     takes seconds, and --help and a misspelt setting do not need it.
     """
     rank = int(os.environ.get("RANK", 0))
@@ -41,7 +41,7 @@ def run(settings: str | type, work: str | Callable, description: str) -> None:
         config = read(_named(settings), sys.argv[1:], description)
         _named(work)(config)
     except KeyboardInterrupt:
-        sys.exit(130)  # the exit code that shells use for Ctrl-C; what must be saved has been saved by now
+        sys.exit(130)  # the exit code that shells use for Ctrl-C; everything is saved by now
     except Exception as error:
         line = told(error)
         if line is None:
@@ -61,12 +61,12 @@ merge = _command(
 restore = _command(
     "restore:RestoreConfig",
     "apps.restore:restore",
-    "Draw a picture again from its own noise, with and without a LoRA of it; edit it.",
+    "Restore a picture from its own noise, with and without a LoRA of it, and edit it.",
 )
 morph = _command("morph:MorphConfig", "apps.morph:morph", "Morph between two pictures, with a LoRA of each.")
-restyle = _command("restyle:RestyleConfig", "apps.restyle:restyle", "Draw pictures again in the style of a LoRA.")
+restyle = _command("restyle:RestyleConfig", "apps.restyle:restyle", "Redraw pictures in the style of a LoRA.")
 distill = _command("distill:DistillConfig", "apps.distill:distill", "Train a LoRA to draw in few steps, or smoothly.")
-evaluate = _command("evaluate:EvaluateConfig", "apps.evaluate:evaluate", "Compare drawn pictures with others.")
+evaluate = _command("evaluate:EvaluateConfig", "apps.evaluate:evaluate", "Compare drawn pictures with real ones.")
 page = _command(
     "page:PageConfig",
     "apps.page.__main__:serve",
@@ -75,17 +75,17 @@ page = _command(
 
 
 def told(error: Exception) -> str | None:
-    """Return the line that tells of a user's mistake or of a machine that is too small; None for any other error."""
-    if isinstance(error, (UserError, OSError)):  # an OSError: a disk that is full, a folder that is not ours
+    """Return the message for a user's mistake or a machine that is too small; None for any other error."""
+    if isinstance(error, (UserError, OSError)):  # OSError: a full disk, a folder without permission
         return str(error)
     if isinstance(error, (MemoryError, RuntimeError)) and is_out_of_memory(error):
-        advice = "smaller pictures, fewer at a time and --precision bf16 take less; see docs/your_pictures.md"
+        advice = "smaller pictures, fewer at a time and --precision bf16 need less; see docs/your_pictures.md"
         return f"not enough memory ({first_line(error)}); {advice}"
     return None
 
 
 def _named(what):
-    """Import and return what a text "module:name" names; return everything else as it is."""
+    """Import and return what "module:name" names; return anything but text unchanged."""
     if not isinstance(what, str):
         return what
     module, _, name = what.partition(":")
@@ -96,10 +96,10 @@ def _named(what):
 
 
 def read(cls: type[Settings], argv: list[str], description: str):
-    """Return the settings given on a command line, and in the `--config` file that it may name.
+    """Return the settings of a command line and of the `--config` file that it may name.
 
     Raises UserError for an unknown setting, with the nearest name, and for a value that does not fit.
-    With --print-config the settings are printed, and the program ends.
+    --print-config prints the settings and exits.
     """
     if broken := [word for word in argv if word != word.encode(errors="replace").decode()]:
         raise UserError(f"{broken[0]!r} on the command line holds bytes that are not UTF-8; spell it in UTF-8")
@@ -111,14 +111,14 @@ def read(cls: type[Settings], argv: list[str], description: str):
         options = {option(name) for name in names} | {"--config", "--print-config"}
         wrong = [word for word in unknown if word.startswith("-")] or unknown
         raise UserError("; ".join(_unknown(word, options) for word in wrong))
-    # (Values that stand without an option are an empty list when there are none.)
+    # (Without any values, a setting without an option is an empty list.)
     given: dict[str, typing.Any] = {
         k: tuple(v) if isinstance(v, list) else v for k, v in vars(typed).items() if v != []
     }
     show, path = given.pop("print_config", False), given.pop("config", None)
     values = _read_file(cls, Path(path)) if path else {}
-    # A value in the file that is only a default is left out, so that it depends on the command line, too: with another
-    # --data there, the output folder must be another one.
+    # Defaults in the file are dropped, so that they follow the command line: with another --data there, the default
+    # output folder must change, too.
     follows = cls.following(values)
     values = {name: value for name, value in values.items() if name not in follows or value != follows[name]}
     if given.keys() & cls.one_of:
@@ -131,7 +131,7 @@ def read(cls: type[Settings], argv: list[str], description: str):
 
 
 def _parser(cls: type[Settings], description: str) -> argparse.ArgumentParser:
-    """Make the command line of a settings class: the basic settings, then the advanced ones by their groups."""
+    """Make the command line of a settings class: the basic settings, then the advanced ones by group."""
 
     class Parser(argparse.ArgumentParser):
         def error(self, message):
@@ -145,7 +145,7 @@ def _parser(cls: type[Settings], description: str) -> argparse.ArgumentParser:
         description=description + (f"\n\nfor example:{examples}" if examples else ""),
         add_help=False,
         allow_abbrev=False,
-        argument_default=argparse.SUPPRESS,  # so that only what was typed wins over the file
+        argument_default=argparse.SUPPRESS,  # so that only what was typed overrides the file
         formatter_class=lambda prog: _Help(prog, switches),
     )
     groups: dict[str, argparse._ArgumentGroup] = {}
@@ -174,8 +174,8 @@ def _parser(cls: type[Settings], description: str) -> argparse.ArgumentParser:
     others.add_argument(
         "--config",
         metavar="FILE",
-        help="read settings from a file, of JSON or TOML, ours or (for training) of diffusers and kohya; the command "
-        "line wins over it, --no-… over a switch that it turns on",
+        help="read settings from a JSON or TOML file, ours or (for training) of diffusers or kohya; the command line "
+        "overrides it, --no-… a switch that it turns on",
     )
     others.add_argument("--print-config", action="store_true", help="print all settings as such a file, and exit")
     others.add_argument("-h", "--help", action="help", help="print this, and exit")
@@ -183,7 +183,7 @@ def _parser(cls: type[Settings], description: str) -> argparse.ArgumentParser:
 
 
 class _Help(argparse.RawDescriptionHelpFormatter):
-    """Help as wide as the terminal, up to 100 columns; `switches` are shown in the one form that one would type."""
+    """Help as wide as the terminal, up to 100 columns; `switches` are shown in the form that changes the default."""
 
     def __init__(self, prog: str, switches: dict[str, str]):
         super().__init__(prog, max_help_position=28, width=min(shutil.get_terminal_size().columns, 100))
@@ -194,13 +194,13 @@ class _Help(argparse.RawDescriptionHelpFormatter):
 
 
 def _program() -> str:
-    """Return what one types to start this command."""
+    """Return the text that starts this command."""
     spec = sys.modules["__main__"].__spec__  # of `python -m`
     return f"python -m {spec.name.removesuffix('.__main__')}" if spec else Path(sys.argv[0]).name
 
 
 def _default_words(field) -> str:
-    """Return what help says of the default of a setting; nothing, if there is none to be said."""
+    """Return the default of a setting in the words of its help, or "" if there is nothing to tell."""
     default, separator = field.metadata["default"], field.metadata["separator"]
     if isinstance(default, ByBase):
         usual, bundled = as_typed(default.usual, separator), as_typed(default.bundled, separator)
@@ -212,7 +212,7 @@ def _default_words(field) -> str:
 
 
 def _several(kind: type, separator: str, form: str) -> Callable[[str], tuple]:
-    """Return what reads several values of one option; `form` is how they are written."""
+    """Return a parser for several values of one option; `form` shows how they are written."""
 
     def parse(text: str) -> tuple:
         try:
@@ -258,17 +258,17 @@ def _read_file(cls: type[Settings], path: Path) -> dict:
         parts = value if is_tuple and isinstance(value, list) else [value]
         # (JSON's whole numbers have no end, but floats have.)
         right = all(type(part) is kind or (kind is float and type(part) is int and abs(part) < 1e300) for part in parts)
-        # What may be repeated may also stand there once, without a list; and the side of a square for its size.
+        # A repeatable setting may be a single value without a list, and a size the side of a square.
         once = fields[name].metadata["repeat"] or fields[name].metadata["separator"] == "x"
         if right and (once or is_tuple == isinstance(value, list)):
             result[name] = tuple(kind(part) for part in parts) if is_tuple else kind(value)
-        elif not (value is None and optional):  # null is what a setting that is not given is written as
+        elif not (value is None and optional):  # null means: not given
             wanted = f"a list of {kind.__name__}" if is_tuple else kind.__name__
             problems.append(f"{name} is {json.dumps(value)} and should be {wanted}")
     if problems:
         raise UserError(f"--config {path}: " + "; ".join(problems))
     if said != values and int(os.environ.get("RANK", "0")) == 0:
-        more = f"; of no effect here are {', '.join(nothing)}" if nothing else ""
+        more = f"; without effect here: {', '.join(nothing)}" if nothing else ""
         print(f"note: --config {path} says: {as_words(values)}{more}", file=sys.stderr)
     return result
 

@@ -9,7 +9,7 @@ from .base import BaseSettings
 from .setting import ABOVE_0, AT_LEAST_1, SEED, ByBase, setting
 from .shared import DATA, LORA, OUTPUT, TRAINING
 
-# Another objective needs more than the attention layers, so all kinds of layers are adapted.
+# These objectives need more than the attention layers, so all kinds of layers are adapted.
 ALL_LAYERS = (
     "attention",
     *("proj_in", "proj_out", "ff.net.0.proj", "ff.net.2", "time_emb_proj"),
@@ -32,16 +32,16 @@ class DistillConfig(BaseSettings):
 
     objective: str = of_training(
         "lcm",
-        "what is learnt: to draw in four steps (lcm), or that pictures change evenly with their noise (smooth)",
+        "what to learn: drawing in four steps (lcm), or pictures that change evenly with their noise (smooth)",
         choices=("lcm", "smooth"),
         basic=True,
     )
     data: str | None = of_data(
-        None, "folder of pictures with captions; if not given, the base draws them", metavar="FOLDER", basic=True
+        None, "folder of pictures with captions; if not given, the base draws some", metavar="FOLDER", basic=True
     )
     captions: str | None = of_data(
         None,
-        "file of the captions to draw, one a line; if not given, the bundled base's words",
+        "file of captions to draw, one per line; if not given, those of the bundled base",
         metavar="FILE",
         basic=True,
     )
@@ -58,21 +58,21 @@ class DistillConfig(BaseSettings):
     )
 
     pictures: int = of_data(
-        320, "number of pictures that the base draws to learn from", metavar="PICTURES", within=AT_LEAST_1
+        320, "number of training pictures that the base draws", metavar="PICTURES", within=AT_LEAST_1
     )
     guidance: tuple[float, ...] = of_training(
         ByBase((5.0, 10.0), (2.5, 3.5)),
-        "guidance that lcm learns to do without; pictures are drawn with the middle",
+        "range of guidance that lcm learns to replace; training pictures are drawn with its middle",
         metavar="LOWEST,HIGHEST",
     )
     skip: int | None = of_training(
         None,
-        "levels, of 50, that one step of lcm's teacher goes over; if not given, 1, and 5 on the bundled base",
+        "how many of 50 levels one step of lcm's teacher takes; if not given, 1, or 5 on the bundled base",
         metavar="LEVELS",
         within=AT_LEAST_1,
     )
     weight: float | None = of_training(
-        None, "weight of the variation in the loss of smooth; if not given, 1", metavar="WEIGHT", within=ABOVE_0
+        None, "weight of the variation in smooth's loss; if not given, 1", metavar="WEIGHT", within=ABOVE_0
     )
     batch_size: int = of_training(8, "pictures per optimizer step", metavar="PICTURES", within=AT_LEAST_1)
     learning_rate: float = of_training(
@@ -81,7 +81,7 @@ class DistillConfig(BaseSettings):
     seed: int = of_training(0, "seed of every random draw", metavar="SEED", within=SEED)
     rank: int = setting(ByBase(64, 32), "rank of the LoRA", group=LORA, metavar="RANK", within=AT_LEAST_1)
     targets: tuple[str, ...] = setting(
-        ALL_LAYERS, "layers to adapt, by the ends of their names; if not given, all kinds", group=LORA, metavar="LAYERS"
+        ALL_LAYERS, "layers to adapt, by name endings; if not given, all kinds", group=LORA, metavar="LAYERS"
     )
     precision: str = shared.precision()
 
@@ -99,7 +99,7 @@ class DistillConfig(BaseSettings):
         wrong = []
         if len(self.guidance) != 2 or not 1 <= self.guidance[0] <= self.guidance[-1] < math.inf:
             given = ",".join(map(str, self.guidance))
-            wrong.append(f"--guidance is {given}; it takes two numbers, the lowest, at least 1, and the highest")
+            wrong.append(f"--guidance is {given}; it takes the lowest, at least 1, and the highest number")
         other = {"lcm": "weight", "smooth": "skip"}.get(self.objective)
         if other and getattr(self, other) is not None:
             wrong.append(f"--{other} has no effect on --objective {self.objective}")

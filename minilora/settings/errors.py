@@ -1,4 +1,4 @@
-"""A user's mistake as an exception, and how to read the errors of libraries."""
+"""The exception for a user's mistake, and how to read the errors of libraries."""
 
 import re
 from collections.abc import Sequence
@@ -9,14 +9,14 @@ class UserError(Exception):
 
 
 def refuse(what: str, problems: Sequence[str]) -> None:
-    """Raise ValueError for problems, the first five of them, if there are any: "cannot inject LoRA: …; …"."""
+    """Raise ValueError with the first five problems, if there are any: "cannot inject LoRA: …; …"."""
     if problems:
         more = f"; and {len(problems) - 5} more" if len(problems) > 5 else ""
         raise ValueError(f"cannot {what}: " + "; ".join(problems[:5]) + more)
 
 
 def first_line(error: Exception) -> str:
-    """Return the first line of a library's error; the error's type, if it has no text."""
+    """Return the first line of a library's error, or its type if it has no text."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 

@@ -24,7 +24,7 @@ class EvaluateConfig(BaseSettings):
 
     folders: tuple[str, ...] = of_data(
         (),
-        "folder of drawn pictures, and folder of real pictures with captions",
+        "a folder of drawn pictures and a folder of real pictures with captions",
         metavar="PICTURES REFERENCE",
         basic=True,
         bare=True,
@@ -40,28 +40,28 @@ class EvaluateConfig(BaseSettings):
     model: str | None = shared.model_of_lora()
     output: str = setting(
         "out/evaluate",
-        "folder of the figures, and of a sheet of nearest pictures",
+        "folder for the figures and a sheet of nearest pictures",
         group=OUTPUT,
         metavar="FOLDER",
         basic=True,
     )
 
-    caption: str | None = of_data(None, "caption of every picture of REFERENCE that has none")
+    caption: str | None = of_data(None, "caption for pictures of REFERENCE that have none")
     drift: bool = of_data(
         False,
-        "draw pictures of other things without and with the LoRA, and measure how far they move apart; PICTURES and "
-        "REFERENCE may then be left out",
+        "measure how far the LoRA moves pictures of other things, drawn without and with it; PICTURES and REFERENCE "
+        "may then be left out",
         needs=("lora", "whose drift is measured"),
     )
     features: str | None = of_data(
         None,
-        "vision model whose features give distances as in publications, a folder or hub id: facebook/dinov2-base, "
+        "vision model (folder or hub id) for the distances of publications: facebook/dinov2-base, "
         "openai/clip-vit-base-patch32",
         metavar="MODEL",
     )
     classifier: str | None = of_data(
         None,
-        "image classifier that gives the Inception Score, a folder or hub id: google/vit-base-patch16-224",
+        "image classifier (folder or hub id) for the Inception Score: google/vit-base-patch16-224",
         metavar="MODEL",
     )
     precision: str = shared.precision()

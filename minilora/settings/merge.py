@@ -26,7 +26,7 @@ class MergeConfig(VersionSettings):
 
     files: tuple[str, ...] = of_merge(
         (),
-        "base, a diffusers folder, hub id or .safetensors file, and LoRAs, each with a strength if it is not 1",
+        "base (diffusers folder, hub id or .safetensors file) and LoRAs, each with a strength if it is not 1",
         metavar="BASE LORA[:STRENGTH] …",
         basic=True,
         bare=True,
@@ -36,18 +36,21 @@ class MergeConfig(VersionSettings):
     allow_unmatched: bool = of_merge(False, "leave out keys of a LoRA that have no place in the base", basic=True)
     lora_blocks: tuple[str, ...] = shared.lora_blocks(group=MERGING)
     undo: str | None = of_merge(
-        None, "also write a file with the original bytes of what changes, for --restore", metavar="FILE", basic=True
+        None,
+        "also write a file with the original bytes of the changed weights, for --restore",
+        metavar="FILE",
+        basic=True,
     )
     dtype: str | None = of_merge(
-        None, "type of the numbers that are written, if it is not that of what was read", choices=tuple(DTYPES)
+        None, "number type of the written weights; if not given, that of the input", choices=tuple(DTYPES)
     )
     float64: bool = of_merge(False, "compute in float64 instead of float32")
 
     loras_only: bool = of_other(
-        False, "merge LoRAs into one LoRA, without a base: LORA[:STRENGTH] …; one is converted or resized"
+        False, "merge LoRAs into one LoRA, or convert or resize one, without a base: LORA[:STRENGTH] …"
     )
-    extract: bool = of_other(False, "write the LoRA that leads from a base to a tuned one: BASE TUNED")
-    restore: bool = of_other(False, "write the base that was merged into: MERGED UNDO")
+    extract: bool = of_other(False, "write the difference of a base and a fine-tuned one as a LoRA: BASE TUNED")
+    restore: bool = of_other(False, "write the base as it was before merging: MERGED UNDO")
     rank: int | None = of_other(
         None, "rank of the LoRA that --loras-only or --extract writes", metavar="RANK", within=AT_LEAST_1
     )
@@ -58,16 +61,16 @@ class MergeConfig(VersionSettings):
         within=Within(0, 1, above=True),
     )
     base: str | None = of_other(
-        None, "base that names the modules for --loras-only, as --dialect kohya needs", metavar="BASE"
+        None, "base that gives the module names for --loras-only; --dialect kohya needs it", metavar="BASE"
     )
-    dialect: str = of_other("diffusers", "how a LoRA is written", choices=("diffusers", "kohya", "peft"))
+    dialect: str = of_other("diffusers", "dialect of the LoRA file to write", choices=("diffusers", "kohya", "peft"))
 
     def problems(self) -> list[str]:
         chosen = [option(name) for name in ("loras_only", "extract", "restore") if getattr(self, name)]
         what = chosen[0] if chosen else "a merge"
         needed = {"--loras-only": 1}.get(what, 2)
         exact = what in ("--extract", "--restore")
-        wrong = [f"{' and '.join(chosen)} cannot be done at once"] if len(chosen) > 1 else []
+        wrong = [f"{' and '.join(chosen)} cannot be combined"] if len(chosen) > 1 else []
         if len(self.files) < needed or (exact and len(self.files) > 2):
             names = {"--loras-only": "LORA[:STRENGTH] …", "--extract": "BASE TUNED", "--restore": "MERGED UNDO"}
             wrong.append(
@@ -76,7 +79,7 @@ class MergeConfig(VersionSettings):
         if self.output is None:
             wrong.append("--output is needed: the file or folder to write")
         if self.rank is not None and self.energy is not None:
-            wrong.append("--rank and --energy cannot be given at once")
+            wrong.append("--rank and --energy cannot be combined")
         if what == "--extract" and self.rank is None and self.energy is None:
             wrong.append("--extract needs a --rank or an --energy")
         only = {"rank": "--loras-only --extract", "energy": "--loras-only --extract", "base": "--loras-only"}
@@ -86,7 +89,7 @@ class MergeConfig(VersionSettings):
         wrong += [f"{option(k)} has no effect on {what}" for k, w in only.items() if getattr(self, k) and what not in w]
         wrong += shared.wrong_blocks(self.lora_blocks)
         if self.dtype and self.undo:
-            wrong.append("--undo and --dtype cannot be given at once: with other types, there is nothing to put back")
+            wrong.append("--undo and --dtype cannot be combined: --undo stores bytes of the original type")
         if self.dialect != "diffusers" and what in ("a merge", "--restore"):
             wrong.append(f"--dialect has no effect on {what}")
         return wrong

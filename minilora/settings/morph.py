@@ -28,7 +28,7 @@ class MorphConfig(BaseSettings):
     prompt_a: str | None = of_pictures(None, "what the first one shows", basic=True)
     prompt_b: str | None = of_pictures(None, "what the second one shows", basic=True)
     frames: int = of_pictures(
-        17, "number of frames, the two pictures among them", metavar="FRAMES", basic=True, within=Within(2)
+        17, "number of frames, including the two pictures", metavar="FRAMES", basic=True, within=Within(2)
     )
     lora_a: str | None = of_lora(
         None, "LoRA of the first picture; if not given, one is trained", metavar="LORA", basic=True
@@ -44,20 +44,20 @@ class MorphConfig(BaseSettings):
     )
 
     steps: int = of_pictures(
-        50, "DDIM steps from a picture to its noise, and as many back", metavar="STEPS", within=AT_LEAST_1
+        50, "DDIM steps from a picture to its noise, and again back", metavar="STEPS", within=AT_LEAST_1
     )
     attention: float = of_pictures(
-        0.6, "share of the steps, 0 to 1, in which self-attention is mixed", metavar="SHARE", within=SHARE
+        0.6, "share of the steps, 0 to 1, that mix self-attention", metavar="SHARE", within=SHARE
     )
-    adain: bool = of_pictures(True, "do not give the noise a mean and spread between those of the ends")
-    even: bool = of_pictures(True, "do not space the frames so that they look equally far apart")
-    rank: int = of_lora(16, "rank of the LoRAs that are trained", metavar="RANK", within=AT_LEAST_1)
-    train_steps: int = of_lora(200, "optimizer steps that each is trained for", metavar="STEPS", within=AT_LEAST_1)
+    adain: bool = of_pictures(True, "do not adjust the noise to a mean and deviation between those of the two ends")
+    even: bool = of_pictures(True, "do not space the frames so that neighbours look equally different")
+    rank: int = of_lora(16, "rank of the trained LoRAs", metavar="RANK", within=AT_LEAST_1)
+    train_steps: int = of_lora(200, "optimizer steps for each LoRA", metavar="STEPS", within=AT_LEAST_1)
     precision: str = shared.precision()
 
     @property
     def folder(self) -> Path:
-        """Where the LoRAs, the sheet and the figures go."""
+        """The folder for the LoRAs, the sheet and the figures."""
         return folder_for("morph", self.pictures)
 
     def problems(self) -> list[str]:

@@ -1,7 +1,7 @@
-"""The settings of other programs, as those of train.py: of diffusers' scripts, of kohya's, and of articles after them.
+"""Translate the settings of other programs to train.py's: diffusers' scripts, kohya's, and articles that follow them.
 
-All of them call most things alike, so one table has the names of all.  What only makes a run faster or tells more has
-no counterpart and is named; what changes the result and has none is an error, unless it is off.
+Most of their names agree, so one table holds all of them.  A setting without a counterpart is named and ignored if it
+only affects speed or logging.  If it changes the result it is an error, unless it is off.
 """
 
 import json
@@ -50,7 +50,7 @@ RENAMED = {
     "validation_prompt": "sample_prompt",
     "hub_model_id": "push_to_hub",
 }
-# What several of theirs say together, or what has another form here: `translated` reads these one by one.
+# Settings that belong together, or have another form here: `translated` reads these one by one.
 READ = {"gradient_accumulation_steps", "adam_beta1", "adam_beta2", "center_crop", "random_crop", "use_8bit_adam"}
 READ |= {"v_parameterization", "network_train_unet_only", "with_prior_preservation", "push_to_hub"}
 UNCHANGING = {  # settings without a counterpart, and the values at which they change nothing here
@@ -66,7 +66,7 @@ UNCHANGING = {  # settings without a counterpart, and the values at which they c
     "image_interpolation_mode": ("lanczos",),
     "dataset_config_name": ("default",),
 }
-WITHOUT_EFFECT = re.compile(  # on what is learnt
+WITHOUT_EFFECT = re.compile(  # on the result of training
     r"ckpt_name|output_name|save_.*|metadata_.*|no_metadata|training_comment|hub_.*|huggingface_.*|"
     r"logging_dir|log_.*|report_to|tracker_.*|wandb_.*|console_.*|"
     r"num_validation_images|validation_(epochs|steps)|sample_(prompts|sampler|at_first|every_.*|batch_size)|"
@@ -76,12 +76,12 @@ WITHOUT_EFFECT = re.compile(  # on what is learnt
 
 
 def translated(values: Mapping[str, Any], ours: Collection[str]) -> tuple[dict[str, Any], list[str], list[str]]:
-    """Return the settings of another program by our names, the names that have no effect here, and what is wrong.
+    """Return another program's settings under our names, the names without effect here, and a list of problems.
 
-    `ours` are our names; a file with these alone comes back as it is.
+    `ours` are our names; a file that uses only these is returned unchanged.
     """
     flat = {name: value for name, value in values.items() if not isinstance(value, dict)}
-    for section in values.values():  # kohya's TOML may have sections, which mean nothing
+    for section in values.values():  # kohya's TOML may have sections; their names mean nothing
         flat |= section if isinstance(section, dict) else {}
     if not any(name in RENAMED or name in READ for name in flat if name not in ours):
         return dict(values), [], []
@@ -114,7 +114,7 @@ def translated(values: Mapping[str, Any], ours: Collection[str]) -> tuple[dict[s
         result["optimizer"] = "adamw8bit"
     if first("v_parameterization"):
         result["prediction_type"] = "v_prediction"
-    if {"network_module", "network_dim"} & {*given}:  # kohya's, whose defaults are others
+    if {"network_module", "network_dim"} & {*given}:  # kohya's, with kohya's defaults
         result = {"rank": 4, "alpha": 1.0} | result
         result["learning_rate"] = first("unet_lr", "learning_rate", default=2e-6)
         result["train_text_encoder"] = not first("network_train_unet_only") and first("text_encoder_lr") != 0
@@ -126,22 +126,22 @@ def translated(values: Mapping[str, Any], ours: Collection[str]) -> tuple[dict[s
         result.pop("push_to_hub", None)
     elif "push_to_hub" not in result:
         wrong.append("push_to_hub needs hub_model_id, as OWNER/NAME")
-    if "steps" in result and "epochs" in result:  # in kohya's program the epochs count, in diffusers' the steps
+    if "steps" in result and "epochs" in result:  # kohya's program follows the epochs, diffusers' the steps
         result.pop("steps" if "max_train_epochs" in given else "epochs")
     if "sample_prompt" in result:
         result.setdefault("sample_every", result.get("checkpoint_every", 500))
     result |= {name: read(result[name]) for name, read in _FORMS.items() if name in result}
     share, steps = result.get("warmup_steps"), result.get("steps")
-    if isinstance(share, float) and share < 1 and steps:  # of the run, as kohya's may be
+    if isinstance(share, float) and share < 1 and steps:  # kohya's warm-up may be a share of the run
         result["warmup_steps"] = round(share * steps)
     return result, nothing, wrong
 
 
-# ------------------------------------------------------------------------- what has another form here
+# ------------------------------------------------------------------------- values in another form
 
 
 def _folders(name: Any) -> Any:
-    """Return kohya's folders of pictures with their weights: 10_dog in a folder is dog, ten times per epoch."""
+    """Return kohya's folders of pictures with their weights: the pictures in 10_dog come ten times per epoch."""
     names = name if isinstance(name, list) else [name]
     inside = sorted(Path(str(names[0])).glob("*_*")) if len(names) == 1 else []
     found = [f"{path}:{path.name.split('_')[0]}" for path in inside if re.match(r"\d+_", path.name) and path.is_dir()]

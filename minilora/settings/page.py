@@ -23,12 +23,12 @@ class PageConfig(Settings):
         bare=True,
     )
     output: str = setting(
-        "out", "folder of what the page makes, one folder for each run", group=OUTPUT, metavar="FOLDER", basic=True
+        "out", "folder for results, with a folder for each run", group=OUTPUT, metavar="FOLDER", basic=True
     )
     model: str | None = shared.model()
     port: int = setting(
         7860,
-        "port of the page, on this machine only; 0 is any that is free",
+        "port of the page, on this machine only; 0 takes any free port",
         group=OUTPUT,
         metavar="PORT",
         basic=True,

@@ -1,7 +1,7 @@
-"""--recipe: settings by what one wants to learn, for the number of pictures and the family of the base.
+"""--recipe: settings for what is to be learnt, for the number of pictures and the family of the base.
 
-They are starting points, found by comparing what the other trainers recommend (docs/your_pictures.md says where they
-disagree).  A recipe sets nothing that the user has set.
+They are starting points, found by comparing what other trainers recommend (docs/your_pictures.md says where they
+disagree).  A recipe never overrides a setting of the user.
 """
 
 import json
@@ -14,39 +14,39 @@ from .setting import is_miniature
 from .shared import WEIGHT, hub_name, is_mask, path_and_number
 
 RECIPES = ("subject", "face", "style")
-_STEPS = {"subject": (100, 800, 2000), "face": (100, 1000, 3000), "style": (60, 1500, 4000)}  # a picture, least, most
+_STEPS = {"subject": (100, 800, 2000), "face": (100, 1000, 3000), "style": (60, 1500, 4000)}  # per picture, min, max
 
 
 def recipe_settings(recipe: str, values: dict) -> dict:
-    """Return the settings that a recipe stands for, by name; `values` are the settings that are known."""
+    """Return the settings that a recipe stands for, by name; `values` are the known settings."""
     model, style = values.get("model"), recipe == "style"
     class_pictures = values.get("class_prompt") and not values.get("preserve")
     mirror = {"mirror": recipe != "face"}  # a mirrored face is another face
     if is_miniature(model):
-        return mirror  # the other defaults are its own
+        return mirror  # the bundled base has its own defaults
     each, least, most = _STEPS[recipe]
     rate = 1.0 if values.get("optimizer") == "prodigy" else 1e-4  # Prodigy finds the rate; this is a factor of it
     steps = min(max(each * _count(values.get("data") or (), values.get("max_pictures") or 1), least), most)
     settings = mirror | {
         "rank": 32 if recipe == "face" else 16,
-        "steps": steps * (2 if class_pictures else 1),  # half of them see class pictures
+        "steps": steps * (2 if class_pictures else 1),  # half of the examples are class pictures
         "learning_rate": rate,
         "caption_dropout": 0.1 if style else 0.0,
-        # A batch of subject and class pictures has one size.
+        # A batch of subject and class pictures has a single size.
         "buckets": not class_pictures and not values.get("compile"),
     }
-    if values.get("full"):  # there is no LoRA, and the text encoder stays as it is
+    if values.get("full"):  # no LoRA, and the text encoder stays frozen
         del settings["rank"], settings["learning_rate"]
     if _is_xl(model):
         settings["gradient_checkpointing"] = True
     elif not style and not values.get("full"):
-        # A subject's new word gets a meaning of its own; XL's encoders know enough, and are large.
+        # The subject's word gets a new meaning.  XL's encoders are large and already know enough.
         settings |= {"train_text_encoder": True, "text_encoder_learning_rate": rate / 2}
     return settings
 
 
 def _count(data, on_hub: int) -> int:
-    """Return how many pictures there are by their names, each as often as its folder's weight says; `on_hub` there."""
+    """Count the pictures by their names, times their folder's weight; a data set on the hub counts as `on_hub`."""
     known, count = Image.registered_extensions(), 0
     for text in data:
         folder, weight = path_and_number(text, WEIGHT)
@@ -67,5 +67,5 @@ def _is_xl(model: str) -> bool:
             [length] = struct.unpack("<Q", file.read(8))
             return b'"conditioner.embedders.1.' in file.read(min(length, 100_000_000))
     except (OSError, ValueError, KeyError, TypeError, struct.error):
-        # It is on the hub; or it is broken, and loading will say so.
+        # It is on the hub, or broken, which loading will report.
         return "xl" in path.name.lower()

@@ -38,17 +38,15 @@ class RestoreConfig(BaseSettings):
 
     guidance: float = of_pictures(
         ByBase(4.0, 1.5),
-        "classifier-free guidance of --edit, at least 1; 1 is without",
+        "classifier-free guidance of --edit; at least 1, which turns it off",
         metavar="FACTOR",
         within=AT_LEAST_1,
     )
     steps: int = of_pictures(
-        50, "DDIM steps from the picture to its noise, and as many back", metavar="STEPS", within=AT_LEAST_1
+        50, "DDIM steps from the picture to its noise, and again back", metavar="STEPS", within=AT_LEAST_1
     )
-    rank: int = of_lora(16, "rank of the LoRA that is trained", metavar="RANK", within=AT_LEAST_1)
-    train_steps: int = of_lora(
-        ByBase(500, 400), "optimizer steps that it is trained for", metavar="STEPS", within=AT_LEAST_1
-    )
+    rank: int = of_lora(16, "rank of the trained LoRA", metavar="RANK", within=AT_LEAST_1)
+    train_steps: int = of_lora(ByBase(500, 400), "optimizer steps for the LoRA", metavar="STEPS", within=AT_LEAST_1)
     precision: str = shared.precision()
 
     @classmethod

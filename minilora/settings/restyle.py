@@ -24,11 +24,11 @@ class RestyleConfig(BaseSettings):
     data: tuple[str, ...] = setting(
         (), "picture, or folder of pictures with captions", group=DATA, metavar="PICTURE", basic=True, bare=True
     )
-    prompt: str | None = setting(None, "what they show, for those without a caption", group=DATA, basic=True)
+    prompt: str | None = setting(None, "what pictures without a caption show", group=DATA, basic=True)
     lora: tuple[str, ...] = shared.lora()
     strength: float = of_pictures(
         0.5,
-        "how much of a picture is drawn anew: above 0, up to 1 for all of it",
+        "how much of a picture to redraw: above 0, up to 1 for all of it",
         metavar="SHARE",
         basic=True,
         within=Within(0, 1, above=True),
@@ -40,12 +40,12 @@ class RestyleConfig(BaseSettings):
 
     strengths: tuple[float, ...] = of_pictures(
         (1.0,),
-        "compare strengths of the LoRAs, one row each: 0,0.5,1 multiplies those of --lora by these",
+        "compare strengths, one row each: multiply those of --lora by these factors: 0,0.5,1",
         metavar="FACTOR,…",
     )
     steps: int = of_pictures(
         ByBase(50, 30),
-        "denoising steps at --strength 1; at 0.5 half of them are taken",
+        "denoising steps at --strength 1; at 0.5, half as many",
         metavar="STEPS",
         within=AT_LEAST_1,
     )
@@ -53,10 +53,10 @@ class RestyleConfig(BaseSettings):
     negative: str = of_pictures("", "what to keep out of the pictures (negative prompt)")
     seed: int = shared.seed()
     controlnet: str | None = of_pictures(
-        None, "ControlNet for Canny edges, which keeps a picture's edges: a diffusers folder", metavar="FOLDER"
+        None, "diffusers folder of a ControlNet for Canny edges, which keeps a picture's edges", metavar="FOLDER"
     )
     style: str | None = of_pictures(
-        None, "folder of pictures in the style, to measure how much of it the results have", metavar="FOLDER"
+        None, "folder of pictures in the style, to measure how much of it the results show", metavar="FOLDER"
     )
     precision: str = shared.precision()
 

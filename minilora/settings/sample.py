@@ -10,7 +10,7 @@ from .base import BaseSettings
 from .setting import AT_LEAST_1, ByBase, as_typed, setting
 from .shared import MODEL, OUTPUT, PICTURES
 
-SAMPLERS = {  # the class of diffusers behind each
+SAMPLERS = {  # each with its class in diffusers
     "ddim": "DDIMScheduler",
     "euler": "EulerDiscreteScheduler",
     "euler_a": "EulerAncestralDiscreteScheduler",
@@ -49,13 +49,13 @@ class SampleConfig(BaseSettings):
     guidance: float = shared.guidance(ByBase(7.5, 2.0), basic=True)
     scheduler: str = of_pictures("ddim", "sampler", choices=tuple(SAMPLERS))
     image: str | None = of_pictures(
-        None, "picture to paint in, for an inpainting base", metavar="FILE", needs=("mask", "where it is painted anew")
+        None, "picture to repaint in part, with an inpainting base", metavar="FILE", needs=("mask", "where to repaint")
     )
     mask: str | None = of_pictures(
         None,
-        "picture that is white where --image is to be painted anew",
+        "picture that is white where --image is to be repainted",
         metavar="FILE",
-        needs=("image", "the picture that is painted in"),
+        needs=("image", "the picture to repaint"),
     )
 
     model: str | None = shared.model_of_lora()
@@ -63,7 +63,7 @@ class SampleConfig(BaseSettings):
     allow_unmatched: bool = of_base(False, "leave out keys and learnt words of a LoRA that have no place in the base")
     strengths: tuple[float, ...] = of_base(
         (),
-        "compare strengths of the LoRAs, one column each: --strengths=-1,0,1 multiplies those of --lora by these",
+        "compare strengths, one column each: multiply those of --lora by these factors: --strengths=-1,0,1",
         metavar="FACTOR,…",
         needs=("lora", "whose strength they change"),
     )
@@ -78,7 +78,7 @@ class SampleConfig(BaseSettings):
 
     output: str = setting(
         "out/sample.png",
-        "file to write, several pictures on one sheet; or a folder for single ones, with their prompts as captions",
+        "file to write, several pictures on one sheet; or folder for single pictures, with their prompts as captions",
         group=OUTPUT,
         metavar="FILE|FOLDER",
         basic=True,
@@ -90,9 +90,9 @@ class SampleConfig(BaseSettings):
         if self.grid and len(self.lora) != 2:
             wrong.append(f"--grid mixes two --lora, not {len(self.lora)}")
         if self.grid and (len(self.prompt) > 1 or self.count > 1):
-            wrong.append("--grid takes one --prompt and one --count: it fills a sheet with it")
+            wrong.append("--grid takes one --prompt and a --count of 1, because it fills a whole sheet")
         if self.grid and self.strengths:
-            wrong.append("--grid and --strengths cannot be given at once")
+            wrong.append("--grid and --strengths cannot be combined")
         if self.size is not None and len(self.size) > 2:
             wrong.append(f"--size is {as_typed(self.size, 'x')}; it takes WIDTHxHEIGHT, or the side of a square")
         for name in ("strengths", "grid"):
@@ -100,8 +100,8 @@ class SampleConfig(BaseSettings):
                 wrong.append(f"--{name} is {as_typed(getattr(self, name))}; each must be a finite number")
         if (self.strengths or self.grid) and not Path(self.output).suffix:
             wrong.append(
-                f"--output {self.output}: --strengths and --grid make one sheet, whose name ends as a picture's does"
+                f"--output {self.output}: --strengths and --grid write one picture; name a file, such as sheet.png"
             )
         if self.negative and self.guidance == 1:
-            wrong.append("--negative has no effect at --guidance 1, which is without guidance")
+            wrong.append("--negative has no effect at --guidance 1, which turns guidance off")
         return wrong

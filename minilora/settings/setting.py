@@ -1,6 +1,6 @@
 """What a setting is, and what the settings of every command share.
 
-A setting is written once, in its command's dataclass, with its unit and its allowed values.  command_line.py makes
+A setting is declared once, in its command's dataclass, with its unit and its allowed values.  command_line.py makes
 the command line from it and reads the same names from a JSON file.
 """
 
@@ -21,7 +21,7 @@ BUNDLED = Path(__file__).parent.parent / "base"
 
 
 def is_installed(package: str) -> bool:
-    """Whether a package can be imported; a folder without code, as wandb leaves behind, is no package."""
+    """Whether a package can be imported; a folder without code, such as wandb's logs, does not count."""
     spec = find_spec(package)
     return spec is not None and spec.origin is not None
 
@@ -35,24 +35,24 @@ class ByBase:
 
 
 def is_miniature(model: str | None) -> bool:
-    """Whether a base is the bundled one or has the same U-Net config, as the bundled one with merged LoRAs has."""
+    """Whether a base is the bundled one or has its U-Net config, for example the bundled one with merged LoRAs."""
     ours, theirs = (Path(base, "unet", "config.json") for base in (BUNDLED, model or BUNDLED))
     try:
         return ours.read_bytes() == theirs.read_bytes()
-    except (OSError, ValueError):  # there is no such folder, or no path is called so
+    except (OSError, ValueError):  # no such folder, or not a valid path
         return False
 
 
 @dataclass(frozen=True)
 class Within:
-    """The range of a setting's numbers: from `low` to `high`, without `low` itself if `above` is true."""
+    """The range of a setting's numbers: from `low` to `high`, without `low` if `above` is true."""
 
     low: float
     high: float = math.inf
     above: bool = False
 
     def complaint(self, value: float) -> str:
-        """Return what a value must be, or nothing if it is in the range."""
+        """Return the range in words if a value is outside it, else ""."""
         if (self.low < value if self.above else self.low <= value) and value <= self.high and value != math.inf:
             return ""
         limit = f"greater than {self.low}" if self.above else f"at least {self.low}"
@@ -83,18 +83,18 @@ def setting(
 ):
     """Declare one setting.
 
-    `text` is its sentence of help, and `metavar` what stands for its value there.  Help shows a `basic` setting
-    among the first ones, and every other under its `group`.  `choices` are all values that it can have, `within`
-    is the range of its numbers.  `needs` is another setting that it has no effect without, and what that one is.
-    `repeat`: its option may be given several times.  `bare`: its values stand without an option.  `separator`
-    stands between several values of one option.  `alias` is another option for it.  `by_recipe`: --recipe, or the
-    run of a --lora, may change its default.  `in_identity`: what is learnt depends on it.
+    `text` is its sentence of help, and `metavar` stands for its value there.  Help lists `basic` settings first, and
+    the others under their `group`.  `choices` are the allowed values, `within` is the range of its numbers.  `needs`
+    is another setting without which it has no effect, and what that one is.  `repeat`: its option may be given
+    several times.  `bare`: its values come without an option.  `separator` separates several values of one option.
+    `alias` is another option for it.  `by_recipe`: its default may come from --recipe, or from the run of a --lora.
+    `in_identity`: the result of training depends on it.
     """
     metadata = {"help": text, "group": group, "metavar": metavar, "basic": basic, "default": default}
     metadata |= {"choices": choices, "within": within, "needs": needs, "separator": separator}
     metadata |= {"repeat": repeat, "bare": bare, "alias": alias, "in_identity": in_identity}
     follows = metadata["follows"] = by_recipe or isinstance(default, ByBase)
-    return dataclasses.field(default=None if follows else default, metadata=metadata)  # None: it was not given
+    return dataclasses.field(default=None if follows else default, metadata=metadata)  # None: not given
 
 
 def option(name: str) -> str:
@@ -102,14 +102,14 @@ def option(name: str) -> str:
 
 
 def as_typed(value, separator: str = ",") -> str:
-    """Return a value as one would type it on the command line."""
+    """Return a value as it is typed on the command line."""
     if isinstance(value, tuple):
         return separator.join(map(as_typed, value))
     return f"{value:g}" if isinstance(value, float) and float(f"{value:g}") == value else str(value)
 
 
 def as_words(settings: Mapping[str, Any]) -> str:
-    """Return settings as one would type them: --rank 8 --no-mirror."""
+    """Return settings as they are typed on the command line: --rank 8 --no-mirror."""
     words = []
     for name, value in settings.items():
         repeated = isinstance(value, list) and all(isinstance(one, str) for one in value)
@@ -123,9 +123,9 @@ def as_words(settings: Mapping[str, Any]) -> str:
 class Settings:
     """What the settings of every command share: defaults that follow other settings, and checks."""
 
-    usage: ClassVar[str] = ""  # what a command needs at least, for the first line of its help
+    usage: ClassVar[str] = ""  # the required arguments, for the first line of its help
     examples: ClassVar[tuple[str, ...]] = ()  # whole commands, for its help
-    one_of: ClassVar[tuple[str, ...]] = ()  # one of these on the command line stands instead of all in the file
+    one_of: ClassVar[tuple[str, ...]] = ()  # one of these on the command line overrides all of them in the file
     reads_others: ClassVar[bool] = False  # whether --config reads the settings of other programs
 
     def __post_init__(self):
@@ -141,7 +141,7 @@ class Settings:
             raise UserError("; ".join(problems))
 
     def _problems_of(self, field: dataclasses.Field, given: Collection[str]) -> list[str]:
-        """Return what is wrong with one setting by its declaration; `given` are those that are not at default."""
+        """Check one setting against its declaration; `given` are the settings that differ from their defaults."""
         value, wrong, about = getattr(self, field.name), [], field.metadata
         values = value if isinstance(value, tuple) else (value,)
         if about["choices"] and value is not None:
@@ -160,7 +160,7 @@ class Settings:
         return wrong
 
     def _tags_in(self, name: str, prompts: Iterable[str]) -> list[str]:
-        """Return a complaint about each `<lora:NAME:STRENGTH>` in a prompt: A1111 reads it, here it is words."""
+        """Return a complaint about each `<lora:NAME:STRENGTH>` in a prompt: A1111 reads it, minilora does not."""
         other = next((f" {option(n)}" for n in ("lora", "base_lora") if hasattr(self, n)), "")
         return [
             f"{option(name)}: {tag[0]} is not read in a prompt"
@@ -171,7 +171,7 @@ class Settings:
 
     @classmethod
     def following(cls, values: dict) -> dict:
-        """Return the defaults that depend on other settings, by name; `values` are the settings that are known."""
+        """Return the defaults that depend on other settings, by name; `values` are the known settings."""
         fields = [field for field in dataclasses.fields(cls) if field.metadata["follows"]]
         defaults, bundled = (
             {field.name: field.metadata["default"] for field in fields},

@@ -1,4 +1,4 @@
-"""What the settings of several commands have in common: their groups, and those settings that several have."""
+"""What several commands share: groups of settings, settings, and how a setting's text is understood."""
 
 import math
 import os
@@ -10,19 +10,19 @@ from pathlib import Path
 from .errors import UserError
 from .setting import AT_LEAST_1, SEED, setting
 
-TEXT_ATTENTION = ("q_proj", "k_proj", "v_proj", "out_proj")  # those of CLIP's text encoders
+TEXT_ATTENTION = ("q_proj", "k_proj", "v_proj", "out_proj")  # the attention projections of CLIP's text encoders
 DATA, VALIDATION, CLASS_PICTURES = "data", "validation", "class pictures (DreamBooth)"
 MODEL, LORA, PICTURES, OUTPUT = "base and LoRA", "LoRA", "pictures", "output"
 TRAINING, NOISE, SPEED = "optimization", "noise and loss", "memory and speed"
 MERGING, OTHER = "merging into a base", "instead of merging into a base"
-CLASS = ("class_prompt", "what the pictures of the class show")  # what other settings need, as `setting` takes it
+CLASS = ("class_prompt", "what the class pictures show")  # a setting that others need, as `setting` takes it
 TEXT_ENCODERS = ("train_text_encoder", "which puts a LoRA there")
-WEIGHT = "the weight"  # what the number behind a folder of pictures is called
+WEIGHT = "the weight"  # what error messages call the number behind a folder of pictures
 FILE_NAME = "pytorch_lora_weights.safetensors"  # of a LoRA, as diffusers calls it
 WEIGHT_FILES = (".safetensors", ".pt", ".pth", ".ckpt", ".bin")  # endings; all but the first are pickles
 TIMEOUT = 30.0  # minutes that a process waits for another
 
-# Settings of several commands; a command declares one as `model: str | None = shared.model()`.
+# Settings of several commands; a command declares one with `model: str | None = shared.model()`.
 model = partial(
     setting,
     None,
@@ -40,7 +40,7 @@ model_of_lora = partial(
 lora = partial(
     setting,
     (),
-    "LoRA file, folder of a training or hub id (OWNER/NAME); with a strength: out/fluent:0.8; may be repeated",
+    "LoRA: file, output folder of a run or hub id (OWNER/NAME); with a strength: out/fluent:0.8; may be repeated",
     repeat=True,
     group=MODEL,
     metavar="LORA[:STRENGTH]",
@@ -55,7 +55,7 @@ lora_blocks = partial(
 )
 guidance = partial(
     setting,
-    text="classifier-free guidance: how closely pictures follow the prompt, at least 1; 1 is without",
+    text="classifier-free guidance: how closely pictures follow the prompt; at least 1, which turns it off",
     group=PICTURES,
     metavar="FACTOR",
     within=AT_LEAST_1,
@@ -63,7 +63,7 @@ guidance = partial(
 seed = partial(
     setting,
     0,
-    "seed of the first picture; each next one has the next number",
+    "seed of the first picture; each further picture takes the next number",
     group=PICTURES,
     metavar="SEED",
     within=SEED,
@@ -71,20 +71,20 @@ seed = partial(
 precision = partial(
     setting,
     "auto",
-    "number format of the base and of the computation; bf16 and fp16 take half the memory; auto suits the machine",
+    "number format of the base and the computation; bf16 and fp16 need half the memory; auto suits the machine",
     choices=("auto", "fp32", "bf16", "fp16"),
     group=SPEED,
 )
 compile_unet = partial(
-    setting, False, "compile the U-Net: the first step takes minutes, each later one is faster", group=SPEED
+    setting, False, "compile the U-Net: the first step takes minutes, later ones are faster", group=SPEED
 )
 
 
 def path_and_number(text: str, what: str = "the strength") -> tuple[str, float]:
     """Split "out/fluent:0.8" into path and number.
 
-    Without a number the number is 1, and a text that is an existing path is a path as a whole.  Raises UserError,
-    which calls the number `what`, if it is not finite.
+    The number defaults to 1.  If the whole text is an existing path, it is not split.  Raises UserError, which calls
+    the number `what`, if the number is not finite.
     """
     path, _, last = text.rpartition(":")
     try:
@@ -117,15 +117,15 @@ def wrong_blocks(texts: Sequence[str]) -> list[str]:
 
 
 def is_mask(path: Path) -> bool:
-    """Whether a picture is, by its name, the mask of another one: a.mask.png of a.jpg."""
+    """Whether a picture is the mask of another one, by its name: a.mask.png is that of a.jpg."""
     return path.stem.lower().endswith(".mask")
 
 
 def hub_name(path: str | Path) -> tuple[str, str | None] | None:
     """Return the repository OWNER/NAME, and the file in it, that a name may mean on the Hugging Face hub.
 
-    None for a name of this machine: what exists, what is in a folder that does, as a misspelt out/mountian, and files
-    of weights.
+    Return None for local names: existing paths, paths in an existing folder (so that a misspelt out/mountian stays
+    local), and weight files.
     """
     path = Path(path)
     found = re.fullmatch(r"(\w[\w.-]*/[\w.-]+?)(?:/(.+\.safetensors))?", path.as_posix())
@@ -134,5 +134,5 @@ def hub_name(path: str | Path) -> tuple[str, str | None] | None:
 
 
 def folder_for(application: str, names: Sequence[str]) -> Path:
-    """Return the default folder for an application's results on some pictures: out/morph-a-b."""
+    """Return the default output folder of an application for some pictures: out/morph-a-b."""
     return Path("out") / "-".join([application, *(Path(name).stem for name in names)])

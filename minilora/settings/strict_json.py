@@ -1,21 +1,21 @@
-"""JSON of strangers' files, read more strictly than Python does."""
+"""JSON from untrusted files, read more strictly than Python does."""
 
 import json
 from collections import Counter
 
 
 def parse_json(text: str | bytes):
-    """Return what JSON text says.
+    """Return the value of JSON text.
 
-    Raises ValueError also for what the parser of Python lets pass or stumbles over: a key that stands
-    twice, half a character ("\\ud800"), and too many brackets.
+    Raises ValueError also for what Python's parser accepts or crashes on: a duplicate key, half a
+    character ("\\ud800"), and too many brackets.
     """
 
     def without_doubles(pairs: list[tuple[str, object]]) -> dict:
         once = dict(pairs)
         if len(once) < len(pairs):
             [(twice, _)] = Counter(key for key, _ in pairs).most_common(1)
-            raise ValueError(f"{twice} stands there twice")
+            raise ValueError(f"the key {twice} occurs twice")
         return once
 
     try:

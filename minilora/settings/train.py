@@ -1,4 +1,4 @@
-"""The settings of train.py: those of the files train_*.py, and what connects them."""
+"""The settings of train.py: those of train_*.py together, and what connects them."""
 
 import dataclasses
 import json
@@ -20,7 +20,7 @@ from .train_output import OutputSettings
 
 @dataclass(frozen=True)
 class TrainConfig(OutputSettings, LossSettings, OptimizerSettings, LoraSettings, DataSettings):
-    """Every setting of train.py, those of the last class first, as dataclasses have it."""
+    """Every setting of train.py; a dataclass lists those of its last base class first."""
 
     usage = "--data FOLDER"
     one_of = ("steps", "epochs")
@@ -36,7 +36,7 @@ class TrainConfig(OutputSettings, LossSettings, OptimizerSettings, LoraSettings,
         follows = super().following(values)
         if values.get("recipe") in RECIPES:
             follows |= recipe_settings(values["recipe"], values)
-        if values.get("full"):  # all weights together need a smaller rate
+        if values.get("full"):  # training all weights needs a smaller rate
             follows |= {"learning_rate": 2e-4 if is_miniature(values.get("model")) else 1e-5}
         if values.get("optimizer") == "prodigy":  # which finds the rate; this is a factor of it
             follows |= {"learning_rate": 1.0}
@@ -49,31 +49,31 @@ class TrainConfig(OutputSettings, LossSettings, OptimizerSettings, LoraSettings,
         return follows
 
     def recipe_as_typed(self) -> str:
-        """Return the settings that --recipe stands for, but for those that were given, as one would type them."""
+        """Return the settings that --recipe stands for, except those given, as they are typed on the command line."""
         meant = recipe_settings(self.recipe, vars(self)) if self.recipe else {}
         return as_words({name: value for name, value in meant.items() if getattr(self, name) == value})
 
     def with_steps(self, pictures: int) -> "TrainConfig":
-        """Return the settings with the steps that --epochs asks for, if it is given."""
+        """Return the settings with --epochs converted to steps, if it was given."""
         if not self.epochs:
             return self
-        positions = self.epochs * pictures * (2 if self.has_class_pictures else 1)  # every other one is one of them
+        positions = self.epochs * pictures * (2 if self.has_class_pictures else 1)  # every other one is a class picture
         return dataclasses.replace(self, steps=math.ceil(positions / self.batch_size), epochs=None)
 
     def identity(self) -> dict:
-        """Return the settings that what is learnt depends on, as JSON values.
+        """Return the settings that the result of training depends on, as JSON values.
 
-        The others say where things are, or how the processes divide the work.  Of the pictures and the base that they
-        name, the content counts.
+        The others say where files are, or how the processes divide the work.  Pictures and base are compared by their
+        content, not by the names given here.
         """
         names = [field.name for field in dataclasses.fields(self) if field.metadata["in_identity"]]
         if self.lr_schedule == "constant":
-            names.remove("steps")  # a longer run begins as a shorter one
+            names.remove("steps")  # a longer run begins exactly like a shorter one
         settings = {name: getattr(self, name) for name in names}
         return json.loads(json.dumps(settings))  # tuples become lists, as in a checkpoint
 
     def problems(self) -> list[str]:
         wrong = super().problems()
         if self.compile and self.buckets:
-            wrong.append("--compile and --buckets cannot be given at once: each size would be compiled for minutes")
+            wrong.append("--compile and --buckets cannot be combined: compiling takes minutes for each size")
         return wrong

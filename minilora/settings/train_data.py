@@ -1,4 +1,4 @@
-"""The settings of what is learnt from: pictures, held-out pictures and class pictures."""
+"""The settings of the training data: pictures, held-out pictures and class pictures."""
 
 import os
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from .setting import ABOVE_0, AT_LEAST_0, AT_LEAST_1, SHARE, ByBase, Settings, o
 from .shared import CLASS, CLASS_PICTURES, DATA, TRAINING, VALIDATION, WEIGHT, path_and_number
 
 VARIANTS = ("variants", "how many there are")
-VARIED = ("colour_jitter", "shuffle_tags", "tag_dropout")  # what variants of a picture differ in, beside their crops
+VARIED = ("colour_jitter", "shuffle_tags", "tag_dropout")  # what variants of a picture differ in, besides their crops
 
 of_data = partial(setting, group=DATA)
 of_validation = partial(setting, group=VALIDATION, in_identity=False)
@@ -22,9 +22,8 @@ class DataSettings(Settings):
 
     data: tuple[str, ...] = of_data(
         (),
-        "folder of pictures, with captions in metadata.jsonl, metadata.csv or a .txt beside each; or one picture; "
-        "or the hub id of a data set (OWNER/NAME); may be repeated; with a weight, folder:2, each picture comes twice "
-        "per epoch",
+        "folder of pictures with captions (metadata.jsonl, metadata.csv, or a .txt beside each), or one picture, or "
+        "hub id of a data set (OWNER/NAME); may be repeated; with a weight, folder:2, each comes twice per epoch",
         repeat=True,
         metavar="FOLDER",
         basic=True,
@@ -32,23 +31,23 @@ class DataSettings(Settings):
     )
     caption: str | None = of_data(
         None,
-        "caption of every picture that has none in the folder",
+        "caption for pictures that have none of their own",
         alias="--instance-prompt",
         basic=True,
         in_identity=False,
     )
     caption_column: str = of_data(
         "text",
-        "key of the caption in metadata.jsonl or metadata.csv, or column in a data set on the hub",
+        "name of the caption's column, in metadata.jsonl, metadata.csv or a data set on the hub",
         metavar="KEY",
         in_identity=False,
     )
     image_column: str = of_data(
-        "image", "column of the pictures of a data set on the hub", metavar="NAME", in_identity=False
+        "image", "name of the picture's column, in a data set on the hub", metavar="NAME", in_identity=False
     )
     max_pictures: int | None = of_data(
         None,
-        "the first pictures of a data set on the hub, so many; if not given, all",
+        "number of pictures to take from a data set on the hub, the first ones; if not given, all",
         metavar="N",
         within=AT_LEAST_1,
         in_identity=False,
@@ -61,7 +60,7 @@ class DataSettings(Settings):
     )
     recipe: str | None = setting(
         None,
-        "what to learn: sets steps by the number of pictures, rank, learning rate and more, where they are not given",
+        "what to learn: sets steps (by the number of pictures), rank, learning rate and more, unless you give them",
         group=TRAINING,
         choices=RECIPES,
         basic=True,
@@ -76,91 +75,91 @@ class DataSettings(Settings):
     )
     crop: str = of_data(
         "center",
-        "which square of a picture is seen; random takes another each time, and encodes it anew, without the cache",
+        "which square of a picture to use; random takes another each time, and encodes it again, without the cache",
         choices=("center", "random"),
     )
     buckets: bool = of_data(
         False,
-        "train on several sizes of about equal area, not on squares, so that less is cropped away",
+        "train on several shapes of about equal area instead of squares, so that less is cropped away",
         by_recipe=True,
     )
-    mirror: bool = of_data(False, "show each picture mirrored half of the time", by_recipe=True)
+    mirror: bool = of_data(False, "mirror each picture half of the time", by_recipe=True)
     alpha_mask: bool = of_data(
         False,
-        "take each picture's alpha channel as its mask, so that only what it shows is learnt; a mask in a file of its "
-        "own, name.mask.png, white where it counts, needs no setting",
+        "use each picture's alpha channel as its mask, so that only the opaque part is learnt; a mask file, "
+        "name.mask.png, white where the picture counts, needs no setting",
         in_identity=False,
     )
-    outside: float = of_data(0.0, "weight in the loss of what a mask leaves out, 0 to 1", metavar="SHARE", within=SHARE)
+    outside: float = of_data(0.0, "loss weight of what a mask leaves out, 0 to 1", metavar="SHARE", within=SHARE)
     variants: int | None = of_data(
         None,
-        "encode each picture so many times, with other crops and colours, and its captions with other tags; which of "
-        "them is seen is drawn each time; with it, --crop random needs no VAE in memory",
+        "number of times to encode each picture, with other crops, colours and tags; one of them is drawn each time; "
+        "--crop random then needs no VAE in memory",
         metavar="N",
         within=AT_LEAST_1,
     )
     colour_jitter: float = of_data(
         0.0,
-        "how far brightness, contrast and saturation of a variant are changed at most, 0 to 1; 0.1 is slight",
+        "largest change of a variant's brightness, contrast and saturation, 0 to 1; 0.1 is slight",
         needs=VARIANTS,
         metavar="SHARE",
         within=SHARE,
     )
     shuffle_tags: bool = of_data(False, "shuffle the tags of a caption, the parts between commas", needs=VARIANTS)
     tag_dropout: float = of_data(
-        0.0, "share of the tags of a caption that are left out", needs=VARIANTS, metavar="SHARE", within=SHARE
+        0.0, "share of a caption's tags to leave out, 0 to 1", needs=VARIANTS, metavar="SHARE", within=SHARE
     )
     keep_tags: int = of_data(
         0,
-        "number of tags at the beginning that stay in their place; --trigger always does",
+        "number of tags at the beginning that stay in place; --trigger always does",
         needs=VARIANTS,
         metavar="N",
         within=AT_LEAST_0,
     )
     caption_dropout: float = of_data(
-        ByBase(0.0, 0.1), "share of draws, 0 to 1, whose caption is left empty", metavar="SHARE", within=SHARE
+        ByBase(0.0, 0.1), "share of examples, 0 to 1, that get an empty caption", metavar="SHARE", within=SHARE
     )
     max_pixels: int = of_data(
         89_478_485,
-        "most pixels that a picture may have; a small file can claim more than memory holds",
+        "largest allowed number of pixels in a picture; a small file can claim more than memory holds",
         metavar="PIXELS",
         within=AT_LEAST_1,
         in_identity=False,
     )
     cache: str = of_data(
         "~/.cache/minilora",
-        "folder of the encoded pictures and captions; all runs share it",
+        "folder for encoded pictures and captions, shared by all runs",
         metavar="FOLDER",
         in_identity=False,
     )
 
     validation: str | None = of_validation(
         None,
-        "held-out pictures to measure the loss on: a folder, or a share of --data, as 0.1; the LoRA with the lowest "
-        "loss is kept",
+        "held-out pictures for the validation loss: a folder, or a share of --data such as 0.1; the LoRA with the "
+        "lowest loss is saved, too",
         metavar="FOLDER|SHARE",
     )
     validate_every: int | None = of_validation(
         None,
-        "steps between two measurements; the first and the last step always have one",
+        "steps between two measurements; there is always one at the start and one at the end",
         metavar="STEPS",
-        needs=("validation", "the pictures to look at"),
+        needs=("validation", "the held-out pictures"),
         within=AT_LEAST_1,
     )
 
     patience: int | None = of_validation(
         None,
-        "end after so many measurements in a row that found no lower validation loss; the result is the LoRA with the "
-        "lowest",
+        "end the run after this many measurements in a row without a lower validation loss; the result is the LoRA "
+        "with the lowest",
         metavar="MEASUREMENTS",
-        needs=("validate_every", "which says how often it is measured"),
+        needs=("validate_every", "how often the loss is measured"),
         within=AT_LEAST_1,
     )
 
     class_prompt: str | None = of_class(None, "prompt of the subject's class, for prior preservation: 'a dog'")
     preserve: float = of_class(
         0.0,
-        "prior preservation without class pictures: weight of a loss that keeps what the base predicts at "
+        "prior preservation without class pictures: weight of a loss that keeps the base's predictions at "
         "--class-prompt, else at the captions without --trigger, else at the empty prompt; 1 is common",
         metavar="WEIGHT",
         within=AT_LEAST_0,
@@ -174,19 +173,19 @@ class DataSettings(Settings):
     )
     class_pictures: int = of_class(
         ByBase(200, 16),
-        "number of class pictures in all",
+        "total number of class pictures",
         needs=CLASS,
         metavar="PICTURES",
         within=AT_LEAST_1,
         in_identity=False,
     )
     prior_weight: float = of_class(
-        1.0, "weight of the class pictures in the loss", needs=CLASS, metavar="WEIGHT", within=ABOVE_0
+        1.0, "loss weight of the class pictures", needs=CLASS, metavar="WEIGHT", within=ABOVE_0
     )
 
     @property
     def validation_share(self) -> float | None:
-        """The share of --data that --validation holds out; None if it names a folder or is not given."""
+        """The share of --data that --validation holds out; None if it names a folder or was not given."""
         try:
             return float(self.validation) if self.validation and not os.path.exists(self.validation) else None
         except ValueError:
@@ -194,12 +193,12 @@ class DataSettings(Settings):
 
     @property
     def needs_vae(self) -> bool:
-        """Whether each draw is encoded anew."""
+        """Whether each example is encoded anew, so that the VAE must stay in memory."""
         return self.crop == "random" and not self.variants
 
     @property
     def has_class_pictures(self) -> bool:
-        """Whether every other picture in training is one of the class; --preserve does without."""
+        """Whether every other training picture is a class picture; --preserve needs none."""
         return bool(self.class_prompt) and not self.preserve
 
     def problems(self) -> list[str]:
@@ -223,7 +222,7 @@ class DataSettings(Settings):
         if self.keep_tags and not (self.shuffle_tags or self.tag_dropout):
             wrong.append("--keep-tags has no effect without --shuffle-tags or --tag-dropout")
         if self.has_class_pictures and self.buckets:
-            wrong.append("--class-prompt and --buckets cannot be given at once: a batch holds both kinds, of one size")
+            wrong.append("--class-prompt and --buckets cannot be combined: a batch holds both kinds, in one size")
         if self.has_class_pictures and self.class_data is None:
-            wrong.append(f"--class-prompt {self.class_prompt!r} has no word to call a folder by; give a --class-data")
+            wrong.append(f"--class-prompt {self.class_prompt!r} has no word to name a folder after; give --class-data")
         return wrong

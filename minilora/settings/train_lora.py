@@ -15,7 +15,7 @@ of_lora = partial(setting, group=MODEL)
 
 @dataclass(frozen=True)
 class LoraSettings(BaseSettings):
-    """What the LoRA is trained on top of, and where it sits."""
+    """The base that the LoRA is trained on, and the layers that it adapts."""
 
     model: str | None = shared.model(in_identity=False)
     base_lora: tuple[str, ...] = of_base(
@@ -28,7 +28,7 @@ class LoraSettings(BaseSettings):
         None, "LoRA to train further, with its own layers and ranks, instead of a new one", metavar="LORA"
     )
     full: bool = of_lora(
-        False, "train all weights of the U-Net, not a LoRA; it takes much more memory, and leaves a base"
+        False, "train all weights of the U-Net, not a LoRA; it needs much more memory, and writes a base"
     )
     rank: int = of_lora(
         8,
@@ -43,22 +43,22 @@ class LoraSettings(BaseSettings):
     )
     targets: tuple[str, ...] = of_lora(
         ("attention",),
-        "layers of the U-Net to adapt: attention, ff, linear, conv, attention+ff, …, or ends of names, with commas; in "
-        "one block: up_blocks.1:attention; on XL also subject or style, the block that holds it",
+        "layers of the U-Net to adapt: attention, ff, linear, conv, joined by +, or name endings: to_q,to_v; in one block: "
+        "up_blocks.1:attention; on XL also subject or style, the block that holds it",
         metavar="LAYERS",
     )
     rank_for: tuple[str, ...] = of_lora(
         (),
-        "ranks of some layers, by a part of their name, at the same scale: attn2=16,ff=4; the last match wins",
+        "rank of the layers with PART in their name, at the same scale: attn2=16,ff=4; the last match wins",
         metavar="PART=RANK,…",
     )
     alpha_for: tuple[str, ...] = of_lora(
-        (), "alphas of some layers, by a part of their name: attn2=8,ff=4", metavar="PART=ALPHA,…"
+        (), "alpha of the layers with PART in their name: attn2=8,ff=4", metavar="PART=ALPHA,…"
     )
     train_text_encoder: bool = of_lora(False, "also train a LoRA in the text encoders", by_recipe=True)
     text_encoder_targets: tuple[str, ...] = of_lora(
         TEXT_ATTENTION,
-        "layers of the text encoders to adapt, by the ends of their names; fc1 and fc2 are the others",
+        "layers of the text encoders to adapt, by name endings; fc1 and fc2 are the others",
         metavar="LAYERS",
         needs=TEXT_ENCODERS,
     )
@@ -75,11 +75,11 @@ class LoraSettings(BaseSettings):
         wrong = super().problems()
         wrong += [f"{option(name)} is empty" for name in ("targets", "text_encoder_targets") if not getattr(self, name)]
         for name, number, example in (
-            ("rank_for", r"[1-9]\d*", "a rank, as attn2=16"),
-            ("alpha_for", r"(?=.*[1-9])\d*\.?\d+", "an alpha above 0, as attn2=8"),
+            ("rank_for", r"[1-9]\d*", "a rank, such as attn2=16"),
+            ("alpha_for", r"(?=.*[1-9])\d*\.?\d+", "an alpha above 0, such as attn2=8"),
         ):
             wrong += [
-                f"{option(name)} {text}: it takes a part of names and {example}"
+                f"{option(name)} {text}: it takes a part of a name and {example}"
                 for text in getattr(self, name)
                 if not re.fullmatch(rf"[\w.]+={number}", text)
             ]
@@ -88,7 +88,7 @@ class LoraSettings(BaseSettings):
         defaults |= {"targets": ("attention",), "rank_for": (), "alpha_for": ()}
         given = [name for name, default in defaults.items() if getattr(self, name) != default]
         if self.init_from:
-            why = "has no effect with --init-from, whose layers and ranks are the file's"
+            why = "has no effect with --init-from, which takes layers and ranks from the file"
             wrong += [f"{option(name)} {why}" for name in given]
         if self.full:
             given += [

@@ -11,11 +11,11 @@ of_loss = partial(setting, group=NOISE)
 
 @dataclass(frozen=True)
 class LossSettings(Settings):
-    """What is noised how, and what an error counts."""
+    """How noise is added, and how errors count."""
 
     snr_gamma: float | None = of_loss(
         None,
-        "min-SNR: cap of the signal-to-noise ratio in the loss's weight; 5 is common",
+        "min-SNR: weight the loss by the signal-to-noise ratio, capped at this; 5 is common",
         metavar="GAMMA",
         within=ABOVE_0,
     )
@@ -27,7 +27,7 @@ class LossSettings(Settings):
     )
     dream: float | None = of_loss(
         None,
-        "DREAM: also train on the U-Net's own errors, with this power for details; 1 is common",
+        "DREAM: also train on the U-Net's own errors; a higher power keeps more details; 1 is common",
         metavar="POWER",
         within=AT_LEAST_0,
     )
@@ -38,7 +38,7 @@ class LossSettings(Settings):
         within=AT_LEAST_0,
     )
     timestep_range: tuple[int, ...] | None = of_loss(
-        None, "timesteps to train on, the first and one above the last: 0,500; if not given, all", metavar="FROM,TO"
+        None, "timesteps to train on, FROM included and TO excluded: 0,500; if not given, all", metavar="FROM,TO"
     )
 
     def problems(self) -> list[str]:

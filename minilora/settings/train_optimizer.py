@@ -1,4 +1,4 @@
-"""The settings of the optimizer: how long, how fast, and what it keeps from step to step."""
+"""The settings of the optimizer: how long, how fast, and what state it keeps."""
 
 from dataclasses import dataclass
 from functools import partial
@@ -14,10 +14,10 @@ class OptimizerSettings(Settings):
     """How the weights follow the gradient."""
 
     steps: int = of_optimizer(
-        ByBase(1000, 400), "optimizer steps in all", metavar="STEPS", basic=True, within=AT_LEAST_1
+        ByBase(1000, 400), "total number of optimizer steps", metavar="STEPS", basic=True, within=AT_LEAST_1
     )
     epochs: int | None = of_optimizer(
-        None, "instead of --steps: how often each picture is seen", metavar="N", within=AT_LEAST_1, in_identity=False
+        None, "instead of --steps: how often to use each picture", metavar="N", within=AT_LEAST_1, in_identity=False
     )
     batch_size: int = of_optimizer(
         ByBase(1, 8),
@@ -35,7 +35,7 @@ class OptimizerSettings(Settings):
     )
     text_encoder_learning_rate: float | None = of_optimizer(
         None,
-        "highest learning rate of the text encoders; if not given, the same",
+        "highest learning rate of the text encoders; if not given, --learning-rate",
         metavar="RATE",
         needs=TEXT_ENCODERS,
         within=ABOVE_0,
@@ -52,15 +52,17 @@ class OptimizerSettings(Settings):
     )
     optimizer: str = of_optimizer(
         "adamw",
-        "adamw8bit keeps its state in 8 bits, and needs the package bitsandbytes; prodigy is AdamW that finds its "
+        "adamw8bit stores its state in 8 bits, and needs the package bitsandbytes; prodigy is AdamW that finds its "
         "learning rate itself",
         choices=("adamw", "adamw8bit", "prodigy"),
     )
     weight_decay: float = of_optimizer(0.01, "weight decay of AdamW", metavar="DECAY", within=AT_LEAST_0)
     adam_betas: tuple[float, ...] = of_optimizer(
-        (0.9, 0.999), "decays of AdamW's two averages, each below 1", metavar="BETA1,BETA2"
+        (0.9, 0.999), "decay rates of AdamW's two moving averages, each below 1", metavar="BETA1,BETA2"
     )
-    adam_epsilon: float = of_optimizer(1e-8, "what AdamW adds to its denominator", metavar="EPSILON", within=ABOVE_0)
+    adam_epsilon: float = of_optimizer(
+        1e-8, "term that AdamW adds to its denominator", metavar="EPSILON", within=ABOVE_0
+    )
     max_grad_norm: float = of_optimizer(1.0, "gradients are clipped to this norm", metavar="NORM", within=ABOVE_0)
     dropout: float = of_optimizer(
         0.0,
@@ -76,9 +78,9 @@ class OptimizerSettings(Settings):
     )
     ema_device: str | None = of_optimizer(
         None,
-        "where the average is kept: cpu spares a GPU's memory; if not given, where the training is",
+        "device of the moving average: cpu saves GPU memory; if not given, the training device",
         choices=("cpu",),
-        needs=("ema", "which keeps the average"),
+        needs=("ema", "which computes the average"),
         in_identity=False,
     )
     seed: int = of_optimizer(0, "seed of every random draw", metavar="SEED", within=SEED)
@@ -91,7 +93,7 @@ class OptimizerSettings(Settings):
                 "the run"
             )
         if self.epochs and self.steps != self.following(vars(self))["steps"]:
-            wrong.append("--epochs and --steps cannot be given at once: both say how long the run is")
+            wrong.append("--epochs and --steps cannot be combined: both say how long the run is")
         if len(self.adam_betas) != 2 or not all(0 <= beta < 1 for beta in self.adam_betas):
             given = ",".join(map(str, self.adam_betas))
             wrong.append(f"--adam-betas is {given}; it takes two numbers, each at least 0 and below 1")
@@ -99,10 +101,10 @@ class OptimizerSettings(Settings):
             if getattr(self, name) != none and self.lr_schedule != schedule:
                 wrong.append(f"{option(name)} needs --lr-schedule {schedule}")
         if self.optimizer == "adamw8bit" and not is_installed("bitsandbytes"):
-            wrong.append("--optimizer adamw8bit needs the package bitsandbytes; type: pip install -e '.[8bit]'")
+            wrong.append("--optimizer adamw8bit needs the package bitsandbytes; run: pip install -e '.[8bit]'")
         if self.optimizer == "prodigy":
             for name in ("learning_rate", "text_encoder_learning_rate"):
                 if (rate := getattr(self, name)) is not None and 0 < rate < 0.1:
-                    why = "with --optimizer prodigy it is a factor of the rate that is found"
+                    why = "with --optimizer prodigy it is a factor on the rate that is found"
                     wrong.append(f"{option(name)} is {rate:g}; {why}: leave it out, or give at least 0.1")
         return wrong

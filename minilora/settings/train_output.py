@@ -1,4 +1,4 @@
-"""The settings of memory, speed and results; what is learnt depends on the precision only."""
+"""The settings of memory, speed and output; of these, the result of training depends only on the precision."""
 
 import re
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ of_output = partial(setting, group=OUTPUT, in_identity=False)
 
 @dataclass(frozen=True)
 class OutputSettings(Settings):
-    """How the work is done, and what it leaves."""
+    """How the work is done, and which files it writes."""
 
     precision: str = shared.precision()
     micro_batch_size: int | None = of_speed(
@@ -29,7 +29,7 @@ class OutputSettings(Settings):
     compile: bool = shared.compile_unet(in_identity=False)
     timeout: float = of_speed(
         TIMEOUT,
-        "minutes to wait for another process, before the run ends with a message that names it",
+        "minutes to wait for another process before the run ends with a message that names it",
         metavar="MINUTES",
         within=ABOVE_0,
     )
@@ -39,10 +39,10 @@ class OutputSettings(Settings):
     )
     preview: bool = of_output(
         False,
-        "write preview.png into the output folder, the pictures and captions as training will see them, and stop",
+        "only write preview.png into the output folder: the pictures and captions as training will see them",
         basic=True,
     )
-    resume: bool = of_output(False, "go on from the newest checkpoint in the output folder", basic=True)
+    resume: bool = of_output(False, "continue from the newest checkpoint in the output folder", basic=True)
     also: tuple[str, ...] = of_output(
         (), "also write the LoRA in these dialects: kohya (for A1111 and ComfyUI), peft", choices=("kohya", "peft")
     )
@@ -60,23 +60,23 @@ class OutputSettings(Settings):
     )
     sample_every: int | None = of_output(
         None,
-        "steps between two drawings of --sample-prompt",
+        "steps between two rounds of samples from --sample-prompt",
         metavar="STEPS",
         needs=("sample_prompt", "what to draw"),
         within=AT_LEAST_1,
     )
     sample_average: bool = of_output(
-        False, "draw with the average of --ema, not with the LoRA as it is", needs=("ema", "which keeps the average")
+        False, "draw samples with the moving average of --ema", needs=("ema", "which computes the average")
     )
     push_to_hub: str | None = of_output(
-        None, "repository of the Hugging Face hub to push the results to", metavar="OWNER/NAME"
+        None, "Hugging Face hub repository to push the results to", metavar="OWNER/NAME"
     )
-    wandb: str | None = of_output(None, "project of Weights & Biases to log to as well", metavar="PROJECT")
+    wandb: str | None = of_output(None, "Weights & Biases project to also log to", metavar="PROJECT")
 
     def problems(self) -> list[str]:
         wrong = super().problems()
         if self.push_to_hub is not None and not re.fullmatch("[^/]+/[^/]+", self.push_to_hub):
-            wrong.append(f"--push-to-hub is {self.push_to_hub!r}; it takes OWNER/NAME, as the hub calls a repository")
+            wrong.append(f"--push-to-hub is {self.push_to_hub!r}; it takes OWNER/NAME, the name of a repository")
         if self.wandb is not None and not is_installed("wandb"):
-            wrong.append("--wandb needs the package wandb; type: pip install -e '.[wandb]'")
+            wrong.append("--wandb needs the package wandb; run: pip install -e '.[wandb]'")
         return wrong

@@ -78,7 +78,7 @@ def test_xl_draws_again_as_in_diffusers_and_an_inpainting_base_is_refused(comman
         [theirs] = pipeline(item.captions[0], image=picture, generator=generator, **options).images
         # One level of 255: ours are drawn together, and a batch's float32 sums are rounded otherwise.
         assert np.abs(np.array(theirs).astype(int) - ours[number]).max() <= 1
-    with pytest.raises(UserError, match="it paints in pictures"):
+    with pytest.raises(UserError, match="it is an inpainting base"):
         command(model=str(family_base("sd1 inpainting")))
 
 
@@ -244,10 +244,10 @@ def test_a_grid_mixes_two_loras(drawing, tmp_path):
     ("settings", "message"),
     [
         ({"lora": ("a",), "grid": (0.0, 1.0)}, "--grid mixes two --lora, not 1"),
-        ({"lora": ("a", "b"), "grid": (0.0,), "count": 2}, "--grid takes one --prompt and one --count"),
-        ({"lora": ("a", "b"), "grid": (0.0,), "strengths": (0.0,)}, "--grid and --strengths cannot be given at once"),
+        ({"lora": ("a", "b"), "grid": (0.0,), "count": 2}, "--grid takes one --prompt and a --count of 1"),
+        ({"lora": ("a", "b"), "grid": (0.0,), "strengths": (0.0,)}, "--grid and --strengths cannot be combined"),
         ({"lora": ("a", "b"), "grid": (float("nan"),)}, "--grid is nan; each must be a finite number"),
-        ({"lora": ("a", "b"), "grid": (0.0,), "output": "folder"}, "--output folder: --strengths and --grid make one"),
+        ({"lora": ("a", "b"), "grid": (0.0,), "output": "folder"}, "--output folder: --strengths and --grid write one"),
     ],
 )
 def test_grids_that_cannot_be_are_refused(drawing, settings, message):

@@ -130,7 +130,7 @@ def test_a_csv_says_what_a_jsonl_says(pictures, tmp_path):
             [
                 "metadata.csv line 4 has 3 cells and the header 2; put a text with a comma in quotation marks",
                 "line 5: there is no file gone.png",
-                "line 7: 2.png stands there twice",
+                "line 7: 2.png occurs twice",
                 "line 8: ../o.png points outside the folder",
                 "3 pictures (1.png, 3.png, 4.png) have no caption in metadata.csv; add it there",
             ],
@@ -207,7 +207,7 @@ def test_everything_wrong_is_said_at_once(pictures, tmp_path):
         "line 6: there is no file gone.png",
         "line 7: ../out.png points outside the folder",
         "line 8 has no file_name",
-        "line 9: 2.png stands there twice",
+        "line 9: 2.png occurs twice",
     ]:
         assert part in message
     assert "\n" not in message

@@ -237,7 +237,7 @@ def test_names_are_compared_in_one_unicode_form(forms, tmp_path):
     assert [item.captions for item in read_folders(config_for(data))] == [("in the table",)]
     (data / "metadata.jsonl").write_text(row + row.replace(elsewhere, of_file))
     assert "line 2: " in (said := refused(data))
-    assert "stands there twice" in said
+    assert "occurs twice" in said
 
 
 def test_the_order_of_pictures_is_that_of_one_unicode_form(tmp_path):

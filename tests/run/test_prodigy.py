@@ -177,6 +177,6 @@ def test_a_rate_of_adamw_is_refused():
             learning_rate=1e-4,
             text_encoder_learning_rate=5e-5,
         )
-    why = "with --optimizer prodigy it is a factor of the rate that is found: leave it out, or give at least 0.1"
+    why = "with --optimizer prodigy it is a factor on the rate that is found: leave it out, or give at least 0.1"
     rates = "--learning-rate is 0.0001", "--text-encoder-learning-rate is 5e-05"
     assert str(error.value) == "; ".join(f"{rate}; {why}" for rate in rates)

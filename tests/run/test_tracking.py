@@ -106,7 +106,7 @@ def test_a_run_that_is_told_to_stop_ends_and_leaves_what_was_logged(settings, tm
 
 def test_without_the_package_it_is_said_before_any_work(settings, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)  # as if it were not installed
-    with pytest.raises(UserError, match=r"--wandb needs the package wandb; type: pip install -e '\.\[wandb\]'"):
+    with pytest.raises(UserError, match=r"--wandb needs the package wandb; run: pip install -e '\.\[wandb\]'"):
         train(TrainConfig(**settings | {"wandb": "things"}))
     assert not os.path.exists(tmp_path / "out")
 

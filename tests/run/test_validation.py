@@ -124,7 +124,7 @@ def test_patience_is_that_of_all_processes_and_needs_measurements(run, settings,
     losses = figures(tmp_path / "two")["losses"]
     assert len(losses) == list(losses.values()).index(min(losses.values())) + 1 + 2 < 11
     assert (tmp_path / "two" / FILE_NAME).read_bytes() == (tmp_path / "two" / BEST).read_bytes()
-    with pytest.raises(UserError, match="--patience needs --validate-every, which says how often it is measured"):
+    with pytest.raises(UserError, match="--patience needs --validate-every, how often the loss is measured"):
         run("a", patience=3, validate_every=None)
 
 

@@ -53,7 +53,7 @@ def test_what_has_no_counterpart_is_named_and_is_an_error_only_if_it_may_change_
     harmless = {"dataloader_num_workers": 4, "report_to": "wandb", "cache_latents": True}
     off = {"shuffle_caption": False, "clip_skip": 1, "scale_lr": False, "network_args": [], "dataset_config_name": None}
     assert config(train_data_dir="x", **harmless, **off) == parse("--data", "x")
-    assert capsys.readouterr().err.endswith(f"says: --data x; of no effect here are {', '.join(harmless)}\n")
+    assert capsys.readouterr().err.endswith(f"says: --data x; without effect here: {', '.join(harmless)}\n")
     with pytest.raises(UserError) as error:
         config(train_data_dir="x", shuffle_caption=True, clip_skip=2, scale_lr=True, lern=1, rank="8")
     for part in (

@@ -8,7 +8,7 @@ from ...settings.setting import is_installed
 def serve(config: PageConfig) -> None:
     """Open the page; UserError without the package that it is made of."""
     if not is_installed("gradio"):
-        raise UserError("the page needs the package gradio; type: pip install -e '.[page]'")
+        raise UserError("the page needs the package gradio; run: pip install -e '.[page]'")
     from .server import serve as work
 
     work(config)
