@@ -5,7 +5,7 @@ A picture's latent x₀ is mixed with gaussian noise ε; the timestep t says how
     x_t = √ᾱ_t · x₀ + √(1 − ᾱ_t) · ε                                                         (1)
 
 ᾱ_t falls from almost 1 (t = 0, nearly clean) to almost 0 (t = T − 1, nearly pure noise).  The
-U-Net sees x_t, t and the caption, and predicts one of three things, whichever it was made for:
+U-Net sees x_t, t and the caption, and predicts one of three things, its prediction type:
 
     epsilon         ε
     v_prediction    v = √ᾱ_t · ε − √(1 − ᾱ_t) · x₀
@@ -60,7 +60,7 @@ class Schedule:
 
 @dataclass(frozen=True)
 class Conditioning:
-    """What the U-Net gets beside x_t and t: the encoded caption; in Stable Diffusion XL two more inputs."""
+    """What the U-Net gets besides x_t and t: the encoded caption; in Stable Diffusion XL two more inputs."""
 
     text: torch.Tensor  # (batch, tokens, width)
     pooled: torch.Tensor | None = None  # (batch, width'): the whole caption in one vector
@@ -68,7 +68,7 @@ class Conditioning:
     sizes: torch.Tensor | None = None
 
     def inputs(self) -> dict:
-        """Return it as the keyword arguments of diffusers' U-Nets."""
+        """Return the keyword arguments for diffusers' U-Nets."""
         if self.pooled is None:
             return {"encoder_hidden_states": self.text}
         more = {"text_embeds": self.pooled, "time_ids": self.sizes}
@@ -90,8 +90,8 @@ def denoising_loss(
     """Return one float32 loss per picture, (batch,): the mean squared error of the U-Net's prediction.
 
     `latents` x₀ and `noise` ε are (batch, channels, h, w), `timesteps` (batch,).  `unet` is called as diffusers' are.
-    The optional arguments are those of `min_snr_weight`, `huber` and `dream_noise`; `where`, (batch, 1, h, w) of mean
-    1 each, says how much each place counts.
+    The optional arguments are those of `min_snr_weight`, `huber` and `dream_noise`; `where`, (batch, 1, h, w), is the
+    weight of each place, with mean 1 per picture.
     """
     if dream is not None:
         noise = dream_noise(unet, latents, conditioning, noise, timesteps, schedule, dream)
@@ -138,7 +138,7 @@ def clean_and_noise(
 
 
 def offset_noise(noise: torch.Tensor, offset: torch.Tensor, strength: float) -> torch.Tensor:
-    """Add one constant per picture and channel to the noise, so that the overall brightness is learnt, too.
+    """Add one constant per picture and channel to the noise, so that overall brightness is learnt, too.
 
     `noise` is (batch, channels, h, w), `offset` is gaussian, (batch, channels, 1, 1).
     Source: Guttenberg, "Diffusion with offset noise", 2023.
@@ -147,10 +147,10 @@ def offset_noise(noise: torch.Tensor, offset: torch.Tensor, strength: float) -> 
 
 
 def min_snr_weight(timesteps: torch.Tensor, schedule: Schedule, gamma: float) -> torch.Tensor:
-    """Return a weight for each picture's loss, so that the error in x₀ counts by min(SNR, γ); (batch,).
+    """Return a weight for each picture's loss, so that the error in x₀ is weighted by min(SNR, γ); (batch,).
 
-    The signal-to-noise ratio is SNR = ᾱ / (1 − ᾱ).  The weights differ by prediction type, so that the error in x₀ is
-    weighted alike.  The form for epsilon is written so that an SNR of 0 gives 1 and not 0 / 0.
+    The signal-to-noise ratio is SNR = ᾱ / (1 − ᾱ).  The formula differs by prediction type, so that the error in x₀
+    has the same weight for all.  The formula for epsilon gives 1 for an SNR of 0, not 0 / 0.
     """
     alpha_bar = schedule.alphas_cumprod[timesteps]
     snr = alpha_bar / (1 - alpha_bar)  # (batch,)
@@ -172,8 +172,8 @@ def pseudo_huber(difference: torch.Tensor, c: float) -> torch.Tensor:
 def huber(difference: torch.Tensor, c: float) -> torch.Tensor:
     """Return 2c · (√(z² + c²) − c): about z² for small differences, and 2c · |z| for large ones.
 
-    So an unusual picture counts less, and the learning rate for the squared error still fits.  diffusers and kohya use
-    the same factor 2c.
+    Unusual pictures count less, and learning rates for the squared error still fit.  diffusers and kohya use the same
+    factor 2c.
     """
     return 2 * c * pseudo_huber(difference, c)
 
@@ -190,8 +190,8 @@ def dream_noise(
 ) -> torch.Tensor:
     """Return the noise plus λ times the U-Net's error in it, ε + λ (ε − ε̂); (batch, channels, h, w).
 
-    When drawing, each step starts from the errors of the step before, which plain training never shows to the U-Net.
-    λ = (√(1 − ᾱ_t))^p; a larger p = `preservation` keeps more details.  It costs one more forward pass.
+    When drawing, each step starts from the errors of the step before; plain training never shows these to the U-Net.
+    λ = (√(1 − ᾱ_t))^p; a larger p = `preservation` keeps more details.  This costs one more forward pass.
     Source: Zhou et al., "DREAM: diffusion rectification and estimation-adaptive models", 2023.
     """
     noisy, alpha_bar = add_noise(latents, noise, timesteps, schedule), schedule.alpha_bar(timesteps)

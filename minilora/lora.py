@@ -21,7 +21,7 @@ which has rank · (in + out) numbers instead of in · out: at rank 8 and in = ou
                 y (out)
 
 B starts at zero, so training starts from exactly the base.  ΔW = (alpha / rank) · B A is itself a matrix, so it can be
-added to W once training is done (`merge_lora`).  The network is then as fast as before.
+added to W after training (`merge_lora`).  The network is then as fast as before.
 
     inject_lora(unet, rank=8)            # wrap the attention projections, freeze everything else
     train(lora_parameters(unet))
@@ -51,7 +51,7 @@ class Adapter(nn.Module):
     """The low-rank delta of a linear layer: x -> strength · (alpha / rank) · B (A x).
 
     `lora_A` is (rank, in), gaussian with standard deviation 1 / rank; `lora_B` is (out, rank), zero.
-    Both are float32 whatever the base is: half precision would round the small steps of training away.
+    Both are float32 even if the base is not: half precision would round away the small steps of training.
     """
 
     feature_dim = -1  # the dimension of x that A maps from
@@ -62,7 +62,7 @@ class Adapter(nn.Module):
         self.strength = 1.0
         self.dropout_mask: torch.Tensor | None = None  # in training: (batch, in), of mean 1; None: no dropout
         weight = base.weight
-        # Drawn on the CPU, so that a seed means the same numbers on every device.
+        # Drawn on the CPU, so that a seed gives the same numbers on every device.
         gaussian = torch.randn(rank, *weight.shape[1:], generator=generator) / rank
         self.lora_A = nn.Parameter(gaussian.to(weight.device))  # (rank, in)
         self.lora_B = nn.Parameter(torch.zeros(len(weight), rank, device=weight.device))  # (out, rank)
@@ -116,7 +116,7 @@ class LoRALinear(nn.Module):
     """A linear layer with adapters beside it: y = base(x) + Σ adapterᵢ(x).
 
     `base` is the original layer itself, not a copy.  `adapters` maps a name to an Adapter.  The adapters named in
-    `merged` are in the base's weight, and so not in the sum.
+    `merged` are already in the base's weight, so they are left out of the sum.
     """
 
     kind: type[Adapter] = Adapter
@@ -146,7 +146,7 @@ class LoRALinear(nn.Module):
         return y
 
     def named(self, name: str | None = None) -> list[str]:
-        """Return the names of its adapters that `name` means: all of them, if it is None."""
+        """Return the names of the adapters that `name` selects: all of them if it is None."""
         return [each for each in self.adapters if name in (None, each)]
 
     @torch.no_grad()
@@ -158,7 +158,7 @@ class LoRALinear(nn.Module):
 
     @torch.no_grad()
     def set_merged(self, names: set[str]) -> None:
-        """Make the base's weight W + Σ sᵢ · ΔWᵢ of exactly these adapters; with none it is W again, bit for bit."""
+        """Set the base's weight to W + Σ sᵢ · ΔWᵢ over exactly these adapters; without any, to W, bit for bit."""
         if self.original_weight is None:
             self.original_weight = self.base.weight.detach().clone()
         self.base.weight.copy_(self.weight_with(names))
@@ -173,7 +173,7 @@ class LoRAConv2d(LoRALinear):
     kind = ConvAdapter
 
 
-# ------------------------------------------------------------------------- putting it in, taking it out
+# ------------------------------------------------------------------------------- injecting and removing
 
 
 def lora_layers(module: nn.Module) -> dict[str, LoRALinear]:
@@ -182,7 +182,7 @@ def lora_layers(module: nn.Module) -> dict[str, LoRALinear]:
 
 
 def original_layers(module: nn.Module) -> dict[str, nn.Module]:
-    """Return every layer of `module` by full name, as if there were no LoRA in it."""
+    """Return every layer of `module` by full name, as if it had no LoRA."""
     layers = lora_layers(module)
     inside = tuple(f"{path}." for path in layers)
     others = {path: child for path, child in module.named_modules() if not path.startswith(inside)}
@@ -190,7 +190,7 @@ def original_layers(module: nn.Module) -> dict[str, nn.Module]:
 
 
 def matching(module: nn.Module, targets: Sequence[str]) -> list[str]:
-    """Return the full names of the layers that targets mean: "to_q" is every …attn1.to_q, and no …foo_to_q.
+    """Return the full names of the layers that match targets: "to_q" matches every …attn1.to_q, but no …foo_to_q.
 
     Raises ValueError for a target that is neither a layer's full name nor the end of one.
     """
@@ -211,12 +211,12 @@ def inject_lora(
 ) -> dict[str, LoRALinear]:
     """Put a new LoRA into `module`, in place, and freeze everything else; return its layers by full name.
 
-    `targets` are as `matching` takes them; `alpha` defaults to the rank, a scale of 1.  Where layers differ, `rank`
-    and `alpha` map full names to numbers, and the layers are those of `rank`.  Another `name` puts a second LoRA
-    beside the first.  Without `fitting` a rank may be above min(in, out), as in some files.
+    `targets` are as `matching` takes them; `alpha` defaults to the rank, a scale of 1.  If layers differ, `rank` and
+    `alpha` map full names to numbers, and the keys of `rank` replace `targets`.  Another `name` puts a second LoRA
+    beside the first.  With `fitting` false a rank may exceed min(in, out), as in some files.
 
-    Raises ValueError, naming every module concerned, with nothing changed, for a target that matches nothing, a
-    layer that is neither Linear nor Conv2d, a convolution in groups, a rank that does not fit, a name that is in use.
+    Raises ValueError, which names every module concerned and leaves everything unchanged, for a target that matches
+    nothing, a layer that is neither Linear nor Conv2d, a grouped convolution, a rank that does not fit, a name in use.
     """
     ranks = rank if isinstance(rank, Mapping) else dict.fromkeys(matching(module, targets), rank)
     alphas = alpha if isinstance(alpha, Mapping) else dict.fromkeys(ranks, alpha)
@@ -238,10 +238,10 @@ def inject_lora(
 
 
 def _misfit(layer: Any, path: str, name: str, rank: int, fitting: bool) -> str:
-    """Return why a layer cannot take a LoRA of that name and rank; nothing if it can."""
+    """Return why a layer cannot take a LoRA of that name and rank; "" if it can."""
     if isinstance(layer, LoRALinear):
         if name in layer.adapters:
-            return f"{path} has a LoRA {name!r} already, of rank {layer.adapters[name].rank}"
+            return f"{path} already has a LoRA {name!r}, of rank {layer.adapters[name].rank}"
         layer = layer.base
     if not isinstance(layer, Layer):
         return f"{path} is a {type(layer).__name__}; only Linear and Conv2d can take a LoRA"
@@ -250,7 +250,7 @@ def _misfit(layer: Any, path: str, name: str, rank: int, fitting: bool) -> str:
     inputs, outputs = layer.weight[0].numel(), len(layer.weight)
     if fitting and not 1 <= rank <= min(inputs, outputs):
         sizes = f"{inputs} to {outputs} features"
-        return f"{path} maps {sizes}; rank {rank} is not between 1 and the smaller of them"
+        return f"{path} maps {sizes}; rank {rank} is not between 1 and the smaller number"
     return ""
 
 
@@ -278,7 +278,7 @@ def adapters_with(module: nn.Module, name: str | None = None, require_unmerged: 
 def remove_lora(module: nn.Module, name: str | None = None) -> None:
     """Take the LoRA called `name` (all by default) out of `module`, in place.
 
-    A layer that carries no other gets its original object back, still frozen.  Raises RuntimeError while merged, since
+    A layer without another LoRA is replaced by its original, still frozen.  Raises RuntimeError while merged, because
     ΔW would stay in the weight.
     """
     for path, layer in layers_with(module, name, require_unmerged=True).items():
@@ -297,14 +297,14 @@ def lora_parameters(module: nn.Module, name: str | None = None) -> list[nn.Param
 
 
 def set_lora_strength(module: nn.Module, strength: float, name: str | None = None) -> None:
-    """Set how strongly the LoRA called `name` (all by default) acts: 0 is the base, 1 is as trained."""
+    """Set the strength of the LoRA called `name` (all by default): 0 is the base, 1 is as trained."""
     for adapter in adapters_with(module, name, require_unmerged=True):
         adapter.strength = strength
 
 
 @contextmanager
 def lora_disabled(module: nn.Module) -> Iterator[None]:
-    """Within the block the module computes what the base computes; afterwards it is as it was found."""
+    """Within the block the module computes what the base computes; afterwards its state is restored."""
     found = [(layer, layer.enabled) for layer in layers_with(module, require_unmerged=True).values()]
     try:
         for layer, _ in found:
@@ -319,7 +319,7 @@ def merge_lora(module: nn.Module, name: str | None = None) -> None:
     """Fold the LoRA called `name` (all by default), at its strength, into the weights: W ← W + Σ sᵢ · ΔWᵢ.
 
     The sum is computed in float32 and rounded once to the weight's own type.  Each layer keeps its original weight.
-    Raises RuntimeError if merged already; ValueError, with nothing changed, if a merged weight would not be finite.
+    Raises RuntimeError if already merged; ValueError, with nothing changed, if a merged weight would not be finite.
     """
     layers = layers_with(module, name, require_unmerged=True)
     names = {path: layer.merged.union(layer.named(name)) for path, layer in layers.items()}
@@ -331,7 +331,7 @@ def merge_lora(module: nn.Module, name: str | None = None) -> None:
 
 
 def unmerge_lora(module: nn.Module, name: str | None = None) -> None:
-    """Undo `merge_lora`, in place, for one LoRA or for all; without any the weights are the original bits.
+    """Undo `merge_lora`, in place, for one LoRA or for all; without any merged, the weights are the original bits.
 
     Raises RuntimeError if it is not merged.
     """

@@ -3,8 +3,8 @@
     python -m minilora.merge BASE LORA[:STRENGTH] … --output OUT
 
 BASE is a diffusers folder or a single file in the original layout; files/fold.py streams it from disk to disk.  --undo
-writes a file with the original bytes of what changed, from which --restore gives the base back, byte for byte.
---loras-only merges, resizes and converts LoRAs; --extract makes one from a base and a model tuned from it.
+writes a file with the original bytes of the changed weights, from which --restore gives the base back, byte for byte.
+--loras-only merges, resizes and converts LoRAs; --extract makes one from a base and a model fine-tuned from it.
 """
 
 from pathlib import Path
@@ -75,7 +75,7 @@ def _write_lora(config: MergeConfig, output: Path) -> Report:
         if config.rank or config.energy:
             lora, reduction = reduce(lora, config.rank, config.energy)
     if modules is None and config.dialect == "kohya":
-        raise UserError("--dialect kohya needs --base, whose modules it names")
+        raise UserError("--dialect kohya needs --base, to name its modules")
     lora = of_type(lora, DTYPES[config.dtype]) if config.dtype else lora
     try:
         padding = write_lora(output, lora, config.dialect, modules)
@@ -85,8 +85,8 @@ def _write_lora(config: MergeConfig, output: Path) -> Report:
     notes.append(f"{len(lora.changes)} modules, rank {ranks[0]}" + (f" to {ranks[-1]}" if len(ranks) > 1 else ""))
     if padding:
         notes.append(
-            f"{padding:,} of its bytes are zeros that make the ranks equal: programs differ in how they read several "
-            "ranks (the dialect peft needs none)"
+            f"{padding:,} bytes of the file are zeros that make the ranks equal, because programs differ in how they "
+            "read several ranks (--dialect peft needs none)"
         )
     return Report([], {}, [*([str(reduction)] if reduction else []), *notes])
 

@@ -1,6 +1,6 @@
 """Base + LoRAs + prompt -> pictures.
 
-The denoising is done by diffusers' pipelines.  Every picture has a seed of its own, used as in diffusers:
+diffusers' pipelines do the denoising.  Every picture has its own seed, used as in diffusers:
 `torch.Generator("cpu").manual_seed(seed)`.
 """
 
@@ -29,11 +29,11 @@ from .settings.errors import UserError
 from .settings.sample import SAMPLERS, SampleConfig
 from .settings.shared import by_block, path_and_number
 
-TOGETHER = 4  # pictures drawn in one pass; more are faster and take more memory
+TOGETHER = 4  # pictures drawn in one pass; more are faster and need more memory
 
 
 def use_scheduler(base: Base, name: str) -> None:
-    """Make the base draw with a sampler, by its name; the noise levels stay those of the base."""
+    """Make the base draw with the sampler of that name; the noise levels stay those of the base."""
     base.pipeline.scheduler = getattr(diffusers, SAMPLERS[name]).from_config(base.scheduler.config)
 
 
@@ -74,7 +74,7 @@ def draw(
             what = " or ".join(map(repr, dict.fromkeys(some)))
             raise UserError(
                 f"--model {base.source}: what it draws for {what} is not finite; with --precision fp16 try bf16 or "
-                "fp32, else base or LoRA are damaged"
+                "fp32, else the base or the LoRA is damaged"
             )
         pictures += base.pipeline.image_processor.numpy_to_pil(drawn)
     return pictures
@@ -111,10 +111,10 @@ def _after_each_step(compiled: bool, on_step: Callable[[], None] | None) -> Call
 def _inpainting(base: Base, size: Size, config: SampleConfig) -> dict:
     """Return the picture and the mask for an inpainting base, as the pipeline takes them.
 
-    Raises UserError if an inpainting base has none, or another base has some.
+    Raises UserError if they are missing for an inpainting base, or given for another base.
     """
     if bool(config.image) != base.is_inpainting:
-        what = "it paints in pictures, and needs --image and --mask" if base.is_inpainting else "it takes no --image"
+        what = "an inpainting base needs --image and --mask" if base.is_inpainting else "only inpainting takes --image"
         raise UserError(f"--model {base.source}: {what}")
     if not base.is_inpainting:
         return {}
@@ -159,7 +159,7 @@ def merged_at(base: Base, strengths: dict[str, float], blocks: Mapping[str, floa
 
 @contextmanager
 def evaluating(*modules: torch.nn.Module) -> Iterator[None]:
-    """Within the block the modules are in evaluation mode; afterwards each sub-module is in its former mode."""
+    """Within the block the modules are in evaluation mode; afterwards each sub-module returns to its former mode."""
     found = {child: child.training for module in modules for child in module.modules()}
     try:
         for module in modules:
@@ -192,13 +192,13 @@ def sample(config: SampleConfig) -> Path:
 
 
 def load(config: SampleConfig) -> tuple[Base, dict[str, float]]:
-    """Return the base that `config` names with the LoRAs in it, and their strengths by their names there."""
+    """Return the base that `config` names, with its LoRAs injected, and their strengths by adapter name."""
     device = this_device()
     if config.compile:
         check_compiler(device)
     base = Base.of(config, device, config.precision)
     print(f"base       {base.source}, {base.predicts}, {base.computes}")
-    size_of(base, config)  # a wrong one is refused before the U-Net is loaded
+    size_of(base, config)  # refuses a wrong size before the U-Net is loaded
     strengths = load_loras(base, config.lora, config.allow_unmatched)
     if config.compile:
         base.unet.compile(**compile_options(device))
@@ -216,10 +216,10 @@ def size_of(base: Base, config: SampleConfig) -> Size:
 def draw_all(
     base: Base, strengths: dict[str, float], config: SampleConfig, on_step: Callable[[], None] | None = None
 ) -> tuple[Image.Image, list[list[Image.Image]]]:
-    """Draw all that `config` asks for, with a base and LoRAs at strengths as from `load`.
+    """Draw all that `config` asks for; `base` and `strengths` are those of `load`.
 
-    Returns the picture or the sheet, and what is on it as rows of single pictures.  In their files, they tell the
-    settings.
+    Returns the picture or the sheet, and its content as rows of single pictures.  Each carries the settings, for its
+    file.
     """
     size, drawing = size_of(base, config), config
     warn_of_cuts(base.tokenizers, dict.fromkeys((*config.prompt, config.negative)), "prompt")
@@ -227,7 +227,7 @@ def draw_all(
     seeds = [config.seed + i for i in range(config.count)]
 
     def draw_at(*factors: float) -> list[list[Image.Image]]:
-        """Draw every prompt with every seed; the LoRAs are merged, at their strengths times these factors."""
+        """Draw every prompt with every seed, with the LoRAs merged at their strengths times these factors."""
         nonlocal drawing
         at = {name: strengths[name] * factor for name, factor in zip(strengths, factors, strict=True)}
         with merged_at(base, at, by_block(config.lora_blocks)):
@@ -254,9 +254,9 @@ def draw_all(
 
 
 def load_loras(base: Base, texts: Sequence[str], allow_unmatched: bool = False) -> dict[str, float]:
-    """Put LoRAs, each "path" or "path:strength", into a base; return their strengths by the names they got there.
+    """Put LoRAs, each "path" or "path:strength", into a base; return their strengths by adapter name.
 
-    Prints which words they bring, and with `allow_unmatched` what is left out.
+    Prints which learnt words they bring, and with `allow_unmatched` what is left out.
     """
     strengths = {}
     for number, text in enumerate(texts):

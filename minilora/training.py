@@ -2,10 +2,10 @@
 
     settings -> base, pictures -> encoded once -> LoRA injected -> the loop -> a LoRA file
 
-A run is a pure function of (base, pictures, settings).  A position is a number, 0, 1, 2, …; it alone decides picture,
-caption, crop, noise and timestep (data/draws.py).  Step s takes the positions s·B … s·B + B − 1, where B is the global
-batch size.  Processes and micro-batches only divide the B positions among them, and a run that was
-stopped goes on as if it had not been.
+A run is a pure function of (base, pictures, settings).  Training consumes positions 0, 1, 2, …; the position and the
+seed alone decide picture, caption, crop, noise and timestep (data/draws.py).  Step s takes the positions
+s·B … s·B + B − 1, where B is the global batch size.  Processes and micro-batches only divide these B positions.  So a
+resumed run gives the same result as an uninterrupted one.
 """
 
 import math
@@ -39,17 +39,17 @@ from .settings.train import TrainConfig
 
 
 class Stopped(SystemExit):
-    """A signal stopped the process, and the run was saved; the exit code is the one that a shell expects."""
+    """A signal stopped the process after the run was saved; the exit code is the one that shells expect."""
 
     def __init__(self, signal_number: int):
         super().__init__(128 + signal_number)
 
 
 def train(config: TrainConfig, objective: Objective | None = None) -> Path:
-    """Train a LoRA as `config` says and return the path of its file; with --preview, that of a picture.
+    """Train a LoRA as `config` says and return the path of its file; with --preview, that of the preview.
 
-    Raises UserError for anything wrong with the settings, the base, the pictures or a checkpoint, and Stopped, after
-    saving, when a signal asks the process to stop.
+    Raises UserError for anything wrong with the settings, the base, the pictures or a checkpoint.  Raises Stopped,
+    after saving, when a signal asks the process to stop.
     """
     with processes(config.timeout) as ranks, checkpoint.OutputLock(Path(config.output)) as lock:
         if config.preview:
@@ -63,7 +63,7 @@ def train(config: TrainConfig, objective: Objective | None = None) -> Path:
         run = prepare(config, objective or Denoising(), ranks)
         config = run.config
         first_step = resume(run) if config.resume else start(run)
-        done = first_step  # the steps that `save_done` saves, should a process be lost
+        done = first_step  # the finished steps, which `save_done` saves if a process is lost
         if ranks.is_main:
             write_whole(run.output / "config.json", config.to_json().encode())
         bar = tqdm(total=config.steps, initial=first_step, desc="train", unit="step", disable=not ranks.is_main)
@@ -125,8 +125,8 @@ def optimizer_step(run: Run, step: int, learning_rate: float) -> tuple[float, fl
     for number, positions in enumerate(micro_batches, start=1):
         batch = run.examples.batch(positions, device)
         draw_dropout_masks(run, positions)
-        # The gradients of the micro-batches add up, and only the last backward pass averages them over
-        # the processes.  no_sync must be around the forward pass too, or it has no effect.
+        # The gradients of the micro-batches add up, and only the last backward pass averages them over the processes.
+        # no_sync must enclose the forward pass, too, or it has no effect.
         last = number == len(micro_batches)
         with nullcontext() if last or run.ranks.world == 1 else run.model.no_sync():
             with torch.autocast(device.type, DTYPES[config.precision], enabled=config.precision != "fp32"):
@@ -150,8 +150,8 @@ def optimizer_step(run: Run, step: int, learning_rate: float) -> tuple[float, fl
 
 def refuse_infinite(run: Run, step: int, loss: float, grad_norm: float) -> None:
     """Raise UserError for a loss or a norm that is not finite, except where the scaler skips the step."""
-    # A gradient in fp16 that is not finite is usually overflow: the scaler skips the step and lowers its factor.
-    # (DDP has averaged the gradients, so every process skips it.)  At a factor of 1 it is no overflow any more.
+    # In fp16 a gradient that is not finite usually means overflow: the scaler skips the step and lowers its factor.
+    # (DDP has averaged the gradients, so every process skips it.)  At a factor of 1 it cannot be overflow.
     may_overflow = run.scaler.is_enabled() and run.scaler.get_scale() > 1
     if not math.isfinite(loss) or not (math.isfinite(grad_norm) or may_overflow):
         pictures = ", ".join(dict.fromkeys(run.examples.picture_at(p).path.name for p in run.plan.all_positions(step)))
@@ -170,7 +170,7 @@ def draw_dropout_masks(run: Run, positions: Sequence[int]) -> None:
 
 def learning_rate_at(step: int, config: TrainConfig) -> float:
     """Return the learning rate of a step: a linear rise, then constant or falling to 0 at the end."""
-    # 1. warm-up, whose first step is above 0
+    # 1. warm-up; its first step has a rate above 0
     if step < config.warmup_steps:
         return config.learning_rate * (step + 1) / (config.warmup_steps + 1)
     if config.lr_schedule == "constant":
@@ -185,5 +185,5 @@ def learning_rate_at(step: int, config: TrainConfig) -> float:
 
 
 def is_due(every: int | None, step: int) -> bool:
-    """Whether what is done every `every` steps is due after this step."""
+    """Whether something done every `every` steps is due after this step."""
     return every is not None and (step + 1) % every == 0

@@ -315,7 +315,7 @@ def test_what_cannot_be_injected_is_named_and_nothing_is_changed(change, message
 def test_a_second_injection_is_refused():
     module = MLP()
     inject_lora(module, rank=2, targets=TARGETS)
-    with pytest.raises(ValueError, match=r"layers\.1 has a LoRA 'default' already, of rank 2"):
+    with pytest.raises(ValueError, match=r"layers\.1 already has a LoRA 'default', of rank 2"):
         inject_lora(module, rank=3, targets=TARGETS)
 
 

@@ -262,7 +262,7 @@ class Base:
         """Raise UserError for an inpainting base: its U-Net also needs a picture and a mask."""
         if self.is_inpainting:
             raise UserError(
-                f"--model {self.source}: it paints in pictures; take the ordinary base of its family, whose LoRAs fit"
+                f"--model {self.source}: it is an inpainting base; use the ordinary base of its family, whose LoRAs fit"
             )
 
     @property

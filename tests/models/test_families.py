@@ -117,16 +117,16 @@ def test_an_inpainting_base_draws_as_in_diffusers_and_is_not_trained(family, fam
     generator = torch.Generator().manual_seed(0)
     [theirs] = pipeline_of(model)("a dog", image=picture, mask_image=mask, generator=generator, **options).images
     assert abs(ours - np.array(theirs, int)).max() <= 1  # of 255: rounding
-    with pytest.raises(UserError, match="paints in pictures; take the ordinary base"):
+    with pytest.raises(UserError, match="it is an inpainting base; use the ordinary base"):
         train(TrainConfig(data=(str(pictures),), model=model, output=str(tmp_path / "run"), cache=str(tmp_path)))
-    with pytest.raises(UserError, match="it paints in pictures, and needs --image and --mask"):
+    with pytest.raises(UserError, match="an inpainting base needs --image and --mask"):
         sample(SampleConfig(prompt=("a dog",), model=model, output=str(tmp_path / "no.png")))
 
 
 def test_an_ordinary_base_takes_no_picture(tiny_base, tmp_path):
     make_picture(1).save(tmp_path / "a.png")
     path = str(tmp_path / "a.png")
-    with pytest.raises(UserError, match="it takes no --image"):
+    with pytest.raises(UserError, match="only inpainting takes --image"):
         sample(SampleConfig(prompt=("a",), model=str(tiny_base), image=path, mask=path, output=str(tmp_path / "b.png")))
 
 
