@@ -209,7 +209,7 @@ def test_the_report_says_how_much_of_the_change_rounding_left(stored, dtype, siz
     for component in lost:
         [line] = [note for note in report.notes if f"{component}:" in note]
         share = 1 - np.sqrt(lost[component] / whole[component])
-        said = float(re.search(r"([\d.]+)% of ΔW arrived, after rounding to", line)[1])
+        said = float(re.search(r"([\d.]+)% of ΔW survived rounding to", line)[1])
         assert said == pytest.approx(100 * max(0, share), abs=0.06)  # it is rounded to a tenth, of a float32 sum
         assert line.startswith("warning: ") == (share < 0.95)
         assert line.endswith("; see --dtype") == (share < 0.95)
@@ -351,7 +351,7 @@ def test_an_undo_file_is_never_lost(folder, tmp_path):
         with pytest.raises(UserError, match="it is inside --output"):
             fold(folder, loras, out, undo=inside)
     (tmp_path / "undo").write_text("of another merge")
-    with pytest.raises(UserError, match="undo: it exists"):
+    with pytest.raises(UserError, match="undo: it already exists"):
         fold(folder, loras, out, undo=tmp_path / "undo", overwrite=True)
     assert not out.exists()
 
@@ -410,7 +410,7 @@ def test_what_cannot_be_merged_leaves_nothing(folder, tmp_path):
     refused("neither a diffusers folder", base=folder / "tokenizer")
     refused("no such file or folder", base=tmp_path / "gone")
     out.mkdir()
-    with pytest.raises(UserError, match="it exists; choose another name, or --overwrite"):
+    with pytest.raises(UserError, match="it already exists; choose another name, or give --overwrite"):
         fold(folder, [(lora, 1.0)], out)
     fold(folder, [(lora, 1.0)], out, overwrite=True)
     assert Checkpoint(out).modules == Checkpoint(folder).modules
@@ -588,7 +588,7 @@ def test_what_rounding_explains_is_left_out_of_what_is_extracted(one, two, famil
     assert any(note.startswith(f"{apart} modules are left out") and "rounding" in note for note in notes)
     assert not any("other tensors differ" in note for note in notes)  # the norms and biases are rounded, too
     half = half_of(true, tmp_path / "half.safetensors")
-    with pytest.raises(UserError, match="have the same weights, but for rounding"):
+    with pytest.raises(UserError, match="have the same weights up to rounding"):
         extract(Checkpoint(true), Checkpoint(half), 2, None)
 
 
@@ -662,7 +662,7 @@ def test_the_command_does_each_of_its_things(folder, tmp_path, monkeypatch, caps
     assert run(monkeypatch, "--loras-only", kohya, "--output", tmp_path / "x.safetensors") == 2
     assert "does not spell out its module's name; give --base" in capsys.readouterr().err
     assert run(monkeypatch, folder, loras, "--output", out) == 2
-    assert "out: it exists; choose another name" in capsys.readouterr().err
+    assert "out: it already exists; choose another name" in capsys.readouterr().err
 
 
 def test_dtype_is_that_of_what_is_written(folder, tmp_path, monkeypatch, capsys):
@@ -675,7 +675,7 @@ def test_dtype_is_that_of_what_is_written(folder, tmp_path, monkeypatch, capsys)
     assert run(monkeypatch, *mixed) == 0  # and without, that of what is read
     assert {entry.dtype for entry in TensorFile(tmp_path / "y.safetensors").entries.values()} == {"F16"}
     assert run(monkeypatch, folder, loras, "--dtype", "bfloat16", "--output", tmp_path / "merged") == 0
-    assert "of ΔW arrived, after rounding to BF16" in capsys.readouterr().out
+    assert "of ΔW survived rounding to BF16" in capsys.readouterr().out
     extracted = ("--extract", folder, tmp_path / "merged", "--rank", "2", "--dtype", "bfloat16", "--output")
     assert run(monkeypatch, *extracted, tmp_path / "z.safetensors") == 0
     assert {entry.dtype for entry in TensorFile(tmp_path / "z.safetensors").entries.values()} == {"BF16"}

@@ -1,4 +1,4 @@
-"""Weights on disk: safetensors in and out, the names of weights in every program, LoRA files of any dialect, folding.
+"""Weights on disk: safetensors files, the names of weights in every program, LoRA files of any dialect, folding.
 
 May import settings and lora.py.
 """

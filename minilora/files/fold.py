@@ -5,7 +5,7 @@ file says where the bytes of each tensor are.  The bytes of unchanged tensors ar
 read, summed in float32, rounded once to their own type and written, a few rows at a time.  The result has the same
 files, headers and order as the base, unless --dtype asks for another type of all weights.
 
-Rounding removes what is too small beside a weight.  How much of ΔW arrives is measured on a sample.
+Rounding removes what is too small relative to a weight.  How much of ΔW survives is measured on a sample.
 """
 
 import math
@@ -30,15 +30,15 @@ from .read import Change, FormatError, LoRA, other_network, read_lora, some
 from .tensors import CHUNK, TensorFile, read_exactly, rewrite, staging
 from .undo import keeping, name_of
 
-SEEN = 1 << 12  # numbers of each piece of a tensor on which it is measured what rounding took
-ENOUGH = 0.95  # of the change; where less has arrived, there is a warning
+SEEN = 1 << 12  # numbers of each chunk of a tensor on which the loss by rounding is measured
+ENOUGH = 0.95  # share of ΔW; if less survives, there is a warning
 
 # ---------------------------------------------------------------------------------------------- report
 
 
 @dataclass
 class Folded:
-    """What one LoRA did to one component: ‖sΔW‖ / ‖W‖ by module."""
+    """The effect of one LoRA on one component: ‖sΔW‖ / ‖W‖ by module."""
 
     lora: str
     component: str
@@ -72,7 +72,7 @@ class Report:
 
 @dataclass(frozen=True)
 class Part:
-    """What is added to some rows of a tensor: B A of all LoRAs together, with scales and strengths folded into B."""
+    """What is added to some rows of a tensor: B A of all LoRAs, with scales and strengths folded into B."""
 
     module: str
     first_row: int
@@ -97,13 +97,13 @@ def fold(
     """Write `base` with LoRAs folded in, each at its strength, to `output`, in the layout of `base`.
 
     `blocks` are factors on the strengths, as `block_factors` takes them.  The sum is computed in `dtype` and rounded
-    once to each weight's own type, or to the type `written`, as "F32", for all weights.  `undo` is a file for the
-    original bytes of what changes.  `revision` and `variant` are those of the base, as `Checkpoint` takes them.
+    once to each weight's own type, or for all weights to the type `written` (such as "F32").  `undo` is a file for the
+    original bytes of the changed weights.  `revision` and `variant` choose the base, as `Checkpoint` takes them.
     Raises UserError, with nothing left under `output`, for files that cannot be read, unmatched keys (unless allowed),
-    blocks without a LoRA, shapes that do not fit, sums that are not finite numbers, and a full disk.
+    blocks without a LoRA, shapes that do not fit, sums that are not finite, and a full disk.
     """
     if undo and undo.resolve().is_relative_to(output.resolve()):
-        raise UserError(f"--undo {undo}: it is inside --output {output}; choose a place outside")
+        raise UserError(f"--undo {undo}: it is inside --output {output}; choose another folder")
     checkpoint = Checkpoint(base, revision, variant)
     read = [read_for(path, checkpoint.modules, str(base), allow_unmatched) for path, _ in loras]
     plan, folded = _plan(checkpoint, read, loras, blocks, dtype)
@@ -128,13 +128,13 @@ def fold(
     norms = {module: math.sqrt(square) for addition in additions for module, square in addition.squares.items()}
     for part in folded:
         part.changes = {m: n / norms[m] if norms[m] else math.inf for m, n in part.changes.items()}
-    notes = [f"left out: {path}, whose weights would be those of the base" for path in checkpoint.left_out]
+    notes = [f"left out: {path}, because its weights would be the unchanged base's" for path in checkpoint.left_out]
     changed = sum(len(keys) for keys in plan.values())
     tensors = sum(len(file.entries) for file in checkpoint.files.values())
     notes += [f"changed {changed} of {tensors} tensors"]
     notes += _arrived(additions)
     ema = sum(key.startswith("model_ema.") for file in checkpoint.files.values() for key in file.entries)
-    notes += [f"note: the {ema} tensors of the moving average (model_ema.) are those of the base"] if ema else []
+    notes += [f"note: the {ema} tensors of the moving average (model_ema.) are unchanged"] if ema else []
     unmatched = {str(path): lora.unmatched for (path, _), lora in zip(loras, read, strict=True) if lora.unmatched}
     return Report(folded, unmatched, notes)
 
@@ -142,7 +142,7 @@ def fold(
 def read_for(path: Path, modules: Modules | None, base: str, allow_unmatched: bool, with_words: bool = False) -> LoRA:
     """Read a LoRA for a base with the given modules; UserError if it does not fit.
 
-    Learnt words that it brings count as unmatched, unless it is read `with_words`.
+    Learnt words in the file count as unmatched, unless it is read `with_words`.
     """
     try:
         lora = read_lora(path, modules)
@@ -153,9 +153,9 @@ def read_for(path: Path, modules: Modules | None, base: str, allow_unmatched: bo
     if other := other_network([*unmatched, *(lora.changes if modules is None else ())]):
         network, key = other
         start = f"LoRA {path} " if modules is None else f"LoRA {path} was not made for this base: it "
-        raise UserError(f"{start}is one of {network} ({key}); those of Stable Diffusion 1, 2 and XL are read")
+        raise UserError(f"{start}is one of {network} ({key}); only those of Stable Diffusion 1, 2 and XL are read")
     if unmatched and modules is None:
-        raise UserError(f"LoRA {path}: {unmatched[0]} does not spell out its module's name; give --base, which has it")
+        raise UserError(f"LoRA {path}: {unmatched[0]} does not spell out its module's name; --base is needed")
     if unmatched and (not allow_unmatched or not lora.changes):
         raise UserError(f"LoRA {path} was not made for this base: {base} has no module for {some(unmatched, 3)}")
     if lora.words and not (with_words or allow_unmatched):
@@ -167,7 +167,7 @@ def read_for(path: Path, modules: Modules | None, base: str, allow_unmatched: bo
 
 
 def _types(file: TensorFile, written: str | None) -> dict[str, str]:
-    """Return the type that each tensor of a file is written in, by key, if it is not its own type.
+    """Return the new type of each tensor of a file whose type changes, by key.
 
     Tensors without a dot in their name are not weights but tables, for example of noise levels, and keep their type.
     """
@@ -176,7 +176,7 @@ def _types(file: TensorFile, written: str | None) -> dict[str, str]:
 
 
 def _plan(checkpoint: Checkpoint, read: list[LoRA], loras: list[tuple[Path, float]], blocks: Mapping, dtype: type):
-    """Return what is added to which tensors, by file and key, and a report with ‖sΔW‖ instead of ‖sΔW‖ / ‖W‖."""
+    """Return the parts to add to tensors, by file and key, and a report with ‖sΔW‖ instead of ‖sΔW‖ / ‖W‖."""
     plan: dict[Path, dict[str, list[Part]]] = {}
     folded: dict[tuple[int, str], Folded] = {}
     changes: dict[str, list[tuple[Change, float]]] = {}
@@ -193,7 +193,7 @@ def _plan(checkpoint: Checkpoint, read: list[LoRA], loras: list[tuple[Path, floa
         b = np.concatenate(scaled, axis=1)  # (rows, ranks); a is (ranks, columns)
         for place in checkpoint.places[module]:
             if place.shape != checkpoint.places[module][0].shape:
-                raise UserError(f"{checkpoint.path / place.file}: {place.key} has another shape than its other variant")
+                raise UserError(f"{checkpoint.path / place.file}: {place.key} has another shape in another variant")
             parts = plan.setdefault(place.file, {}).setdefault(place.key, [])
             parts.append(Part(module, place.first_row, *((b.T, a.T) if place.transposed else (a, b))))  # (B A)ᵀ = Aᵀ Bᵀ
     return plan, list(folded.values())
@@ -201,16 +201,16 @@ def _plan(checkpoint: Checkpoint, read: list[LoRA], loras: list[tuple[Path, floa
 
 @dataclass
 class Addition:
-    """The parts that are added to one tensor; when called, it adds them, and notes sizes meanwhile.
+    """The parts to add to one tensor; calling it adds them and records norms.
 
-    What rounding took is measured on a sample: the first rows of each piece.
+    The loss by rounding is measured on a sample: the first rows of each chunk.
     """
 
     file: TensorFile
     key: str
     parts: list[Part]
     type: str  # of the tensor as it is written
-    keep: Callable | None  # called with the place, the original and the new bytes of each piece
+    keep: Callable | None  # called with the place, the original and the new bytes of each chunk
     squares: dict[str, float] = field(default_factory=lambda: defaultdict(float))  # ‖W‖² by module
     lost: float = 0.0  # ‖W′ − W − ΔW‖² of the sample
     whole: float = 0.0  # ‖ΔW‖² of the sample
@@ -239,7 +239,7 @@ class Addition:
             yield new
 
     def _add(self, weight: np.ndarray, first: int) -> list[tuple[slice, np.ndarray, np.ndarray]]:
-        """Add what belongs to rows from `first` on, in place; return where samples are, with W and ΔW there."""
+        """Add the parts to the rows from `first` on, in place; return the samples' places, with W and ΔW there."""
         seen, samples = max(1, SEEN // weight.shape[1]), []
         for part in self.parts:
             begin, end = max(first, part.first_row), min(first + len(weight), part.first_row + len(part.B))
@@ -269,7 +269,7 @@ class Addition:
 
 
 def _arrived(additions: Iterable[Addition]) -> list[str]:
-    """Return a line for each component and type on how much of ΔW arrived: 1 − ‖W′ − W − ΔW‖ / ‖ΔW‖, at least 0."""
+    """Return a line for each component and type on how much of ΔW survived: 1 − ‖W′ − W − ΔW‖ / ‖ΔW‖, at least 0."""
     alike: dict[tuple[str, str], list[Addition]] = defaultdict(list)
     for addition in additions:
         if addition.parts:
@@ -278,7 +278,7 @@ def _arrived(additions: Iterable[Addition]) -> list[str]:
     for (component, kind), several in sorted(alike.items()):
         lost, whole = math.fsum(each.lost for each in several), math.fsum(each.whole for each in several)
         share = max(0.0, 1 - math.sqrt(lost / whole)) if whole else 1.0
-        after = f"{share:.1%} of ΔW arrived, after rounding to {kind}"
+        after = f"{share:.1%} of ΔW survived rounding to {kind}"
         wider = "" if kind in ("F32", "F64") else "; see --dtype"
         lines.append(f"{component}: {after}" if share >= ENOUGH else f"warning: {component}: only {after}{wider}")
     return lines

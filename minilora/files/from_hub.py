@@ -1,6 +1,6 @@
-"""Fetch LoRAs and bases that are named as on the Hugging Face hub, OWNER/NAME, into the hub's own cache.
+"""Fetch LoRAs and bases named by a hub id, OWNER/NAME, into the Hugging Face hub's own cache.
 
-From a repository, the same LoRA file is taken as by diffusers: the only .safetensors file, or
+From a repository, the LoRA file is chosen as diffusers does: the only .safetensors file, or
 pytorch_lora_weights.safetensors.  Another file is named with its path: OWNER/NAME/FILE.safetensors.
 """
 
@@ -11,13 +11,13 @@ from ..settings.errors import UserError, first_line
 from ..settings.shared import FILE_NAME, hub_name
 
 PEFT_CONFIG, PEFT_FILE = "adapter_config.json", "adapter_model.safetensors"
-NO_WEIGHTS = ("scheduler", "optimizer", "checkpoint")  # parts of names of files that are not LoRAs, as in diffusers
+NO_WEIGHTS = ("scheduler", "optimizer", "checkpoint")  # in the names of files that are not LoRAs, as in diffusers
 BASE_FILES = ["*.json", "*/*.json", "*/*.txt", "*/*.safetensors"]
 VARIANTS = ["*.fp16.*", "*.non_ema.*"]
 
 
 def lora_path(path: Path) -> Path:
-    """Return a path; if it names a LoRA on the hub, the path of the fetched file.  UserError if there is none."""
+    """Return a local path unchanged; for a LoRA on the hub, the path of the fetched file.  UserError if none exists."""
     if not (found := hub_name(path)):
         return path
     from huggingface_hub import hf_hub_download
@@ -28,18 +28,18 @@ def lora_path(path: Path) -> Path:
         if PurePosixPath(name).name == PEFT_FILE:  # its scale is in the config
             hf_hub_download(repo, str(PurePosixPath(name).with_name(PEFT_CONFIG)))
         return Path(hf_hub_download(repo, name))
-    except Exception as error:  # of any kind: no network, no such file, no permission
+    except Exception as error:  # no network, no such file, no permission, …
         raise UserError(f"LoRA {path}: {_nothing(first_line(error))}") from error
 
 
 def base_path(path: Path, revision: str | None = None, variant: str | None = None) -> Path:
-    """Return a path; if it names a base on the hub, the path of the fetched folder.  UserError if there is none.
+    """Return a local path unchanged; for a base on the hub, the path of the fetched folder.  UserError if none exists.
 
-    What is fetched is the newest revision unless one is named, and of the weights one variant.
+    Fetches the newest revision unless one is named, and one variant of the weights.
     """
     if not (found := hub_name(path)) or found[1]:
         if revision:
-            raise UserError(f"--revision {revision}: {path} is on this machine; only a base on the hub has revisions")
+            raise UserError(f"--revision {revision}: {path} is a local file; only a base on the hub has revisions")
         return path
     from huggingface_hub import snapshot_download
 
@@ -54,16 +54,16 @@ def base_path(path: Path, revision: str | None = None, variant: str | None = Non
 
 
 def variant_of(path: Path) -> str:
-    """Return "fp16" of model.fp16.safetensors, also in parts, model.fp16-00001-of-00002.safetensors; "" of others."""
+    """Return "fp16" for model.fp16.safetensors and its shards, model.fp16-00001-of-00002.safetensors; else ""."""
     return re.sub(r"-\d+-of-\d+", "", ".".join(path.name.split(".")[1:-1]))
 
 
 def _nothing(reason: str) -> str:
-    return f"there is no such file or folder, and none of that name on the hub that can be reached ({reason})"
+    return f"there is no such file or folder, and the hub has none that can be reached ({reason})"
 
 
 def _names_in(repo: str) -> list[str]:
-    """Return the names of the files of a repository; without a network, those that were fetched before."""
+    """Return the names of a repository's files; without a network, those fetched before."""
     from huggingface_hub import HfApi, snapshot_download
 
     try:
@@ -77,12 +77,12 @@ def _names_in(repo: str) -> list[str]:
 
 
 def _chosen(repo: str, names: list[str]) -> str:
-    """Return the name of the LoRA file of a repository; UserError if there is none, or no obvious one."""
+    """Return the name of a repository's LoRA file; UserError if there is none, or no obvious one."""
     weights = [n for n in names if n.endswith(".safetensors") and not any(word in n for word in NO_WEIGHTS)]
     chosen = weights if len(weights) == 1 else [name for name in weights if name.endswith(FILE_NAME)]
     if len(chosen) != 1:
         if not weights:
             raise UserError(f"LoRA {repo}: it has no .safetensors file of a LoRA")
         example = f"{repo}/{sorted(weights)[0]}"
-        raise UserError(f"LoRA {repo}: it has {len(weights)} .safetensors files; name one of them, as {example}")
+        raise UserError(f"LoRA {repo}: it has {len(weights)} .safetensors files; name one, for example {example}")
     return chosen[0]

@@ -1,7 +1,7 @@
-"""A base on disk: its files, and where in them the weight of each module lies.
+"""A base on disk: its files, and where they hold the weight of each module.
 
-Two layouts: a diffusers folder, with a sub-folder for each component, and the single file in which
-Stable Diffusion was published ("original").
+There are two layouts: a diffusers folder, with a sub-folder for each component, and the single file in which Stable
+Diffusion was published ("original").
 """
 
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ from .tensors import PICKLES, Entry, TensorFile, write_whole
 
 @dataclass(frozen=True)
 class Place:
-    """Where the weight of a module lies: rows `first_row` and on of a tensor of a file of a checkpoint."""
+    """Where a module's weight is: the rows from `first_row` on of a tensor in one of a checkpoint's files."""
 
     file: Path  # relative to the checkpoint
     key: str
@@ -28,9 +28,9 @@ class Place:
 
 
 class Checkpoint:
-    """A base on disk: its weight files, all its other files, and where the weight of each module lies.
+    """A base on disk: its weight files, all its other files, and the place of each module's weight.
 
-    `revision` is one of a hub id.  Of the weights in a folder, only those of `variant` are seen, if it is given.
+    `revision` belongs to a hub id.  If `variant` is given, only a folder's weights of that variant are used.
     Raises UserError if there is no Stable Diffusion in safetensors files at `path`.
     """
 
@@ -39,7 +39,7 @@ class Checkpoint:
         self.variant = variant
         self.files: dict[Path, TensorFile] = {}  # by path relative to `path`
         self.others: list[Path] = []
-        self.left_out: list[Path] = []  # weights in other formats, into which nothing is merged
+        self.left_out: list[Path] = []  # weights in other formats, which merging cannot change
         self.places: dict[str, list[Place]] = {}
         if path.is_dir():
             self._look_through_folder()
@@ -47,7 +47,7 @@ class Checkpoint:
             self.files[Path()] = TensorFile(path)
             self._find_original_places()
         else:
-            what = f"folder, as one with the variant {variant} is" if variant else "file or folder"
+            what = f"folder, which the variant {variant} needs" if variant else "file or folder"
             raise UserError(f"{path}: there is no such {what}")
         if not self.places:
             raise UserError(
@@ -71,18 +71,18 @@ class Checkpoint:
         return {name: places[0].shape for name, places in self.places.items()}
 
     def weight(self, name: str) -> np.ndarray:
-        """Return the weight of a module, in float32 or, if it is stored so, in float64."""
+        """Return the weight of a module, in float32, or in float64 if it is stored in float64."""
         place = self._place_of(name)
         stored = self.files[place.file].read(place.key)
         return widen(stored.T if place.transposed else stored[place.first_row : place.first_row + place.shape[0]])
 
     def type_of(self, name: str) -> str:
-        """Return the type that the weight of a module is stored in, as safetensors files call it."""
+        """Return the stored type of a module's weight, under safetensors' name."""
         place = self._place_of(name)
         return self.files[place.file].entries[place.key].dtype
 
     def _place_of(self, name: str) -> Place:
-        """Return, of several variants, that of the widest type, and not the one from before the moving average."""
+        """Return the variant of the widest type; of equal ones, not the one named non_ema."""
         return min(self.places[name], key=lambda p: (-self._width(p), "non_ema" in p.file.name))
 
     def _width(self, place: Place) -> int:
@@ -109,7 +109,7 @@ class Checkpoint:
                         self._add([full_name(component, key.removesuffix(".weight"))], path, key, entry)
 
     def _is_other(self, path: Path) -> bool:
-        """Whether weights are of another variant than the one that was asked for."""
+        """Whether weights belong to another variant than the requested one."""
         return bool(self.variant) and variant_of(path) != self.variant
 
     def _find_original_places(self) -> None:
@@ -123,12 +123,12 @@ class Checkpoint:
                 self._add([full_name(UNET, path)], Path(), key, entry)
 
     def _add(self, names: list[str], file: Path, key: str, entry: Entry) -> None:
-        """Note that a key holds the weights of some modules, one below the other."""
-        transposed = key.endswith(".text_projection")  # a parameter P of OpenCLIP, in x P; a layer's W is in x Wᵀ
+        """Record that a key holds the stacked weights of some modules."""
+        transposed = key.endswith(".text_projection")  # OpenCLIP computes x P with it; a layer computes x Wᵀ
         if not (key.endswith("weight") or transposed) or len(entry.shape) not in (2, 4):
             return
         if entry.dtype not in WEIGHTS or any(".embeddings." in name for name in names):
-            return  # tables of vectors, and integers: not a layer that can have a LoRA
+            return  # embeddings or integers, which cannot have a LoRA
         for number, name in enumerate(names):
             rows = entry.shape[0] // len(names)
             shape = entry.shape[::-1] if transposed else (rows, *entry.shape[1:])

@@ -1,12 +1,12 @@
-"""LoRA with LoRA: merge several into one, reduce the rank, extract one from two checkpoints.
+"""LoRAs as low-rank matrices: merge several into one, reduce the rank, extract one from two checkpoints.
 
 A sum of several ΔW is again a product of two thin matrices, with the factors side by side,
 
     s·B₁A₁ + t·B₂A₂ = [s·B₁  t·B₂] · [A₁; A₂]
 
-so merging is exact and the ranks add up.  The best approximation of a smaller rank has the largest singular values
-(Eckart and Young, 1936).  The large matrix is never formed for it: with B = Q R and
-Aᵀ = P S, B A = Q (R Sᵀ) Pᵀ, and only the small core R Sᵀ is decomposed.  All in float64.
+so merging is exact and the ranks add up.  The best approximation of a smaller rank keeps the largest singular values
+(Eckart and Young, 1936).  The large matrix is never formed: with B = Q R and Aᵀ = P S, B A = Q (R Sᵀ) Pᵀ, and only the
+small core R Sᵀ is decomposed.  All computations are in float64.
 """
 
 import math
@@ -24,12 +24,12 @@ from .read import Change, LoRA
 
 @dataclass
 class Reduction:
-    """What a reduction lost: ‖ΔW − ΔW′‖ and ‖ΔW‖ by module."""
+    """The error of a reduction: ‖ΔW − ΔW′‖ and ‖ΔW‖ by module."""
 
     lost: dict[str, float] = field(default_factory=dict)
     size: dict[str, float] = field(default_factory=dict)
     ranks: dict[str, int] = field(default_factory=dict)
-    at: dict[int, float] = field(default_factory=dict)  # Σ‖ΔW − ΔW′‖² of all modules, if they had these ranks
+    at: dict[int, float] = field(default_factory=dict)  # Σ‖ΔW − ΔW′‖² over all modules, at each of some ranks
 
     def __str__(self) -> str:
         lines = [
@@ -45,9 +45,9 @@ class Reduction:
 
 
 def combine(loras: Sequence[tuple[LoRA, float]], blocks: Mapping[str, float] = {}) -> LoRA:
-    """Return Σ sᵢ · ΔWᵢ as one LoRA, exactly; its rank in each module is the sum of their ranks.
+    """Return Σ sᵢ · ΔWᵢ as one LoRA, exactly; its rank in each module is the sum of the ranks.
 
-    `blocks` are factors on the strengths, as `block_factors` takes them.  Raises UserError if two LoRAs have a ΔW of
+    `blocks` are factors on the strengths, as `block_factors` takes them.  Raises UserError if two LoRAs have ΔW of
     different shapes for a module.
     """
     factors = block_factors([name for lora, _ in loras for name in lora.changes], blocks)
@@ -73,12 +73,12 @@ def combine(loras: Sequence[tuple[LoRA, float]], blocks: Mapping[str, float] = {
 
 
 def _widest(types: Sequence[str]) -> str:
-    """Return the narrowest type up to F32 that holds all numbers of some types."""
+    """Return a type up to F32 for numbers of several types: their own if they agree, else F32."""
     return types[0] if len(set(types)) == 1 and types[0] != "F64" else "F32"
 
 
 def of_type(lora: LoRA, name: str) -> LoRA:
-    """Return a LoRA whose numbers are written in the type of that name."""
+    """Return the LoRA, to be written in the type of that name."""
     return replace(lora, changes={n: replace(change, stored=(name, name)) for n, change in lora.changes.items()})
 
 
@@ -98,15 +98,15 @@ def reduce(lora: LoRA, rank: int | None, energy: float | None) -> tuple[LoRA, Re
 def extract(
     one: Checkpoint, two: Checkpoint, rank: int | None, energy: float | None
 ) -> tuple[LoRA, Reduction, list[str]]:
-    """Return the best LoRA from one checkpoint to another, what it misses, and notes on what no LoRA can hold.
+    """Return the best LoRA from one checkpoint to another, its error, and notes on what no LoRA can hold.
 
-    Raises UserError for checkpoints whose modules are not the same.
+    Raises UserError if the checkpoints' modules differ.
     """
     shapes, others = one.modules, two.modules
     different = [n for n in shapes | others if shapes.get(n) != others.get(n)]
     last = last_layer(shapes | others)
     if any(not n.startswith(last) or (n in shapes and n in others) for n in different):
-        raise UserError(f"{one.path} and {two.path} differ in {len(different)} modules, as {different[0]}")
+        raise UserError(f"{one.path} and {two.path} differ in {len(different)} modules, for example {different[0]}")
     changes: dict[str, Change] = {}
     report, equal = Reduction(), 0
     rounded: dict[str, list[str]] = {}  # by types
@@ -123,8 +123,8 @@ def extract(
         if _is_rounding(weight, tuned, *kinds):
             rounded.setdefault(" and ".join(kinds), []).append(name)
             continue
-        # The singular vectors of the shorter side, from the square of the matrix: in float64 that
-        # loses nothing that float32 weights hold.
+        # The singular vectors of the shorter side come from the matrix times its transpose: in float64 this is exact
+        # enough for float32 weights.
         wide = difference.shape[0] <= difference.shape[1]
         matrix = difference if wide else difference.T
         squares, vectors = np.linalg.eigh(matrix @ matrix.T)  # rising
@@ -135,21 +135,21 @@ def extract(
         _note(report, name, values, changes[name].rank)
     notes = [f"{equal} modules are the same in both"] if equal else []
     for types, names in rounded.items():
-        notes.append(f"{len(names)} modules are left out, as {names[0]}: they differ by the rounding to {types} only")
+        notes.append(f"left out {len(names)} modules that differ only by rounding to {types}, for example {names[0]}")
     if different:
-        notes.append(f"{last.removesuffix('.')} is in one of the two only: Stable Diffusion 2 does without it")
+        notes.append(f"{last.removesuffix('.')} is in only one of the two: Stable Diffusion 2 does not use it")
     if one.files.keys() != two.files.keys():
-        notes.append("other tensors (norms, biases, embeddings) were not compared: the files are not the same")
+        notes.append("other tensors (norms, biases, embeddings) were not compared: the files have different names")
     elif count := sum(1 for _ in _others_that_differ(one, two)):
         notes.append(f"{count} other tensors differ (norms, biases, embeddings); no LoRA can hold them")
     if not changes:
-        but = ", but for rounding" if rounded else ""
+        but = " up to rounding" if rounded else ""
         raise UserError(f"{one.path} and {two.path} have the same weights{but}; there is no LoRA between them")
     return LoRA(changes), report, notes
 
 
 def _split(left, values, right, kernel, rank: int | None, energy: float | None) -> Change:
-    """Return the largest singular values and their vectors as A and B, in float32, of equal size."""
+    """Return the largest singular values and their vectors as A and B, of equal norm, in float32."""
     kept = rank
     if energy is not None:
         squares = np.cumsum(values**2)
@@ -171,7 +171,7 @@ def _note(report: Reduction, name: str, values: np.ndarray, kept: int) -> None:
 
 
 def _others_that_differ(one: Checkpoint, two: Checkpoint) -> Iterator[str]:
-    """Yield the keys of the tensors that are not the weight of a module and differ."""
+    """Yield the keys of differing tensors that are not the weight of a module."""
     known = {(place.file, place.key) for places in one.places.values() for place in places}
     files = {place.file for places in one.places.values() for place in places}
     for path in files:
@@ -189,7 +189,7 @@ def _others_that_differ(one: Checkpoint, two: Checkpoint) -> Iterator[str]:
 
 
 def _is_rounding(one: np.ndarray, two: np.ndarray, kind: str, other: str) -> bool:
-    """Whether two arrays may be the same numbers rounded to two types; to one type that would give equal ones."""
+    """Whether two arrays may be the same numbers rounded to two types (with one type they would be equal)."""
     if kind == other or one.shape != two.shape:
         return False
     larger = np.maximum(np.abs(one), np.abs(two))

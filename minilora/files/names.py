@@ -6,12 +6,12 @@
     kohya for SDXL    lora_unet_input_blocks_1_1_transformer_blocks_0_attn1_to_q
     ComfyUI           diffusion_model.input_blocks.1.1.transformer_blocks.0.attn1.to_q
 
-A full name is a component, "unet", "text_encoder" or "text_encoder_2", and the path of a module in it, as in diffusers
+A full name is a component ("unet", "text_encoder" or "text_encoder_2") and the path of a module in it, as in diffusers
 and CLIP.  (transformers 5.6 dropped "text_model." from the paths in CLIP; files still have it.)  Names are not parsed,
 because an underscore may stand for a dot or for itself.  Instead, all names of each module of a base are listed, and a
-name in a file is looked up.
+name from a file is looked up.
 
-"Original" is the layout of the single files that Stable Diffusion was published in.
+"Original" is the layout of the single files in which Stable Diffusion was published.
 """
 
 import re
@@ -96,14 +96,14 @@ def _unet_pairs(blocks: int, layers: int) -> list[tuple[str, str]]:
             place = f"output_blocks.{i * (layers + 1) + j}"
             resnets.append((f"up_blocks.{i}.resnets.{j}", f"{place}.0"))
             pairs.append((f"up_blocks.{i}.attentions.{j}", f"{place}.1"))
-        for k in (1, 2):  # behind an attention, if the block has any
+        for k in (1, 2):  # after an attention, if the block has one
             sampler = f"output_blocks.{i * (layers + 1) + layers}.{k}.conv"
             pairs.append((f"up_blocks.{i}.upsamplers.0.conv", sampler))
     return pairs + [(f"{ours}.{a}", f"{theirs}.{b}") for ours, theirs in resnets for a, b in _RESNET.items()]
 
 
 def _renamed(path: str, renaming: Mapping[str, str]) -> str | None:
-    """Return a path with its longest known beginning renamed; None if none is known."""
+    """Return a path with its longest known prefix renamed; None if none is known."""
     parts = path.split(".")
     for length in range(len(parts), 0, -1):
         if found := renaming.get(".".join(parts[:length])):
@@ -135,14 +135,14 @@ def diffusers_unet_paths(originals: Iterable[str]) -> dict[str, str]:
     return {path: ours for path in originals if (ours := _renamed(path, renaming))}
 
 
-# That of Stable Diffusion 1, 2 and XL, which have two layers in a block.  (XL has a block less.)
+# The renaming for Stable Diffusion 1, 2 and XL, which have two layers per block.  (XL has one block less.)
 _USUAL = {theirs: ours for ours, theirs in _unet_pairs(4, 2)}
 
 
 def full_name_of_dotted(name: str) -> str | None:
-    """Return the full name of a module by a dotted name of ComfyUI or OneTrainer; None if it is none.
+    """Return the full name for a dotted name of ComfyUI or OneTrainer; None if it is not one.
 
-    Such a name is enough without a base, because the bases that these programs know have blocks of two layers.
+    No base is needed, because all bases that these programs support have blocks of two layers.
     """
     for component, clips in _COMFY.items():
         for clip in clips:
@@ -171,10 +171,10 @@ _OPENCLIP = {
 
 
 def modules_of_original(key: str) -> list[str]:
-    """Return the full names of the text-encoder modules whose weights a single file keeps under a key.
+    """Return the full names of the text-encoder modules whose weights a single file holds under a key.
 
-    The weights of several modules are stacked, with an equal number of rows each; OpenCLIP's "text_projection" is
-    transposed.  The list is empty if the key is not a weight of a text encoder.
+    Several modules are stacked, with an equal number of rows each; OpenCLIP's "text_projection" is transposed.  The
+    list is empty if the key is not a text encoder's weight.
     """
     for prefix, component, layout in _ORIGINAL_TEXT_ENCODERS:
         if not key.startswith(prefix):
@@ -182,7 +182,7 @@ def modules_of_original(key: str) -> list[str]:
         path = key.removeprefix(prefix)
         if layout == "clip":
             return [full_name(component, path.removesuffix(".weight"))] if path.endswith(".weight") else []
-        if path == "text_projection" and component == TEXT_ENCODER_2:  # which the encoder of 2 does without
+        if path == "text_projection" and component == TEXT_ENCODER_2:  # Stable Diffusion 2's encoder does not use it
             return [f"{component}.text_projection"]
         match = re.fullmatch(r"transformer\.resblocks\.(\d+)\.(.+?)[._]weight", path)
         leaves = _OPENCLIP.get(match[2], ()) if match else ()
@@ -194,8 +194,8 @@ def modules_of_original(key: str) -> list[str]:
 
 
 _KOHYA = {UNET: ("lora_unet",), TEXT_ENCODER: ("lora_te", "lora_te1"), TEXT_ENCODER_2: ("lora_te2",)}
-# ComfyUI's and OneTrainer's names end as those of the parts in the original layout do: OpenCLIP's H is in Stable
-# Diffusion 2, CLIP's L and OpenCLIP's G are in XL.
+# ComfyUI's and OneTrainer's names for text encoders: OpenCLIP's H is in Stable Diffusion 2, CLIP's L and OpenCLIP's G
+# are in XL.
 _COMFY = {TEXT_ENCODER: ("clip_l", "clip_h"), TEXT_ENCODER_2: ("clip_g",)}
 
 
@@ -227,7 +227,7 @@ def older_paths(path: str) -> list[str]:
 
 
 def known_by(modules: Iterable[str]) -> dict[str, set[str]]:
-    """Return every name that the modules are known by in LoRA files, each with the full names it may mean."""
+    """Return every name that LoRA files use for the modules, each with the full names it may mean."""
     modules = list(modules)
     originals = original_unet_paths(path for component, path in map(split, modules) if component == UNET)
     result: dict[str, set[str]] = {}
@@ -244,7 +244,7 @@ def known_by(modules: Iterable[str]) -> dict[str, set[str]]:
         else:
             prefixes = [f"text_encoders.{clip}.transformer." for clip in _COMFY.get(component, ())]
         names |= {f"{prefix}{originals.get(path, path)}" for prefix in prefixes}
-        for prefix in (*_KOHYA.get(component, ()), "lycoris"):  # LyCORIS' own, which says nothing of the component
+        for prefix in (*_KOHYA.get(component, ()), "lycoris"):  # LyCORIS' own does not name the component
             names |= {f"{prefix}_{p.replace('.', '_')}" for p in paths}
         for each in names:
             result.setdefault(each, set()).add(name)
@@ -252,7 +252,7 @@ def known_by(modules: Iterable[str]) -> dict[str, set[str]]:
 
 
 def last_layer(modules: Iterable[str]) -> str:
-    """Return what the names of all modules of the last layer of the text encoder begin with."""
+    """Return the common prefix of the modules in the text encoder's last layer."""
     layers = f"{TEXT_ENCODER}.text_model.encoder.layers."
     numbers = (name.removeprefix(layers).split(".")[0] for name in modules if name.startswith(layers))
     return f"{layers}{max(map(int, numbers), default=0)}."
@@ -262,7 +262,7 @@ def last_layer(modules: Iterable[str]) -> str:
 
 
 _IN_ATTENTION = [f"attn{n}.to_{leaf}" for n in (1, 2) for leaf in ("q", "k", "v", "out.0")]
-# The layers below a module of each class, in the order in which a model lists its modules.
+# The layers in a module of each class, in the order in which a model lists its modules.
 _LEAVES = {
     "CrossAttention": _IN_ATTENTION,
     "Attention": _IN_ATTENTION,
@@ -272,7 +272,7 @@ _LEAVES = {
 
 
 def numbered(modules: Iterable[str], component: str, classes: Iterable[str]) -> list[list[str]]:
-    """Return the modules below the given classes, once in each order that they may be counted in.
+    """Return the modules in the given classes, once in each possible order of counting.
 
     Raises KeyError for a class whose modules are not known.
     """
@@ -288,7 +288,7 @@ def numbered(modules: Iterable[str], component: str, classes: Iterable[str]) -> 
         return ("down", "up", "mid").index(block[1]) if block else 0, numbers
 
     orders = []
-    for order in (attn1 + attn2 + ff, attn1 + ff + attn2):  # of today, and of diffusers before 0.12
+    for order in (attn1 + attn2 + ff, attn1 + ff + attn2):  # diffusers' today, and that before 0.12
         owners: dict[str, dict[str, str]] = {}
         for name in modules:
             for leaf in order:

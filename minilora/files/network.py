@@ -41,10 +41,9 @@ def live_modules(target) -> dict[str, tuple[str, str, tuple[int, ...]]]:
 def save_lora(target, path: str | Path, name: str = "default", dialect: str = "diffusers") -> int:
     """Write the LoRA called `name` of a module or a diffusers pipeline; the same LoRA gives the same bytes.
 
-    Returns how many of the bytes are zeros, which make several ranks equal (docs/merging.md).
-
-    `dialect` is "diffusers", "kohya" (for A1111, ComfyUI and kohya's tools) or "peft" (`path` is then a
-    folder).  The scale alpha / rank is folded into B, because not every program reads it from elsewhere.
+    `dialect` is "diffusers", "kohya" (for A1111, ComfyUI and kohya's tools) or "peft" (`path` is then a folder).  The
+    scale alpha / rank is folded into B, because not every program reads it.  Returns the number of bytes that pad
+    several ranks with zeros (docs/merging.md).
     """
     live, modules = live_modules(target), components(target)
     changes = {}
@@ -63,11 +62,11 @@ def save_lora(target, path: str | Path, name: str = "default", dialect: str = "d
 def load_lora(
     target, path: str | Path, name: str = "default", strength: float = 1.0, allow_unmatched: bool = False
 ) -> Report:
-    """Put the LoRA of a file into a module or a diffusers pipeline under a name, in place, and report on it.
+    """Load a LoRA file into a module or a diffusers pipeline under a name, in place, and report on it.
 
-    `path` is a file or folder of any dialect.  Learnt words that it brings are taught to a pipeline's tokenizers, for
-    good.  Raises UserError, with nothing changed, if it is not a LoRA, has a shape that does not fit, unmatched
-    keys, or words that cannot be taught (unless `allow_unmatched`).
+    `path` is a file or folder of any dialect.  Its learnt words are added to a pipeline's tokenizers permanently.
+    Raises UserError, with nothing changed, if it is not a LoRA or has a shape that does not fit; unless
+    `allow_unmatched`, also for unmatched keys and for words that cannot be added.
     """
     shapes = {full: shape for full, (_, _, shape) in live_modules(target).items()}
     where, with_words = " and ".join(components(target)), hasattr(target, "load_textual_inversion")
@@ -89,8 +88,8 @@ def load_lora(
 def attach_lora(target, lora: LoRA, name: str, strength: float, path: str | Path) -> list[Folded]:
     """Put a LoRA that was read from `path` into a module or a diffusers pipeline; return its effect on each part.
 
-    Modules of the LoRA that `target` does not have are left out.  Raises UserError, with nothing changed, if the name
-    is in use or a module cannot have a LoRA.
+    Modules that `target` does not have are left out.  Raises UserError, with nothing changed, if the name is in use or
+    a module cannot have a LoRA.
     """
     live, modules = live_modules(target), components(target)
     done: list[Folded] = []
@@ -119,21 +118,21 @@ def attach_lora(target, lora: LoRA, name: str, strength: float, path: str | Path
 
 
 def _readers(pipeline, word: Word) -> tuple:
-    """Return the tokenizer and the text encoder of a pipeline that a word is for; None for each that it lacks."""
+    """Return a pipeline's tokenizer and text encoder for a word; None for each that is missing."""
     tokenizer = word.component.replace("text_encoder", "tokenizer")
     return getattr(pipeline, tokenizer, None), getattr(pipeline, word.component, None)
 
 
 def _no_word_for(target, word: Word) -> str | None:
-    """Return why a pipeline cannot be taught a word, if it cannot."""
+    """Return why a word cannot be added to a pipeline, or None if it can."""
     tokenizer, encoder = _readers(target, word)
     if tokenizer is None or encoder is None:
-        return f"its word {word.text!r} is for a {word.component}, which is not here"
+        return f"its word {word.text!r} is for a {word.component}, which this base lacks"
     width = encoder.get_input_embeddings().weight.shape[1]
     if word.vectors.shape[1] != width:
         return f"its word {word.text!r} has vectors of {word.vectors.shape[1]} numbers, and {word.component} of {width}"
     if word.text in tokenizer.get_vocab():
-        return f"its word {word.text!r} is in the vocabulary of {word.component} already"
+        return f"its word {word.text!r} is already in the vocabulary of {word.component}"
     return None
 
 
@@ -151,9 +150,9 @@ def lora_state_dict(module: nn.Module, name: str = "default") -> dict[str, torch
 
 @torch.no_grad()
 def load_lora_state_dict(module: nn.Module, state: Mapping[str, torch.Tensor], name: str = "default") -> None:
-    """Copy tensors named as by `lora_state_dict` into the LoRA called `name`, in place.
+    """Copy tensors, named as in `lora_state_dict`, into the LoRA called `name`, in place.
 
-    Raises ValueError, with nothing changed, naming every missing key, unknown key and wrong shape.
+    Raises ValueError, with nothing changed, that names every missing key, unknown key and wrong shape.
     """
     own = lora_state_dict(module, name)
     problems = [f"{key} is missing" for key in own if key not in state]

@@ -9,13 +9,13 @@ A floating-point number is a sign, an exponent and a fraction:
     F8_E5M2    1 +  5 +  2     the upper half of an F16
     F8_E4M3    1 +  4 +  3     up to 448; it has no infinity, and one NaN
 
-`widen` converts numbers to float32 or float64, exactly.  `narrow` rounds them once to the nearest number of a type; of
-two equally near ones it takes the one whose last bit is 0, as IEEE 754 and torch do.  A number that is too large
-becomes infinite, or in F8_E4M3 the largest number.
+`widen` converts numbers to float32 or float64, exactly.  `narrow` rounds them once to the nearest number of a type;
+ties go to the number whose last bit is 0, as in IEEE 754 and torch.  A number that is too large becomes infinite, or in
+F8_E4M3 the largest number.
 
 Bits are moved by hand where numpy's own casts take several times as long.
 
-An array of a type that numpy lacks is an array of records with a single field, whose name is the type.
+An array of a type that numpy lacks is an array of records with a single field, named after the type.
 Sources: IEEE 754-2019; Micikevicius et al., "FP8 formats for deep learning", 2022.
 """
 
@@ -49,14 +49,14 @@ _LOWEST = {
     "BF16": -126,
     "F8_E4M3": -6,
     "F8_E5M2": -14,
-}  # exponent of full digits
+}  # smallest exponent of a normal number
 
 
 _kept = threading.local()
 
 
 def scratch(name: str, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    """Return an array in memory that this thread uses again: fresh pages would cost as much time as the sums."""
+    """Return an array in memory that this thread reuses: allocating pages would take as long as the sums."""
     size = math.prod(shape) * dtype.itemsize
     if len(getattr(_kept, name, b"")) < size:
         setattr(_kept, name, np.empty(size, np.uint8))
@@ -64,9 +64,9 @@ def scratch(name: str, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
 
 
 def widen(stored: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
-    """Return floating-point numbers as float32, those of F64 as float64, exactly; into `out` if it is given.
+    """Return floating-point numbers as float32, F64 as float64, exactly; in `out` if it is given.
 
-    `out` may be of a wider type.  Without it, what is wide already is returned as it is, not copied.
+    `out` may have a wider type.  Without it, float32 and float64 arrays are returned as they are, not copied.
     """
     if out is None and stored.dtype in (np.float32, np.float64):
         return stored
@@ -101,13 +101,13 @@ def narrow(wide: np.ndarray, name: str) -> np.ndarray:
 
 
 def rounding_error(numbers: np.ndarray, name: str) -> np.ndarray:
-    """Return by how much rounding to the type of that name changes each number at most: half its last place."""
+    """Return the largest error of rounding each number to the type of that name: half its last place."""
     sizes = np.maximum(np.abs(numbers), 2.0 ** _LOWEST[name])
     return np.ldexp(EPSILON[name] / 2, np.frexp(sizes)[1] - 1)
 
 
 def _from_f16(stored: np.ndarray, out: np.ndarray) -> None:
-    """Move the bits to their places in float32, and multiply by 2^(127 - 15), which the exponents then lack."""
+    """Move the bits to their places in float32, and multiply by 2^(127 - 15) to correct the exponents."""
     exponents = np.bitwise_and(
         stored.view(np.int16), 0x7C00, out=scratch("exponents", stored.shape, np.dtype(np.int16))
     )
@@ -115,12 +115,12 @@ def _from_f16(stored: np.ndarray, out: np.ndarray) -> None:
         out[...] = stored
         return
     bits = np.left_shift(stored.view(np.int16), 13, out=out.view(np.int32), dtype=np.int32)
-    bits &= np.int32(-0x70002000)  # the sign, which was an int16's and came along three times more, once
+    bits &= np.int32(-0x70002000)  # keeps one of the four copies of the sign that widening an int16 makes
     out *= np.float32(2.0**112)
 
 
 def _to_f16(wide: np.ndarray) -> np.ndarray:
-    """Round each number to a whole number of last places, and put that beside its exponent.
+    """Round each number to a whole number of last places, and store that with its exponent.
 
     A float16 of 2^e ≤ |x| < 2^(e + 1) is a whole number n of 2^(e − 10), stored as n + (e + 14) · 2^10; below
     2^-14 the last place stays that of e = −14.  In float32 the last place of 2^(e + 13) is the same 2^(e − 10), so
@@ -135,11 +135,11 @@ def _to_f16(wide: np.ndarray) -> np.ndarray:
     np.clip(power, np.float32(2.0**-14), np.float32(2.0**15), out=power)
     power *= np.float32(2.0**13)
     size += power
-    bits, exponent = size.view(np.int32), power.view(np.int32)  # n + (e + 140) · 2^23, and the latter alone
+    bits, exponent = size.view(np.int32), power.view(np.int32)  # n + (e + 140) · 2^23, and (e + 140) · 2^23
     exponent >>= 13
     bits += exponent
-    result = bits.astype(np.int16)  # n + (e + 140) · 2^10, of which the lower half is kept
-    result += 2048  # -126 · 2^10, in the lower half
+    result = bits.astype(np.int16)  # the lower 16 bits of n + (e + 140) · 2^10
+    result += 2048  # -126 · 2^10, modulo 2^16
     np.right_shift(wide.view(np.int32), 16, out=bits)
     sign = scratch("sign", wide.shape, np.dtype(np.int16))
     np.copyto(sign, bits, casting="unsafe")
@@ -152,20 +152,20 @@ def _to_bf16(wide: np.ndarray) -> np.ndarray:
     """Round to the upper halves of float32 numbers: add half of the last place, and drop the lower half."""
     bits = (_to_odd(wide) if wide.dtype == np.float64 else wide).view(np.uint32)
     half = np.right_shift(bits, 16, out=scratch("half", bits.shape, bits.dtype))
-    half &= 1  # just under half of the last place for an even number, half for an odd one
+    half &= 1  # so that ties go to even: just under half of the last place for even numbers, half for odd ones
     half += 0x7FFF
     half += bits
     half >>= 16
     result = half.astype(np.uint16)
-    result[np.isnan(wide)] = 0x7FC0  # the sum may have run over into another number
+    result[np.isnan(wide)] = 0x7FC0  # for a NaN the sum may have overflowed
     return result.view(BF16)
 
 
 def _to_odd(wide: np.ndarray) -> np.ndarray:
     """Return float64 numbers as float32; an inexact one becomes the neighbour whose last bit is 1.
 
-    So a number near the middle between two BF16 numbers does not land on the middle, and rounding the result equals
-    rounding the number once (Boldo and Melquiond, 2008).
+    So a number near the midpoint of two BF16 numbers does not land on it, and rounding the result equals rounding the
+    number once (Boldo and Melquiond, 2008).
     """
     with np.errstate(over="ignore"):
         near = wide.astype(np.float32)
@@ -176,10 +176,10 @@ def _to_odd(wide: np.ndarray) -> np.ndarray:
 
 
 def _steps(exponent: int, fraction: int, finite: int) -> np.ndarray:
-    """Return the values of the 128 positive bit patterns, in float64; the first `finite` are numbers."""
+    """Return the values of the 128 positive bit patterns, in float64; the first `finite` are finite."""
     bits = np.arange(128)
     power, rest = bits >> fraction, bits & (2**fraction - 1)
-    implied = np.where(power > 0, 2**fraction, 0)  # the 1 before the point, which only subnormal numbers lack
+    implied = np.where(power > 0, 2**fraction, 0)  # the leading 1, which subnormal numbers lack
     values = np.ldexp((implied + rest).astype(np.float64), np.maximum(power, 1) - 2 ** (exponent - 1) + 1 - fraction)
     values[finite:] = np.nan
     return values
@@ -190,13 +190,13 @@ _STEPS[F8_E5M2][124] = np.inf
 
 
 def _to_float8(wide: np.ndarray, dtype: np.dtype) -> np.ndarray:
-    """Round each number by a search among the middles between neighbouring numbers of the type."""
+    """Round each number by searching the midpoints between neighbouring numbers of the type."""
     steps = _STEPS[dtype][np.isfinite(_STEPS[dtype])]
     if dtype == F8_E5M2:
-        steps = np.append(steps, 2 * steps[-1] - steps[-2])  # where infinity stands among them
+        steps = np.append(steps, 2 * steps[-1] - steps[-2])  # the place of infinity
     middles = (steps[1:] + steps[:-1]) / 2
     size = np.abs(wide)
-    below, above = (np.searchsorted(middles, size, side) for side in ("left", "right"))  # apart on a middle only
+    below, above = (np.searchsorted(middles, size, side) for side in ("left", "right"))  # equal except at midpoints
     bits = np.where(below % 2, above, below).astype(np.uint8)
     bits[np.isnan(wide)] = 0x7F
     return (bits | np.signbit(wide).astype(np.uint8) << 7).view(dtype)

@@ -8,14 +8,14 @@ The dialects differ in names, and in where the scale is:
 
     diffusers      unet.….to_q.lora_A.weight, .lora_B.weight; or .lora.down, .lora.up, and older spellings;
                    no scale, or one in the header's lora_adapter_metadata
-    kohya          lora_unet_…_to_q.lora_down.weight, .lora_up.weight and .alpha, the scale being alpha / rank
-    ComfyUI        diffusion_model.input_blocks.….to_q and kohya's or PEFT's endings; OneTrainer's likewise
+    kohya          lora_unet_…_to_q.lora_down.weight, .lora_up.weight and .alpha; the scale is alpha / rank
+    ComfyUI        diffusion_model.input_blocks.….to_q and kohya's or PEFT's endings; the same for OneTrainer
     LyCORIS        lycoris_…_to_q and kohya's endings
     PEFT           adapter_model.safetensors, and the scale in adapter_config.json beside it
     cloneofsimo    unet:7:down, unet:7:up, counted in the order of the modules; no scale
 
-Only LoRA is read; its relatives (LoHa, DoRA, …) are refused by their names.  Sources: the code that writes these files
-in diffusers 0.42, PEFT 0.21, kohya's sd-scripts 48d368f and cloneofsimo's lora d84074b.
+Only LoRA is read; its relatives (LoHa, DoRA, …) are refused by name.  Sources: the code that writes these files in
+diffusers 0.42, PEFT 0.21, kohya's sd-scripts 48d368f and cloneofsimo's lora d84074b.
 """
 
 import math
@@ -61,7 +61,7 @@ class Change:
     """The ΔW of one module, scale · B A.
 
     `A` is (rank, in), or (rank, in, height, width) for a convolution; `B` is (out, rank).  Both are float32 or float64;
-    `stored` are their types in a file.
+    `stored` holds their types in the file.
     """
 
     A: np.ndarray
@@ -80,14 +80,14 @@ class Change:
         return (self.scale * product).reshape(len(self.B), *self.A.shape[1:])
 
     def norm(self) -> float:
-        """Return the root of the sum of ΔW's squares, without forming it: with Aᵀ = Q R, ‖B A‖ = ‖B Rᵀ‖."""
+        """Return ‖ΔW‖, the Frobenius norm, without forming ΔW: with Aᵀ = Q R, ‖B A‖ = ‖B Rᵀ‖."""
         r: Any = np.linalg.qr(self.A.reshape(self.rank, -1).T.astype(np.float64), mode="r")  # (rank, rank)
         return abs(self.scale) * float(np.linalg.norm(self.B.astype(np.float64) @ r.T))
 
 
 @dataclass(frozen=True)
 class Word:
-    """A word that was learnt with a LoRA (textual inversion): the vectors that stand for it in a text encoder."""
+    """A word that was learnt with a LoRA (textual inversion): its embedding vectors for a text encoder."""
 
     text: str
     component: str
@@ -96,9 +96,9 @@ class Word:
 
 @dataclass
 class LoRA:
-    """A LoRA: its ΔW by the modules' full names, and what its file says about it.
+    """A LoRA: its ΔW by the modules' full names, and its file's metadata.
 
-    `unmatched` names the file's keys that belong to no module of the base; some of them are of `words`.
+    `unmatched` are the file's keys without a module in the base; those of `words` are among them.
     """
 
     changes: dict[str, Change]
@@ -114,11 +114,11 @@ _DOWN = [".lora_A.weight", ".lora_A.default.weight", ".lora.down.weight", ".lora
 _DOWN += [".lora_linear_layer.down.weight", "_lora.down.weight", ".lora_A"]
 _UP = tuple(end.replace("lora_A", "lora_B").replace("down", "up") for end in _DOWN)
 _ENDINGS = [*((e, "A") for e in _DOWN), *((e, "B") for e in _UP), (".alpha", "alpha")]
-_ENDINGS.sort(key=lambda pair: -len(pair[0]))  # the longest first: they end alike
+_ENDINGS.sort(key=lambda pair: -len(pair[0]))  # the longest first: some are the end of others
 _COUNTED = re.compile(r"(unet|text_encoder):(\d+):(up|down)")
-# Repetitions of repetitions, or many of them: such a pattern in a stranger's file could take for ever to match.
+# Nested or many repetitions: such a pattern in a stranger's file could take forever to match.
 _SLOW = re.compile(r"\)[*+?{]|([*+{].*){4}", re.DOTALL)
-_RELATIVES = {  # patterns in the keys of files that are not LoRA
+_RELATIVES = {  # patterns in the keys of files that are not plain LoRA
     r"\.hada_": "LoHa",
     r"\.lokr_": "LoKr",
     r"\.oft_|\.oft_R|vera_lambda|boft": "OFT or VeRA",
@@ -130,7 +130,7 @@ _RELATIVES = {  # patterns in the keys of files that are not LoRA
     r"\.bias$|\.bias_(indices|values|size)$": "LoRA with a bias",
 }
 _BEFORE = r"(base_model\.model\.|transformer\.|(model\.)?diffusion_model\.|unet\.|lora_(unet|transformer)_|lycoris_)*"
-_OTHERS = {  # beginnings of names in networks other than Stable Diffusion 1, 2 and XL
+_OTHERS = {  # prefixes of names in networks other than Stable Diffusion 1, 2 and XL
     _BEFORE + r"(single_transformer_blocks|double_blocks|single_blocks)[._]\d": "Flux",
     _BEFORE + r"joint_blocks[._]\d": "Stable Diffusion 3",
     _BEFORE + r"(transformer_blocks|blocks|layers)[._]\d": "a diffusion transformer, as Stable Diffusion 3 is one",
@@ -142,12 +142,10 @@ _OTHERS = {  # beginnings of names in networks other than Stable Diffusion 1, 2 
 def read_lora(path: Path, modules: Modules | None = None) -> LoRA:
     """Read a LoRA file or folder of any dialect, for a base with the given modules.
 
-    `path` is a .safetensors file; a folder with pytorch_lora_weights.safetensors; or a PEFT adapter
-    folder, its file, or a folder with PEFT folders `unet`, `text_encoder` and so on in it; or it names one on
-    the Hugging Face hub (from_hub.py).  Without `modules` only
-    dialects that spell names out can be read.  Raises FormatError, naming the file and every key,
-    for what is no LoRA, is incomplete, or does not fit the base; unmatched keys
-    are left to the caller, in `unmatched`.
+    `path` is a .safetensors file, a folder with pytorch_lora_weights.safetensors, a PEFT adapter folder or its file, a
+    folder with PEFT folders `unet`, `text_encoder` and so on, or a hub id (from_hub.py).  Without `modules`, only
+    dialects that spell names out can be read.  Raises FormatError, naming the file and every key, for a file that is
+    not a LoRA, is incomplete, or does not fit the base.  Unmatched keys are returned in `unmatched`.
     """
     path = lora_path(path)
     if path.is_dir() and not (path / FILE_NAME).exists():
@@ -165,7 +163,7 @@ def read_lora(path: Path, modules: Modules | None = None) -> LoRA:
         component, module = split(name)
         config = configs.get(component, configs.get(""))
         if configs and config is None:
-            raise FormatError(f"{path}: its lora_adapter_metadata says nothing of {component}, as of {name}")
+            raise FormatError(f"{path}: its lora_adapter_metadata lacks {component}, which {name} needs")
         return _peft_scale(config, module, rank) if configs else 1.0
 
     words = _words_in(path, tensors, metadata)
@@ -186,7 +184,7 @@ def _read_tensors(path: Path) -> tuple[Tensors, dict[str, str]]:
         raise FormatError(f"{pickle}: {PICKLE_HELP}")
     try:
         file = TensorFile(path)
-        refuse_more_than_memory(file.numbers, 8)  # as they are stored, and in float32
+        refuse_more_than_memory(file.numbers, 8)  # bytes: as stored, and in float32
         return {key: file.read(key) for key in sorted(file.entries)}, file.metadata
     except (OSError, UserError) as error:
         reason = str(error).removeprefix(f"{path}: ")
@@ -212,14 +210,14 @@ def _words_in(path: Path, tensors: Tensors, metadata: dict[str, str]) -> dict[st
             component = TEXT_ENCODER_2 if part == "clip_g" else TEXT_ENCODER
             words[key] = Word(text, component, widen(tensor).reshape(-1, tensor.shape[-1]))
         else:
-            problems.append(f"{key}, {NAMES[tensor.dtype]} {tensor.shape}, holds no vectors of a word")
+            problems.append(f"{key}, {NAMES[tensor.dtype]} {tensor.shape}, holds no embedding vectors")
     if problems:
         raise FormatError(f"{path}: {some(problems)}")
     return words
 
 
 def _gather(path: Path, tensors: Tensors, modules: Modules | None, scale_of: Callable[[str, int], float]) -> LoRA:
-    """Collect A, B and alpha of each module; `scale_of(name, rank)` gives the scale of those without alpha."""
+    """Collect A, B and alpha of each module; `scale_of(name, rank)` gives the scale if alpha is missing."""
     known = known_by(modules) if modules is not None else None
     parts: dict[str, dict[str, tuple[str, np.ndarray]]] = {}  # module -> "A", "B", "alpha" -> key, tensor
     unmatched, problems = [], []
@@ -229,17 +227,17 @@ def _gather(path: Path, tensors: Tensors, modules: Modules | None, scale_of: Cal
             continue
         name, part = next(((key.removesuffix(e), part) for e, part in _ENDINGS if key.endswith(e)), (key, None))
         if part is None:
-            problems.append(f"{key} is no key of a LoRA")
+            problems.append(f"{key} is not a key of a LoRA")
             continue
         meant = _spelt_out(name) if known is None else known.get(name, set())
         if len(meant) > 1:
-            problems.append(f"{key} may mean any of {', '.join(sorted(meant))}; put it under its component's name")
+            problems.append(f"{key} may mean any of {', '.join(sorted(meant))}; put its component before its name")
         elif not meant:
             unmatched.append(key)
         else:
             [module] = meant
             if part in parts.setdefault(module, {}):
-                problems.append(f"{key} and {parts[module][part][0]} are the same part of {module}")
+                problems.append(f"{key} and {parts[module][part][0]} mean the same matrix of {module}")
             parts[module][part] = (key, tensor)
     changes = {}
     for module, found in parts.items():
@@ -257,27 +255,27 @@ def _gather(path: Path, tensors: Tensors, modules: Modules | None, scale_of: Cal
 
 
 def other_network(keys: Iterable[str]) -> tuple[str, str] | None:
-    """Return the network other than Stable Diffusion 1, 2 and XL that keys belong to, and such a key; mostly None."""
+    """Return the network that keys belong to if it is not Stable Diffusion 1, 2 or XL, and one such key; else None."""
     keys = list(keys)
-    for look, network in _OTHERS.items():  # in their order: the first ones say most
+    for look, network in _OTHERS.items():  # in this order: the most specific ones come first
         if key := next((key for key in keys if re.match(look, key)), None):
             return network, key
     return None
 
 
 def some(problems: Iterable[str], most: int = 5) -> str:
-    """Return the first problems in one line, and how many more there are."""
+    """Return the first problems in one line, and the number of the others."""
     problems = list(problems)
     more = f"; and {len(problems) - most} more" if len(problems) > most else ""
     return "; ".join(problems[:most]) + more
 
 
 def _change(found: dict, shape: tuple[int, ...] | None, problems: list[str], scale_of: Callable) -> Change | None:
-    """Return the ΔW of three tensors, or None after adding to `problems` what is wrong with them."""
+    """Return the ΔW of A, B and alpha, or None after adding what is wrong with them to `problems`."""
     for part in "AB":
         if part not in found:
             key = next(iter(found.values()))[0]
-            problems.append(f"{key} is alone: {'A, the down' if part == 'A' else 'B, the up'} matrix is missing")
+            problems.append(f"{key} is alone: {'A, the down' if part == 'A' else 'B, the up'} matrix, is missing")
             return None
     (key, a), (key_b, b) = found["A"], found["B"]
     shapes = f"{key} and its partner are {a.shape} and {b.shape}"
@@ -314,7 +312,7 @@ def _change(found: dict, shape: tuple[int, ...] | None, problems: list[str], sca
     if not (np.isfinite(a).all() and np.isfinite(b).all() and math.isfinite(scale)):
         problems.append(f"{key}, {key_b} or their scale {scale:g} holds numbers that are not finite")
         return None
-    # Zeros at the end have no effect; they make all ranks of a file equal (write.py).
+    # Zeros at the end have no effect; they pad all ranks of a file to the same (write.py).
     used = np.flatnonzero(a.reshape(len(a), -1).any(1) | b.any(0))
     rank = used[-1] + 1 if len(used) else 1
     return Change(a[:rank], b[:, :rank], scale, types)
@@ -323,7 +321,7 @@ def _change(found: dict, shape: tuple[int, ...] | None, problems: list[str], sca
 def _spelt_out(name: str) -> set[str]:
     """Return the full name that a key contains, for reading without a base to look it up in."""
     component, path = split(name)
-    if component in ("down_blocks", "mid_block", "up_blocks"):  # bare, but only a U-Net has them
+    if component in ("down_blocks", "mid_block", "up_blocks"):  # without a component, but only a U-Net has these
         component, path = UNET, name
     if original := full_name_of_dotted(name):
         return {original}
@@ -340,7 +338,7 @@ def _spelt_out(name: str) -> set[str]:
 def _configs_in(path: Path, metadata: dict[str, str]) -> dict[str, dict]:
     """Return PEFT's settings by component, as diffusers writes them into a header; empty if there are none.
 
-    Those of `save_lora_adapter` name no component, and go by "".
+    Those of `save_lora_adapter` name no component; their key is "".
     """
     if "lora_adapter_metadata" not in metadata:
         return {}
@@ -351,7 +349,7 @@ def _configs_in(path: Path, metadata: dict[str, str]) -> dict[str, dict]:
             component, name = split(key) if "." in key else ("", key)
             configs.setdefault(component, {})[name] = value
     except (ValueError, AttributeError) as error:
-        raise FormatError(f"{path}: its lora_adapter_metadata is no JSON object ({error})") from error
+        raise FormatError(f"{path}: its lora_adapter_metadata is not a JSON object ({error})") from error
     for component, config in configs.items():
         _check_peft(f"{path}, {component}", config)
     return configs
@@ -360,7 +358,7 @@ def _configs_in(path: Path, metadata: dict[str, str]) -> dict[str, dict]:
 def _check_peft(where: str, config: dict) -> None:
     """Refuse PEFT settings under which ΔW is not scale · B A."""
     if not isinstance(config, dict):
-        raise FormatError(f"{where}: its settings are no JSON object")
+        raise FormatError(f"{where}: its settings are not a JSON object")
     problems = [
         f"{name} is {config[name]!r}"
         for name in ("use_dora", "lora_bias", "modules_to_save", "fan_in_fan_out", "layer_replication", "use_qalora")
@@ -385,7 +383,7 @@ def _check_peft(where: str, config: dict) -> None:
         except (re.error, OverflowError, RecursionError) as error:
             problems.append(f"a pattern in alpha_pattern cannot be read ({error})")
         if _SLOW.search(pattern):
-            problems.append(f"alpha_pattern has {pattern!r}, which could take for ever to match")
+            problems.append(f"alpha_pattern has {pattern!r}, which could take forever to match")
     if problems:
         raise FormatError(f"{where}: {some(problems)}; only plain LoRA is read")
 
@@ -420,7 +418,7 @@ def _read_peft(folder: Path, modules: Modules | None) -> LoRA:
 
 
 def _component_of(folder: Path) -> str | None:
-    """Return the component that a PEFT folder is named after, if it is named so."""
+    """Return the component that a PEFT folder is named after, if any."""
     return folder.name if folder.name in COMPONENTS else None
 
 
@@ -443,9 +441,9 @@ def _read_peft_file(path: Path, tensors: Tensors, component: str | None, modules
 def _named_from_counted(
     path: Path, tensors: Tensors, metadata: dict[str, str], modules: Modules | None
 ) -> tuple[Tensors, list[str]]:
-    """Rename the tensors of a file that only counts its modules as diffusers does; return the unmatched keys, too."""
+    """Give the tensors of a file that numbers its modules diffusers' names; return the unmatched keys, too."""
     if modules is None:
-        raise FormatError(f"{path}: its modules are only counted; give the base that it was trained for")
+        raise FormatError(f"{path}: it numbers its modules without naming them; give the base it was trained for")
     named: Tensors = {}
     unmatched: list[str] = []
     counted: dict[str, dict[tuple[int, str], np.ndarray]] = {}
@@ -453,7 +451,7 @@ def _named_from_counted(
         if match := _COUNTED.fullmatch(key):
             counted.setdefault(match[1], {})[int(match[2]), match[3]] = tensor
         else:
-            raise FormatError(f"{path}: {key} is no key of a LoRA")
+            raise FormatError(f"{path}: {key} is not a key of a LoRA")
     for component, parts in counted.items():
         if not any(name.startswith(f"{component}.") for name in modules):
             unmatched += [f"{component}:{number}:{direction}" for number, direction in parts]
@@ -461,11 +459,11 @@ def _named_from_counted(
         try:
             classes = parse_json(metadata[component])
             orders = numbered(modules, component, classes)
-            if component == TEXT_ENCODER:  # that of 2 has a layer more in a single file than in a folder
+            if component == TEXT_ENCODER:  # Stable Diffusion 2's has a layer more in a single file than in a folder
                 last = last_layer(modules)
                 orders += numbered([name for name in modules if not name.startswith(last)], component, classes)
         except (KeyError, TypeError, ValueError) as error:
-            raise FormatError(f"{path}: which modules of {component} it counts is not known ({error})") from error
+            raise FormatError(f"{path}: it numbers unknown modules of {component} ({error})") from error
         fitting = [order for order in orders if _fits(order, parts, modules)]
         if not fitting:
             raise FormatError(f"{path}: its {len(parts) // 2} modules of {component} are not those of this base")
@@ -475,7 +473,7 @@ def _named_from_counted(
 
 
 def _fits(order: list[str], parts: dict[tuple[int, str], np.ndarray], modules: Modules) -> bool:
-    """Whether the tensors have the shapes of the modules, counted in this order."""
+    """Whether the tensors have the shapes of the modules, numbered in this order."""
     if {number for number, _ in parts} != set(range(len(order))):
         return False
     return all(

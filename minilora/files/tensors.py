@@ -1,11 +1,11 @@
-"""Files on disk: written whole or not at all, never unpickled; and safetensors files without loading them.
+"""Files on disk: written completely or not at all, never unpickled; safetensors files read without loading them.
 
 A file is written under a temporary name and flushed to the disk.  Then it gets its final name by a rename, which is
 atomic.  So a file with a final name is complete, whenever the program or the machine stops.
 
 A safetensors file has three parts: 8 bytes with the length of the header, the header (JSON with the type, shape and
-place of each tensor), and the tensors' bytes.  So some tensors of a file can be changed while the rest is streamed, in
-memory that does not grow with the file.
+place of each tensor), and the tensors' bytes.  So some tensors of a file can be changed while the rest is streamed, and
+memory use does not grow with the file.
 """
 
 import errno
@@ -32,12 +32,12 @@ from ..settings.shared import WEIGHT_FILES
 from ..settings.strict_json import parse_json
 from .number_types import DTYPES, NAMES
 
-CHUNK = 1 << 20  # bytes that are processed at a time: few enough for a processor's cache
+CHUNK = 1 << 20  # bytes processed at a time: few enough for a processor's cache
 COMPUTING = 2  # threads that change tensors, besides the one that copies
 UNCACHED = 0x80 if sys.platform == "linux" else 0  # RWF_DONTCACHE of Linux 6.14, which Python has no name for yet
 PICKLES = WEIGHT_FILES[1:]
 PICKLE_HELP = (
-    "a pickle, which can run code when it is opened, is not read; where you trust it, convert it with "
+    "a pickle, which can run code when it is opened, is not read; if you trust it, convert it with "
     "safetensors.torch.save_file(torch.load(file, weights_only=True), 'new.safetensors')"
 )
 
@@ -46,7 +46,7 @@ PICKLE_HELP = (
 
 
 def write_whole(path: Path, content: bytes) -> None:
-    """Write a file that gets its name only when all of it is on the disk."""
+    """Write a file that gets its name only after all of it is on the disk."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
@@ -60,7 +60,7 @@ def write_whole(path: Path, content: bytes) -> None:
             f"{path}: it cannot be written ({error.strerror}); what was there before is unchanged"
         ) from error
     finally:
-        temporary.unlink(missing_ok=True)  # gone already, unless something went wrong
+        temporary.unlink(missing_ok=True)  # already renamed, unless something went wrong
     sync_folder(path.parent)
 
 
@@ -88,7 +88,7 @@ def tensor_bytes(tensors: Mapping[str, Any], metadata: Mapping[str, str]) -> byt
 def file_header(
     tensors: Mapping[str, tuple[str, tuple[int, ...]]], metadata: Mapping[str, str]
 ) -> tuple[bytes, dict[str, int]]:
-    """Return the header of a file of tensors, given by type and shape, and the byte at which each one begins.
+    """Return the header of a file with tensors of given types and shapes, and the first byte of each tensor.
 
     The order is that of safetensors itself: the widest types first, so that all tensors are aligned.
     """
@@ -113,7 +113,7 @@ def read_checked(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     file = TensorFile(path)
     tensors, metadata = {key: file.read(key) for key in file.entries}, file.metadata
     if metadata.pop("checksum", None) != _checksum(tensors, metadata):
-        raise UserError(f"{path}: its checksum is not that of its content, so it is damaged")
+        raise UserError(f"{path}: its checksum does not match its content, so it is damaged")
     return tensors, metadata
 
 
@@ -124,22 +124,21 @@ def _checksum(tensors: Mapping[str, Any], metadata: Mapping[str, str]) -> str:
 def refuse_existing(output: Path, overwrite: bool) -> None:
     """Raise UserError if there is something at `output` that may not be overwritten."""
     if output.exists() and not overwrite:
-        raise UserError(f"{output}: it exists; choose another name, or --overwrite")
+        raise UserError(f"{output}: it already exists; choose another name, or give --overwrite")
 
 
 @contextmanager
 def staging(output: Path, size: int, overwrite: bool, content: Collection[Path] = ()) -> Iterator[Path]:
-    """Give a temporary path to write to; it is renamed to `output` after the block, or deleted if the block fails.
+    """Yield a temporary path to write to; it is renamed to `output` after the block, or deleted if the block fails.
 
     Raises UserError if `output` exists and may not be overwritten, or if the disk has no room for `size` bytes.  A
-    folder is overwritten only if all files in it are among `content`, the files of the new one, so that nothing else
-    is lost.
+    folder is overwritten only if `content`, the files of the new one, has all its files, so that nothing else is lost.
     """
     refuse_existing(output, overwrite)
     if output.is_dir():
         there = {path.relative_to(output) for path in output.rglob("*") if path.is_file()}
         if lost := sorted(there - set(content)):
-            raise UserError(f"{output}: the folder has {lost[0]} in it, and is not overwritten; choose another name")
+            raise UserError(f"{output}: the folder holds {lost[0]}, so it is not overwritten; choose another name")
     output.parent.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(output.parent).free
     if free < size:
@@ -170,7 +169,7 @@ def staging(output: Path, size: int, overwrite: bool, content: Collection[Path] 
 
 @dataclass(frozen=True)
 class Entry:
-    """Where one tensor lies in a safetensors file: bytes `begin` to `end`, counted from the file's start."""
+    """A tensor's place in a safetensors file: bytes `begin` to `end`, counted from the file's start."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -179,10 +178,9 @@ class Entry:
 
 
 class TensorFile:
-    """The header of a safetensors file: which tensors are in it and where, in the order of their bytes.
+    """The header of a safetensors file: its tensors and their places, in the order of their bytes.
 
-    The file is 8 bytes with the header's length, the header (JSON), the tensors' bytes.  Raises
-    UserError, naming the key, for a header that does not describe the file exactly.
+    Raises UserError, naming the key, for a header that does not describe the file exactly.
     """
 
     def __init__(self, path: Path):
@@ -195,12 +193,12 @@ class TensorFile:
             length = struct.unpack("<Q", start)[0] if len(start) == 8 else self.size
             if length > self.size - 8 or length > 100_000_000:
                 raise UserError(f"{path}: not a whole safetensors file; its header would be {length:,} bytes")
-            self.first = 8 + length  # of the tensors' bytes
+            self.first = 8 + length  # the first of the tensors' bytes
             try:
                 header = parse_json(file.read(length))
                 self.metadata = dict(header.pop("__metadata__", None) or {})
                 if not all(isinstance(value, str) for value in self.metadata.values()):
-                    raise ValueError("its metadata are not all texts")
+                    raise ValueError("its metadata are not all text")
                 entries = {
                     key: Entry(str(e["dtype"]), tuple(e["shape"]), *(self.first + index(n) for n in e["data_offsets"]))
                     for key, e in header.items()
@@ -211,7 +209,7 @@ class TensorFile:
         end = self.first
         for key, entry in self.entries.items():
             if entry.dtype not in DTYPES or any(type(n) is not int or n < 0 for n in entry.shape):
-                raise UserError(f"{path}: {key} has type {entry.dtype} and shape {entry.shape}, which is not known")
+                raise UserError(f"{path}: {key} has an unknown type or shape: {entry.dtype}, {entry.shape}")
             if entry.begin != end or entry.end - entry.begin != math.prod(entry.shape) * DTYPES[entry.dtype].itemsize:
                 raise UserError(
                     f"{path}: {key}, {entry.dtype} {entry.shape}, should begin at byte {end} and be of that size, "
@@ -219,11 +217,11 @@ class TensorFile:
                 )
             end = entry.end
         if end != self.size:
-            raise UserError(f"{path}: it has {self.size:,} bytes and should have {end:,}; it was cut off or added to")
+            raise UserError(f"{path}: it has {self.size:,} bytes and should have {end:,}: it was cut off or extended")
 
     @property
     def numbers(self) -> int:
-        """How many numbers all tensors hold together."""
+        """The total number of numbers in all tensors."""
         return sum(math.prod(entry.shape) for entry in self.entries.values())
 
     def read(self, key: str) -> np.ndarray:
@@ -237,7 +235,7 @@ class TensorFile:
 
 
 def free_memory() -> int | None:
-    """Return how many bytes of main memory are free, swap included; None if the system does not say (Linux does)."""
+    """Return the free bytes of main memory, swap included; None if the system does not tell (Linux does)."""
     try:
         lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
         return sum(int(lines[name].split()[0]) * 1024 for name in ("MemAvailable", "SwapFree"))
@@ -246,7 +244,7 @@ def free_memory() -> int | None:
 
 
 def refuse_more_than_memory(numbers: int, bytes_of_a_number: int) -> None:
-    """Raise UserError if so many numbers are more than fits into the memory that is free."""
+    """Raise UserError if so many numbers do not fit into free memory."""
     needed, free = numbers * bytes_of_a_number, free_memory()
     if free is not None and needed > free:
         raise UserError(f"its numbers need {needed / 1e9:,.1f} GB of memory, and {free / 1e9:,.1f} GB are free")
@@ -261,8 +259,8 @@ def rewrite(
     """Write a checkpoint file with new bytes for the tensors in `changes`; the others are copied.
 
     Each function in `changes` is called in one of a few threads, with the open file at the tensor's first byte; it
-    reads the whole tensor and yields the new bytes.  `types` names the new type of each tensor whose type changes; the
-    file then gets a new header, with the tensors in the order of `file_header`.
+    reads the whole tensor and yields the new bytes.  `types` maps tensors to their new types; if it is not empty, the
+    file gets a new header, with the tensors in the order of `file_header`.
     """
     places = {key: entry.begin for key, entry in file.entries.items()}
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -293,7 +291,7 @@ def _write_change(file: TensorFile, key: str, change: Callable[[BinaryIO], Itera
 
 
 def _as_it_is(file: TensorFile, key: str, source: BinaryIO) -> Iterator[memoryview]:
-    """Yield the bytes of a tensor that does not change."""
+    """Yield the bytes of an unchanged tensor."""
     left = file.entries[key].end - file.entries[key].begin
     piece = memoryview(bytearray(min(CHUNK, left)))
     while left:
@@ -304,7 +302,7 @@ def _as_it_is(file: TensorFile, key: str, source: BinaryIO) -> Iterator[memoryvi
 
 
 def _copy_unchanged(file: TensorFile, changed: Collection[str], source: int, out: int) -> None:
-    """Copy all bytes of a file but those of the changed tensors to the same places of another."""
+    """Copy all bytes of a file, except those of the changed tensors, to the same places of another."""
     begin = 0
     for key, entry in file.entries.items():
         if key in changed:
@@ -325,7 +323,7 @@ def copy_bytes(source: int, out: int, begin: int, end: int, path: Path) -> None:
 
 
 def read_exactly(source: Any, piece: memoryview | np.ndarray, path: Path) -> None:
-    """Fill `piece` from an unbuffered file, or raise UserError if the file ends before."""
+    """Fill `piece` from an unbuffered file; raise UserError if the file ends too soon."""
     done = 0
     while done < len(piece):
         count = source.readinto(piece[done:])
@@ -335,7 +333,7 @@ def read_exactly(source: Any, piece: memoryview | np.ndarray, path: Path) -> Non
 
 
 def write_at(out: int, piece, place: int) -> None:
-    """Write bytes to a place in an open file, past the page cache if the system can do that.
+    """Write bytes to a place in an open file, bypassing the page cache if the system can do that.
 
     They are not read again soon, and allocating pages for them would take longer than everything else.
     """

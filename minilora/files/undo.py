@@ -1,4 +1,4 @@
-"""Undo a merge: a file keeps the original bytes of what was changed, and they are put back, byte for byte."""
+"""Undo a merge: a file keeps the original bytes of the changed tensors, which `restore` puts back, byte for byte."""
 
 import json
 import os
@@ -18,7 +18,7 @@ CHECKSUMS = "checksums"
 
 
 class Undo:
-    """A file with the original bytes of what a merge changed, and a checksum of what each became.
+    """A file with the original bytes of the tensors that a merge changed, and a checksum of the merged ones.
 
     It is an ordinary safetensors file.  A tensor is named by its file in the checkpoint and its key; `checksums` holds
     the CRC-32 of each changed tensor, in their order.  Tensors may be kept in any order.
@@ -41,19 +41,19 @@ class Undo:
         self.places = {name: 8 + len(text) + about["data_offsets"][0] for name, about in header.items()}
 
     def keep(self, name: str, begin: int, original, new) -> None:
-        """Keep original bytes of a tensor from `begin` on, and add the new bytes to its checksum; called in order."""
+        """Store original bytes of a tensor from `begin` on, and add the new bytes to its checksum; call in order."""
         write_at(self.out.fileno(), original, self.places[name] + begin)
         self.checksums[name] = zlib.crc32(new, self.checksums[name])
 
     def finish(self) -> None:
-        """Write the checksums, which end the file."""
+        """Write the checksums at the end of the file."""
         checksums = struct.pack(f"<{len(self.checksums)}I", *self.checksums.values())
         write_at(self.out.fileno(), checksums, self.places[CHECKSUMS])
         os.fsync(self.out.fileno())
 
 
 def name_of(path: Path, key: str) -> str:
-    """Return the name in an undo file of a tensor of a file of the checkpoint."""
+    """Return the name of a checkpoint file's tensor in an undo file."""
     return f"{path.as_posix()}:{key}"
 
 
@@ -79,7 +79,7 @@ def keeping(path: Path | None, checkpoint: Checkpoint, plan: Mapping[Path, Colle
 
 
 def restore(merged: Path, undo: Path, output: Path, *, overwrite: bool = False) -> int:
-    """Write the base that `merged` was made from to `output`, byte for byte; return how many tensors were put back.
+    """Write the base that `merged` was made from to `output`, byte for byte; return the number of restored tensors.
 
     Raises UserError if `merged` is not the result of the merge that wrote `undo`.
     """

@@ -1,6 +1,6 @@
-"""Write a LoRA as diffusers, kohya or PEFT do, and read it back before the file gets its name.
+"""Write a LoRA in the dialect of diffusers, kohya or PEFT, and read it back before the file gets its name.
 
-No clock, path or random value enters a file: the same LoRA gives the same bytes.
+No time, path or random value enters a file: the same LoRA gives the same bytes.
 """
 
 import hashlib
@@ -20,10 +20,10 @@ DIALECTS = ("diffusers", "kohya", "peft")
 
 
 def write_lora(path: Path, lora: LoRA, dialect: str, modules: Modules | None) -> int:
-    """Write a LoRA in a dialect, whole or not at all: a file, for PEFT a folder with one for each component.
+    """Write a LoRA in a dialect, completely or not at all: a file, or for PEFT a folder with one for each component.
 
-    It gets its name only after it was read back, and every ΔW is the same up to the rounding of A and B; else
-    FormatError is raised.  Returns the number of its bytes that are zeros to make ranks equal.
+    It is read back before it gets its name; FormatError is raised unless every ΔW is the same up to the rounding of A
+    and B.  Returns the number of bytes that pad ranks with zeros.
     """
     if dialect == "peft":
         files = as_peft(lora)
@@ -43,9 +43,9 @@ def write_lora(path: Path, lora: LoRA, dialect: str, modules: Modules | None) ->
 
 
 def difference(one: LoRA, two: LoRA) -> float:
-    """Return the largest ‖ΔW₁ − ΔW₂‖ of any module, relative to the largest that rounding B could make it.
+    """Return the largest ‖ΔW₁ − ΔW₂‖ of any module, in units of the largest error from rounding B.
 
-    The unit is the largest error from rounding B to the coarser of the two types.  Infinite if the modules differ.
+    The rounding is that to the coarser of the two types.  Infinite if the modules differ.
     """
     if one.changes.keys() != two.changes.keys():
         return math.inf
@@ -63,8 +63,8 @@ def difference(one: LoRA, two: LoRA) -> float:
 def as_diffusers(lora: LoRA) -> dict[str, tuple[Tensors, dict[str, str]]]:
     """Return the file of the diffusers dialect, as tensors and metadata by file name.
 
-    The scale is folded into B, because programs disagree on where else it stands.  The metadata of a file from kohya's
-    trainer are kept, for a way back.
+    The scale is folded into B, because programs disagree on where else to store it.  The metadata of a file from
+    kohya's trainer are kept, for converting it back.
     """
     tensors = {}
     for name, (change, rank) in _with_file_ranks(lora).items():
@@ -73,16 +73,16 @@ def as_diffusers(lora: LoRA) -> dict[str, tuple[Tensors, dict[str, str]]]:
 
 
 def _kept_words(lora: LoRA) -> dict[str, str]:
-    """Return the metadata of a file in kohya's dialect, without hashes, ranks and alphas, which have changed."""
+    """Return the metadata of a file in kohya's dialect, without hashes, ranks and alphas, which change."""
     words = {key: value for key, value in lora.metadata.items() if key.startswith(("ss_", "modelspec."))}
     return {key: value for key, value in words.items() if key not in ("ss_network_dim", "ss_network_alpha")}
 
 
 def _with_file_ranks(lora: LoRA) -> dict[str, tuple[Change, int]]:
-    """Return each ΔW and its rank in a file, which is the largest one in the component.
+    """Return each ΔW and its rank in a file, which is the largest rank in the component.
 
-    Programs do not agree on the scale where ranks differ: diffusers before 0.40 takes the most frequent rank for the
-    alpha of all modules, and up to 0.42 it finds only some of kohya's alphas.  Rows and columns of zeros change no ΔW.
+    Programs disagree on the scale if ranks differ: diffusers before 0.40 takes the most frequent rank as the alpha of
+    all modules, and up to 0.42 it finds only some of kohya's alphas.  Rows and columns of zeros change no ΔW.
     """
     most: dict[str, int] = {}
     for name, change in lora.changes.items():
@@ -92,7 +92,7 @@ def _with_file_ranks(lora: LoRA) -> dict[str, tuple[Change, int]]:
 
 
 def _padding(change: Change, rank: int) -> int:
-    """Return how many bytes of zeros pad a ΔW to a rank."""
+    """Return the number of bytes that pad a ΔW to a rank."""
     sizes = [DTYPES[name].itemsize for name in change.stored]
     return (rank - change.rank) * (change.A[0].size * sizes[0] + len(change.B) * sizes[1])
 
@@ -100,7 +100,7 @@ def _padding(change: Change, rank: int) -> int:
 def as_kohya(lora: LoRA, modules: Modules) -> dict[str, tuple[Tensors, dict[str, str]]]:
     """Return the file of kohya's dialect, which A1111 and ComfyUI read, as tensors and metadata by file name.
 
-    The scale is folded into B, so alpha is the rank: a scale of 1.
+    The scale is folded into B, so alpha equals the rank, a scale of 1.
     """
     names, tensors = kohya_names(modules), {}
     ranks = set()
@@ -117,7 +117,7 @@ def as_kohya(lora: LoRA, modules: Modules) -> dict[str, tuple[Tensors, dict[str,
         about |= {"ss_base_model_version": known, "ss_v2": str(known.startswith("sd_v2"))}
         about |= {"modelspec.architecture": f"{architecture}/lora", "modelspec.resolution": resolution}
     about |= {"ss_network_args": "{}", "modelspec.implementation": "diffusers", "modelspec.title": "LoRA"}
-    # Metadata of a file from kohya's trainer win over these; the lines below hold for any LoRA that is written here.
+    # Metadata from kohya's trainer override these; the lines below hold for any LoRA that is written here.
     about |= _kept_words(lora)
     about |= {"ss_network_module": "networks.lora", "ss_network_dim": dim, "ss_network_alpha": dim}
     about |= {"modelspec.sai_model_spec": "1.0.1"}
@@ -130,10 +130,10 @@ def as_kohya(lora: LoRA, modules: Modules) -> dict[str, tuple[Tensors, dict[str,
 
 
 def _family(modules: Modules) -> tuple[str, str, str] | None:
-    """Return what kohya's tools call the base, version, architecture and resolution; None if unknown.
+    """Return kohya's names for a base's version, architecture and resolution; None if unknown.
 
-    Two Stable Diffusion 2 have the same modules, of 512 and of 768 pixels; it is the one of 512 unless
-    the LoRA's own metadata says otherwise.
+    The Stable Diffusion 2 of 512 and that of 768 pixels have the same modules; 512 is assumed unless the LoRA's own
+    metadata says otherwise.
     """
     if is_sdxl(modules):
         return "sdxl_base_v1-0", "stable-diffusion-xl-v1-base", "1024x1024"
@@ -148,8 +148,8 @@ def _family(modules: Modules) -> tuple[str, str, str] | None:
 def as_peft(lora: LoRA) -> dict[str, tuple[Tensors, dict]]:
     """Return PEFT's files, a folder for each component, as tensors and settings by file name.
 
-    PEFT knows modules only by their names in the live model.  From transformers 5.6 on, those of CLIPTextModel have no
-    "text_model." in them, so the folder fits the version of transformers that is installed.
+    PEFT uses the modules' names in the live model.  From transformers 5.6 on, those of CLIPTextModel lack
+    "text_model.", so the folder fits the installed version of transformers.
     """
     from importlib.metadata import version  # here: it takes as long to import as half of numpy
 
@@ -175,7 +175,7 @@ def as_peft(lora: LoRA) -> dict[str, tuple[Tensors, dict]]:
 
 
 def _stored(name: str, change: Change, rank: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return A and scale · B in their own types, with zeros up to a rank; shaped as the weight is."""
+    """Return A and scale · B in their own types, padded with zeros to a rank; in the weight's number of dimensions."""
     more = rank - change.rank
     a = np.pad(change.A, [(0, more), *[(0, 0)] * (change.A.ndim - 1)])
     b = np.pad(change.B * np.float64(change.scale), [(0, 0), (0, more)])  # (out, rank)
@@ -188,8 +188,8 @@ def _stored(name: str, change: Change, rank: int) -> tuple[np.ndarray, np.ndarra
 def _rounded(exact: np.ndarray, name: str) -> np.ndarray:
     """Return numbers rounded to the type of that name, or to float32 if the type is too small for them.
 
-    It is too small if any number loses more than a number of the usual (root mean square) size may lose.  Smaller
-    numbers may lose all their digits, because that hardly changes the product B A.
+    It is too small if any number loses more than a number of the root-mean-square size may lose.  Smaller numbers may
+    lose all their digits, because that hardly changes the product B A.
     """
     rounded = narrow(exact, name)
     usual = math.sqrt(float(np.square(exact, dtype=np.float64).mean())) if exact.size else 0.0

@@ -288,7 +288,7 @@ def test_merging_writes_what_the_command_writes_and_leaves_nothing_when_it_is_ca
     assert files
     for file in files:
         assert (tmp_path / "by_page" / file).read_bytes() == (tmp_path / "by_command" / file).read_bytes()
-    with pytest.raises(UserError, match="by_page: it exists"):
+    with pytest.raises(UserError, match="by_page: it already exists"):
         merging.run(words, read(MergeConfig, words, ""), lambda share, desc: None)
     words[-1] = str(tmp_path / "cancelled")
     with pytest.raises(UserError, match="cancelled"):

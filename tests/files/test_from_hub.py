@@ -72,17 +72,17 @@ def test_a_base_on_the_hub_is_merged_into(hub, tmp_path):
 def test_what_cannot_be_had_from_the_hub_is_said(hub, tmp_path):
     hub.repos |= {"someone/several": {"a.safetensors": b"x", "b.safetensors": b"y"}, "someone/none": {"a.ckpt": b"x"}}
     for name, said in {
-        "someone/gone": "LoRA someone/gone: there is no such file or folder, and none of that name on the hub",
-        "someone/several": "it has 2 .safetensors files; name one of them, as someone/several/a.safetensors",
+        "someone/gone": "LoRA someone/gone: there is no such file or folder, and the hub has none",
+        "someone/several": "it has 2 .safetensors files; name one, for example someone/several/a.safetensors",
         "someone/none": "LoRA someone/none: it has no .safetensors file of a LoRA",
-        "someone/none/b.safetensors": "LoRA someone/none/b.safetensors: there is no such file or folder, and none",
+        "someone/none/b.safetensors": "LoRA someone/none/b.safetensors: there is no such file or folder, and the hub",
         "here.safetensors": "here.safetensors: not a safetensors file that can be read",
         "folder/here.bin": "folder/here.bin: a pickle, which can run code",
     }.items():
         with pytest.raises(UserError, match=re.escape(said)) as error:
             read_lora(Path(name), MODULES)
         assert "\n" not in str(error.value)
-    with pytest.raises(UserError, match="someone/gone: there is no such file or folder, and none of that name on"):
+    with pytest.raises(UserError, match="someone/gone: there is no such file or folder, and the hub has none"):
         Checkpoint(Path("someone/gone"))
     assert not list(tmp_path.glob("someone*"))
 
