@@ -1,4 +1,4 @@
-"""What is learnt from: pictures and captions, found, checked and cropped, and the random draws that order them.
+"""Training data: pictures and captions, found, checked and cropped, and the random draws that order them.
 
 May import models, files and settings.
 """

@@ -27,7 +27,7 @@ Size = tuple[int, int]  # width and height in pixels
 def bucket_sizes(resolution: int, multiple: int) -> list[Size]:
     """Return the sizes of at most the square's area whose sides are multiples between half and twice its side.
 
-    Sizes that another one contains are left out.  There is none if `multiple` is above `resolution`.
+    Sizes that fit inside another one are left out.  The list is empty if `multiple` is above `resolution`.
     """
     sides = [side for side in range(multiple, 2 * resolution + 1, multiple) if 2 * side >= resolution]
     highest = {w: max((h for h in sides if w * h <= resolution**2), default=0) for w in sides}
@@ -46,11 +46,11 @@ def nearest(picture: Size, sizes: Sequence[Size]) -> Size:
 
 
 def picture_at(seed: int, position: int, counts: tuple[int, ...], batch_size: int) -> tuple[int, int]:
-    """Return the bucket and the number of the picture in it at `position`; `counts` are the sizes of the buckets."""
+    """Return the bucket at `position`, and the picture's number in it; `counts` are the sizes of the buckets."""
     step, place = divmod(position, batch_size)
 
     def begins(epoch: int) -> int:
-        """Return how many batches there are before an epoch."""
+        """Return the number of batches before an epoch."""
         return sum(epoch * count // batch_size for count in counts)
 
     # The epoch whose batches contain this step; epochs without a batch are skipped.  Each bucket loses less than one
@@ -63,7 +63,7 @@ def picture_at(seed: int, position: int, counts: tuple[int, ...], batch_size: in
 
 @lru_cache(maxsize=4)
 def _batches(seed: int, epoch: int, counts: tuple[int, ...], batch_size: int) -> list[tuple[int, int]]:
-    """Return the batches of an epoch in their order, each as its bucket and its number there."""
+    """Return the batches of an epoch in order, each as its bucket and its number in the bucket."""
     batches = [
         (bucket, batch)
         for bucket, count in enumerate(counts)

@@ -21,7 +21,7 @@ TABLES = ("metadata.jsonl", "metadata.csv")
 
 
 def spelling(path: Path) -> str:
-    """Return a path as it is compared with others."""
+    """Return a path in the form in which paths are compared."""
     return unicodedata.normalize("NFC", str(path))
 
 
@@ -37,7 +37,7 @@ def beside(pictures: Iterable[Path], exact: Mapping[Path, Path]) -> dict[Path, P
 
 
 def read_text(path: Path, name: str, problems: list[str]) -> str:
-    """Return the text of a file.  A problem with it is added to `problems`, which call it `name`."""
+    """Return the text of a file, which `problems` call `name`; what is wrong with it is added there."""
     try:
         text = path.read_text(encoding="utf-8-sig")
         if "\0" in text:
@@ -51,7 +51,7 @@ def read_text(path: Path, name: str, problems: list[str]) -> str:
 def read_table(table: Path, column: str, files: Iterable[Path], problems: list[str]) -> dict[Path, tuple[str, ...]]:
     """Read a table of captions: rows with `file_name` and a text, or in metadata.jsonl a list of texts.
 
-    `files` are those that there are below the table's folder.
+    `files` are all files in the table's folder and its sub-folders.
     """
     folder, captions = table.parent, {}
     alike = {spelling(path): path for path in files}
@@ -63,7 +63,7 @@ def read_table(table: Path, column: str, files: Iterable[Path], problems: list[s
         name, texts = row["file_name"], row.get(column)
         path = Path(os.path.normpath(folder / name))
         texts = [texts] if isinstance(texts, str) else texts
-        if not os.path.isfile(path):  # of a name that is too long for a file, pathlib would raise
+        if not os.path.isfile(path):  # pathlib would raise for a name that is too long
             path = alike.get(spelling(path), path)
         if not path.is_relative_to(folder):
             problems.append(f"{where}: {name} points outside the folder")
@@ -80,16 +80,16 @@ def read_table(table: Path, column: str, files: Iterable[Path], problems: list[s
 
 
 def edit_captions(folder: Path, captions: Mapping[str, Sequence[str]], column: str = "text") -> str:
-    """Write the captions of pictures, given by their names, into a folder's metadata.jsonl; return what was done.
+    """Write captions, given by picture name, into a folder's metadata.jsonl; return a message about the result.
 
-    Lines whose captions stay keep their bytes.  A line whose captions change keeps its other keys and their order, and
-    a picture that has no line gets one, unless its captions are empty.  Raises UserError for a folder whose captions
-    stand in metadata.csv, or in a metadata.jsonl that cannot be read.
+    Unchanged lines keep their bytes.  A changed line keeps its other keys and their order, and a picture without a line
+    gets one, unless its captions are empty.  Raises UserError if the captions are in metadata.csv, or in a
+    metadata.jsonl that cannot be read.
     """
     table, lines = folder / TABLES[0], []
     problems: list[str] = []
     if (folder / TABLES[1]).exists():
-        raise UserError(f"{folder}: the captions stand in {TABLES[1]}; edit them there, or make it a {table.name}")
+        raise UserError(f"{folder}: the captions are in {TABLES[1]}; edit them there, or convert it to {table.name}")
     rows: list[Any] = [row for _, row in _rows_of_jsonl(table, problems)] if table.exists() else []
     if problems or not all(isinstance(row, dict) for row in rows):
         raise UserError(f"{table}: " + "; ".join(problems or ["each line should be a JSON object"]))
@@ -110,12 +110,12 @@ def edit_captions(folder: Path, captions: Mapping[str, Sequence[str]], column: s
             changed += 1
     if changed:
         write_whole(table, "".join(f"{line}\n" for line in lines).encode())
-    return f"{changed} captions changed in {table}" if changed else f"no caption has changed in {table}"
+    return f"{changed} captions changed in {table}" if changed else f"no caption changed in {table}"
 
 
 def _rows_of_jsonl(metadata: Path, problems: list[str]) -> Iterator[tuple[str, object]]:
-    """Yield where each row stands and its value: one JSON object a line."""
-    # Not splitlines(): a text may hold what that, and not JSON, takes for the end of a line.
+    """Yield the place and the value of each row: one JSON object per line."""
+    # Not splitlines(): it splits at characters that JSON allows inside a text.
     for number, line in enumerate(read_text(metadata, metadata.name, problems).split("\n"), start=1):
         where = f"{metadata.name} line {number}"
         if not line.strip():
@@ -129,7 +129,7 @@ def _rows_of_jsonl(metadata: Path, problems: list[str]) -> Iterator[tuple[str, o
 
 
 def _rows_of_csv(metadata: Path, problems: list[str]) -> Iterator[tuple[str, dict[str, str]]]:
-    """Yield where each row begins, and its cells by the names of the header."""
+    """Yield the place of each row, and its cells by the names in the header."""
     reader = csv.reader(io.StringIO(read_text(metadata, metadata.name, problems)), skipinitialspace=True, strict=True)
     header, number = None, 1
     try:

@@ -1,4 +1,4 @@
-"""Which files a folder of pictures has, and what to say about those that are not used."""
+"""The files in a folder of pictures, and messages about those that are not used."""
 
 import os
 from collections import Counter
@@ -8,15 +8,15 @@ from pathlib import Path
 from .captions import TABLES
 from .kinds import is_picture, named
 
-# What systems put beside pictures: thumbnails, waste bins, the other half of a file of macOS.
+# What systems put beside pictures: thumbnails, trash folders, macOS's resource files.
 _SYSTEMS = ("@eadir", "__macosx", "#recycle", "@recycle", "$recycle.bin", "thumbs.db", "desktop.ini")
-_FOR_PEOPLE = ("README", "LICENSE", "LICENCE", "COPYING")  # as is whatever ends with .md
+_FOR_PEOPLE = ("README", "LICENSE", "LICENCE", "COPYING")  # and all .md files
 
 
 def files_in(folder: Path, problems: list[str]) -> tuple[list[Path], list[Path]]:
-    """Return the files of a folder and its sub-folders: first those that count, then those that are hidden or copies.
+    """Return the files of a folder and its sub-folders: first those to use, then those that are hidden or copies.
 
-    Adds links to folders, and what cannot be read, to `problems`.
+    Adds links to folders, and folders that cannot be read, to `problems`.
     """
 
     def unreadable(error: OSError) -> None:
@@ -33,13 +33,13 @@ def files_in(folder: Path, problems: list[str]) -> tuple[list[Path], list[Path]]
                 problems.append(
                     f"{name} is a link to a folder, which is not followed; put the pictures themselves there"
                 )
-            elif path.is_file() or not path.exists():  # a link that leads nowhere is an error when it is opened
+            elif path.is_file() or not path.exists():  # a broken link is an error when it is opened
                 (left_out if hidden else files).append(path)
     return files, left_out
 
 
 def _left_out(path: Path, folder: Path) -> Path | None:
-    """Return the uppermost folder or file of a path, below a folder, that is hidden or a system's, if there is one."""
+    """Return the topmost part of a path, below `folder`, that is hidden or made by a system; None if none is."""
     parts = path.relative_to(folder).parts
     for count, part in enumerate(parts, start=1):
         if part.startswith(".") or part.lower() in _SYSTEMS:
@@ -48,10 +48,10 @@ def _left_out(path: Path, folder: Path) -> Path | None:
 
 
 def told_left_out(left_out: Collection[Path], folder: Path) -> list[str]:
-    """Return a line about the pictures that are hidden or copies, if there are any."""
+    """Return a line about pictures that are hidden or copies, if there are any."""
     counts = Counter(_left_out(path, folder) for path in left_out if is_picture(path))
     names = [f"{top} (holding {n})" if (folder / top).is_dir() else str(top) for top, n in sorted(counts.items())]
-    return [f"{named(names, 'places')}: pictures are left out there, as hidden ones and copies are"] if names else []
+    return [f"{named(names, 'places')}: hidden pictures and copies there are left out"] if names else []
 
 
 def told_unused(others: Collection[Path], folder: Path) -> list[str]:
@@ -67,14 +67,15 @@ def told_unused(others: Collection[Path], folder: Path) -> list[str]:
         elif path.suffix.lower() != ".md" and path.stem.upper() not in _FOR_PEOPLE:
             rest.append(path)
     lines = [
-        f"{_names([table], folder)}: not read, as it is not at the top; give {table.parent} itself" for table in tables
+        f"{_names([table], folder)}: not read, because it is in a sub-folder; give {table.parent} itself"
+        for table in tables
     ]
     if texts:
-        lines.append(f"{_names(texts, folder, 'texts')}: not read, as there is no picture of that name")
+        lines.append(f"{_names(texts, folder, 'texts')}: not read, because there is no picture of that name")
     if captions:
-        lines.append(f"{_names(captions, folder)}: not read; a caption stands in a .txt")
+        lines.append(f"{_names(captions, folder)}: not read; name captions .txt")
     if rest:
-        lines.append(f"{_names(rest, folder)}: not read, being neither picture nor caption")
+        lines.append(f"{_names(rest, folder)}: not read: neither picture nor caption")
     return lines
 
 

@@ -27,7 +27,7 @@ def generator(seed: int, purpose: str, position: int) -> np.random.Generator:
 
 
 def picture_at(seed: int, position: int, count: int, purpose: str = "order") -> int:
-    """Return which of `count` pictures stands at `position`: each epoch is a fresh permutation."""
+    """Return which of `count` pictures belongs to `position`: each epoch is a new permutation."""
     epoch, place = divmod(position, count)
     return int(_order(seed, epoch, count, purpose)[place])
 

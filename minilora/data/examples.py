@@ -1,11 +1,11 @@
-"""What training sees of the pictures that folder.py found.
+"""Training examples from the pictures that folder.py found.
 
-`Examples` gives the batch at any positions: which picture, mirrored or not, which caption, which noise, by draws.py.
+`Examples` returns the batch for any positions: picture, mirroring, caption and noise, all drawn by draws.py.
 
-Pictures are encoded once, or with --variants so many times, with other crops and colours.  The VAE turns a picture into
-a gaussian over latents.  Its mean and standard deviation are kept, and each draw takes a new sample from it.  They lie
-in a cache, with the vectors of the captions.  The name of a file there is a hash of everything that it depends on, so
-another picture, size or base is another file, and no file can be out of date.
+Pictures are encoded once, or --variants times, with different crops and colours.  The VAE turns a picture into a
+gaussian over latents.  Its mean and standard deviation are stored, and each use draws a new sample.  They are in a
+cache, with the encoded captions.  The name of a file there is a hash of everything that it depends on, so another
+picture, size or base has another file, and no file can be out of date.
 """
 
 import hashlib
@@ -37,35 +37,35 @@ from .pictures import CENTRE, as_tensor, crop, crop_at
 
 @dataclass(frozen=True)
 class Batch:
-    """What the U-Net is trained on at some positions; all on the device, first dimension the batch."""
+    """The training examples at some positions; all on the device, with the batch as first dimension."""
 
-    positions: tuple[int, ...]  # for an objective that draws numbers of its own
+    positions: tuple[int, ...]  # for objectives with random draws of their own
     latents: torch.Tensor  # (batch, channels, h, w)
     conditioning: Conditioning  # of the captions
     noise: torch.Tensor  # (batch, channels, h, w)
     noise_offset: torch.Tensor  # (batch, channels, 1, 1)
     timesteps: torch.Tensor  # (batch,)
     weights: torch.Tensor  # (batch,), of each picture's loss
-    where: torch.Tensor  # (batch, 1, h, w), of mean 1: how much each place counts in the loss
-    kept: Conditioning | None = None  # with --preserve: where the base's prediction is kept
+    where: torch.Tensor  # (batch, 1, h, w), mean 1: the weight of each place in the loss
+    kept: Conditioning | None = None  # with --preserve: where to keep the base's prediction
 
 
 @dataclass(frozen=True)
 class View:
-    """How a picture is seen: mirrored or not, the place of its crop, as `crop` takes it, its colours."""
+    """How a picture is shown: mirrored or not, the place of its crop (see `crop`), its colours."""
 
     item: Item
     mirrored: bool = False
     place: tuple[float, float] = CENTRE
-    colours: tuple[float, ...] = ()  # factors of brightness, contrast and saturation; none: as they are
+    colours: tuple[float, ...] = ()  # factors of brightness, contrast and saturation; empty: unchanged
 
 
-_CROP = 3  # raise this number when open_picture or crop give other pixels than before
-_MASK = 1  # likewise, for `mask`
+_CROP = 3  # increase this when open_picture or crop return different pixels
+_MASK = 1  # the same for `mask`
 
 
 class Examples:
-    """What training sees at each position, with pictures and captions encoded once."""
+    """The training example at each position; pictures and captions are encoded once."""
 
     def __init__(
         self,
@@ -80,7 +80,7 @@ class Examples:
         self.items, self.class_items = items, class_items
         self.config = config
         self.resolution = resolution
-        self.sizes = sizes or [(resolution, resolution)]  # that pictures are cropped to
+        self.sizes = sizes or [(resolution, resolution)]  # the sizes to crop pictures to
         self.buckets: dict[Size, list[Item]] = {}
         for item in items:
             self.buckets.setdefault(self.size_of(item), []).append(item)
@@ -104,11 +104,11 @@ class Examples:
         return self._base.encoder_fingerprints[1]
 
     def batch(self, positions: Sequence[int], device: torch.device) -> Batch:
-        """Return the batch at the given positions; it does not depend on who asks, or in which order."""
+        """Return the batch at the given positions; it is the same on every process and in any order."""
         return _collate(tuple(positions), [self._row(position) for position in positions], device)
 
     def fixed_batch(self, number: int, timesteps: dict[int, int], device: torch.device) -> Batch:
-        """Return picture `number` at several timesteps; the noise depends on the key of each, and never changes."""
+        """Return picture `number` at several timesteps; their keys determine the noise, which never changes."""
         view = View(self.items[number])
         latents = _load(self._picture_file(view))["mean"]  # (channels, h, w)
         conditioning = self._conditioning(view.item.captions[0], view)
@@ -122,7 +122,7 @@ class Examples:
         return _collate(tuple(timesteps), rows, device)
 
     def contents(self) -> list[list]:
-        """Return the digest, the captions and, if there is one, the mask's digest of each picture, as JSON values."""
+        """Return the digest, the captions and, if it has a mask, the mask's digest of each picture, as JSON values."""
         items = (*self.items, *self.class_items)
         return [[item.digest, list(item.captions), *filter(None, [item.mask_digest])] for item in items]
 
@@ -143,11 +143,11 @@ class Examples:
         return self.items[draws.picture_at(self.config.seed, position, len(self.items))]
 
     def size_of(self, item: Item) -> Size:
-        """Return the width and height, in pixels, that a picture is cropped to."""
+        """Return the width and height, in pixels, to crop a picture to."""
         return buckets.nearest(item.size, self.sizes)
 
     def view_at(self, position: int) -> View:
-        """Return what is seen at a position: with --variants one of the views of a picture, else one of all."""
+        """Return the view at a position: with --variants one of the picture's, else a newly drawn one."""
         seed, item = self.config.seed, self.picture_at(position)
         mirrored = self.config.mirror and draws.uniform(seed, "mirror", position) < 0.5
         if self.config.variants:
@@ -162,7 +162,7 @@ class Examples:
         return draws.integer(self.config.seed, "variant", position, 0, self.config.variants or 1)
 
     def view(self, item: Item, mirrored: bool, variant: int) -> View:
-        """Return a picture's variant of some number, whose crop and colours are drawn."""
+        """Return the view of a picture's variant, with its own random crop and colours."""
 
         def drawn(what: str) -> float:
             return draws.uniform(self.config.seed, f"{what} of {item.digest}", variant)
@@ -204,7 +204,7 @@ class Examples:
             conditioning = _load(self._caption_file(caption))
         if not self.is_xl:
             return conditioning
-        # Stable Diffusion XL also gets the picture's size, and place and size of the crop.
+        # Stable Diffusion XL also gets the size of the picture, and the place and size of the crop.
         item, (w, h) = view.item, self.size_of(view.item)
         resized, left, top = crop_at(item.size, (w, h), view.place)
         left = resized[0] - w - left if view.mirrored else left
@@ -220,7 +220,7 @@ class Examples:
         return self.version(caption, self.variant_at(position))
 
     def version(self, caption: str, variant: int) -> str:
-        """Return a caption as it is in some variant: its tags, but for the first --keep-tags, shuffled or left out."""
+        """Return a variant of a caption: its tags, except the first --keep-tags, are shuffled or left out."""
         config = self.config
         if not (config.shuffle_tags or config.tag_dropout):
             return caption
@@ -232,14 +232,14 @@ class Examples:
         return with_trigger(", ".join([*kept, *(rest[place] for place in order)]), config)
 
     def kept_caption(self, caption: str) -> str:
-        """Return where --preserve keeps the base's prediction: at the class, without the trigger, or without words."""
+        """Return the caption at which --preserve keeps the base's prediction: class, without trigger, or empty."""
         return self.config.class_prompt or without_trigger(caption, self.config)
 
     def pixels(self, view: View) -> torch.Tensor:
         """Return a picture's pixels as training sees them, in [-1, 1], (3, h, w)."""
         try:
             picture = crop(view.item.open(), self.size_of(view.item), view.place)
-        except ChangedError:  # in a way that the times of its file do not show, perhaps: the next run looks at all anew
+        except ChangedError:  # perhaps without a change of its file's times, so the next run must read all files again
             forget(self.config.cache)
             raise
         kinds = ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color
@@ -256,17 +256,17 @@ class Examples:
         seen = item.open_mask().resize(resized, box).crop((left, top, left + w, top + h))
         mask = torch.from_numpy(np.array(seen.resize((w // per_latent, h // per_latent), box)))[None] / 255
         if not mask.any() and self.config.crop == "center":
-            what = f"in the crop of {w} × {h} pixels that is seen the mask of {item.path} is all black"
+            what = f"the mask of {item.path} is all black within the crop of {w} × {h} pixels"
             raise UserError(f"{what}; try --buckets or --crop random")
         return mask.flip(-1) if view.mirrored else mask
 
     def _where(self, view: View, latents: torch.Tensor) -> torch.Tensor:
-        """Return how much each place of a picture counts, of mean 1, (1, h, w): a small mask weighs as a large one."""
+        """Return the weight of each place of a picture, mean 1, (1, h, w): small and large masks count the same."""
         if not view.item.mask:
             return torch.ones_like(latents[:1])
         mask = self.mask(view) if self.encoders else _load(self._mask_file(view))["mask"]
         counts = 1 - (1 - self.config.outside) * (1 - mask)  # exactly 1 where white
-        return counts / counts.mean().clamp(min=1e-9)  # a random crop may see nothing that counts
+        return counts / counts.mean().clamp(min=1e-9)  # a random crop may hold nothing that counts
 
     def _file(self, *ingredients) -> Path:
         name = hashlib.sha256(json.dumps(ingredients).encode()).hexdigest()
@@ -284,7 +284,7 @@ class Examples:
         return self._file("text", self.text_encoder, caption)
 
     def enlarged(self) -> list[str]:
-        """Return a line for each picture that is smaller than its crop and so has to be enlarged."""
+        """Return a line for each picture that is smaller than its crop and must be enlarged."""
         lines = []
         for item in dict.fromkeys((*self.items, *self.class_items)):
             (width, height), (w, h) = item.size, self.size_of(item)
@@ -300,11 +300,11 @@ class Examples:
         if config.preserve:
             without = f"captions without {config.trigger!r}" if config.trigger else "the empty prompt"
             at = repr(config.class_prompt) if config.class_prompt else without
-            lines.append(f"preserve   what the base predicts at {at}")
+            lines.append(f"preserve   the base's predictions at {at}")
         return lines
 
     def to_encode(self, encoders: Base) -> tuple[dict[Path, Callable[[], None]], dict[Path, Callable[[], None]]]:
-        """Return every file that the cache must hold, with a function that writes it: captions, then pictures."""
+        """Return all files that the cache must hold, each with a function that writes it: captions, then pictures."""
 
         def encode_caption(caption: str) -> dict[str, torch.Tensor]:
             conditioning = encoders.encode_prompt(caption)
@@ -340,7 +340,7 @@ class Examples:
 def _write(path: Path, encode: partial) -> None:
     tensors = encode()
     if not all(tensor.isfinite().all() for tensor in tensors.values()):
-        raise UserError(f"the base gives numbers that are not finite for {encode.args[0]}")
+        raise UserError(f"the base encodes {encode.args[0]} to numbers that are not finite")
     write_checked(path, tensors, {})
 
 
@@ -367,12 +367,12 @@ def _load(path: Path) -> dict[str, torch.Tensor]:
 
 
 def is_whole(path: Path) -> bool:
-    """Whether a file of the cache is there and intact; print a warning if it is damaged."""
+    """Whether a file of the cache exists and is intact; print a warning if it is damaged."""
     if not path.exists():
         return False
     try:
         _load(path)
     except (OSError, UserError) as error:
-        print(f"warning: {error}; it is made again", file=sys.stderr)
+        print(f"warning: {error}; it will be written again", file=sys.stderr)
         return False
     return True

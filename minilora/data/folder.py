@@ -1,7 +1,7 @@
-"""A folder of pictures with captions: which pictures are learnt from, and everything that is wrong with it.
+"""A folder of pictures with captions: the pictures to train on, and everything that is wrong with it.
 
-No file is passed over in silence.  A picture that cannot be learnt from is an error.  A copy, a text without a picture
-or a file of another kind is named in a printed line.
+No file is skipped silently.  A picture that cannot be used is an error.  A copy, a text without a picture or a file of
+another kind is named in a printed line.
 """
 
 import hashlib
@@ -29,7 +29,7 @@ from .pictures import BOMB, NO_PICTURE, look_at, open_mask, open_picture, pixels
 
 
 class ChangedError(UserError):
-    """A picture is not what it was when its folder was read."""
+    """A picture has changed since its folder was read."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Item:
     digest: str
     size: tuple[int, int]  # width and height in pixels
     captions: tuple[str, ...]  # one or more
-    mask: Path | None = None  # the file of the mask, which may be the picture's own, whose alpha channel it then is
+    mask: Path | None = None  # the mask's file; if it is the picture's own, the mask is its alpha channel
     mask_digest: str = ""
 
     def open(self) -> Image.Image:
@@ -50,24 +50,24 @@ class Item:
     def open_mask(self) -> Image.Image | None:
         """Return the mask as `pictures.open_mask` does; ChangedError if its file is gone or has other content."""
         if self.mask:
-            with pixels_limited(None):  # it was found small enough
+            with pixels_limited(None):  # its size was checked before
                 return open_mask(_unchanged(self.mask, self.mask_digest), self.mask == self.path)
         return None
 
 
 def _unchanged(path: Path, digest: str) -> io.BytesIO:
-    """Return the content of a file; ChangedError if it has another hash than when its folder was read."""
+    """Return a file's content; ChangedError if its hash is not the one from when its folder was read."""
     try:
         content = path.read_bytes()
     except OSError as error:
-        raise ChangedError(f"{path} cannot be read any more ({error.strerror})") from error
+        raise ChangedError(f"{path} can no longer be read ({error.strerror})") from error
     if hashlib.sha256(content).hexdigest() != digest:
         raise ChangedError(f"{path} has changed since its folder was read; start again")
     return io.BytesIO(content)
 
 
 def read_folders(config: TrainConfig, quiet: bool = False) -> list[Item]:
-    """Return the pictures of all folders of `config.data`, each as often as its folder's weight says.
+    """Return the pictures of all folders of `config.data`, each repeated by its folder's weight.
 
     Raises UserError with everything that is wrong with the folders, in one message.  `quiet`: print nothing.
     """
@@ -88,11 +88,10 @@ def read_folders(config: TrainConfig, quiet: bool = False) -> list[Item]:
 def read_folder(name: str, config: TrainConfig, option: str = "--data", quiet: bool = False) -> list[Item]:
     """Return the pictures of a folder with their captions, in the order of their names.
 
-    Captions come from metadata.jsonl or metadata.csv, or else from a .txt beside each picture, or else
-    from --caption; --trigger stands before each.  The mask of a.jpg is a.mask.png beside it or, with --alpha-mask, its
-    alpha channel.  `name` may also be a single picture, whose caption is --caption.  Prints, unless `quiet`, what in
-    the folder is not used.  Raises UserError with everything that is wrong with the folder, in one message, which
-    names the option.
+    Captions come from metadata.jsonl or metadata.csv, else from a .txt beside each picture, else from --caption;
+    --trigger is put before each.  The mask of a.jpg is a.mask.png beside it or, with --alpha-mask, its alpha channel.
+    `name` may also be a single picture, whose caption is --caption.  Unless `quiet`, prints which files are not used.
+    Raises UserError with everything that is wrong with the folder, in one message that names the option.
     """
     folder = Path(os.path.normpath(name))
     problems: list[str] = []
@@ -131,7 +130,7 @@ def read_folder(name: str, config: TrainConfig, option: str = "--data", quiet: b
             items.append(Item(path, look.digest, look.size, texts, mask, there.digest))
     if unread:
         kinds = list(dict.fromkeys(unread.values()))
-        problems.append(f"{named(list(unread), 'pictures')} cannot be read, being {', '.join(kinds)}; {remedy(kinds)}")
+        problems.append(f"{named(list(unread), 'pictures')} cannot be read ({', '.join(kinds)}); {remedy(kinds)}")
     if not quiet:
         for remark in remarks:
             print(f"note: {option} {folder}: {remark}", file=sys.stderr)
@@ -146,12 +145,12 @@ def with_trigger(caption: str, config: TrainConfig) -> str:
 
 
 def without_trigger(caption: str, config: TrainConfig) -> str:
-    """Return a caption as it was before --trigger was put there; nothing if there is no --trigger."""
+    """Return a caption without its --trigger; "" if there is no --trigger."""
     return caption.removeprefix(config.trigger).removeprefix(", ") if config.trigger else ""
 
 
 def _name(path: Path, folder: Path) -> str:
-    """Return what a file is called in messages: its path from the folder on."""
+    """Return a file's name for messages: its path relative to the folder."""
     return path.name if path == folder or not path.is_relative_to(folder) else str(path.relative_to(folder))
 
 
@@ -168,7 +167,7 @@ def _captions(
 ) -> tuple[dict[Path, tuple[str, ...]], dict[Path, Path]]:
     """Return the captions of each picture, in the order of the names, and the masks of those that have one.
 
-    Adds to `problems` what is wrong, as a picture without a caption, and to `remarks` what is not used.
+    Adds what is wrong, such as a picture without a caption, to `problems`, and unused files to `remarks`.
     """
     files, left_out = files_in(folder, problems)
     tables = [folder / name for name in TABLES if (folder / name).exists()]
@@ -180,7 +179,7 @@ def _captions(
         captions = read_table(tables[0], config.caption_column, [*files, *left_out], problems)
     else:
         captions = {path: (read_text(text, _name(text, folder), problems).strip(),) for path, text in texts.items()}
-    pictures |= captions.keys()  # a table may name a picture whatever its name ends with, and wherever it lies
+    pictures |= captions.keys()  # a table may name pictures with any extension, in any place
     lacking = sorted(pictures - captions.keys())
     if config.caption is not None:
         captions |= dict.fromkeys(lacking, (config.caption,))
@@ -201,7 +200,7 @@ def _captions(
         remarks += unused
         if tables and texts:
             names = named(sorted({_name(text, folder) for text in texts.values()}), "texts beside pictures")
-            remarks.append(f"{names}: not read, as the captions stand in {tables[0].name}")
+            remarks.append(f"{names}: not read, because the captions are in {tables[0].name}")
     return {path: captions.get(path, ()) for path in sorted(pictures, key=_order)}, masks
 
 
@@ -211,13 +210,13 @@ def _order(path: Path) -> list[str]:
 
 
 def _told_lacking(lacking: Sequence[Path], tables: Sequence[Path], texts: dict[Path, Path], folder: Path) -> str:
-    """Return a message about pictures without a caption: which they are, where one was looked for, what to do."""
+    """Return a message about pictures without a caption: their names, where captions were expected, what to do."""
     names = [_name(path, folder) for path in lacking]
     told = f"{named(names, 'pictures')} {'has' if len(names) == 1 else 'have'} no caption"
     if not tables:
         return f"{told}: there is no metadata.jsonl, no metadata.csv and no .txt beside; give one, or --caption"
     there = [_name(texts[path], folder) for path in lacking if path in texts]
-    hint = f"{named(there, 'texts')} beside: not read, as there is a table; " if there else ""
+    hint = f"{named(there, 'texts')} beside: not read, because there is a table; " if there else ""
     return f"{told} in {tables[0].name}; {hint}add it there, or give --caption"
 
 
@@ -226,17 +225,17 @@ def _told_lacking(lacking: Sequence[Path], tables: Sequence[Path], texts: dict[P
 
 @dataclass(frozen=True)
 class _Look:
-    """What is known of a file: its hash and size, or what is wrong with it, or its kind if that cannot be read."""
+    """What is known of a file: its hash and size, or what is wrong with it, or its unreadable kind."""
 
     digest: str = ""
     size: tuple[int, int] | None = None
     wrong: str = ""
     kind: str = ""
-    has_alpha: bool = False  # which --alpha-mask takes for its mask
+    has_alpha: bool = False  # --alpha-mask uses it as the mask
 
 
 def same_shape(picture: tuple[int, int], mask: tuple[int, int]) -> bool:
-    """Whether a mask of some size covers a whole picture; its sides may be rounded by less than a pixel."""
+    """Whether picture and mask have the same aspect ratio, up to rounding by less than a pixel."""
     (width, height), (w, h) = picture, mask
     return abs(w * height - h * width) < max(width, height)
 
@@ -244,7 +243,7 @@ def same_shape(picture: tuple[int, int], mask: tuple[int, int]) -> bool:
 def _look_at_all(
     pictures: list[Path], masks: list[Path], folder: Path, config: TrainConfig, quiet: bool
 ) -> dict[Path, _Look]:
-    """Look at all pictures and masks, in threads on all cores: Pillow and hashlib work without Python's lock."""
+    """Examine all pictures and masks, in threads on all cores: Pillow and hashlib release Python's lock."""
     known, most, paths = Known(config.cache, folder), config.max_pixels, list(dict.fromkeys((*pictures, *masks)))
 
     def look(path: Path) -> _Look:
@@ -264,13 +263,13 @@ def _look_at_all(
             mask = open_mask(io.BytesIO(content), alpha) if alpha or path in masks else None
             if mask and not mask.getbbox():
                 told = "has an alpha channel that is all black" if alpha else "is all black"
-                return _Look(wrong=f"{told}, so that nothing of the picture would be learnt")
-            if not wrong:  # a warning must be printed by each run
+                return _Look(wrong=f"{told}, so nothing of the picture would be learnt")
+            if not wrong:  # remembered pictures get no warning, and each run must print it
                 known.add(path, state, digest, size)
             return _Look(digest, size, wrong, has_alpha=alpha and mask is not None)
         except BOMB as error:
             pixels = pixels_claimed(error)
-            advice = f"make it smaller or, if it is no bomb, train with --max-pixels {pixels}"
+            advice = f"make it smaller or, if you trust the file, train with --max-pixels {pixels}"
             return _Look(wrong=f"has {pixels:,} pixels, more than the {most:,} of --max-pixels; {advice}")
         except NO_PICTURE as error:
             return _Look(kind=kind_of_bytes(content), wrong=f"cannot be opened as a picture ({error})")
@@ -282,12 +281,12 @@ def _look_at_all(
             bar = tqdm(done, "read", total=len(paths), unit="picture", delay=2, disable=quiet)
             found = dict(zip(paths, bar, strict=True))
     finally:
-        pool.shutdown(cancel_futures=True)  # Ctrl-C need not wait for all of them
+        pool.shutdown(cancel_futures=True)  # so that Ctrl-C does not wait for all of them
     known.save(paths)
     return found
 
 
 def _cores() -> int:
-    """Return how many cores this process may use; the processes of a machine divide its cores among them."""
+    """Return the number of cores for this process; the processes of a machine divide its cores."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))

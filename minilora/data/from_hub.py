@@ -1,8 +1,8 @@
 """A data set of the Hugging Face hub, OWNER/NAME, as a folder of pictures and captions in the cache.
 
-The package datasets reads it row by row, so that of a large one only --max-pictures are fetched.  The files of pictures
-are kept as they are, and the captions go into a metadata.jsonl.  The folder gets its name when it is complete, and from
-then on nothing is asked of the hub.
+The package datasets reads it row by row, so only --max-pictures of a large one are fetched.  The picture files are
+stored unchanged, and the captions go into a metadata.jsonl.  The folder gets its name when it is complete; after that,
+the hub is not contacted again.
 """
 
 import hashlib
@@ -25,15 +25,15 @@ from ..settings.train import TrainConfig
 from .kinds import named
 from .pictures import BOMB, NO_PICTURE
 
-SETTINGS = "data_revision", "image_column", "caption_column", "max_pictures"  # that decide what is fetched
-ON_HUB = re.compile(r"(zip://[^:]*::)?hf://datasets/")  # where the picture of a row may lie that is not in the row
+SETTINGS = "data_revision", "image_column", "caption_column", "max_pictures"  # these decide what is fetched
+ON_HUB = re.compile(r"(zip://[^:]*::)?hf://datasets/")  # allowed places of a picture that is not in the row itself
 
 
 def fetched(name: str, config: TrainConfig, quiet: bool = False) -> Path:
     """Return the folder of a data set's pictures; fetch it if it is not in the cache.
 
-    Raises UserError if there is no such data set or column, if a picture cannot be opened, and for the package datasets
-    where it lacks.  Of several processes of a machine the first fetches, and the others wait.
+    Raises UserError if there is no such data set or column, if a picture cannot be opened, or if the package datasets
+    is missing.  Of several processes on a machine, the first fetches and the others wait.
     """
     what = [name, *(getattr(config, setting) for setting in SETTINGS)]
     digest = hashlib.sha256(json.dumps(what).encode()).hexdigest()[:12]
@@ -52,7 +52,7 @@ def fetched(name: str, config: TrainConfig, quiet: bool = False) -> Path:
 
 
 def _rows(name: str, config: TrainConfig) -> Iterable[dict]:
-    """Yield the rows of a data set, of the split train or else of the first; pictures are not decoded."""
+    """Yield the rows of a data set, from the split "train" or else the first; pictures are not decoded."""
     if not is_installed("datasets"):
         raise UserError(
             f"--data {name}: there is no such folder; to take it from the hub, pip install -e '.[datasets]'"
@@ -63,15 +63,15 @@ def _rows(name: str, config: TrainConfig) -> Iterable[dict]:
         splits = load_dataset(name, revision=config.data_revision, streaming=True)
         split = splits.get("train", next(iter(splits.values())))
         yield from islice(split.decode(False), config.max_pictures)
-    except Exception as error:  # of any kind: no network, no such data set, a damaged file
+    except Exception as error:  # no network, no such data set, a damaged file, …
         raise UserError(
-            f"--data {name}: there is no such folder, and no data set of that name on the hub that can be read "
+            f"--data {name}: there is no such folder, and no such data set on the hub that can be read "
             f"({first_line(error)})"
         ) from error
 
 
 def write_pictures(rows: Iterable[dict], folder: Path, title: str, config: TrainConfig) -> int:
-    """Write the pictures of rows into a folder, and a table of the captions that they have; return their number."""
+    """Write the pictures of rows, and a table of their captions, into a folder; return the number of pictures."""
     captions, count, wrong = [], 0, []
     for number, row in enumerate(tqdm(rows, "fetch", unit="picture", delay=2)):
         lacking = [name for name in (config.image_column,) if name not in row]
@@ -102,14 +102,14 @@ def write_pictures(rows: Iterable[dict], folder: Path, title: str, config: Train
 
 
 def _content(cell: object) -> bytes:
-    """Return the file of a picture that is not decoded; nothing if it is neither in the row nor on the hub."""
+    """Return the file of an undecoded picture; b"" if it is neither in the row nor on the hub."""
     if not isinstance(cell, dict):
         return b""
     if cell.get("bytes"):
         return cell["bytes"]
     path = str(cell.get("path") or "")
     if not ON_HUB.match(path):
-        return b""  # a stranger's row must not name files of this machine
+        return b""  # a stranger's row must not name local files
     import fsspec
 
     with fsspec.open(path, "rb") as file:
@@ -117,10 +117,10 @@ def _content(cell: object) -> bytes:
 
 
 def _ending(content: bytes) -> str:
-    """Return the ending of a picture's name by its content; nothing if Pillow does not know it."""
+    """Return the extension for a picture by its content; "" if Pillow does not know it."""
     try:
         kind = Image.open(BytesIO(content)).format
-    except BOMB:  # how large a picture may be is said when the folder is read
+    except BOMB:  # reading the folder checks the size
         return ".png"
     except NO_PICTURE:
         return ""

@@ -4,8 +4,8 @@ Each picture always gets the same noise at the same timesteps, so two figures di
 
     (1 / n·T) Σ_pictures Σ_t loss(x₀, ε, t)        T timesteps, evenly spaced; ε fixed per picture and t
 
-The loss is the plain squared error, whatever the training loss is, so that runs can be compared.  If a picture has a
-mask, only what is white there counts.
+The loss is always the plain squared error, even if the training loss is another, so that runs can be compared.  If a
+picture has a mask, only its white part counts.
 """
 
 from collections.abc import Iterable, Sequence
@@ -22,10 +22,10 @@ TIMESTEPS = 8  # per picture
 
 
 def keep_apart(items: Sequence[Item], share: float, seed: int) -> tuple[list[Item], list[Item]]:
-    """Divide pictures into those to train on and the held-out ones, a share of them, at least one.
+    """Split pictures into those to train on and the held-out ones: a share of them, at least one.
 
-    A number is drawn for each picture by the seed and its content, and the pictures with the lowest are held out.  So
-    names and folders do not matter, and a picture that comes twice is on one side.  Raises UserError if none is left.
+    The seed and a picture's content give it a random number, and the pictures with the lowest are held out.  So names
+    and folders do not matter, and copies of a picture stay together.  Raises UserError if none is left to train on.
     """
     drawn = {item.digest: draws.uniform(seed, f"kept from training {item.digest}", 0) for item in items}
     held_out = dict.fromkeys(sorted(drawn, key=drawn.get)[: max(1, round(share * len(drawn)))])
@@ -41,7 +41,7 @@ def held_out_loss(
 ) -> torch.Tensor:
     """Return each picture's mean loss over the timesteps, (pictures,), float64, on the CPU.
 
-    `numbers` says which pictures.  `network` is called as diffusers' U-Nets are, with `at_once` timesteps in one pass.
+    `numbers` selects the pictures.  `network` is called like diffusers' U-Nets, with `at_once` timesteps per pass.
     """
     spaced = {n: len(schedule) * (2 * n + 1) // (2 * TIMESTEPS) for n in range(TIMESTEPS)}
     device, means = schedule.alphas_cumprod.device, []

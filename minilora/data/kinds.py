@@ -1,4 +1,4 @@
-"""Kinds of pictures that Pillow does not read: how to recognise them, and how to get them read."""
+"""Kinds of pictures that Pillow does not read: how to recognise them, and how to make them readable."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,27 +17,27 @@ _NAMES = {
     "a drawing program's": "afphoto ai clip kra pdn psb sai xcf",
 }
 _BY_SUFFIX = {f".{suffix}": kind for kind, suffixes in _NAMES.items() for suffix in suffixes.split()}
-# mif1, a picture of any coding, comes last: AVIF has it, too.
+# mif1 means any coding, so it comes last: AVIF files have it, too.
 _BRANDS = {b"avif": "AVIF", b"avis": "AVIF", b"crx ": "camera raw", b"heic": "HEIC", b"heix": "HEIC", b"mif1": "HEIC"}
 _MOST = 20  # names in one message
 
 
 def is_picture(path: Path) -> bool:
-    """Whether a file is a picture by its name, whether or not its kind can be read."""
+    """Whether a file is a picture by its name, readable or not."""
     return path.suffix.lower() in Image.registered_extensions() or path.suffix.lower() in _BY_SUFFIX
 
 
 def unread_kind(path: Path) -> str:
-    """Return the kind of a picture that cannot be read, by its name; nothing if it can be.
+    """Return the kind of an unreadable picture by its name; "" if it can be read.
 
-    The name decides: a raw file of a camera is often a TIFF that begins with a thumbnail, and Pillow would read that.
+    The name decides, because a camera's raw file is often a TIFF that begins with a thumbnail, which Pillow would read.
     """
     suffix = path.suffix.lower()
     return "" if suffix in Image.registered_extensions() else _BY_SUFFIX.get(suffix, "")
 
 
 def kind_of_bytes(content: bytes) -> str:
-    """Return which kind that cannot be read a file is by its first bytes, whatever it is called; nothing if it is none.
+    """Return the unreadable kind of a file by its first bytes, regardless of its name; "" if it is none.
 
     Source: ISO/IEC 14496-12, 4.3 (the brands of a `ftyp` box); ISO/IEC 18181-2, for JPEG XL.
     """
@@ -46,12 +46,12 @@ def kind_of_bytes(content: bytes) -> str:
     kind = next((kind for brand, kind in _BRANDS.items() if brand in brands), "")
     if content.startswith((b"\xff\x0a", b"\0\0\0\x0cJXL ")):
         kind = "JPEG XL"
-    # A picture of a kind that is read, and that could not be opened, is damaged.
+    # A picture of a readable kind that could not be opened is damaged.
     return kind if kind and unread_kind(Path(f"a.{_NAMES[kind].split()[0]}")) else ""
 
 
 def remedy(kinds: Sequence[str]) -> str:
-    """Return what makes pictures of these kinds readable."""
+    """Return advice on how to make pictures of these kinds readable."""
     ways = ["HEIC needs pillow-heif: pip install -e '.[heic]'"] if "HEIC" in kinds else []
     ways += ["AVIF needs a newer Pillow: pip install -U pillow"] if "AVIF" in kinds else []
     others = "others" if ways else "them" if len(kinds) > 1 else "it"
@@ -62,7 +62,7 @@ def remedy(kinds: Sequence[str]) -> str:
 
 
 def named(names: Sequence[str], what: str) -> str:
-    """Return the one name that there is, or else the number and the names, as in "2 pictures (a.png, b.png)"."""
+    """Return a single name as it is, several with their number: "2 pictures (a.png, b.png)"."""
     if len(names) == 1:
         return names[0]
     more = f", and {len(names) - _MOST:,} more" if len(names) > _MOST else ""

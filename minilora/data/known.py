@@ -1,8 +1,7 @@
-"""What is known of pictures that were read before, so that a folder of photographs is read only once.
+"""Remember pictures that were read before, so that a folder of photographs is read only once.
 
-A picture is known as long as its file has the same size, times of change and number on the disk (inode).  Of the two
-times no program can set the second, ctime.  The hash of the content is kept.  When a picture is read again to be
-encoded, its content must have that hash.
+A picture is known as long as its file has the same size, times of change (mtime and ctime, which no program can set)
+and inode.  Its content's hash is stored.  When the picture is read again for encoding, its content must have that hash.
 """
 
 import hashlib
@@ -16,18 +15,18 @@ from pathlib import Path
 from ..files.tensors import write_whole
 from ..settings.errors import UserError
 
-SETTLED = 2.0  # seconds since the last change; a file that changes twice in one tick of the disk's clock shows one time
-_VERSION = 2  # raise this number when other pictures than before are refused or warned of
+SETTLED = 2.0  # seconds since the last change: two changes within one tick of the disk's clock have the same time
+_VERSION = 2  # increase this when the rules for refusals or warnings change
 
 
 def state_of(path: Path) -> list[int]:
-    """Return size, times and number on the disk of a file; a file that changes has others."""
+    """Return the size, times and inode of a file; they differ after a change."""
     now = path.stat()
     return [now.st_size, now.st_mtime_ns, now.st_ctime_ns, now.st_ino]
 
 
 class Known:
-    """Hash and size in pixels of the pictures of one folder, kept in the cache."""
+    """The hashes and sizes in pixels of one folder's pictures, stored in the cache."""
 
     def __init__(self, cache: str, folder: Path):
         self.folder = folder
@@ -40,7 +39,7 @@ class Known:
         self.new: dict[str, list] = {}
 
     def get(self, path: Path, state: list[int]) -> tuple[str, tuple[int, int]] | None:
-        """Return the hash and the size of a picture whose file is in a state, if they are known."""
+        """Return the hash and the size of a picture, if they are known for this state of its file."""
         match self.pictures.get(self._key(path)):
             case [before, str(digest), [int(width), int(height)]] if before == state:
                 return digest, (width, height)
@@ -52,7 +51,7 @@ class Known:
             self.new[self._key(path)] = [state, digest, list(size)]
 
     def save(self, there: list[Path]) -> None:
-        """Write down what is known of the pictures in the folder, if there is anything new."""
+        """Store what is known of the pictures in the folder, if anything is new."""
         if self.new:
             names = {self._key(path) for path in there}
             pictures = {name: about for name, about in (self.pictures | self.new).items() if name in names}

@@ -1,4 +1,4 @@
-"""Pictures: opened, brought to sRGB, cropped, turned into tensors and back."""
+"""Pictures: open them, convert them to sRGB, crop them, turn them into tensors and back."""
 
 import io
 import re
@@ -18,14 +18,14 @@ with suppress(ImportError):  # an optional package
 
     register_heif_opener()
 
-# What Pillow raises for a file that is no picture, is truncated, has damaged EXIF, or is a decompression bomb.
+# What Pillow raises for a file that is not a picture, is truncated, has damaged EXIF, or is a decompression bomb.
 BOMB = (Image.DecompressionBombError, Image.DecompressionBombWarning)
 NO_PICTURE = (OSError, SyntaxError, ValueError, struct.error, *BOMB)
-CENTRE = (0.5, 0.5)  # where a picture is cropped by default
-_TURNED = (5, 6, 7, 8)  # the orientations of EXIF that swap width and height
-# By the colour space of a profile, the modes of the pictures that it fits; the first is what they are converted to.
+CENTRE = (0.5, 0.5)  # the default place of a crop
+_TURNED = (5, 6, 7, 8)  # the EXIF orientations that swap width and height
+# The picture modes that a profile's colour space fits; pictures are converted to the first of them.
 _MODES = {"RGB": ("RGB", "RGBX", "P", "L", "YCbCr"), "GRAY": ("L",), "CMYK": ("CMYK",)}
-# Adobe RGB as an ICC profile has it: white, and red, green and blue under D50, all as XYZ; 256 times its gamma.
+# Adobe RGB as in an ICC profile: white, red, green and blue under D50, as XYZ; 256 times its gamma.
 # Source: Adobe RGB (1998) Color Image Encoding, 2005.
 _ADOBE = {
     b"wtpt": (0.95045, 1.0, 1.08905),
@@ -37,7 +37,7 @@ _ADOBE_GAMMA = 563
 
 
 def open_picture(source: Path | io.BytesIO, most: int | None = Image.MAX_IMAGE_PIXELS) -> Image.Image:
-    """Return a picture as RGB: turned as its EXIF says, in sRGB, transparency laid on white.
+    """Return a picture as RGB: rotated as its EXIF says, in sRGB, with transparency over white.
 
     Raises one of `NO_PICTURE` if it is not a picture, is truncated, or has more than `most` pixels.
     """
@@ -52,10 +52,10 @@ def open_picture(source: Path | io.BytesIO, most: int | None = Image.MAX_IMAGE_P
 
 
 def open_mask(source: io.BytesIO, of_alpha: bool) -> Image.Image | None:
-    """Return a picture as a mask, in grey: white is what counts, and what can be seen through does not.
+    """Return a picture as a mask, in grey: white counts; transparent parts do not.
 
-    `of_alpha`: the mask is the picture's alpha channel, whatever its colours are; None if nothing can be seen through.
-    The caller sets the limit with `pixels_limited`.  Raises one of `NO_PICTURE`.
+    `of_alpha`: the mask is the picture's alpha channel; None if nothing is transparent.  The caller sets the limit with
+    `pixels_limited`.  Raises one of `NO_PICTURE`.
     """
     with Image.open(source) as file:
         colours, alpha = _decoded(file)
@@ -68,16 +68,16 @@ def open_mask(source: io.BytesIO, of_alpha: bool) -> Image.Image | None:
 def look_at(source: io.BytesIO) -> tuple[tuple[int, int], str]:
     """Return the width and height that `open_picture` gives, and what is wrong with the colour profile, if anything.
 
-    The whole picture is decoded, so that damage is found.  Several threads may do this at once; the caller sets the
-    limit with `pixels_limited`.
+    Decodes the whole picture, to find damage.  Several threads may call this at once; the caller sets the limit with
+    `pixels_limited`.
     """
     try:
         with Image.open(source) as file:
             picture, _ = _decoded(file, turn=False)
-            turned = file.getexif().get(0x0112) in _TURNED  # after decoding, when Pillow has turned a TIFF itself
+            turned = file.getexif().get(0x0112) in _TURNED  # after decoding, because Pillow rotates a TIFF itself
             profile = _profile_of(file)
-    except UnidentifiedImageError as error:  # which names the source by its place in memory
-        raise ValueError("it is of no kind that Pillow reads") from error
+    except UnidentifiedImageError as error:  # its text has the source's address in memory
+        raise ValueError("Pillow does not know this kind of file") from error
     width, height = picture.size
     wrong = ""
     if profile:
@@ -89,13 +89,13 @@ def look_at(source: io.BytesIO) -> tuple[tuple[int, int], str]:
 
 
 def pixels_claimed(error: Exception) -> int:
-    """Return how many pixels a picture has, or claims to have, from Pillow's error about a decompression bomb."""
+    """Return the number of pixels that a picture claims, from Pillow's error about a decompression bomb."""
     return int(re.search(r"\d+", str(error))[0])
 
 
 @contextmanager
 def pixels_limited(most: int | None) -> Iterator[None]:
-    """Let Pillow refuse pictures of more than `most` pixels within the block, in all threads."""
+    """Within the block, make Pillow refuse pictures of more than `most` pixels, in all threads."""
     before = Image.MAX_IMAGE_PIXELS
     with warnings.catch_warnings():
         warnings.simplefilter("error", Image.DecompressionBombWarning)
@@ -127,9 +127,9 @@ def _decoded(file: Image.Image, turn: bool = True) -> tuple[Image.Image, Image.I
 
 
 def _profile_of(file: Image.Image) -> bytes | None:
-    """Return the ICC profile of a picture's colours; None if nothing is said of them.
+    """Return the ICC profile of a picture's colours; None if it has none.
 
-    Cameras say Adobe RGB only in EXIF: the colour space is 65535, for "another", and the index of interoperability is
+    Cameras mark Adobe RGB only in EXIF: the colour space is 65535, for "another", and the interoperability index is
     R03.  Some programs write 2 for the colour space.
     Source: CIPA DC-009 (DCF 2.0), on files with the optional colour space.
     """
@@ -158,9 +158,9 @@ def adobe_rgb() -> bytes:
 
 
 def _in_srgb(picture: Image.Image, profile: bytes | None) -> Image.Image:
-    """Return a picture as RGB, its colours brought from those of its ICC profile to sRGB.
+    """Return a picture as RGB, its colours converted from its ICC profile to sRGB.
 
-    Without a profile, or with one that cannot be used, its numbers are taken for sRGB, as viewers do.
+    Without a usable profile its numbers are taken as sRGB, as in viewers.
     """
     if profile:
         with suppress(ImageCms.PyCMSError, OSError):
@@ -172,10 +172,10 @@ def _in_srgb(picture: Image.Image, profile: bytes | None) -> Image.Image:
 
 @lru_cache(maxsize=16)
 def _transform(profile: bytes, mode: str) -> tuple[str, ImageCms.ImageCmsTransform | None]:
-    """Return the mode that a picture of `mode` is converted to, and then the transform from its profile to sRGB.
+    """Return the mode to convert a picture of `mode` to, and the transform from its profile to sRGB.
 
-    The transform is None if the profile is sRGB itself, under whatever name: if no colour would change by more than
-    1 of 255, the picture keeps its numbers.  Raises PyCMSError or OSError for a profile that cannot be used.
+    The transform is None if the profile is sRGB under any name: if no colour would change by more than 1 of 255, the
+    picture keeps its numbers.  Raises PyCMSError or OSError for a profile that cannot be used.
 
     Source: ICC.1:2022, 7.2.6 (the colour space of a profile).
     """
@@ -212,7 +212,7 @@ def crop(picture: Image.Image, size: tuple[int, int], place: tuple[float, float]
 def crop_at(
     picture: tuple[int, int], size: tuple[int, int], place: tuple[float, float]
 ) -> tuple[tuple[int, int], int, int]:
-    """Return the size that a picture is resized to before it is cropped to `size`, and left and top of the crop."""
+    """Return the size to resize a picture to before cropping it to `size`, and left and top of the crop."""
     factor = max(wanted / n for wanted, n in zip(size, picture, strict=True))
     width, height = (max(wanted, round(n * factor)) for wanted, n in zip(size, picture, strict=True))
     return (width, height), round((width - size[0]) * place[0]), round((height - size[1]) * place[1])

@@ -1,4 +1,4 @@
-"""Pictures as files: sheets of several side by side, what a file tells of itself, and captions beside them."""
+"""Pictures as files: sheets of several pictures, the settings inside a file, and captions beside it."""
 
 import io
 import json
@@ -10,8 +10,8 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin
 from ..files.tensors import write_whole
 from ..settings.errors import UserError
 
-SETTINGS = "minilora"  # under which a picture's file tells the settings that it was drawn with
-DRAWN_BY = "drawn by"  # under which a picture's file tells for which prompt it was drawn, and by which base
+SETTINGS = "minilora"  # the key in a picture's file for the settings that it was drawn with
+DRAWN_BY = "drawn by"  # the key in a picture's file for its prompt and base
 
 
 def sheet(rows: list[list[Image.Image]], columns: Sequence[str], labels: Sequence[str]) -> Image.Image:
@@ -40,7 +40,7 @@ def sheet(rows: list[list[Image.Image]], columns: Sequence[str], labels: Sequenc
 
 
 def save_picture(picture: Image.Image, path: Path) -> None:
-    """Write a picture, whole or not at all, in the format of its name's ending."""
+    """Write a picture, completely or not at all, in the format of its name's extension."""
     content, about = io.BytesIO(), PngImagePlugin.PngInfo()
     for what in ("sheet", DRAWN_BY, SETTINGS):
         if what in picture.info:
@@ -54,7 +54,7 @@ def numbered_in(folder: Path, count: int) -> list[str]:
     names = [f"{number:04d}.png" for number in range(1, count + 1)]
     others = {path.name for path in folder.glob("*")} - {*names, "metadata.jsonl"}
     if others:
-        raise UserError(f"--output {folder}: {min(others)} is there already; choose another folder, or delete it")
+        raise UserError(f"--output {folder}: {min(others)} already exists there; choose another folder, or delete it")
     return names
 
 
@@ -68,5 +68,5 @@ def picture_format(path: Path) -> str:
     """Return the picture format of a file's name; UserError if Pillow cannot write one of that name."""
     name = Image.registered_extensions().get(path.suffix.lower())
     if name not in Image.SAVE:
-        raise UserError(f"--output {path}: its name must end as a picture's does, for example .png")
+        raise UserError(f"--output {path}: its name needs a picture's extension, for example .png")
     return name

@@ -233,7 +233,7 @@ def test_morphing_writes_the_animation_that_is_asked_for(config, tmp_path, name)
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"output": "morph.mp4"}, r"--output morph\.mp4: its name must end as a picture's does"),
+        ({"output": "morph.mp4"}, r"--output morph\.mp4: its name needs a picture's extension"),
         ({"output": "morph.jpg"}, r"--output morph\.jpg: JPEG holds one picture; give a \.gif"),
         ({"pictures": ("a.png", "nowhere.png")}, r"nowhere\.png: it cannot be opened as a picture"),
         ({"lora_a": "nowhere.safetensors", "lora_b": "nowhere.safetensors"}, r"LoRA nowhere\.safetensors"),

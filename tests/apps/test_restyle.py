@@ -262,7 +262,7 @@ def test_a_folder_of_drawn_pictures_can_be_trained_on(drawing, tmp_path):
     alone = np.array(Image.open(drawing(prompt=("a dog",), seed=1))).astype(int)
     assert np.abs(alone - np.array(Image.open(folder / "0004.png"))).max() <= 1  # alone and among others
     make_picture(0).save(folder / "mine.png")
-    with pytest.raises(UserError, match=r"things: mine\.png is there already; choose another folder"):
+    with pytest.raises(UserError, match=r"things: mine\.png already exists there; choose another folder"):
         drawing(output=str(folder), prompt=("red apple", "a dog"), count=2)
 
 

@@ -167,25 +167,25 @@ FOLDERS = [
     (
         "pictures of kinds that cannot be read beside one that can",
         partial(beside, {"b.jxl": b"", "c.CR2": b"", "b.txt": "x", "c.txt": "x"}),
-        "2 pictures (b.jxl, c.CR2) cannot be read, being JPEG XL, camera raw; save them as .png or .jpg",
+        "2 pictures (b.jxl, c.CR2) cannot be read (JPEG XL, camera raw); save them as .png or .jpg",
     ),
-    ("only pictures in a hidden folder", only_copies, ".thumbnails (holding 1): pictures are left out there"),
+    ("only pictures in a hidden folder", only_copies, ".thumbnails (holding 1): hidden pictures and copies there"),
     (
         "pictures and copies of them that programs made",
         partial(beside, dict.fromkeys((".ipynb_checkpoints/a.png", "@eaDir/a.png", "__MACOSX/a.png", "._a.png"), b"")),
-        "4 places (._a.png, .ipynb_checkpoints (holding 1), @eaDir (holding 1), __MACOSX (holding 1)): pictures are",
+        "4 places (._a.png, .ipynb_checkpoints (holding 1), @eaDir (holding 1), __MACOSX (holding 1)): hidden pictures",
         True,
     ),
     (
         "texts without a picture",
         partial(beside, {"b.txt": "x", "c.txt": "x"}),
-        "2 texts (b.txt, c.txt): not read, as there is no picture of that name",
+        "2 texts (b.txt, c.txt): not read, because there is no picture of that name",
         True,
     ),
     (
         "files of other kinds",
         partial(beside, {"a.json": "{}", "clip.mov": b""}),
-        "2 files (a.json, clip.mov): not read, being neither picture nor caption",
+        "2 files (a.json, clip.mov): not read: neither picture nor caption",
         True,
     ),
     (
@@ -208,17 +208,17 @@ FOLDERS = [
     (
         "a table that leaves out a picture with a .txt beside it",
         partial(beside, {"b.png": png(), "b.txt": "x", "metadata.csv": "file_name,text\na.png,x\n"}),
-        "b.png has no caption in metadata.csv; b.txt beside: not read, as there is a table",
+        "b.png has no caption in metadata.csv; b.txt beside: not read, because there is a table",
     ),
     (
         "a table in a folder below",
         partial(below, name="metadata.jsonl"),
-        "train/metadata.jsonl: not read, as it is not at the top; give",
+        "train/metadata.jsonl: not read, because it is in a sub-folder; give",
     ),
     (
         "captions in .caption",
         partial(below, name="a.caption"),
-        "train/a.caption: not read; a caption stands in a .txt",
+        "train/a.caption: not read; name captions .txt",
     ),
     (
         "a table that writes a name in another Unicode form",
@@ -336,7 +336,7 @@ PICTURES = [
     ("a PNG that claims 2³¹ − 1 pixels each way", png_of(2**31 - 1, 2**31 - 1), "a.png has 4,611,686,014,132,420,609"),
     ("a PNG of 0 × 0 pixels", png_of(0, 0), "a.png cannot be opened"),
     ("a picture of floating-point numbers", png("F", kind="TIFF"), "whose white is not defined"),
-    ("JPEG XL named .png", b"\xff\x0a", "a.png cannot be read, being JPEG XL; save it as .png or .jpg"),
+    ("JPEG XL named .png", b"\xff\x0a", "a.png cannot be read (JPEG XL); save it as .png or .jpg"),
     ("one with a colour profile that is none", png(icc_profile=b"x"), "a.png: its colour profile cannot be used", True),
     ("one with a colour profile cut in half", png(icc_profile=PROFILE[:300]), "profile cannot be used", True),
     ("grey with a colour profile of colours", png("L", icc_profile=PROFILE), "trained", True),
@@ -909,15 +909,14 @@ def page() -> str:
     lines = [
         "# Bad input",
         "",
-        f"{len(CASES)} bad and unusual inputs, and what happens with each.  What is refused ends with exit code 2 "
-        "and a message on standard error that contains the words of the last column; there is then no file under the "
-        "name of a result.",
+        f"{len(CASES)} bad or unusual inputs, and what happens with each. A refused input ends with exit code 2 and a "
+        "message on standard error that contains the words in the last column. No result file is then written.",
         "",
-        "[`tests/bad_inputs/cases.py`](../tests/bad_inputs/cases.py) makes all of them, and writes this page; "
+        "[`tests/bad_inputs/cases.py`](../tests/bad_inputs/cases.py) makes these inputs and writes this page; "
         "[`tests/bad_inputs/test_bad_inputs.py`](../tests/bad_inputs/test_bad_inputs.py) runs them.",
     ]
     for room, (about, _, rows) in ROOMS.items():
-        lines += ["", f"## {room}", "", f"| {about} | what comes of it | and is said |", "|---|---|---|"]
+        lines += ["", f"## {room}", "", f"| {about} | result | output contains |", "|---|---|---|"]
         for case in (Case(room, *row) for row in rows):
             outcome = "works" if case.works else "exit code 2"
             lines.append(f"| {case.given} | {outcome} | {case.said.replace('|', chr(92) + '|')} |")

@@ -371,7 +371,7 @@ def test_a_damaged_file_of_the_cache_is_made_again_and_said(pictures, tmp_path, 
     capsys.readouterr()
     two = examples_for(pictures, tmp_path, tiny_base).batch(range(8), ONE.device)
     said = capsys.readouterr().err
-    assert said.count("; it is made again") == len(damages)
+    assert said.count("; it will be written again") == len(damages)
     assert all(str(path) in said for path in files[: len(damages)])
     assert {path: path.read_bytes() for path in files} == whole
     assert torch.equal(one.latents, two.latents)
@@ -427,7 +427,7 @@ def test_edited_captions_keep_the_other_keys_and_the_bytes_of_all_other_lines(pi
     ]
     table.write_text("\n".join(lines))
     same = {"0.png": ["zero"], "1.png": ["eines"], "2.png": ["a dog", "a red apple"], "3.png": [""], "4.png": [""]}
-    assert edit_captions(pictures, same) == f"no caption has changed in {table}"
+    assert edit_captions(pictures, same) == f"no caption changed in {table}"
     assert table.read_text() == "\n".join(lines)
     edit_captions(pictures, same | {"0.png": ["größer"], "2.png": ["a dog", "an apple"], "3.png": ["three"]})
     now = table.read_text().splitlines()
@@ -450,5 +450,5 @@ def test_captions_in_a_table_that_cannot_be_written_are_refused(pictures):
             edit_captions(pictures, {"0.png": ["a"]})
         assert table.read_text() == text
     table.rename(pictures / "metadata.csv")
-    with pytest.raises(UserError, match=r"the captions stand in metadata\.csv"):
+    with pytest.raises(UserError, match=r"the captions are in metadata\.csv"):
         edit_captions(pictures, {"0.png": ["a"]})

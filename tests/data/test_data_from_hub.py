@@ -136,4 +136,4 @@ def test_a_data_set_on_the_hub_is_the_folder_of_its_pictures_and_later_without_a
     hub.repos.clear()
     (again, error), _ = run({}, {"max_pictures": 2})
     assert again == wanted
-    assert "no data set of that name on the hub that can be read" in error
+    assert "no such data set on the hub that can be read" in error

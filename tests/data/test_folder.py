@@ -56,7 +56,7 @@ def test_pictures_of_kinds_that_are_not_read_are_counted_and_named(data):
         (data / name).with_suffix(".txt").write_text("a caption")
     said = refused(data)
     assert "5 pictures (b.CR3, d.dng, e.NEF, f.svg, sub/c.jxl) cannot be read" in said
-    assert "being camera raw, SVG, JPEG XL; save them as .png or .jpg, or move them out" in said
+    assert "(camera raw, SVG, JPEG XL); save them as .png or .jpg, or move them out" in said
     assert "a.jpg" not in said
     assert ".txt" not in said  # their texts are not without a picture
 
@@ -66,10 +66,10 @@ def test_what_reads_heic_is_said_where_it_is_lacking(data, monkeypatch):
     monkeypatch.delitem(Image.EXTENSION, ".heic", raising=False)  # as if pillow-heif were not installed
     (data / "b.HEIC").write_bytes(HEIC)
     (data / "b.txt").write_text("a caption")
-    assert "b.HEIC cannot be read, being HEIC; HEIC needs pillow-heif: pip install -e '.[heic]'" in refused(data)
+    assert "b.HEIC cannot be read (HEIC); HEIC needs pillow-heif: pip install -e '.[heic]'" in refused(data)
     (data / "c.jpg").write_bytes(HEIC)  # as some programs rename it
     (data / "c.txt").write_text("a caption")
-    assert "2 pictures (b.HEIC, c.jpg) cannot be read, being HEIC;" in refused(data)
+    assert "2 pictures (b.HEIC, c.jpg) cannot be read (HEIC);" in refused(data)
 
 
 @pytest.mark.parametrize(
@@ -77,7 +77,7 @@ def test_what_reads_heic_is_said_where_it_is_lacking(data, monkeypatch):
 )
 def test_a_kind_is_known_by_its_first_bytes_too(content, kind, data):
     (data / "a.jpg").write_bytes(content)
-    assert f"a.jpg cannot be read, being {kind}; save it as" in refused(data)
+    assert f"a.jpg cannot be read ({kind}); save it as" in refused(data)
 
 
 def test_the_kinds_of_one_container_are_told_apart(monkeypatch):
@@ -99,7 +99,7 @@ def test_a_raw_file_is_not_taken_for_its_thumbnail_where_a_table_names_it(data):
     (data / "b.tif").rename(data / "b.dng")  # that is how such a file begins
     rows = [{"file_name": name, "text": "x"} for name in ("a.jpg", "b.dng")]
     (data / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert "b.dng cannot be read, being camera raw" in refused(data)
+    assert "b.dng cannot be read (camera raw)" in refused(data)
 
 
 def test_very_many_names_are_cut_short_and_counted(data):
@@ -162,8 +162,8 @@ def test_files_that_are_not_used_are_named(data, capsys):
     read_folders(config_for(data))
     lines = capsys.readouterr().err.splitlines()
     assert [line.removeprefix(f"note: --data {data}: ") for line in lines] == [
-        "b.txt: not read, as there is no picture of that name",
-        "3 files (a.npz, clip.mov, notes.json): not read, being neither picture nor caption",
+        "b.txt: not read, because there is no picture of that name",
+        "3 files (a.npz, clip.mov, notes.json): not read: neither picture nor caption",
     ]
     read_folders(config_for(data), quiet=True)
     assert capsys.readouterr().err == ""
@@ -179,10 +179,10 @@ def test_a_text_beside_a_picture_that_a_table_leaves_out_is_not_said_to_be_missi
     row = '{"file_name": "a.jpg", "text": "x"}\n' if table.endswith("l") else "file_name,text\na.jpg,x\n"
     (data / table).write_text(row)
     said = refused(data)
-    assert f"b.png has no caption in {table}; b.txt beside: not read, as there is a table; add it there" in said
+    assert f"b.png has no caption in {table}; b.txt beside: not read, because there is a table; add it there" in said
     assert [item.captions for item in read_folders(config_for(data, caption="y"))] == [("x",), ("y",)]
     said = capsys.readouterr().err
-    assert f"2 texts beside pictures (a.txt, b.txt): not read, as the captions stand in {table}" in said
+    assert f"2 texts beside pictures (a.txt, b.txt): not read, because the captions are in {table}" in said
 
 
 def test_a_picture_in_a_folder_below_is_called_by_its_path(data):
@@ -203,7 +203,7 @@ def test_a_table_below_the_folder_is_named_with_what_to_give(table, tmp_path, ca
     make_picture(0).save(data / "train" / "a.png")
     row = '{"file_name": "a.png", "text": "x"}\n' if table.endswith("l") else "file_name,text\na.png,x\n"
     (data / "train" / table).write_text(row)
-    told = f"train/{table}: not read, as it is not at the top; give {data / 'train'} itself"
+    told = f"train/{table}: not read, because it is in a sub-folder; give {data / 'train'} itself"
     assert told in refused(data)
     assert read_folders(config_for(data, caption="y"))[0].captions == ("y",)
     assert told in capsys.readouterr().err
@@ -214,7 +214,7 @@ def test_captions_of_other_programs_are_named_and_not_overridden_in_silence(data
     (data / "a.txt").unlink()
     for name in ("a.caption", "metadata.json", "train.parquet"):
         (data / name).write_bytes(b"")
-    told = ["a.caption: not read; a caption stands in a .txt", "2 files (metadata.json, train.parquet): not read"]
+    told = ["a.caption: not read; name captions .txt", "2 files (metadata.json, train.parquet): not read"]
     said = refused(data)
     assert all(part in said for part in told)
     read_folders(config_for(data, caption="x"))
@@ -347,7 +347,7 @@ def test_another_content_than_that_which_was_read_is_not_encoded(data, settled, 
     with pytest.raises(ChangedError, match=r"a\.jpg has changed since its folder was read; start again"):
         encode(items)
     (data / "a.jpg").rename(data / "b.jpg")
-    with pytest.raises(ChangedError, match=r"a\.jpg cannot be read any more \(No such file"):
+    with pytest.raises(ChangedError, match=r"a\.jpg can no longer be read \(No such file"):
         items[0].open()
     (data / "b.jpg").rename(data / "a.jpg")
     # Even if a file changed in a way that its times do not show, the next run is right.

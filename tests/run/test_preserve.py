@@ -138,7 +138,7 @@ def test_the_text_encoders_too_are_kept_and_found_switched_off(config, monkeypat
 
 def test_no_class_pictures_are_drawn_or_counted(config, tmp_path, capsys):
     lora(config, "a", steps=1, buckets=True)
-    assert "preserve   what the base predicts at 'a dog'" in capsys.readouterr().out
+    assert "preserve   the base's predictions at 'a dog'" in capsys.readouterr().out
     assert not list(tmp_path.rglob("class-*"))
     assert replace(config, epochs=2, steps=None).with_steps(10).steps == 5  # of 4 pictures each
     for more, told in (
@@ -147,7 +147,7 @@ def test_no_class_pictures_are_drawn_or_counted(config, tmp_path, capsys):
         ({"class_prompt": None}, "the empty prompt"),
     ):
         lines = look_at(replace(config, **more | {"class_data": None})).lines
-        assert f"preserve   what the base predicts at {told}" in lines
+        assert f"preserve   the base's predictions at {told}" in lines
         assert not any("class pictures" in line for line in lines)
     words = ["--data", config.data[0], "--model", "a/b", "--recipe", "subject"]
     plain, kept = (

@@ -238,7 +238,7 @@ def test_settings_are_frozen():
         (["--data", "a", "--learning-rate", "nan"], "--learning-rate is nan"),
         (["--data", "a", "--compile", "--buckets"], "--compile and --buckets cannot be combined"),
         (["--data", "a", "--sample-every", "5"], "--sample-every needs --sample-prompt, what to draw"),
-        (["--data", "a", "--prior-weight", "2"], "--prior-weight needs --class-prompt, what the pictures of the class"),
+        (["--data", "a", "--prior-weight", "2"], "--prior-weight needs --class-prompt, what the class pictures show"),
         (["--data", "a", "--class-prompt", "?"], "--class-prompt '?' has no word to name a folder after; give --class"),
         (["--data", "a", "--ema", "0"], "--ema is 0; it must be greater than 0 and at most 1"),
         (["--data", "a", "--also", "peft,koyha"], "--also is 'koyha'; it can be kohya, peft"),
