@@ -165,5 +165,5 @@ def test_a_zero_terminal_snr_is_that_of_diffusers_and_every_weight_is_finite(fam
     for kind in PREDICTION_TYPES:
         schedule = Schedule(torch.tensor([1 - 1e-4, 0.5, 0.0]), kind)
         assert min_snr_weight(torch.arange(3), schedule, 5.0).isfinite().all()
-    with pytest.raises(UserError, match="predicts epsilon, which says nothing about the picture"):
+    with pytest.raises(UserError, match="predicts epsilon, which tells nothing about the picture"):
         _ = Base(str(family_base("sd1")), torch.device("cpu"), zero_terminal_snr=True).schedule

@@ -100,9 +100,7 @@ def test_without_a_base_the_one_is_taken_that_the_lora_names_and_it_is_said(comm
     assert np.array_equal(command(lora=(str(lora),), model=None), drawn)
     assert f"note: the base is {tiny_base}, by config.json of {lora}" in capsys.readouterr().err
     (lora / "config.json").write_text(TrainConfig(data=("x",), model=str(tmp_path / "gone")).to_json())
-    with pytest.raises(
-        UserError, match=rf"--model .*gone: .*; it is named by config.json of {lora}, and --model names"
-    ):
+    with pytest.raises(UserError, match=rf"--model .*gone: .*; config.json of {lora} names this base"):
         command(lora=(str(lora),), model=None)
 
 

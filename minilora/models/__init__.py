@@ -1,4 +1,4 @@
 """A base and its parts: found by name, loaded part by part.
 
-May import files, settings and the heart (lora.py, diffusion.py).
+May import files, settings and lora.py and diffusion.py.
 """

@@ -12,9 +12,9 @@ The families differ in what the U-Net predicts (1.x the noise, 2.x at 768 pixels
     1.x, 2.x       the output of the last layer of one text encoder
     XL             the outputs of the last layer but one of two text encoders, side by side; one vector for the whole
                    prompt from the second encoder; the size of the picture, and place and size of the crop
-    inpainting     of any family; the U-Net also gets a mask, 1 channel, and the masked picture, 4 channels
+    inpainting     of any family; the U-Net also gets a mask (1 channel) and the masked picture (4 channels)
 
-The parts are classes of diffusers and transformers; folder.py and single_file.py load them, this file calls them.
+The parts are classes of diffusers and transformers; folder.py and single_file.py load them, and this file uses them.
 """
 
 import hashlib
@@ -60,18 +60,18 @@ _NO_CHECKER = {"safety_checker": None, "feature_extractor": None, "requires_safe
 class Base:
     """A base by name: None for the bundled one, else a diffusers folder, a hub id or a single .safetensors file.
 
-    A single file has weights only.  What else there is to know, the parts' settings and the tokenizer, is
-    taken from `config`, a diffusers folder (which may lack weights) or hub id, or else follows from the
-    file's shapes.  `vae` is another base or VAE, to take the VAE from.
+    A single file has only weights.  The parts' settings and the tokenizer come from `config`, a diffusers folder (which
+    may lack weights) or hub id; without it, they follow from the file's shapes.  `vae` is another base or VAE to take
+    the VAE from.
 
-    What the U-Net predicts is `prediction_type`, or if that is None, what a single file is marked with, or what the
-    base's settings say.  `zero_terminal_snr` changes the noise levels so that the last one is pure noise, ᾱ = 0, and
-    drawing starts there, as a file's mark does, too.
+    The U-Net predicts `prediction_type`, or if that is None, what a single file is marked with or the base's settings
+    say.  `zero_terminal_snr`, or a file's mark, rescales the noise levels so that the last one is pure noise, ᾱ = 0,
+    and drawing starts there.
     Source: Lin et al., "Common diffusion noise schedules and sample steps are flawed", 2023.
 
-    `revision` and `variant` are those of a hub id; a folder has variants, too.
+    `revision` is that of a hub id, `variant` that of a hub id or a folder.
 
-    `precision` is fp32, bf16, fp16 or auto, which leaves it to precision.py.
+    `precision` is fp32, bf16, fp16, or auto for the choice of precision.py.
 
     `loras`, each "path" or "path:strength", are folded into the weights of each part as it is loaded.
 
@@ -101,7 +101,7 @@ class Base:
         title = f"--model {self.source}"
         self.parts: Folder | SingleFile
         if revision and Path(self.source).exists():
-            raise UserError(f"--revision {revision}: {title} is on this machine; only a base on the hub has revisions")
+            raise UserError(f"--revision {revision}: {title} is a local file; only a base on the hub has revisions")
         if is_file(self.source):
             if variant:
                 raise UserError(f"--variant {variant}: {title} is a single file, which has no variants")
@@ -115,11 +115,11 @@ class Base:
         self.index = self.parts.index()
         self.kind = self.index.get("_class_name") if isinstance(self.index, dict) else None
         if self.kind not in list(PIPELINES):
-            raise UserError(f"{title}: it holds a {self.kind}; what is known is {', '.join(PIPELINES)}")
+            raise UserError(f"{title}: it holds a {self.kind}; supported are {', '.join(PIPELINES)}")
 
     @classmethod
     def of(cls, config, device: torch.device, precision: str = "fp32", loras: Sequence[str] = ()) -> "Base":
-        """Return the base that the settings of a command name; if a LoRA names it, that is said."""
+        """Return the base that a command's settings name; print which one if a LoRA names it."""
         options = config.base_settings()
         name, settings = options.pop("model"), options.pop("model_config")
         named = named_base(getattr(config, "lora", None))
@@ -131,7 +131,7 @@ class Base:
         except UserError as error:
             if not by_lora:
                 raise
-            raise UserError(f"{error}; it is named by {named.by}, and --model names another") from error
+            raise UserError(f"{error}; {named.by} names this base; give another with --model") from error
 
     @cached_property
     def parameters(self) -> int:
@@ -140,7 +140,7 @@ class Base:
 
     @cached_property
     def _precision(self) -> tuple[str, str]:
-        """The number format to compute in, and why, if it was left to the machine."""
+        """The number format to compute in, and the reason if it was chosen automatically."""
         if self.asked_precision == "fp32":
             return "fp32", ""
         if self.asked_precision == "auto":
@@ -197,18 +197,18 @@ class Base:
     def _tokenizer(self, part: str) -> CLIPTokenizer:
         tokenizer = self.parts.tokenizer(part)
         # If files are missing, transformers makes a tokenizer without words and without a maximum length.
-        if tokenizer.vocab_size < 512 or tokenizer.model_max_length > 100_000:  # each byte is a word, and ends one
+        if tokenizer.vocab_size < 512 or tokenizer.model_max_length > 100_000:  # 512: every byte, alone and at an end
             raise UserError(f"--model {self.source}: its {part} does not load (no vocabulary, or no model_max_length)")
         return tokenizer
 
     @cached_property
     def scheduler_options(self) -> dict:
-        """How the scheduler differs from the base's settings: as it is asked for, or as the file is marked."""
+        """How the scheduler differs from the base's settings, by the user's settings or the file's marks."""
         marks = self.parts.marks
         predicts = self.prediction_type or marks.prediction_type
         options: dict = {"prediction_type": predicts} if predicts else {}
         predicts = predicts or self.parts.config(SCHEDULER).get("prediction_type", "epsilon")
-        # (--prediction-type epsilon overrules a mark of zero terminal SNR, too.)
+        # (--prediction-type epsilon also overrides a mark of zero terminal SNR.)
         if self.zero_terminal_snr or (marks.zero_terminal_snr and predicts != "epsilon"):
             options |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
         return options
@@ -224,8 +224,8 @@ class Base:
             raise UserError(f"--model {self.source}: {error}") from error
         if self.zero_terminal_snr and scheduler.config.prediction_type == "epsilon":
             raise UserError(
-                f"--zero-terminal-snr: {self.source} predicts epsilon, which says nothing about the picture in pure "
-                "noise; it needs a base that predicts v"
+                f"--zero-terminal-snr: {self.source} predicts epsilon, which tells nothing about the picture in pure "
+                "noise; use a base that predicts v"
             )
         return scheduler
 
@@ -243,7 +243,7 @@ class Base:
 
     @cached_property
     def pipeline(self) -> DiffusionPipeline:
-        """A diffusers pipeline that uses these parts, not copies of them."""
+        """A diffusers pipeline of these parts, not of copies."""
         parts = {name: getattr(self, name) for name in ("unet", "vae", "scheduler", *PIPELINES[self.kind])}
         others = {"force_zeros_for_empty_prompt": self.index.get("force_zeros_for_empty_prompt", True)}
         pipeline = getattr(diffusers, self.kind)(**parts, **(others if self.is_xl else _NO_CHECKER))
@@ -292,14 +292,14 @@ class Base:
 
     @torch.no_grad()
     def _fold_into(self, part: str, module: nn.Module) -> None:
-        """Put the LoRAs into the weights of a part for good; the original weights are not kept."""
+        """Merge the LoRAs into the weights of a part permanently; the original weights are not kept."""
         for number, (lora, strength, path) in enumerate(self._read_loras):
             attach_lora(module, lora, f"base{number}", strength, path)
         for path, layer in lora_layers(module).items():
             layer.base.weight.copy_(layer.weight_with({*layer.adapters}))
             if not layer.base.weight.isfinite().all():
                 raise UserError(
-                    f"--model {self.source}: {part}.{path} is not finite with {', '.join(self.loras)} in it"
+                    f"--model {self.source}: {part}.{path} is not finite after merging {', '.join(self.loras)}"
                 )
             module.set_submodule(path, layer.base)
 
@@ -315,7 +315,7 @@ class Base:
 
     @cached_property
     def encoder_fingerprints(self) -> tuple[str, str]:
-        """Return hashes of the VAE, and of the text encoders with their tokenizers: all that encoding depends on."""
+        """Return hashes of the VAE, and of the text encoders with their tokenizers: everything encoding depends on."""
         of_text = []
         for tokenizer, encoder in zip(self.tokenizers, self.text_encoders, strict=True):
             words = json.loads(tokenizer.backend_tokenizer.to_str())
@@ -325,7 +325,7 @@ class Base:
 
     @cached_property
     def content(self) -> str:
-        """A hash of all that its pictures depend on: files, or name and commit on the hub; schedule; LoRAs."""
+        """A hash of everything its pictures depend on: files, or name and commit on the hub; schedule; LoRAs."""
         sources = [(self._source(part), part) for part in (UNET, VAE, *self.text_parts)]
         files = {file.path: file for source, part in sources for file in source.files(part)}
         more = [source.commit for source, _ in sources]
@@ -337,7 +337,7 @@ class Base:
         return hash_of_files(files.values(), *more)
 
     def release(self, *parts: str) -> None:
-        """Free the memory of parts; they are loaded again when they are used again."""
+        """Free the memory of parts; they are loaded again on their next use."""
         for part in parts:
             self.__dict__.pop(part, None)
 
@@ -354,7 +354,7 @@ class Base:
 
     @property
     def resolution(self) -> int:
-        """The side of the pictures that this base was made for, in pixels; known without loading the U-Net."""
+        """The side of the pictures that this base was made for, in pixels; does not load the U-Net."""
         side = self.parts.config(UNET).get("sample_size")
         if type(side) is not int or side < 1:
             raise UserError(
@@ -364,12 +364,12 @@ class Base:
 
     @property
     def side_multiple(self) -> int:
-        """The number that sides of pictures, in pixels, must be multiples of; diffusers' pipelines want at least 8."""
+        """The number of pixels that sides of pictures must be multiples of; diffusers' pipelines want at least 8."""
         return max(8, self.pixels_per_latent)
 
     @torch.no_grad()
     def encode_picture(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return mean and standard deviation of a picture's latents, multiplied so that their variance is about 1.
+        """Return mean and standard deviation of a picture's latents, scaled so that their variance is about 1.
 
         `pixels` is (3, h, w) in [-1, 1]; both results are (channels, h', w'), float32, on the CPU.
         """
@@ -379,12 +379,12 @@ class Base:
 
     @torch.no_grad()
     def decode_latents(self, latents: torch.Tensor) -> torch.Tensor:
-        """Return the pictures of latents as from `encode_picture`, (n, 3, h, w) in [-1, 1], on the CPU."""
+        """Return the pictures of latents scaled as by `encode_picture`, (n, 3, h, w) in [-1, 1], on the CPU."""
         pixels = self.vae.decode(latents.to(self.device, self.dtype) / self.vae.config.scaling_factor).sample
         return pixels.float().clamp(-1, 1).cpu()
 
     def tokens(self, prompt: str) -> torch.Tensor:
-        """Return the numbers of a prompt's tokens for each text encoder, (encoders, tokens)."""
+        """Return the token ids of a prompt for each text encoder, (encoders, tokens)."""
         return tokenize(self.tokenizers, prompt)
 
     @torch.no_grad()
@@ -395,9 +395,9 @@ class Base:
         return Conditioning(conditioning.text.float().cpu(), pooled)
 
     def encode_text(self, prompt: str) -> torch.Tensor:
-        """Return the vectors of a prompt, (tokens, width), float32, on the CPU.
+        """Return the encoded prompt, (tokens, width), float32, on the CPU.
 
-        Raises UserError for Stable Diffusion XL, whose U-Net needs other conditioning, too.
+        Raises UserError for Stable Diffusion XL, whose U-Net also needs other conditioning.
         """
         if self.is_xl:
             raise UserError(f"--model {self.source}: this is for Stable Diffusion 1.x and 2.x, not for XL")

@@ -1,8 +1,8 @@
-"""torch.compile: code for one network and one shape of its inputs, instead of one operation after the other.
+"""torch.compile: code for one network and one input shape, instead of one operation after the other.
 
-The results are the same, up to rounding: several operations are fused into one, so values in between are not rounded.
-Compiling takes minutes, on the first pass and again for another shape.  The code is kept on disk (in
-TORCHINDUCTOR_CACHE_DIR), so the next run with the same shapes has it in seconds.
+The results are the same up to rounding: several operations are fused into one, so values in between are not rounded.
+Compiling takes minutes, on the first pass and again for each new shape.  The code is stored on disk (in
+TORCHINDUCTOR_CACHE_DIR), so the next run with the same shapes loads it in seconds.
 """
 
 import torch
@@ -15,19 +15,19 @@ def compile_options(device: torch.device) -> dict:
     # Without `deterministic`, torch times several kernels on a GPU and takes the fastest, which may vary between runs.
     options = {"deterministic": True}
     if device.type == "cpu":
-        # The compiler would give convolutions their inputs with channels last, which is slower on a CPU.
+        # The compiler would give convolutions channels-last inputs, which is slower on a CPU.
         options["layout_optimization"] = False
-    # With code for any shape (`dynamic`) torch 2.13 failed on a small U-Net, so each shape has code of its own.
+    # With code for any shape (`dynamic`) torch 2.13 failed on a small U-Net, so each shape gets its own code.
     return {"dynamic": False, "options": options}
 
 
 def check_compiler(device: torch.device) -> None:
-    """Raise UserError unless torch.compile works on a device: it needs a C++ compiler, on a GPU triton, too."""
+    """Raise UserError unless torch.compile works on a device: it needs a C++ compiler, and on a GPU also triton."""
 
     def twice(x: torch.Tensor) -> torch.Tensor:
         return x + x
 
     try:
         torch.compile(twice, **compile_options(device))(torch.ones(1, device=device))
-    except Exception as error:  # the parts of the compiler raise many kinds
+    except Exception as error:  # the compiler's parts raise many kinds of errors
         raise UserError(f"--compile: torch.compile does not work here ({first_line(error)}); leave it out") from error

@@ -1,7 +1,7 @@
-"""The device that a process computes on: a processor, or what torch calls an accelerator.
+"""The device that a process computes on: the CPU, or what torch calls an accelerator.
 
-That is a GPU by CUDA.  Apple's GPUs and others are taken in the same way, but this was not tried.  The environment
-variable MINILORA_DEVICE=cpu keeps a process off it.
+An accelerator is a CUDA GPU.  Apple's GPUs and others are used in the same way, but this was not tried.  The
+environment variable MINILORA_DEVICE=cpu makes a process use the CPU.
 """
 
 import os
@@ -14,7 +14,7 @@ CPU = torch.device("cpu")
 
 
 def this_device() -> torch.device:
-    """Return where this process computes: its own accelerator if the machine has any, else the CPU.
+    """Return this process's own accelerator if the machine has any, else the CPU.
 
     Raises UserError if the machine has fewer accelerators than processes, or none of the kind in MINILORA_DEVICE.
     """
@@ -28,7 +28,7 @@ def this_device() -> torch.device:
     local_world, count = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.accelerator.device_count()
     if local_world > count:
         raise UserError(
-            f"--nproc-per-node is {local_world}; this machine has {count} GPUs, and a process needs its own "
-            "(with MINILORA_DEVICE=cpu none)"
+            f"--nproc-per-node is {local_world}; this machine has {count} GPUs, and each process needs its own "
+            "(or none, with MINILORA_DEVICE=cpu)"
         )
     return torch.device(kind, int(os.environ.get("LOCAL_RANK", 0)))

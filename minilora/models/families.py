@@ -1,7 +1,7 @@
 """The families of Stable Diffusion: the settings of a base that its single file does not hold.
 
-What the file's shapes tell is read from them; what they do not, such as the number of attention heads and the noise
-levels, all bases of a family have in common.  CLIP's vocabulary, which they all share, lies in clip/.
+Most settings are read from the shapes in the file.  The others, such as the number of attention heads and the noise
+levels, are the same for all bases of a family.  CLIP's vocabulary, which they all share, is in clip/.
 
 Sources: the configurations that Stability AI and RunwayML published with their bases; clip/merges.txt is the
 beginning of OpenAI's bpe_simple_vocab_16e6.txt (CLIP, d05afc4), under the MIT licence beside it.
@@ -19,7 +19,7 @@ from .folder import SCHEDULER, VAE, Marks
 
 
 def _clip(width: int, layers: int, heads: int, activation: str, projection: int) -> dict:
-    """Return the settings of a text encoder of CLIP's kind."""
+    """Return the settings of a CLIP text encoder."""
     words = {"vocab_size": 49408, "bos_token_id": 0, "eos_token_id": 2, "pad_token_id": 1}
     sizes = {"hidden_size": width, "intermediate_size": 4 * width, "projection_dim": projection}
     layout = {"num_hidden_layers": layers, "num_attention_heads": heads, "max_position_embeddings": 77}
@@ -27,9 +27,9 @@ def _clip(width: int, layers: int, heads: int, activation: str, projection: int)
 
 
 CLIP_L = _clip(768, 12, 12, "quick_gelu", 768)
-OPENCLIP_H = _clip(1024, 23, 16, "gelu", 512)  # of 24 layers: the U-Net gets the last but one
+OPENCLIP_H = _clip(1024, 23, 16, "gelu", 512)  # of its 24 layers, the U-Net gets the output of the last but one
 OPENCLIP_G = _clip(1280, 32, 20, "gelu", 1280)
-# What fills a short prompt up to 77 tokens.
+# The tokens that pad short prompts to 77.
 CLIPS_PAD, OPENCLIPS_PAD = "<|endoftext|>", "!"
 
 AUTOENCODER: dict = {
@@ -51,11 +51,11 @@ NOISE_LEVELS: dict = {
 
 
 class Family:
-    """The settings of a base by the shapes of its single file, in the way that a folder gives them.
+    """The settings of a base by the shapes of its single file, with the interface of a folder.
 
-    `shapes` are those of the tensors by key, `prediction_type` is what the U-Net predicts, if that is known.  Raises
-    UserError, which begins with `title`, for shapes of no known family, and for a Stable Diffusion 2 of which
-    nobody says what it predicts.
+    `shapes` are those of the tensors by key, `prediction_type` is what the U-Net predicts, if known.  Raises UserError,
+    which begins with `title`, for shapes of no known family, and for a Stable Diffusion 2 if `prediction_type` is
+    missing.
     """
 
     marks, commit = Marks(), ""
@@ -66,20 +66,20 @@ class Family:
         self.unet = unet_config(shapes)
         if not self.unet:
             raise UserError(
-                f"{title}: it holds no U-Net (model.diffusion_model.…); of a base in a diffusers folder name the folder"
+                f"{title}: it holds no U-Net (model.diffusion_model.…); for a diffusers folder, give the folder"
             )
         width, embedding = self.unet.get("cross_attention_dim"), self.unet.get("projection_class_embeddings_input_dim")
         self.is_inpainting = self.unet.get("in_channels") == 9
         self.generation = {(768, None): 1, (1024, None): 2, (2048, 2816): "XL"}.get((width, embedding))
         if self.generation is None or self.unet["in_channels"] not in (4, 9):
             raise UserError(
-                f"{title}: the settings of its parts are not in the file, and its shapes are not those of Stable "
-                "Diffusion 1, 2 or XL, or their inpainting; give a folder that has them with --model-config"
+                f"{title}: the file has no settings, and its shapes are not those of Stable Diffusion 1, 2, XL or "
+                "their inpainting bases; name a folder with the settings by --model-config"
             )
         if self.generation == 2 and not self.is_inpainting and prediction_type is None:
             raise UserError(
-                f"{title}: a Stable Diffusion 2, of which no shape tells what it predicts; say --prediction-type "
-                "epsilon (as the base for 512 pixels does) or v_prediction (as that for 768)"
+                f"{title}: the shapes of Stable Diffusion 2 do not tell what it predicts; give --prediction-type"
+                " epsilon (as the base for 512 pixels) or v_prediction (as that for 768)"
             )
 
     def index(self) -> dict:
@@ -103,14 +103,14 @@ class Family:
 
 
 def unet_config(shapes: Mapping[str, tuple[int, ...]]) -> dict:
-    """Return the settings of a U-Net by the shapes of a single file; empty if there is no such U-Net in it."""
+    """Return the settings of a U-Net by the shapes of a single file; empty if it holds no such U-Net."""
     prefix = "model.diffusion_model."
     parts = [key.removeprefix(prefix).rpartition(".") for key in shapes if key.startswith(prefix)]
     paths = diffusers_unet_paths(dict.fromkeys(path for path, _, _ in parts))
     unet = {f"{paths[path]}.{leaf}": shapes[f"{prefix}{path}.{leaf}"] for path, _, leaf in parts if path in paths}
 
     def numbers(pattern: str) -> list[int]:
-        """Return the different numbers that stand at the group of a pattern, in order."""
+        """Return the different numbers that match a pattern's group, in order."""
         return sorted({int(match[1]) for key in unet if (match := re.match(pattern, key))})
 
     blocks = numbers(r"down_blocks\.(\d+)\.")
@@ -131,7 +131,7 @@ def unet_config(shapes: Mapping[str, tuple[int, ...]]) -> dict:
         "transformer_layers_per_block": tuple(len(numbers(pattern)) or 1 for pattern in transformers),
         "cross_attention_dim": unet[one][1],
         "use_linear_projection": linear,
-        # The name says width, but it is the number of heads: 8, or as many as are 64 wide.
+        # The name says width, but it is the number of heads: 8, or as many as give heads of width 64.
         "attention_head_dim": tuple(width // 64 for width in channels) if linear else 8,
     }
     if (embedding := unet.get("add_embedding.linear_1.weight")) is not None:
@@ -141,7 +141,7 @@ def unet_config(shapes: Mapping[str, tuple[int, ...]]) -> dict:
 
 
 def clip_tokenizer(pad: str) -> CLIPTokenizer:
-    """Return CLIP's tokenizer, for 77 tokens, with the token that fills up short prompts."""
+    """Return CLIP's tokenizer for 77 tokens; `pad` is the token that pads short prompts."""
     lines = Path(__file__).parent.joinpath("clip", "merges.txt").read_text(encoding="utf-8").strip().split("\n")
     merges = [tuple(line.split(" ")) for line in lines[1:]]
     # Each byte is a word, and ends one; then comes what each merge makes.  (Bytes that cannot be printed stand as

@@ -1,4 +1,4 @@
-"""What a base is, as hashes: of its parts in memory, and of its files."""
+"""Fingerprints of a base: hashes of its parts in memory, and of its files."""
 
 import hashlib
 import json
@@ -19,7 +19,7 @@ def fingerprint(module: nn.Module, *more: str) -> str:
     """Return a hash of a module's config, of its state (names, types, shapes, numbers), and of `more`."""
     config: Any = module.config
     config = config if isinstance(config, dict) else config.to_dict()
-    # Left out is what does not change the results: the folder, the version and the type that it was loaded as.
+    # Folder, version and loaded type are left out, because they do not change the results.
     computing = {key: value for key, value in config.items() if not key.startswith("_") and key not in _ABOUT_THE_FILE}
     digest = hashlib.sha256("\0".join((json.dumps(computing, sort_keys=True, default=str), *more)).encode())
 
@@ -37,9 +37,9 @@ def fingerprint(module: nn.Module, *more: str) -> str:
 
 
 def hash_of_files(files: Iterable[TensorFile], *more: str) -> str:
-    """Return a hash of the names, types and shapes of all tensors of some files, of how each begins, and of more text.
+    """Return a hash of the names, types, shapes and first bytes of all tensors of some files, and of more text.
 
-    It is there at once, however large the files are.  Training and merging change a tensor from its beginning on.
+    This is fast for files of any size, and enough: training and merging change a tensor from its first bytes on.
     """
     digest = hashlib.sha256("\0".join(more).encode())
     for file in files:

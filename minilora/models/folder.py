@@ -1,4 +1,4 @@
-"""A diffusers folder, or a hub id: each part of a base in a sub-folder, its settings beside its weights."""
+"""A diffusers folder or hub id: each part of a base in a sub-folder, its settings beside its weights."""
 
 import logging
 import os
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-# Set before diffusers is imported: it makes transformers warn about parts that are not used here.
+# Set before diffusers is imported: otherwise transformers warns about parts that are not used here.
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 # diffusers imports bitsandbytes where it is installed, which misses a kernel for 4 bits that nothing here calls.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
@@ -43,17 +43,17 @@ KINDS = {
 
 @dataclass(frozen=True)
 class Marks:
-    """What a base is marked with, beside its settings: what its U-Net predicts, and whether ᾱ ends at 0."""
+    """What marks in a base's file say, besides its settings: what its U-Net predicts, and whether ᾱ ends at 0."""
 
     prediction_type: str | None = None
     zero_terminal_snr: bool = False
 
 
 class Folder:
-    """A diffusers folder or hub id; `title` is what messages call it by.
+    """A diffusers folder or hub id; `title` is its name in messages.
 
-    `subfolders` says where parts lie that are not in the sub-folder of their own name.  `revision` is one of a hub id,
-    and `variant` that of the weights; without one it is found.
+    `subfolders` locates parts that are not in the sub-folder of their own name.  `revision` is that of a hub id, and
+    `variant` that of the weights, which is found if it is not given.
     """
 
     marks = Marks()
@@ -73,7 +73,7 @@ class Folder:
         self.variant = variant
 
     def index(self) -> dict:
-        """Return what model_index.json says: which pipeline it is, and of which parts."""
+        """Return the content of model_index.json: the pipeline and its parts."""
         try:
             return DiffusionPipeline.load_config(self.name, **self.revision)
         except Exception as error:  # as in loading
@@ -89,7 +89,7 @@ class Folder:
             if part in (UNET, VAE, SCHEDULER):
                 config = KINDS.get(part, DDIMScheduler).load_config(self.name, **where)
                 if not isinstance(config, dict):
-                    raise ValueError(f"its settings are {config!r}, and no JSON object")
+                    raise ValueError(f"its settings are {config!r}, not a JSON object")
                 return config
             kind = KINDS[part]
             return kind.config_class.from_pretrained(self.name, **where).to_dict()
@@ -100,7 +100,7 @@ class Folder:
 
     def module(self, part: str, dtype: torch.dtype) -> nn.Module:
         """Load a part, with its numbers in `dtype`.  Raises UserError for weights that lack a tensor, by its name."""
-        # Only transformers goes without accelerate whatever it is told.
+        # Without low_cpu_mem_usage=False, diffusers would use accelerate; transformers never does.
         options: dict = {"low_cpu_mem_usage": False} if part in (UNET, VAE) else {}
         options |= {"subfolder": self._subfolder(part), "torch_dtype": dtype, "output_loading_info": True}
         options |= self.revision
@@ -108,7 +108,7 @@ class Folder:
         with loading(self.title, part):
             variant = self._variant(part)
             refuse_more_than_memory(sum(file.numbers for file in self.files(part)), dtype.itemsize)
-            for index in self._place(part).glob("*.index*.json"):  # of weights in several files
+            for index in self._place(part).glob("*.index*.json"):  # of sharded weights
                 if any(Path(name).name != name for name in parse_json(index.read_bytes())["weight_map"].values()):
                     raise ValueError(f"{index.name} leads outside its folder")
             try:
@@ -116,13 +116,13 @@ class Folder:
             except OSError as error:
                 if Path(self.name).is_dir() or self.variant:
                     raise
-                variant = "fp16"  # which variants a hub id has is not known before
+                variant = "fp16"  # the variants of a hub id are not known in advance
                 try:
                     module, about = kind.from_pretrained(self.name, variant=variant, use_safetensors=True, **options)
                 except OSError:
-                    raise error from None  # the first one says what is wrong
+                    raise error from None  # the first error says what is wrong
         if variant and not self.variant:
-            say_once(f"note: {self.title}: of its {part} there is only the variant {variant}, which is used")
+            say_once(f"note: {self.title}: its {part} has only the variant {variant}, which is used")
         refuse_missing(self.title, part, about["missing_keys"])
         warn_of_more(self.title, part, about["unexpected_keys"])
         return module
@@ -135,7 +135,7 @@ class Folder:
 
     @property
     def commit(self) -> str:
-        """The name and commit of a hub id, as it is in the cache; nothing for a folder, whose files tell."""
+        """The name and commit of a hub id in the cache; "" for a folder, which is identified by its files."""
         if Path(self.name).is_dir():
             return ""
         cached = [
@@ -145,7 +145,7 @@ class Folder:
         return "@".join([*named, *(Path(path).parent.name for path in cached if isinstance(path, str))])
 
     def _variant(self, part: str) -> str | None:
-        """Return the variant of a part's weights that is to be loaded: None, unless there are only others."""
+        """Return the variant of a part's weights to load: None, unless only variants exist."""
         if self.variant:
             return self.variant
         found = {variant_of(path) for path in self._place(part).glob("*.safetensors")}
@@ -159,7 +159,7 @@ class Folder:
 
 
 def empty_module(part: str, config: dict, title: str) -> nn.Module:
-    """Return a part as its settings make it, with names and shapes but no numbers."""
+    """Return a part made from its settings, with names and shapes but no numbers."""
     kind = KINDS[part]
     with torch.device("meta"), loading(title, part):
         if part in (UNET, VAE):
@@ -169,7 +169,7 @@ def empty_module(part: str, config: dict, title: str) -> nn.Module:
 
 @contextmanager
 def loading(title: str, part: str) -> Iterator[None]:
-    """Within the block turn any error of diffusers and transformers, as for a broken file, into a UserError."""
+    """Within the block, turn any error of diffusers and transformers, such as for a broken file, into a UserError."""
     try:
         yield
     except Exception as error:
@@ -178,7 +178,7 @@ def loading(title: str, part: str) -> Iterator[None]:
 
 
 def refuse_missing(title: str, part: str, missing) -> None:
-    """Raise UserError for tensors that weights lack: the libraries would make them up at random."""
+    """Raise UserError for missing tensors: the libraries would fill them with random numbers."""
     if missing:
         raise UserError(f"{title}: the weights of its {part} lack {some(sorted(missing))}")
 
@@ -190,6 +190,6 @@ def warn_of_more(title: str, part: str, more) -> None:
 
 @cache
 def say_once(text: str) -> None:
-    """Print a line on stderr, once, however often a part is loaded, and by one process of several."""
+    """Print a line on stderr only once, even if a part is loaded several times, and by only one process."""
     if int(os.environ.get("RANK", 0)) == 0:
         print(text, file=sys.stderr)

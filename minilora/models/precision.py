@@ -1,8 +1,8 @@
-"""The number format that a base is computed in: what --precision auto chooses.
+"""The number format to compute in: what --precision auto chooses.
 
-bf16 and fp16 take half the memory of float32.  A machine that computes in them is also faster.  One that does not
-converts each number forth and back, and a step can take fifty times as long.  bf16 has float32's range in fewer digits;
-fp16 has more digits, but overflows, so its gradients need a scaler.
+bf16 and fp16 need half the memory of float32.  They are also faster if the hardware supports them.  If it does not,
+each number is converted back and forth, and a step can take fifty times as long.  bf16 has float32's range with fewer
+digits; fp16 has more digits but overflows, so its gradients need a scaler.
 """
 
 import time
@@ -17,13 +17,13 @@ SMALL = 100_000_000  # parameters: a smaller U-Net needs neither less memory nor
 
 
 def choose(device: torch.device, parameters: int) -> tuple[str, str]:
-    """Return the precision for a U-Net with so many parameters on a device, and the reason in a few words."""
+    """Return the precision for a U-Net of that size on a device, and the reason in a few words."""
     if parameters < SMALL:
         return "fp32", "the base is small"
     if device.type == "cuda":
         if torch.cuda.get_device_capability(device) >= (8, 0):  # Ampere and later
             return "bf16", "computed natively"
-        return "fp16", "this GPU does not compute bf16"
+        return "fp16", "this GPU does not support bf16"
     if device.type != "cpu":
         return "fp32", f"half precision was not tried on {device.type}"
     times = speed_on_cpu("bf16")
@@ -31,25 +31,25 @@ def choose(device: torch.device, parameters: int) -> tuple[str, str]:
 
 
 def slow_precision(precision: str, device: torch.device, parameters: int) -> str:
-    """Return a warning if a precision that the user chose is slower on this processor than fp32; else nothing."""
+    """Return a warning if the chosen precision is slower than fp32 on this processor, else ""."""
     if precision == "fp32" or device.type != "cpu" or parameters < SMALL:
         return ""
     if (times := speed_on_cpu(precision)) >= 1:
         return ""
     return (
-        f"--precision {precision}: this processor computes it {1 / times:.2g} times slower than fp32 (measured), so "
-        "that a step may take minutes; try --precision fp32"
+        f"--precision {precision}: this processor was measured to be {1 / times:.2g} times slower with it than with "
+        "fp32, so a step may take minutes; try --precision fp32"
     )
 
 
 @cache
 def speed_on_cpu(precision: str) -> float:
-    """Measure how many times faster than in float32 a processor computes a linear layer and a convolution."""
+    """Measure how many times faster than float32 a precision is on the CPU, for a linear layer and a convolution."""
     return _seconds(torch.float32) / _seconds(DTYPES[precision])
 
 
 def _seconds(dtype: torch.dtype) -> float:
-    """Return the time of a forward and a backward pass, the least of three: the first also prepares."""
+    """Return the time of a forward and a backward pass: the shortest of three, because the first includes setup."""
     linear, convolution = nn.Linear(320, 1280).to(dtype), nn.Conv2d(64, 64, 3, padding=1).to(dtype)
     x, picture = (torch.ones(shape, dtype=dtype, requires_grad=True) for shape in ((1024, 320), (1, 64, 32, 32)))
     times = []

@@ -1,13 +1,13 @@
 """A single file: all parts of a base in the layout that Stable Diffusion was published in.
 
     U-Net              model.diffusion_model.…            blocks in one flat list down and one up (files/names.py)
-    VAE                first_stage_model.…                up-blocks counted from the other end, names of their own
+    VAE                first_stage_model.…                its own names; up-blocks counted from the other end
     text encoders      cond_stage_model.transformer.…     CLIP's names, in the oldest files without "text_model."
                        cond_stage_model.model.…           2.x: OpenCLIP's names; query, key and value in one matrix
                        conditioner.embedders.0 and 1      XL: one of each
 
-A part is made empty from its settings, and each of its tensors is looked up under the name that it has in the
-file.  So what the file lacks is known before anything is read, and what is not of this part is never read.
+A part is made empty from its settings, and each of its tensors is looked up under its name in the file.  So missing
+tensors are known before anything is read, and tensors of other parts are never read.
 """
 
 import re
@@ -29,21 +29,21 @@ from .folder import KINDS, VAE, Folder, Marks, empty_module, loading, refuse_mis
 
 CALLED = {UNET: "U-Net", VAE: "VAE", TEXT_ENCODER: "text encoder", TEXT_ENCODER_2: "second text encoder"}
 EDM = {"edm_mean", "edm_std", "edm_vpred.sigma_max", "edm_vpred.sigma_min"}
-# What files have, and no part needs: positions that are counted, CLIP's temperature, the loss that a VAE was trained
-# with, and of the text encoder of 2.x the last layer and the projection, which are behind what the U-Net gets.
+# Tensors in files that no part needs: position numbers, CLIP's temperature, a VAE's training loss, and the last layer
+# and projection of the text encoder of 2.x, whose outputs the U-Net does not get.
 IDLE = re.compile(r"position_ids$|logit_scale$|attn_mask$|^loss\.|resblocks\.\d+\.|text_projection$|^model_ema\.")
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where a tensor of a part lies in a file: under a key; `third` of its rows, if it is one of three."""
+    """The place of a part's tensor in a file: its key and, if three tensors share it, which `third` of its rows."""
 
     key: str
     third: int | None = None
     transposed: bool = False
 
     def read(self, source, shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
-        """Return a copy of the tensor in a shape and type.  Raises ValueError if it is of another size."""
+        """Return a copy of the tensor in a shape and type.  Raises ValueError if its size is another."""
         tensor = source.get_tensor(self.key)
         if self.transposed:
             tensor = tensor.T
@@ -51,20 +51,20 @@ class Place:
             tensor = tensor.chunk(3)[self.third]
         plain, wanted = ([n for n in each if n != 1] for each in (tensor.shape, shape))
         if plain != wanted:  # a linear layer and a convolution of 1 × 1 are the same
-            raise ValueError(f"{self.key} is {tuple(tensor.shape)} and by its settings {tuple(shape)}")
+            raise ValueError(f"{self.key} is {tuple(tensor.shape)} and should be {tuple(shape)} by its settings")
         return tensor.reshape(shape).to(dtype, copy=True)
 
 
 def is_file(name: str) -> bool:
-    """Whether a base or a VAE is named that is one file, be it there or not."""
+    """Whether a name of a base or VAE means a single file, existing or not."""
     path = Path(name)
     return path.is_file() or (path.suffix in (".safetensors", *PICKLES) and not path.is_dir())
 
 
 def vae_parts(name: str, of_base: "Folder | SingleFile") -> "Folder | SingleFile":
-    """Return what the VAE of --vae is loaded from: a base's or a VAE's own folder or hub id, or a file of either.
+    """Return the source of --vae: the folder or hub id of a base or of a VAE, or a file of either.
 
-    The settings of a file are those of the base's VAE.
+    A file uses the settings of the base's VAE.
     """
     title = f"--vae {name}"
     if is_file(name):
@@ -74,16 +74,16 @@ def vae_parts(name: str, of_base: "Folder | SingleFile") -> "Folder | SingleFile
     else:
         try:
             own = AutoencoderKL.load_config(name).get("_class_name") == "AutoencoderKL"
-        except Exception:  # there is no config, or it cannot be reached: loading the VAE will say so
+        except Exception:  # no config, or not reachable: loading the VAE will report it
             own = False
     return Folder(name, title, {VAE: ""} if own else {})
 
 
 class SingleFile:
-    """The parts of a base in one file; their settings, which are not in it, are those of `configs`.
+    """The parts of a base in one file; it lacks their settings, which come from `configs`.
 
-    `title` is what messages call it by.  Without `configs` they follow from the file's shapes (families.py), with
-    `prediction_type` for what these do not tell.  Raises UserError for what is no whole safetensors file.
+    `title` is its name in messages.  Without `configs`, the settings follow from the file's shapes (families.py) and
+    from `prediction_type`.  Raises UserError for an invalid safetensors file.
     """
 
     def __init__(
@@ -99,13 +99,13 @@ class SingleFile:
         self.file = TensorFile(path)
         self.title = title
         if marked := sorted(self.file.entries.keys() & EDM):
-            raise UserError(f"{title}: {marked[0]} marks a base with the noise levels of EDM, which are not known here")
+            raise UserError(f"{title}: {marked[0]} marks a base with the noise levels of EDM, which are not supported")
         shapes = {key: entry.shape for key, entry in self.file.entries.items()}
         self.configs = configs or Family(shapes, title, prediction_type or self.marks.prediction_type)
 
     @property
     def marks(self) -> Marks:
-        """What the file is marked with: by empty tensors, as ComfyUI and Forge know it, or in kohya's metadata."""
+        """The file's marks: empty tensors, as in ComfyUI and Forge, or kohya's metadata."""
         entries, said = self.file.entries, self.file.metadata.get("modelspec.prediction_type")
         kind = "v_prediction" if "v_pred" in entries else {"v": "v_prediction", "epsilon": "epsilon"}.get(said)
         return Marks(kind, "ztsnr" in entries)
@@ -124,11 +124,11 @@ class SingleFile:
         empty = empty_module(part, self.config(part), self.title)
         shapes = {key: tensor.shape for key, tensor in empty.state_dict().items()}
         there = self.file.entries
-        # Of all ways to name the tensors, the one that the file goes by.
+        # Of all ways to name the tensors, the one that the file uses.
         prefix, found = max(ways(part, shapes), key=lambda way: sum(place.key in there for place in way[1].values()))
         missing = {place.key for place in found.values()} - there.keys()
         if missing.issuperset(place.key for place in found.values()):
-            hint = "; take one with --vae (folder, hub id or file)" if part == VAE else ""
+            hint = "; give one with --vae (folder, hub id or file)" if part == VAE else ""
             raise UserError(f"{self.title}: it holds no {CALLED[part]}{hint}")
         refuse_missing(self.title, part, missing)
         used = {place.key for place in found.values()}
@@ -141,11 +141,11 @@ class SingleFile:
             if part in (UNET, VAE):
                 empty.load_state_dict(state, assign=True)
                 return empty
-            # A text encoder also has its positions, which are in no state: transformers fills them in.
+            # A text encoder also has its positions, which are not in its state: transformers fills them in.
             about = {"config": empty.config, "state_dict": state, "torch_dtype": dtype}
             return KINDS[part].from_pretrained(None, use_safetensors=True, **about)
 
-    commit = ""  # its content tells
+    commit = ""  # a file is identified by its content
 
     def files(self, part: str) -> list[TensorFile]:
         return [self.file]
@@ -155,7 +155,7 @@ class SingleFile:
 
 
 def ways(part: str, keys: Iterable[str]) -> Iterator[tuple[str, dict[str, Place]]]:
-    """Yield each way in which a file may name the tensors of a part: what all begin with, and their places by key."""
+    """Yield each way in which a file may name the tensors of a part: their common prefix, and their places by key."""
     if part == UNET:
         paths = original_unet_paths(dict.fromkeys(key.rpartition(".")[0] for key in keys))
         names = {key: f"{paths.get(path, path)}.{leaf}" for key in keys for path, _, leaf in [key.rpartition(".")]}
@@ -176,7 +176,7 @@ def ways(part: str, keys: Iterable[str]) -> Iterator[tuple[str, dict[str, Place]
         yield in_openclip, {key: _in_openclip(in_openclip, name) for key, name in clip.items()}
 
 
-_TEXT: dict[str, tuple[tuple[str, ...], str]] = {  # where text encoders lie, in CLIP's names and in OpenCLIP's
+_TEXT: dict[str, tuple[tuple[str, ...], str]] = {  # prefixes of text encoders, with CLIP's names and with OpenCLIP's
     TEXT_ENCODER: (
         ("cond_stage_model.transformer.", "conditioner.embedders.0.transformer."),
         "cond_stage_model.model.",
@@ -205,7 +205,7 @@ def _renamed(name: str, renaming: Mapping[str, str]) -> str:
 
 
 def _original_vae(key: str, blocks: int) -> str:
-    """Return what a VAE's tensor is called in the original layout, which counts the blocks up from the last."""
+    """Return the name of a VAE's tensor in the original layout, which counts the up-blocks from the last."""
     return _renamed(re.sub(r"up_blocks\.(\d+)", lambda match: f"up.{blocks - 1 - int(match[1])}", key), _VAE)
 
 
@@ -219,7 +219,7 @@ _OPENCLIP = {
 
 
 def _in_openclip(prefix: str, name: str) -> Place:
-    """Return where a file in OpenCLIP's layout has what CLIP calls by a name."""
+    """Return the place of CLIP's tensor `name` in a file in OpenCLIP's layout."""
     found = re.search(r"\.([qkv])_proj\.(weight|bias)$", name)
     third = "qkv".index(found[1]) if found else None
     name = _renamed(name[: found.start()] + f".in_proj_{found[2]}" if found else name, _OPENCLIP)

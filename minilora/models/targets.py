@@ -1,14 +1,14 @@
-"""Which layers a LoRA goes into, and with which rank: names for groups of layers, and parts of names.
+"""Which layers a LoRA adapts, and with which rank: names for groups of layers, and parts of names.
 
     attention         the projections of the attention layers: to_q, to_k, to_v, to_out.0
-    ff                the two layers behind each: ff.net.0.proj, ff.net.2
+    ff                the two feed-forward layers after each: ff.net.0.proj, ff.net.2
     linear            every linear layer inside the blocks of a U-Net
-    conv              every convolution there, but those in groups
-    attention+ff      several of these, and ends of names: attention+proj_in
+    conv              every convolution there, except grouped ones
+    attention+ff      several of these, and name endings: attention+proj_in
     up_blocks.1:ff    those in one block, which is the beginning of their names
     subject, style    the attention in one block of Stable Diffusion XL each
 
-No group contains the layers before and behind the blocks, which are nearly the same in all bases of a family.
+No group contains the layers before and after the blocks, which are nearly the same in all bases of a family.
 """
 
 from collections.abc import Mapping, Sequence
@@ -29,9 +29,9 @@ XL_BLOCKS = {"subject": "up_blocks.0.attentions.0", "style": "up_blocks.0.attent
 
 
 def named_targets(module: nn.Module, targets: Sequence[str]) -> list[str]:
-    """Return targets with the names of groups and blocks replaced by the layers that they stand for.
+    """Return targets with the names of groups and blocks replaced by their layers.
 
-    Raises ValueError, naming every one, for targets in a block that has no such layers.
+    Raises ValueError, which names every target whose block has no such layers.
     """
     layers, result = original_layers(module), list[str]()
     problems: list[str] = []
@@ -74,9 +74,9 @@ def ranks_and_alphas(
     rank_for: Mapping[str, int] | None = None,
     alpha_for: Mapping[str, float] | None = None,
 ) -> tuple[dict[str, int], dict[str, float]]:
-    """Return the rank and the alpha of each layer that a LoRA goes into, by full name, as `inject_lora` takes them.
+    """Return the rank and the alpha of each layer that a LoRA adapts, by full name, as `inject_lora` takes them.
 
-    `rank_for` maps a part of a layer's name, as "attn2" or "ff.net.2", to a rank at the same scale; `alpha_for`
+    `rank_for` maps a part of a layer's name, such as "attn2" or "ff.net.2", to a rank at the same scale; `alpha_for`
     maps it to an alpha.  The last match wins.  Raises ValueError, naming every target and part that matches nothing.
     """
     found = matching(module, named_targets(module, targets))
@@ -86,7 +86,7 @@ def ranks_and_alphas(
         result: dict[str, Any] = {}
         for part, value in (given or {}).items():
             fitting = [path for path in found if f".{part}." in f".{path}."]
-            problems.extend([] if fitting else [f"{what} for {part!r} fits none of the layers"])
+            problems.extend([] if fitting else [f"{what} for {part!r} matches none of the layers"])
             result |= dict.fromkeys(fitting, value)
         return result
 

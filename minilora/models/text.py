@@ -1,4 +1,4 @@
-"""Text: prompts to tokens, tokens to what the U-Net gets of them, and text encoders that are trained, too."""
+"""Text: prompts to tokens, tokens to the U-Net's conditioning, and training of the text encoders."""
 
 import sys
 from collections.abc import Iterable, Sequence
@@ -14,7 +14,7 @@ from ..lora import inject_lora, lora_layers, remove_lora
 
 
 def tokenize(tokenizers: Sequence[CLIPTokenizer], prompt: str) -> torch.Tensor:
-    """Return the numbers of a prompt's tokens for each text encoder, (encoders, tokens)."""
+    """Return the token ids of a prompt for each text encoder, (encoders, tokens)."""
     options = {"padding": "max_length", "truncation": True, "return_tensors": "pt"}
     return torch.cat([tokenizer(prompt, **options).input_ids for tokenizer in tokenizers])
 
@@ -36,19 +36,19 @@ def cut_off(tokenizers: Sequence[CLIPTokenizer], prompt: str) -> str:
     ends = [""]
     for tokenizer in tokenizers:
         places = tokenizer(prompt, return_offsets_mapping=True, verbose=False).offset_mapping
-        if len(places) > tokenizer.model_max_length:  # the last token is the end mark
+        if len(places) > tokenizer.model_max_length:  # the last token is the end token
             ends.append(prompt[places[tokenizer.model_max_length - 1][0] :])
     return max(ends, key=len)
 
 
 def warn_of_cuts(tokenizers: Sequence[CLIPTokenizer], texts: Iterable[str], what: str) -> None:
-    """Print one warning for all texts that are too long for a text encoder, with what it does not see."""
+    """Print one warning for all texts that are too long for a text encoder, with the words that it ignores."""
     if ends := [end for text in texts if (end := cut_off(tokenizers, text))]:
         shown = ends[0] if len(ends[0]) <= 60 else f"{ends[0][:60]}…"
         these = f"{len(ends)} {what}s" if len(ends) > 1 else f"a {what}"
         print(
-            f"warning: the text encoder sees only the beginning of {these}; it sees nothing of "
-            f"“…{shown}”{', as in the first of them' if len(ends) > 1 else ''}",
+            f"warning: {these} {'are' if len(ends) > 1 else 'is'} too long for the text encoder, which ignores the "
+            f"end{', in the first of them' if len(ends) > 1 else ''}: “…{shown}”",
             file=sys.stderr,
         )
 
@@ -60,7 +60,7 @@ class Tokens(Conditioning):
     """The conditioning if the text encoders are trained, too: `text` holds tokens, (batch, encoders, tokens)."""
 
     def inputs(self) -> dict:
-        """Return it as the keyword arguments of UNetWithText."""
+        """Return the keyword arguments for UNetWithText."""
         return {"tokens": self.text, "sizes": self.sizes}
 
 
@@ -86,7 +86,7 @@ class UNetWithText(nn.Module):
         for encoder in encoders:
             inject_lora(encoder, *args, **kwargs)
         if len(encoders) > 1:
-            # The U-Net of XL gets the last layer but one of the first encoder, so the last layer has no gradient.
+            # XL's U-Net gets the output of the first encoder's last layer but one, so the last layer has no gradient.
             config: Any = encoders[0].config
             last = f"layers.{config.num_hidden_layers - 1}"
             [behind] = [child for path, child in encoders[0].named_modules() if path.endswith(last)]

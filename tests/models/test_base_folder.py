@@ -39,7 +39,7 @@ def test_a_variant_is_used_where_there_is_no_other(variant, copy, family_base, c
         assert one.keys() == other.keys()
         assert all(torch.equal(one[key], other[key].half().float()) for key in one)
     told = capsys.readouterr().err
-    assert all(f"of its {part} there is only the variant {variant}, which is used" in told for part in KINDS)
+    assert all(f"its {part} has only the variant {variant}, which is used" in told for part in KINDS)
 
 
 def test_the_plain_weights_come_before_a_variant_and_a_variant_before_one_of_before_the_average(copy, capsys):

@@ -114,7 +114,7 @@ def test_each_part_finds_its_tensors(base, file_of):
 
 def test_a_stable_diffusion_2_is_asked_for_what_it_predicts(file_of):
     file = file_of("2 at 512")
-    with pytest.raises(UserError, match="of which no shape tells what it predicts; say --prediction-type epsilon"):
+    with pytest.raises(UserError, match="do not tell what it predicts; give --prediction-type epsilon"):
         Base(file, CPU)
     marked = Base(file_of("2 at 768", ("v_pred",)), CPU)
     assert (marked.resolution, marked.predicts) == (768, "v_prediction (marked in the file)")

@@ -137,7 +137,9 @@ def test_a_tensor_that_is_missing_is_named(family, part, key, single_file):
 def test_a_tensor_of_another_shape_is_named(single_file):
     key = "model.diffusion_model.input_blocks.1.0.in_layers.0.weight"
     file, settings = single_file("sd1", **{key: torch.ones(3)})
-    with pytest.raises(UserError, match=rf"its unet does not load \({key} is \(3,\) and by its settings \(8,\)\)"):
+    with pytest.raises(
+        UserError, match=rf"its unet does not load \({key} is \(3,\) and should be \(8,\) by its settings\)"
+    ):
         _ = base_of(file, settings).unet
 
 
@@ -160,7 +162,7 @@ def test_what_nobody_asks_for_is_told_but_for_what_all_files_have(single_file, c
 @pytest.mark.parametrize(
     ("prefix", "part", "name"),
     [
-        ("first_stage_model.", "vae", "VAE; take one with --vae"),
+        ("first_stage_model.", "vae", "VAE; give one with --vae"),
         ("cond_stage_model.", "text_encoder", "text encoder$"),
     ],
 )
@@ -172,7 +174,7 @@ def test_a_part_that_is_missing_is_named(prefix, part, name, single_file):
 
 def test_what_is_wrong_with_a_single_file_is_said(single_file, tmp_path):
     file, settings = single_file()
-    with pytest.raises(UserError, match="give a folder that has them with --model-config"):
+    with pytest.raises(UserError, match="name a folder with the settings by --model-config"):
         Base(str(file), CPU)  # which is too small to be of any family
     (tmp_path / "base.ckpt").write_bytes(b"x")
     with pytest.raises(UserError, match=r"base\.ckpt: a pickle, which can run code"):
@@ -308,7 +310,7 @@ def test_the_vae_is_taken_from_a_folder_or_a_file_of_a_base_or_of_its_own(single
     runs = [tmp_path / f"run-{vae.stem}" for vae in (own, files[0], family_base("sd1"))]
     assert relative_difference(*runs[:2]) == 0
     assert relative_difference(runs[0], runs[2]) > 0.01
-    with pytest.raises(UserError, match="it holds no VAE; take one with --vae"):
+    with pytest.raises(UserError, match="it holds no VAE; give one with --vae"):
         train(TrainConfig(**training, output=str(tmp_path / "none")))
 
 
@@ -321,7 +323,7 @@ def test_a_vae_that_does_not_fit_or_lacks_a_tensor_is_named(single_file, family_
     save_file(original, tmp_path / "less.safetensors")
     for vae, message in {
         tmp_path
-        / "wide.safetensors": r"decoder\.conv_in\.weight is \(8, 16, 3, 3\) and by its settings \(8, 4, 3, 3\)",
+        / "wide.safetensors": r"decoder\.conv_in\.weight is \(8, 16, 3, 3\) and should be \(8, 4, 3, 3\) by its settings",
         tmp_path
         / "less.safetensors": r"--vae .*less\.safetensors: the weights of its vae lack encoder\.conv_out\.bias",
         tmp_path / "gone.safetensors": r"--vae .*gone\.safetensors: there is no such file",

@@ -81,7 +81,7 @@ def test_ranks_by_parts_of_names(tiny_unet):
         expected = 3 if path.startswith("mid_block") else 2 if ".attn2." in path else 6 if ".ff." in path else 4
         assert adapter.rank == expected, path
         assert adapter.scale == pytest.approx(0.5), path  # the same everywhere
-    with pytest.raises(ValueError, match="rank for 'attn' fits none of the layers"):
+    with pytest.raises(ValueError, match="rank for 'attn' matches none of the layers"):
         ranks_and_alphas(tiny_unet, ATTENTION, 4, rank_for={"attn": 2})  # a part of a part is none
 
 
@@ -93,5 +93,5 @@ def test_alphas_by_parts_of_names(tiny_unet):
         expected = 1.5 if path.startswith("mid_block") else 6 if ".attn2." in path else 2.0
         assert layer.adapters["default"].alpha == expected, path
         assert layer.adapters["other"].alpha == (4 if expected == 2.0 else expected), path  # the rank, as ever
-    with pytest.raises(ValueError, match="rank for 'ff' fits none of the layers; alpha for 'conv1' fits none"):
+    with pytest.raises(ValueError, match="rank for 'ff' matches none of the layers; alpha for 'conv1' matches none"):
         ranks_and_alphas(tiny_unet, ATTENTION, 4, rank_for={"ff": 2}, alpha_for={"conv1": 1})
