@@ -422,9 +422,9 @@ def test_a_folder_with_other_things_in_it_is_not_overwritten(folder, tmp_path, t
     (tmp_path / "out" / "work.txt").write_text("a year's work")
     single = original_file(tmp_path / "base.safetensors", "sd1", tokenizer)
     for base in (folder, single):
-        with pytest.raises(UserError, match=r"the folder has work\.txt in it, and is not overwritten"):
+        with pytest.raises(UserError, match=r"the folder holds work\.txt, so it is not overwritten"):
             fold(base, [(tmp_path / "l.safetensors", 1.0)], tmp_path / "out", overwrite=True)
-    with pytest.raises(UserError, match=r"the folder has work\.txt in it, and is not overwritten"):
+    with pytest.raises(UserError, match=r"the folder holds work\.txt, so it is not overwritten"):
         write_lora(tmp_path / "out", LoRA({}), "diffusers", {})
     assert (tmp_path / "out" / "work.txt").exists()
 

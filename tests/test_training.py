@@ -423,7 +423,7 @@ def test_resume_names_the_part_of_a_base_that_has_changed(run, tiny_base, tmp_pa
 def test_pictures_that_differ_are_named_by_what_differs():
     one, two, three = (Item(Path(f"{n}.png"), n, (8, 8), (f"caption {n}",)) for n in "123")
     there = [(item.digest, item.captions, item.mask_digest) for item in (one, two)]
-    assert picture_differences(there, [two, one]) == ["the pictures are in another order, which is that of their names"]
+    assert picture_differences(there, [two, one]) == ["the pictures have new names, which changes their order"]
     assert picture_differences(there, [one]) == ["a picture with the caption 'caption 2' is no longer there"]
     assert picture_differences(there, [one, two, three]) == ["3.png was not there"]
     assert picture_differences(there, [one, two, two]) == ["2.png came 1 × per epoch and comes 2 ×"]
@@ -447,7 +447,7 @@ def test_resume_refuses_a_checkpoint_beyond_the_end_and_a_broken_one(run):
         run("a", steps=2, resume=True)
     for path in (folder / "checkpoints").iterdir():
         path.write_text("broken")
-    with pytest.raises(UserError, match=r"step-00000004\.safetensors is not a checkpoint that can be read"):
+    with pytest.raises(UserError, match=r"step-00000004\.safetensors is not a readable checkpoint"):
         run("a", resume=True)
 
 
@@ -457,7 +457,7 @@ def test_resume_passes_over_a_broken_checkpoint_to_the_whole_one_before(run, cap
     (folder / "checkpoints" / "step-00000006.safetensors").write_text("broken")
     run("a", resume=True)
     captured = capsys.readouterr()
-    assert "step-00000006.safetensors is not a checkpoint that can be read" in captured.err
+    assert "step-00000006.safetensors is not a readable checkpoint" in captured.err
     assert "resume     after step 4" in captured.out
     assert (folder / FILE_NAME).read_bytes() == whole
 
@@ -467,9 +467,7 @@ def test_a_new_run_clears_a_finished_one_away_and_refuses_an_unfinished_one(run)
     run("a", steps=2, checkpoint_every=1)
     assert [path.name for path in (folder / "checkpoints").iterdir()] == ["step-00000002.safetensors"]
     (folder / FILE_NAME).unlink()
-    with pytest.raises(
-        UserError, match=r"a run that was not finished, step-00000002\.safetensors; go on with --resume"
-    ):
+    with pytest.raises(UserError, match=r"an unfinished run, step-00000002\.safetensors; continue it with --resume"):
         run("a")
 
 

@@ -1,4 +1,4 @@
-"""What surrounds the loop: processes, checkpoints, validation, tracking, class pictures, the model card, the hub.
+"""Everything around the loop: processes, checkpoints, validation, tracking, class pictures, the model card, the hub.
 
-May import sampling.py and everything that it may: data, models, files, settings and the heart.
+May import sampling.py and everything that it may import: data, models, files, settings, lora.py and diffusion.py.
 """

@@ -1,7 +1,7 @@
-"""The page that goes with a LoRA: README.md in its folder, as the Hugging Face hub shows it.
+"""The model card of a LoRA: README.md in its folder, which the Hugging Face hub shows.
 
-Its head is YAML for the hub: the base, the kind of model, a picture.  Below are the training captions, commands to draw
-with it, and the settings.  The same run gives the same page.
+It begins with YAML for the hub: the base, the kind of model, a picture.  Then come the training captions, commands to
+draw with the LoRA, and the settings.  The same run gives the same card.
 """
 
 import dataclasses
@@ -21,7 +21,7 @@ from ..settings.train import TrainConfig
 from .trained import FULL_RESULTS
 
 SHOWN = 5  # captions
-LISTED = ("rank", "alpha", "targets", "steps", "batch_size", "learning_rate")  # always; others if not the default
+LISTED = ("rank", "alpha", "targets", "steps", "batch_size", "learning_rate")  # always; others if not at default
 
 
 def drawing_command(config: TrainConfig, prompt: str, lora: str) -> str:
@@ -42,9 +42,9 @@ def model_card(
     picture: str | None,
     scheduler_options: Mapping | None = None,
 ) -> str:
-    """Return the page of a finished run, in Markdown.
+    """Return the card of a finished run, in Markdown.
 
-    `picture` is the path of the picture on it, if there is one; `scheduler_options` are those of `Base`.
+    `picture` is the path of a picture to show, if there is one; `scheduler_options` are those of `Base`.
     """
     captions = list(dict.fromkeys(caption for item in items for caption in item.captions))[:SHOWN]
     head = ModelCardData(  # it leaves out what is None
@@ -75,11 +75,11 @@ def model_card(
         f"{what} {base}, trained on {len(items)} picture{'s' if len(items) > 1 else ''} of {folders}. "
         "The licences of the base and of the pictures apply to it.",
         *([f"![samples]({picture})"] if picture else []),
-        "Words that it was trained with: " + "; ".join(f"“{caption}”" for caption in captions) + ".",
-        f"To draw with it, with minilora:\n\n```bash\n{fetch}{drawing_command(config, captions[0], folder)}\n```",
-        f"Or with diffusers{'' if config.full else ' (and peft, which it needs for LoRA)'}:\n\n"
+        "Training captions: " + "; ".join(f"“{caption}”" for caption in captions) + ".",
+        f"To draw with minilora:\n\n```bash\n{fetch}{drawing_command(config, captions[0], folder)}\n```",
+        f"To draw with diffusers{'' if config.full else ' (and peft, which it needs for LoRA)'}:\n\n"
         f"```python\n{_in_diffusers(config, is_xl, repo or folder, captions[0], scheduler_options or {})}\n```",
-        f"How it was trained; what is not listed is minilora's default:\n\n| setting | value |\n|---|---|\n{rows}",
+        f"Training settings; the others are minilora's defaults:\n\n| setting | value |\n|---|---|\n{rows}",
     ]
     return "\n\n".join(paragraphs) + "\n"
 
@@ -100,7 +100,7 @@ def _in_diffusers(config: TrainConfig, is_xl: bool, lora: str, prompt: str, sche
         changed = ", ".join(f"{name}={value!r}" for name, value in scheduler_options.items())
         lines.append(f"pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, {changed})")
     if config.vae:
-        lines.append(f"# It was trained with the VAE of {config.vae}, which belongs into pipeline.vae.")
+        lines.append(f"# It was trained with the VAE of {config.vae}: put that into pipeline.vae.")
     for path, strength in map(path_and_number, config.base_lora):
         lines += [f"pipeline.load_lora_weights({str(path)!r})", f"pipeline.fuse_lora(lora_scale={strength:g})"]
         lines.append("pipeline.unload_lora_weights()")
@@ -113,12 +113,12 @@ def _draw(prompt: str) -> str:
 
 
 def _settings(config: TrainConfig) -> dict:
-    """Return the settings that the page lists, by name, as JSON values: the main ones, and those not at default."""
+    """Return the settings that the card lists, by name, as JSON values: the main ones, and those not at default."""
     defaults = {field.name: field.metadata["default"] for field in dataclasses.fields(config)}
     defaults = json.loads(json.dumps(defaults, default=str))
     settings = {"steps": config.steps} | config.identity()
     listed = {name: value for name, value in settings.items() if name in LISTED or value != defaults.get(name, value)}
-    if config.full or config.init_from:  # there is no LoRA, or its rank, alpha and targets are used
+    if config.full or config.init_from:  # no LoRA, or one with its own rank, alpha and targets
         listed = {name: value for name, value in listed.items() if name not in ("rank", "alpha", "targets")}
     if config.init_from:
         listed["init_from"] = Path(config.init_from).name

@@ -1,12 +1,12 @@
-"""Training state on disk: a checkpoint every few steps, from which a run goes on as if it had never stopped.
+"""Training state on disk: a checkpoint every few steps, from which a run resumes as if it had never stopped.
 
-A new run leaves the results of a finished run in the same folder alone until it is finished itself:
+A new run does not touch the results of a finished run in the same folder until it has finished itself:
 
     begin      checkpoints/ -> checkpoints.before/, unfinished/ is made        the old LoRA is still in its place
-    running    checkpoints/ grows; what is made meanwhile goes into unfinished/
+    running    checkpoints/ grows; results go into unfinished/
     publish    unfinished/ -> its place, over the old results; checkpoints.before/ is deleted
 
-`--resume` takes up the newest checkpoint; if the new run has none yet, `take_up` puts checkpoints.before/ back.
+`--resume` loads the newest checkpoint; if the new run has none yet, `take_up` puts checkpoints.before/ back.
 """
 
 import json
@@ -38,7 +38,7 @@ def under(tensors: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tens
 
 
 def path_of(output: Path, step: int) -> Path:
-    """Return where the checkpoint after `step` steps of a run is, given the run's output folder."""
+    """Return the path of the checkpoint after `step` steps, in a run's output folder."""
     return output / "checkpoints" / f"step-{step:08d}.safetensors"
 
 
@@ -48,16 +48,16 @@ def all_in(output: Path) -> list[Path]:
 
 
 class OutputLock:
-    """Hold an output folder, within a block, for one run alone.
+    """Within a block, reserve an output folder for this run.
 
-    The system keeps the lock, of a file in the folder, and frees it when the process ends, in whichever way.  Raises
-    UserError, on all processes, if another run holds the folder or if nothing can be written there.
+    The system locks a file in the folder, and releases it whenever and however the process ends.  Raises UserError, on
+    all processes, if another run has the lock or if nothing can be written there.
     """
 
     def __init__(self, output: Path):
         self.output, self.file = output, output / ".lock"
         self.lock = FileLock(self.file, blocking=False)
-        self.taken: os.stat_result | None = None  # which file was locked; on the main process
+        self.taken: os.stat_result | None = None  # the locked file; on the main process
 
     def __enter__(self) -> "OutputLock":
         decided_by_main(self._take)
@@ -73,7 +73,7 @@ class OutputLock:
             self.lock.acquire()
         except Timeout as error:
             raise UserError(
-                f"--output {self.output}: another run writes there; wait for it, or choose another"
+                f"--output {self.output}: another run writes there; wait for it, or choose another folder"
             ) from error
         except OSError as error:
             lacking = f"its file system has no locks ({error.strerror})"
@@ -82,7 +82,7 @@ class OutputLock:
             )
             self.file.touch()
         self.taken = self.file.stat()
-        # What a run was writing when it was killed: with the folder held, no other run writes it now.
+        # Partial files of a killed run: while the folder is locked, no other run writes them.
         for inside in ("", "checkpoints", "samples", UNFINISHED):
             for left in (self.output / inside).glob(".*.[0-9]*.part"):
                 if left.is_file():
@@ -92,18 +92,18 @@ class OutputLock:
         return self.file.exists() and os.path.samestat(self.file.stat(), self.taken)
 
     def refuse_if_gone(self) -> None:
-        """Raise UserError if the folder was deleted or moved away: a new one would hold half a run."""
+        """Raise UserError if the folder was deleted or moved: a new one would hold half a run."""
         if self.taken and not self._is_there():
             raise UserError(f"--output {self.output}: the folder was deleted or moved while the run wrote to it")
 
     def __exit__(self, *error) -> None:
         if self.taken:
-            with suppress(OSError):  # of Windows, where the lock itself removes its file
+            with suppress(OSError):  # on Windows the lock itself removes its file
                 if self._is_there():
                     self.file.unlink()
             self.lock.release()
             with suppress(OSError):
-                self.output.rmdir()  # if it is empty: of a run that never began, nothing stays
+                self.output.rmdir()  # only if empty: a run that never began leaves nothing
 
 
 def refuse_unfinished(output: Path) -> None:
@@ -111,13 +111,13 @@ def refuse_unfinished(output: Path) -> None:
     old = all_in(output)
     if old and ((output / UNFINISHED).exists() or not any((output / name).exists() for name in RESULTS)):
         raise UserError(
-            f"{output} holds a run that was not finished, {old[-1].name}; go on with --resume, "
+            f"{output} holds an unfinished run, {old[-1].name}; continue it with --resume, "
             "choose another --output, or delete its checkpoints"
         )
 
 
 def begin(output: Path) -> None:
-    """Begin a run at the first step; the results of a finished run stay until `publish`, its checkpoints are moved."""
+    """Begin a run at step 0; a finished run's results stay until `publish`, and its checkpoints are moved aside."""
     shutil.rmtree(output / UNFINISHED, ignore_errors=True)
     if all_in(output):
         shutil.rmtree(_aside(output), ignore_errors=True)
@@ -126,9 +126,9 @@ def begin(output: Path) -> None:
 
 
 def take_up(output: Path) -> None:
-    """Prepare to go on with a run; if it has no checkpoint yet, with the finished run before it."""
+    """Prepare to resume a run; if it has no checkpoint yet, the finished run before it."""
     if not all_in(output) and _aside(output).exists():
-        for folder in ("checkpoints", UNFINISHED):  # the one is empty, and the other of the run that was stopped
+        for folder in ("checkpoints", UNFINISHED):  # an empty folder, and the results of the stopped run
             shutil.rmtree(output / folder, ignore_errors=True)
         _aside(output).rename(output / "checkpoints")
 
@@ -136,7 +136,7 @@ def take_up(output: Path) -> None:
 def publish(output: Path, names: Collection[str], others: Collection[str]) -> None:
     """End a run: move its results `names` into place, and delete those of the finished run before it.
 
-    `others` are results that this run has not made.
+    `others` are results that this run did not make.
     """
     for name in names:
         if (output / UNFINISHED / name).exists():
@@ -157,24 +157,24 @@ def _aside(output: Path) -> Path:
 
 @dataclass(frozen=True)
 class State:
-    """All that a run needs to go on.  Random draws are functions of the step, so no generator state is needed."""
+    """Everything needed to resume a run.  Random draws depend on the position, so no generator state is needed."""
 
     step: int  # optimizer steps done
     trained: dict[str, torch.Tensor]  # the LoRA, or with --full the U-Net
     optimizer: dict[str, torch.Tensor]
     average: dict[str, torch.Tensor]  # of what is trained, for --ema; else empty
-    objective: dict[str, torch.Tensor]  # what the objective keeps from step to step; mostly empty
+    objective: dict[str, torch.Tensor]  # the objective's state; mostly empty
     scaler: dict[str, float]  # of the gradient scaler; empty without one
     validation: dict  # the losses on held-out pictures, as JSON values; empty without --validation
     lowest: dict[str, torch.Tensor]  # what was trained where they are lowest
 
 
-# What the names of each part's tensors begin with; there was only LoRA to train at first.
+# The prefix of each part's tensor names; "lora" is from a time when only a LoRA could be trained.
 PARTS = {"trained": "lora", **{name: name for name in ("optimizer", "average", "objective", "lowest")}}
 
 
 def save_checkpoint(output: Path, state: State, run: dict, kept: int) -> None:
-    """Write a checkpoint and delete all but the newest `kept`; `run` says of which run it is, as JSON values."""
+    """Write a checkpoint and delete all but the newest `kept`; `run` identifies its run, as JSON values."""
     tensors = {f"{p}.{k}": value.cpu() for part, p in PARTS.items() for k, value in getattr(state, part).items()}
     about = {"step": state.step, "scaler": state.scaler, "validation": state.validation} | run
     write_checked(path_of(output, state.step), tensors, {"minilora": json.dumps(about, sort_keys=True)})
@@ -183,10 +183,10 @@ def save_checkpoint(output: Path, state: State, run: dict, kept: int) -> None:
 
 
 def load_newest_checkpoint(output: Path, differences: Callable[[dict], list[str]]) -> State | None:
-    """Return the newest whole checkpoint of a run, or None if there is none at all.
+    """Return the newest intact checkpoint of a run, or None if there is none at all.
 
-    A checkpoint that cannot be read is passed over with a warning.  Raises ValueError if that leaves none, or if the
-    checkpoint belongs to another run: `differences` says what differs, given what the checkpoint says of its run.
+    An unreadable checkpoint is skipped with a warning.  Raises ValueError if that leaves none, or if the checkpoint
+    belongs to another run: `differences` lists what differs, given the run that the checkpoint names.
     """
     broken = []
     for path in reversed(all_in(output)):
@@ -196,13 +196,13 @@ def load_newest_checkpoint(output: Path, differences: Callable[[dict], list[str]
             break
         except (OSError, UserError, KeyError) as error:
             reason = str(error).removeprefix(f"{path}: ")
-            broken.append(f"{path} is not a checkpoint that can be read ({reason})")
+            broken.append(f"{path} is not a readable checkpoint ({reason})")
     else:
         if broken:
-            raise ValueError("; ".join(broken) + "; delete it to begin anew")
+            raise ValueError("; ".join(broken) + "; delete it to start over")
         return None
     for complaint in broken:
-        print(f"warning: {complaint}; going on from {path.name}", file=sys.stderr)
+        print(f"warning: {complaint}; resuming from {path.name}", file=sys.stderr)
     if different := differences(about):
         raise ValueError(f"{path} belongs to another run: " + "; ".join(different))
 
@@ -215,7 +215,7 @@ def load_newest_checkpoint(output: Path, differences: Callable[[dict], list[str]
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
     """Flatten an optimizer's state into named tensors: `0.exp_avg`, `0.exp_avg_sq`, `0.step`, …
 
-    (`state_dict` would do, but that of the 8-bit optimizer is nested, for the sake of other programs.)
+    (`state_dict` would do, but that of the 8-bit optimizer is nested for compatibility with other programs.)
     """
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     states = {i: optimizer.state[parameter] for i, parameter in enumerate(parameters) if parameter in optimizer.state}
@@ -223,7 +223,7 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tenso
 
 
 def load_optimizer_tensors(optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Tensor]) -> None:
-    """Put back what `optimizer_tensors` gave, into an optimizer over the same parameters."""
+    """Load the result of `optimizer_tensors` into an optimizer over the same parameters."""
     state: dict[int, dict[str, Any]] = {}
     for key, value in tensors.items():
         index, name = key.split(".", 1)

@@ -1,7 +1,7 @@
-"""Why a run cannot go on from a checkpoint, in the user's words: the setting, the picture or the weights that differ.
+"""Why a run cannot resume from a checkpoint, in the user's terms: the setting, the picture or the weights that differ.
 
-Two runs are the same if their identities are equal. Of the pictures and the base an identity holds only hashes. So a
-checkpoint also lists its pictures by content and caption, and `config.json` in the output folder says what was typed.
+Two runs are the same if their identities are equal.  An identity holds only hashes of the pictures and the base.  So a
+checkpoint also lists its pictures by content and caption, and `config.json` in the output folder has the settings.
 """
 
 import dataclasses
@@ -14,14 +14,14 @@ from ..settings.setting import ByBase, as_typed, option
 from .setup import Run
 
 SHOWN = 3  # pictures that are named; the others are counted
-# Where the identity holds a hash: what it is a hash of, and the settings that say where that comes from.
+# The hashes in an identity: what each is a hash of, and the settings that name its source.
 HASHES = {
     "unet": ("the U-Net", ("model", "base_lora")),
     "vae": ("the VAE", ("model", "model_config", "vae")),
     "text_encoder": ("the text encoder", ("model", "model_config", "base_lora")),
     "init_from": ("the LoRA", ("init_from",)),
 }
-# Settings that decide which pictures and captions there are; --data is left out, because the pictures are named.
+# Settings that select pictures and captions; --data is left out, because the pictures themselves are named.
 ABOUT_PICTURES = ("caption", "caption_column", "class_data", "class_pictures", "validation")
 OTHERS = {"objective": "the objective", "schedule": "the noise schedule of the base"}  # identities that are no settings
 
@@ -29,7 +29,7 @@ Content = tuple[str, tuple[str, ...], str]  # of a picture: its digest, its capt
 
 
 def differences(run: Run, saved: dict) -> list[str]:
-    """Return what differs between a run and what one of its checkpoints says of itself, a line each."""
+    """Return the differences between a run and the identity in a checkpoint, one line each."""
     there, here = _identity_of_defaults(run) | saved["fingerprint"], run.identity
     different = {key for key in there.keys() | here.keys() if there.get(key) != here.get(key)}
     before, now = _typed_before(run), json.loads(run.config.to_json())
@@ -50,19 +50,19 @@ def differences(run: Run, saved: dict) -> list[str]:
         listed = [(digest, tuple(texts), "".join(mask)) for digest, texts, *mask in saved.get("pictures", [])]
         pictures = picture_differences(listed, (*run.examples.items, *run.examples.class_items))
         more = [f"and {len(pictures) - SHOWN} more pictures"] if len(pictures) > SHOWN else []
-        lines += [*pictures[:SHOWN], *more] if listed else ["its pictures or captions are others than those of --data"]
+        lines += [*pictures[:SHOWN], *more] if listed else ["its pictures or captions are not those of --data"]
     return list(dict.fromkeys(lines))
 
 
 def _identity_of_defaults(run: Run) -> dict:
-    """Return the defaults of settings, for those that did not exist yet when a checkpoint was written."""
+    """Return the default settings, for settings that did not exist yet when a checkpoint was written."""
     defaults = {field.name: field.metadata["default"] for field in dataclasses.fields(run.config)}
     known = {name: value for name, value in defaults.items() if not isinstance(value, ByBase)}
     return {name: json.loads(json.dumps(known[name])) for name in run.config.identity() if known.get(name) is not None}
 
 
 def picture_differences(there: Iterable[Content], items: Iterable[Item]) -> list[str]:
-    """Return how pictures differ from those of before, a line for each picture."""
+    """Return how pictures differ from the former ones, one line per picture."""
     old, new = Counter(there), Counter(map(_content, items))
     paths = {_content(item): item.path for item in items}
     gone = dict.fromkeys(content for content in old if content not in new)
@@ -91,11 +91,11 @@ def picture_differences(there: Iterable[Content], items: Iterable[Item]) -> list
         for content in new
         if old[content] not in (0, new[content])
     ]
-    return lines or ["the pictures are in another order, which is that of their names"]
+    return lines or ["the pictures have new names, which changes their order"]
 
 
 def _typed_before(run: Run) -> dict:
-    """Return the settings in the output folder, as JSON values; nothing if there are none."""
+    """Return the settings in the output folder, as JSON values; empty if there are none."""
     try:
         return json.loads((run.output / "config.json").read_text())
     except (OSError, ValueError):

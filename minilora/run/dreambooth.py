@@ -1,13 +1,13 @@
 """DreamBooth: learn one subject from a few pictures, without forgetting what the rest of its class looks like.
 
 A LoRA trained on four pictures of "a sks dog" soon draws that dog for every "a dog".  So half of the training pictures
-are class pictures, of "a dog", that the base draws before training (prior preservation):
+are class pictures of "a dog", which the base draws before training (prior preservation):
 
     loss = ½ · (loss of the subject + λ · loss of the class)          λ: --prior-weight
 
-The subject stands at the even positions of the stream, the class at the odd ones.  The class pictures have a folder of
-their own, and the number of each is its seed.  Only missing ones are drawn; other pictures in the folder count, too.
-A drawn picture's file says by which base and for which prompt it was drawn; those of another are refused.
+The subject has the even positions of the stream, the class the odd ones.  The class pictures have their own folder,
+and the number of each is its seed.  Only missing ones are drawn; other pictures in the folder count, too.  A drawn
+picture's file names its base and its prompt; pictures of another base or prompt are refused.
 
 Source: Ruiz et al., "DreamBooth: fine tuning text-to-image diffusion models for subject-driven
 generation", 2022.
@@ -36,8 +36,8 @@ from .ranks import Ranks, decided_by_main, wait_for_all
 def class_pictures(config: TrainConfig, base: Base, ranks: Ranks) -> list[Item]:
     """Return pictures of the class, at least --class-pictures.
 
-    Each process draws its share of the missing ones.  Raises UserError for a folder that holds what
-    cannot be read, or pictures that were drawn by another base or for another prompt.
+    Each process draws its share of the missing ones.  Raises UserError for a folder with unreadable pictures, or with
+    pictures that were drawn by another base or for another prompt.
     """
     folder, needed = Path(config.class_data), config.class_pictures
     drawn_by = f"{config.class_prompt!r} by the base {base.content[:16]}"
@@ -75,24 +75,23 @@ def class_pictures(config: TrainConfig, base: Base, ranks: Ranks) -> list[Item]:
 
 
 def refuse_others(items: Sequence[Item], drawn_by: str) -> None:
-    """Raise UserError for class pictures that say that they were drawn by another base, or for another prompt."""
+    """Raise UserError for class pictures whose files name another base or another prompt."""
     others = {}
     for item in items:
-        with pixels_limited(None), Image.open(item.path) as picture:  # which decodes nothing
-            told = picture.info.get(DRAWN_BY, drawn_by)  # the user's own pictures say nothing
+        with pixels_limited(None), Image.open(item.path) as picture:  # decodes nothing
+            told = picture.info.get(DRAWN_BY, drawn_by)  # the user's own pictures name none
         if told != drawn_by:
             others[item.path] = told
     if others:
         path, told = next(iter(others.items()))
         raise UserError(
-            f"--class-data {path.parent}: {len(others)} of its {len(items)} pictures are another base's, or of another "
-            f"prompt: {path.name} was drawn for {told}, and this run is for {drawn_by}; choose another folder, or "
-            "delete them"
+            f"--class-data {path.parent}: {len(others)} of its {len(items)} pictures are for another base or prompt: "
+            f"{path.name} was drawn for {told}, and this run is for {drawn_by}; choose another folder, or delete them"
         )
 
 
 def seconds_per_picture(base: Base, side: int, drawing: SampleConfig) -> float:
-    """Return about how long a picture takes: measured with one step and with two, whose difference is one step."""
+    """Estimate the time to draw a picture: one and two steps are measured, and their difference is one step."""
     times = []
     for steps in (1, 1, 2):  # the first time is slower
         began = time.perf_counter()

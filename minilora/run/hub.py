@@ -1,7 +1,7 @@
 """Push a finished run to the Hugging Face hub: `train.py --push-to-hub OWNER/NAME`.
 
-The files that others can use are pushed; checkpoints and TensorBoard's files are not.  Everything is in the output
-folder before the upload starts, so a failed upload loses nothing and can be tried again.
+The results are pushed; checkpoints and TensorBoard's files are not.  Everything is in the output folder before the
+upload starts, so a failed upload loses nothing and can be repeated.
 """
 
 import glob
@@ -16,34 +16,34 @@ from ..settings.errors import UserError
 
 
 def check_login(repo: str) -> None:
-    """Raise UserError unless the user is logged in to the hub with a token that may write; before the first step.
+    """Raise UserError unless the user is logged in to the hub with a token that may write; called before training.
 
-    Whether it may write to this repository is known only when it is pushed.
+    Whether it may write to this repository is only known when pushing.
     """
     try:
         validate_repo_id(repo)
         token = HfApi().whoami().get("auth", {}).get("accessToken", {})
-    except Exception as error:  # of any kind: no token, a wrong one, no network, an impossible name
+    except Exception as error:  # no token, a wrong one, no network, an invalid name, …
         raise UserError(
-            f"--push-to-hub {repo}: {_in_one_line(error)} (to log in, type `hf auth login` or set HF_TOKEN)"
+            f"--push-to-hub {repo}: {_in_one_line(error)} (to log in, run `hf auth login` or set HF_TOKEN)"
         ) from error
     if token.get("role") == "read":
         raise UserError(
-            f"--push-to-hub {repo}: the token may only read; make one that may write, and type `hf auth login --force`"
+            f"--push-to-hub {repo}: the token may only read; create one that may write, and run `hf auth login --force`"
         )
 
 
 def push(repo: str, folder: Path, names: Sequence[str]) -> str:
     """Upload files and sub-folders of a folder, by their names; return the address of the repository.
 
-    Raises UserError, with what to type to try again, if the hub refuses or cannot be reached.
+    Raises UserError, with the command to try again, if the hub refuses or cannot be reached.
     """
     patterns = [glob.escape(name) + ("/*" if (folder / name).is_dir() else "") for name in names]
     try:
         url = HfApi().create_repo(repo, exist_ok=True)
         message = "LoRA trained with minilora"
         HfApi().upload_folder(repo_id=repo, folder_path=folder, allow_patterns=patterns, commit_message=message)
-    except Exception as error:  # of any kind: the results are complete, and the message says where they are
+    except Exception as error:  # any error: the results are complete, and the message says where they are
         words = ["hf", "upload", repo, str(folder), ".", *(f"--include={pattern}" for pattern in patterns)]
         where = f"the results are in {folder}; to try again: {shlex.join(words)}"
         raise UserError(f"--push-to-hub {repo}: {_in_one_line(error)}; {where}") from error

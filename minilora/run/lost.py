@@ -1,11 +1,11 @@
-"""A lost process: the others notice it, name it, save what is done, and do not wait for ever.
+"""A lost process: the others notice it, name it, save the finished steps, and do not wait forever.
 
 When a collective operation fails, its error says that a wait was too long or that a connection broke, but not which
 process is missing.  So there is a roll call through the store, a small table of keys that all processes can reach: each
-process writes that it is there, and the missing ranks are named.  A process that works alone for long, for example
-encodes, sends heartbeats.
+process answers, and the missing ranks are named.  A process that works alone for long, for example while encoding,
+sends heartbeats.
 
-`torch.distributed.monitored_barrier` does not replace it (tried with torch 2.13): it knows no heartbeats, tells only
+`torch.distributed.monitored_barrier` cannot replace this (tried with torch 2.13): it has no heartbeats, tells only
 process 0 who is missing, and does not name a process that died.
 """
 
@@ -20,7 +20,7 @@ import torch.distributed as dist
 
 from ..settings.errors import first_line
 
-ROLL_CALL = timedelta(seconds=10)  # to answer it; those that are still there notice a loss at nearly the same time
+ROLL_CALL = timedelta(seconds=10)  # the time to answer; living processes notice a loss at nearly the same time
 
 
 def is_loss(error: RuntimeError) -> bool:
@@ -29,15 +29,15 @@ def is_loss(error: RuntimeError) -> bool:
 
 
 def tell_loss(error: RuntimeError) -> str:
-    """Return a message about a loss, which names the missing ranks of a roll call."""
-    reason = re.sub(r"^(\[.*?\] )+", "", first_line(error)).split(". ")[0]  # without where in gloo, and its advice
+    """Return a message about a loss that names the ranks missing at a roll call."""
+    reason = re.sub(r"^(\[.*?\] )+", "", first_line(error)).split(". ")[0]  # without the place in gloo, and its advice
     answers: list[list[int]] = []
 
     def ask() -> None:
         with suppress(RuntimeError):
             answers.append(missing_ranks("after a loss", ROLL_CALL))
 
-    # The store is on the machine of process 0.  If that is gone, a question to the store may wait for ever.
+    # The store is on the machine of process 0.  If that is gone, a request to the store may never return.
     asking = threading.Thread(target=ask, daemon=True)
     asking.start()
     asking.join(2 * ROLL_CALL.total_seconds())
@@ -61,7 +61,7 @@ def rescue(save: Callable) -> Iterator[None]:
 
 
 def missing_ranks(place: str, patience: timedelta) -> list[int]:
-    """Wait at `place` for all processes; return the missing ranks if no heartbeat comes for as long as `patience`."""
+    """Wait at `place` for all processes; return the missing ranks after `patience` without a heartbeat."""
     store, world = dist.group.WORLD.get_group_store(), dist.get_world_size()
     store.set(f"{place}: {dist.get_rank()}", "")
     if store.add(place, 1) == world:
@@ -79,6 +79,6 @@ def missing_ranks(place: str, patience: timedelta) -> list[int]:
 
 
 def heartbeat() -> None:
-    """Let the processes that wait for this one know that it is still working."""
+    """Tell the processes that wait for this one that it is still working."""
     if dist.is_initialized():
         dist.group.WORLD.get_group_store().add("heartbeats", 1)

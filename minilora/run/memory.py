@@ -1,11 +1,11 @@
-"""How much memory a run will need, known before anything is loaded.
+"""Predict the memory that a run will need, before anything is loaded.
 
 Fake tensors have a shape and a type but no numbers.  A U-Net of fake tensors, with its LoRA, goes through one step in
-seconds and in no memory, while `Live` counts what a real one would hold at each moment.  The VAE and the text encoders
-are counted likewise.  They leave memory one after the other before the first step, so what counts is the largest:
+seconds and without memory, while `Live` counts what a real one would hold at each moment.  VAE and text encoders are
+counted in the same way.  They leave memory one after the other before the first step, so the largest counts:
 
-    encoding    text encoders in float32; then the VAE in float32 + what it holds of one picture
-    training    U-Net + LoRA with gradients and Adam's averages + what a step keeps for the backward pass
+    encoding    text encoders in float32; then the VAE in float32 + its activations for one picture
+    training    U-Net + LoRA with gradients and Adam's averages + activations for the backward pass
 """
 
 import sys
@@ -32,11 +32,11 @@ from ..settings.setting import as_typed, is_installed, option
 from ..settings.train import TrainConfig
 from .trained import trained_parameters
 
-SLACK = 1.2  # for buffers of the kernels and gaps between tensors, which no count of tensors knows
+SLACK = 1.2  # for kernels' buffers and gaps between tensors, which are not counted
 
 
 class Live(TorchDispatchMode):
-    """Within the block, count the bytes of all tensors that are alive, but for those of `known`; keep the highest."""
+    """Within the block, count the bytes of all living tensors, except those in `known`; record the peak."""
 
     def __init__(self, known: Iterator[torch.Tensor]):
         super().__init__()
@@ -48,7 +48,7 @@ class Live(TorchDispatchMode):
         for tensor in tree_leaves(result):
             if isinstance(tensor, torch.Tensor):
                 storage = tensor.untyped_storage()
-                if storage._cdata not in self.alive:  # a view is in the memory of another tensor
+                if storage._cdata not in self.alive:  # a view shares the memory of another tensor
                     self.alive[storage._cdata] = storage.nbytes()
                     self.now += storage.nbytes()
                     weakref.finalize(storage, self._free, storage._cdata)
@@ -61,9 +61,9 @@ class Live(TorchDispatchMode):
 
 @dataclass(frozen=True)
 class Memory:
-    """What a run needs on its device, in bytes."""
+    """The memory that a run needs on its device, in bytes."""
 
-    process: int  # what the process holds already
+    process: int  # what the process already holds
     encoding: int
     weights: int
     lora: int
@@ -86,7 +86,7 @@ def tell_memory(config: TrainConfig, base: Base, say) -> None:
     say(f"memory     {need}" + (f"; {_gb(free)} GB are free on {base.device.type}" if free else ""))
     if free and need.total - need.process > free:
         advice = "; ".join(ways_to_fit(config, base, free)) or "a smaller base"
-        print(f"warning: this run may need more memory than there is; what takes less: {advice}", file=sys.stderr)
+        print(f"warning: this run may need more memory than is free; to need less: {advice}", file=sys.stderr)
 
 
 def memory_of(config: TrainConfig, base: Base) -> Memory:
@@ -103,17 +103,17 @@ def memory_of(config: TrainConfig, base: Base) -> Memory:
         unet = _faked(empty[UNET], dtype).train()
         encoders = [_faked(empty[part], dtype) for part in base.text_parts] if config.train_text_encoder else []
         weights, numbers, step = _step(config, base, unet, encoders, side, autocast)
-    # A and B, their gradients and what the optimizer keeps: two averages, of a byte a number with adamw8bit; Prodigy
-    # also keeps the first weights and a sum of gradients.
+    # A and B, their gradients and what the optimizer keeps: two averages, which take one byte per number
+    # with adamw8bit; Prodigy also keeps the first weights and a sum of gradients.
     each = 4 + 4 + {"adamw": 8, "adamw8bit": 2, "prodigy": 16}[config.optimizer] + (4 if config.ema else 0)
     kept = encoding_pictures if config.needs_vae else 0  # the VAE stays in memory
-    # Text encoders that are trained do not leave memory before the VAE encodes, see `fill_cache`.
+    # Trained text encoders do not leave memory before the VAE encodes, see `fill_cache`.
     encoding = (sum if config.train_text_encoder else max)((encoding_captions, encoding_pictures))
     return Memory(_held(base.device), encoding, weights, numbers * each, round(SLACK * step) + kept)
 
 
 def _step(config: TrainConfig, base: Base, unet, encoders: list, side: int, dtype: torch.dtype) -> tuple[int, int, int]:
-    """Go through a step; return the bytes of the weights, the numbers in A and B, and the bytes of all else at most."""
+    """Simulate a step; return the bytes of the weights, the count of numbers in A and B, and the peak of the rest."""
     try:
         if not config.full:
             ranks, alphas = ranks_and_alphas(unet, config.targets, config.rank, config.alpha, **config.by_part())
@@ -149,7 +149,7 @@ def _step(config: TrainConfig, base: Base, unet, encoders: list, side: int, dtyp
 
 
 def ways_to_fit(config: TrainConfig, base: Base, free: int) -> list[str]:
-    """Return the settings that take less memory, largest effect first, until the run fits, each with what is left."""
+    """Return settings that need less memory, largest effect first, until the run fits, each with the new total."""
     told, need = [], memory_of(config, base)
     for name, value in _smaller(config, base):
         if need.total - need.process <= free:
@@ -162,7 +162,7 @@ def ways_to_fit(config: TrainConfig, base: Base, free: int) -> list[str]:
 
 
 def _smaller(config: TrainConfig, base: Base) -> Iterator[tuple[str, Any]]:
-    """Yield the settings that take less memory, by name and value; usually the first has the largest effect."""
+    """Yield settings that need less memory, by name and value; usually the first has the largest effect."""
     if base.precision == "fp32":
         yield "precision", "bf16"
     if not config.gradient_checkpointing:
@@ -180,7 +180,7 @@ def _smaller(config: TrainConfig, base: Base) -> Iterator[tuple[str, Any]]:
 
 
 def _faked(module: Any, dtype: torch.dtype) -> Any:
-    """Give a part that has only shapes fake tensors of a type, frozen."""
+    """Give a part without numbers frozen fake tensors of a type."""
     for child in module.modules():
         for name, tensor in child.named_parameters(recurse=False):
             child._parameters[name] = nn.Parameter(torch.empty(tensor.shape, dtype=dtype), requires_grad=False)
@@ -198,7 +198,7 @@ def _gb(number: int) -> str:
 
 
 def _held(device: torch.device) -> int:
-    """Return what this process holds on a device: on a processor, its resident memory (where the system says it)."""
+    """Return the memory that this process holds on a device; on a CPU, its resident memory, if the system tells."""
     if device.type != "cpu":
         return 0
     try:
@@ -208,7 +208,7 @@ def _held(device: torch.device) -> int:
 
 
 def _free_on(device: torch.device) -> int | None:
-    """Return the free memory of a device, in bytes; None if it does not say."""
+    """Return the free memory of a device, in bytes; None if unknown."""
     return (
         torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else free_memory() if device.type == "cpu" else None
     )

@@ -22,29 +22,29 @@ class Objective:
         return repr(self) if is_dataclass(self) else type(self).__name__
 
     def begin(self, network: nn.Module, config: TrainConfig) -> None:
-        """Prepare, before the first step; the LoRA is in the network: a U-Net, or one with its text encoders."""
+        """Prepare for the first step; `network`, a U-Net or one with its text encoders, already has the LoRA."""
 
     def loss(self, network: nn.Module, batch: Batch, schedule: Schedule, config: TrainConfig) -> torch.Tensor:
         """Return one loss per picture, (batch,).  The network may be compiled, or wrapped for several processes."""
         raise NotImplementedError
 
     def before_step(self) -> None:
-        """Average over the processes what `loss` has gathered, if anything; called just before the LoRA changes."""
+        """Average over the processes what `loss` has collected, if anything; called just before the LoRA changes."""
 
     def after_step(self) -> None:
         """Update what depends on the LoRA, if anything; called just after it has changed."""
 
     def state(self) -> dict[str, torch.Tensor]:
-        """Return the tensors that are kept from step to step; checkpoints save them, and --resume restores them."""
+        """Return the objective's state; checkpoints save these tensors, and --resume restores them."""
         return {}
 
 
 class Denoising(Objective):
-    """The ordinary objective: predict the noise in a picture, or v or x₀, whichever the base was made for.
+    """The ordinary objective: predict the noise in a picture, or v or x₀, according to the base's prediction type.
 
     --preserve adds λ · ‖prediction − the base's prediction‖² at another caption c, of the subject's class or without
     the trigger, for the same x_t and t.  So the LoRA learns the subject and changes little else: prior preservation
-    (run/dreambooth.py) without pictures of the class.  It takes two more forward passes, one of them without gradient.
+    (run/dreambooth.py) without class pictures.  It needs two more forward passes, one of them without gradient.
     """
 
     def begin(self, network: nn.Module, config: TrainConfig) -> None:

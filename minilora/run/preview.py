@@ -1,4 +1,4 @@
-"""--preview: the pictures and captions as training will see them; no network is loaded, only the tokenizers."""
+"""--preview: the pictures and captions as training will see them; only the tokenizers are loaded."""
 
 import itertools
 import re
@@ -20,17 +20,17 @@ from .ranks import Ranks
 from .setup import load_base, sizes_for
 from .validation import read_pictures
 
-TILE, GAP, LINE = 192, 16, 16  # pixels: side of a picture, between two of them, height of a line of text
-COLUMNS, ROWS, PAGES = 6, 4, 10  # pictures across and down a page; pages at most
-FADED = 0.85  # how far
-GREY, BLACK, RED = "#777777", "#000000", "#c00000"  # about the picture; its captions; what is cut off from them
+TILE, GAP, LINE = 192, 16, 16  # pixels: a picture's side, the gap between pictures, the height of a line of text
+COLUMNS, ROWS, PAGES = 6, 4, 10  # pictures across and down a page; maximum number of pages
+FADED = 0.85  # share of grey in what a mask leaves out
+GREY, BLACK, RED = "#777777", "#000000", "#c00000"  # the picture's data; its captions; their ends that are cut off
 
 Word = tuple[str, str]  # with its colour
 
 
 @dataclass(frozen=True)
 class Preview:
-    """What a run will be trained on: the counts in lines of text, and the pictures on pages."""
+    """The training data of a run: counts in lines of text, and pictures on pages."""
 
     lines: list[str]
     pages: list[Image.Image]
@@ -52,7 +52,7 @@ def write_preview(config: TrainConfig) -> Path:
 
 
 def look_at(config: TrainConfig) -> Preview:
-    """Return the preview of a run with these settings; UserError for what would be wrong with its pictures."""
+    """Return the preview of a run with these settings; UserError for anything wrong with its pictures."""
     items, held_out = read_pictures(config, Ranks(0, 1, CPU))
     config = config.with_steps(len(items))
     base = load_base(config, CPU)
@@ -101,10 +101,10 @@ def _counts(
 
 
 def _tile(examples: Examples, position: int, repeats: int, cuts: dict[str, str]) -> Image.Image:
-    """Return a picture as it is seen at a position; below it stand its name, its sizes and its captions."""
+    """Return the picture at a position as training sees it, above its name, its sizes and its captions."""
     view = examples.view_at(position)
     item, pixels = view.item, examples.pixels(view)  # (3, h, w)
-    if item.mask:  # what does not count is faded into grey
+    if item.mask:  # fade what does not count into grey
         counts = F.interpolate(examples.mask(view)[None], pixels.shape[1:])[0]  # (1, h, w)
         pixels = pixels * (1 - FADED * (1 - counts))
     picture = as_picture(pixels)
@@ -131,7 +131,7 @@ def _tile(examples: Examples, position: int, repeats: int, cuts: dict[str, str])
 
 
 def _wrapped(text: str, colour: str, cut: str = "") -> list[list[Word]]:
-    """Return a text, and what is cut off from its end, in lines that are no wider than a tile."""
+    """Return a text, and the end that is cut off, in lines that are no wider than a tile."""
     font = ImageFont.load_default(LINE - 4)
     lines: list[list[Word]] = []
     left = float(TILE)
@@ -147,7 +147,7 @@ def _wrapped(text: str, colour: str, cut: str = "") -> list[list[Word]]:
 
 
 def _page(tiles: list[Image.Image]) -> Image.Image:
-    """Put tiles on a page, row by row; a row is as high as its highest tile."""
+    """Put tiles on a page, row by row; a row is as high as its tallest tile."""
     rows = [tiles[start : start + COLUMNS] for start in range(0, len(tiles), COLUMNS)]
     heights = [max(tile.height for tile in row) + GAP for row in rows]
     page = Image.new("RGB", (GAP + len(rows[0]) * (TILE + GAP), GAP + sum(heights)), "white")

@@ -27,7 +27,7 @@ from .lost import is_loss, missing_ranks, tell_loss
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among all: `rank` counts from 0 to `world` - 1; `device` is where it computes.
+    """This process among all: `rank` counts from 0 to `world` - 1; `device` is its device.
 
     `local_rank` and `local_world` count the processes of one machine only.
     """
@@ -40,7 +40,7 @@ class Ranks:
 
     @property
     def is_main(self) -> bool:
-        """Whether this is the one process that prints and writes files."""
+        """Whether this process is the one that prints and writes files."""
         return self.rank == 0
 
     def say(self, text: str) -> None:
@@ -52,17 +52,17 @@ class Ranks:
 
 @contextmanager
 def processes(timeout: float = TIMEOUT) -> Iterator[Ranks]:
-    """Join the processes that torchrun started, for as long as the block runs.
+    """Within the block, this process is connected to the others that torchrun started.
 
-    A block within another one uses the same connection: joining again after leaving can hang, since torchrun's store
-    still has the addresses of the first time.  Raises UserError, naming the missing ranks, if other processes are lost
-    or keep this one waiting for longer than `timeout`, in minutes.
+    An inner block uses the same connection: joining again after leaving can hang, because torchrun's store still has
+    the old addresses.  Raises UserError, naming the missing ranks, if other processes are lost or keep this one waiting
+    for longer than `timeout`, in minutes.
     """
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = this_device()
     if device.type != "cpu":
         torch.accelerator.set_device_index(device)
-    # NCCL itself, on GPUs, ends a process that waited too long; this makes it say for whom.
+    # On GPUs, NCCL itself ends a process that waited too long; this makes it say for whom.
     os.environ.setdefault("TORCH_NCCL_DESYNC_DEBUG", "1")
     joining = world > 1 and not dist.is_initialized()
     if joining:
@@ -86,11 +86,11 @@ def processes(timeout: float = TIMEOUT) -> Iterator[Ranks]:
 
 
 def _store(timeout: timedelta) -> dist.Store:
-    """Return a store of keys for all processes of this start, without anything of an earlier start.
+    """Return a store of keys for all processes of this start, without anything from an earlier start.
 
-    torchrun keeps one store over all its restarts.  It has the addresses of dead processes in it, and joining with
-    these hangs (torch 2.13).  So each process writes a random word, and process 0 answers with the word of this start,
-    which becomes the prefix of all keys.
+    torchrun keeps one store over all its restarts.  It holds the addresses of dead processes, and joining with these
+    hangs (torch 2.13).  So each process writes a random word, and process 0 answers with the word of this start, which
+    becomes the prefix of all keys.
     """
     store, rank, world = next(rendezvous("env://", timeout=timeout))
     word = start = uuid.uuid4().hex
@@ -115,7 +115,7 @@ _places = itertools.count()
 
 
 def wait_for_all() -> None:
-    """Return once every process is here."""
+    """Return when every process has called this."""
     if dist.is_initialized():
         store: Any = dist.group.WORLD.get_group_store()
         if missing_ranks(f"place {next(_places)}", store.timeout):
@@ -123,9 +123,9 @@ def wait_for_all() -> None:
 
 
 def decided_by_main(work: Callable):
-    """Do `work` on the main process only, and return its result or raise its UserError on every process.
+    """Call `work` on the main process only, and return its result or raise its UserError on every process.
 
-    So all processes agree on what is on the main process's disk, whether or not they share it.
+    So all processes agree on the content of the main process's disk, shared or not.
     """
     if not dist.is_initialized():
         return work()
@@ -142,7 +142,7 @@ def decided_by_main(work: Callable):
 
 
 def refuse_differences(identity: dict) -> None:
-    """Raise UserError, naming what differs, unless all processes train the same: only gradients are exchanged."""
+    """Raise UserError, naming what differs, unless all processes train the same, as only gradients are exchanged."""
     if not dist.is_initialized():
         return
     everywhere: list = [None] * dist.get_world_size()
@@ -154,10 +154,10 @@ def refuse_differences(identity: dict) -> None:
 
 
 class BatchPlan:
-    """How the positions of a step are divided into micro-batches, over rounds and processes.
+    """How the positions of a step are divided into micro-batches, over accumulation rounds and processes.
 
     `batch` is the number of positions of a step over all processes.  `micro` is the size of a micro-batch; None means
-    one micro-batch for each process.  Raises UserError, with the numbers, if the batch cannot be divided so.
+    one micro-batch for each process.  Raises UserError, with the numbers, if the batch cannot be divided evenly.
     """
 
     def __init__(self, batch: int, micro: int | None, rank: int, world: int):
@@ -184,19 +184,19 @@ class BatchPlan:
 
 
 class StopSignals:
-    """Within a block, note SIGTERM, SIGINT and SIGHUP (the terminal was closed) instead of ending at once.
+    """Within a block, record SIGTERM, SIGINT and SIGHUP (a closed terminal) instead of ending at once.
 
-    A second SIGINT, Ctrl-C typed again, ends the process at once.  The other signals may come several times for one
+    A second SIGINT, from a second Ctrl-C, ends the process at once.  The other signals may arrive several times for one
     reason: Slurm and shells send them to all processes, and torchrun passes them on.
 
-    SIGUSR1 does not ask to stop, but to save and draw now.
+    SIGUSR1 asks to save and draw now, not to stop.
     """
 
     def __enter__(self) -> "StopSignals":
         self.number: int | None = None
-        self.is_wanted = False  # to save and draw now
+        self.is_wanted = False  # whether to save and draw now
         numbers = [signal.SIGTERM, signal.SIGINT, *([signal.SIGUSR1] if hasattr(signal, "SIGUSR1") else [])]
-        hangup = getattr(signal, "SIGHUP", None)  # which Windows lacks, and nohup ignores
+        hangup = getattr(signal, "SIGHUP", None)  # Windows lacks it, and nohup ignores it
         if hangup and signal.getsignal(hangup) != signal.SIG_IGN:
             numbers.append(hangup)
         self.before: dict[int, Any] = {number: signal.signal(number, self._notice) for number in numbers}
@@ -215,7 +215,7 @@ class StopSignals:
             signal.signal(number, handler)
 
     def seen_by_any(self, ranks: Ranks) -> tuple[bool, bool]:
-        """Whether any process got a signal to stop, and one to save and draw; all processes get the same answers."""
+        """Whether any process got a signal to stop, and whether one to save and draw; the same on all processes."""
         wanted, self.is_wanted = self.is_wanted, False
         if not dist.is_initialized():
             return self.number is not None, wanted
@@ -229,7 +229,7 @@ class StopSignals:
 def mean_over_ranks(values: torch.Tensor) -> torch.Tensor:
     """Return the mean of `values` over all processes, the same on each."""
     if dist.is_initialized():
-        values = values.to(this_device())  # from a processor's memory NCCL takes nothing
+        values = values.to(this_device())  # NCCL cannot send from CPU memory
         dist.all_reduce(values)
         values /= dist.get_world_size()
     return values

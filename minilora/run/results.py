@@ -1,4 +1,4 @@
-"""After the last step: the LoRA file, the sheet of before and after, the model card, the hub."""
+"""After the last step: the LoRA file, the before-and-after sheet, the model card, the hub."""
 
 import sys
 from pathlib import Path
@@ -21,7 +21,7 @@ from .validation import FIGURES
 
 
 def finish(run: Run) -> Path:
-    """Write the result, draw the sheet of before and after, push them if asked to, and print what to type next.
+    """Write the result, draw the before-and-after sheet, push both if asked to, and print the next command.
 
     Returns the path of the LoRA file or, with --full, of the folder of the trained base.
     """
@@ -48,7 +48,7 @@ def finish(run: Run) -> Path:
         run.ranks.say(f"wrote      {run.output / result}{f' and {sheet_file}' if sheet_name else ''}")
         if zeros:
             run.ranks.say(
-                f"ranks      {zeros:,} bytes of the LoRA are zeros, so that every program reads its ranks alike"
+                f"ranks      {zeros:,} bytes of the LoRA are zeros, so that all programs read its ranks alike"
             )
     wait_for_all()  # drawing may take long, and sends heartbeats; pushing sends none
     if config.push_to_hub:
@@ -62,7 +62,7 @@ def finish(run: Run) -> Path:
 
 
 def save_result(run: Run, name: str) -> int:
-    """Write a result where `publish` finds it; return how many bytes of a LoRA are zeros (see `save_lora`)."""
+    """Write a result for `publish`; return the number of bytes that pad a LoRA with zeros (see `save_lora`)."""
     path = run.output / checkpoint.UNFINISHED / name
     if not run.config.full:
         return save_lora(run.network, path)
@@ -71,9 +71,9 @@ def save_result(run: Run, name: str) -> int:
 
 
 def draw_sheet(run: Run, item: Item, path: Path) -> str | None:
-    """Draw the sheet of before and after; return its path in the output folder, or None if drawing failed.
+    """Draw the before-and-after sheet; return its path in the output folder, or None if drawing failed.
 
-    A GPU with enough memory for training may have too little for drawing, and the LoRA must not be lost for that.
+    A GPU with enough memory for training may have too little for drawing, and the LoRA must not be lost because of it.
     """
     config = run.config
     try:

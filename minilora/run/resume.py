@@ -1,4 +1,4 @@
-"""What a run saves, and how it goes on from there as if it had never stopped."""
+"""What a run saves, and how it resumes from there as if it had never stopped."""
 
 from functools import partial
 from pathlib import Path
@@ -23,14 +23,14 @@ def save_state(run: Run, step: int) -> Path:
 
 
 def start(run: Run) -> int:
-    """Prepare the output folder for a new run, and return the number of steps done, 0."""
+    """Prepare the output folder for a new run; return the number of finished steps, 0."""
     if run.ranks.is_main:
         checkpoint.begin(run.output)
     return 0
 
 
 def resume(run: Run) -> int:
-    """Load the newest checkpoint, if there is one, and return the number of steps that are done."""
+    """Load the newest checkpoint, if there is one; return the number of finished steps."""
 
     def load() -> checkpoint.State | None:
         checkpoint.take_up(run.output)

@@ -1,4 +1,4 @@
-"""What a run draws: samples while it goes on, and the sheet of before and after."""
+"""The pictures that a run draws: samples during training, and the before-and-after sheet."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -17,9 +17,9 @@ from ..settings.sample import SampleConfig
 
 @contextmanager
 def beside_training(base: Base) -> Iterator[None]:
-    """Within the block every part is in evaluation mode; on a GPU the VAE takes as little memory as it can.
+    """Within the block every part is in evaluation mode; on a GPU the VAE uses as little memory as possible.
 
-    Then it decodes one picture after the other, and what is larger than its own size in tiles that overlap.
+    For that it decodes one picture at a time, and pictures larger than its own size in overlapping tiles.
     """
     if base.device.type != "cpu":
         base.vae.enable_slicing()
@@ -31,7 +31,7 @@ def beside_training(base: Base) -> Iterator[None]:
 def draw_prompts(
     base: Base, prompts: Sequence[str], size: int, config: SampleConfig, on_step: Callable[[], None] | None = None
 ) -> Image.Image:
-    """Draw each prompt with the LoRA as it is now, with three seeds."""
+    """Draw each prompt with the current LoRA and three seeds."""
     seeds = [config.seed, config.seed + 1, config.seed + 2]
     with beside_training(base):
         rows = draw_each(base, prompts, seeds, size, config, on_step)
@@ -46,9 +46,9 @@ def before_after(
     on_step: Callable[[], None] | None = None,
     before: Base | None = None,
 ) -> Image.Image:
-    """Draw a training picture's caption by the base, the LoRA at 0.5 and at 1.0, and show the picture itself.
+    """Draw a training picture's caption with the base and with the LoRA at 0.5 and 1.0, beside the picture itself.
 
-    `before` is the base as it was, if all its weights were trained; then it and the trained base draw.
+    `before` is the original base if all its weights were trained; the sheet then compares it with the trained base.
     """
     seeds, columns = [config.seed, config.seed + 1, config.seed + 2], []
     ways = {"base": (base, 0.0), "LoRA at 0.5": (base, 0.5), "LoRA at 1.0": (base, 1.0)}

@@ -47,11 +47,11 @@ class Run:
     base: Base
     examples: Examples
     validation: Validation | None
-    identity: dict  # what the run is a function of, as JSON values
+    identity: dict  # everything that determines the result, as JSON values
     network: nn.Module  # has the LoRA in it: the U-Net, or the U-Net with its text encoders
     model: Any  # the network; compiled if asked for, and wrapped so that several processes average gradients
-    parameters: list[nn.Parameter]  # all that is trained; the one list for optimizer, clipping and counting
-    average: dict[str, torch.Tensor]  # of what is trained, over the steps; empty without --ema
+    parameters: list[nn.Parameter]  # all trained parameters; the one list for optimizer, clipping and counting
+    average: dict[str, torch.Tensor]  # the moving average of the trained weights; empty without --ema
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler  # keeps fp16 gradients from vanishing; does nothing otherwise
 
@@ -66,11 +66,11 @@ class Run:
         return self.optimizer.param_groups[0]["lr"] * found
 
     def drawing(self, prompts: tuple[str, ...]) -> SampleConfig:
-        """Return the settings to draw these prompts as sample.py does by default."""
+        """Return the settings to draw these prompts, with the defaults of sample.py."""
         return SampleConfig(prompt=prompts, seed=self.config.seed, **self.config.base_settings())
 
     def as_drawn(self) -> AbstractContextManager:
-        """Return the context to draw pictures in: with --sample-average the network has the average as its LoRA."""
+        """Return the context for drawing: with --sample-average the LoRA is replaced by its moving average."""
         return ema_weights(self.network, self.average) if self.config.sample_average else nullcontext()
 
 
@@ -84,8 +84,8 @@ def prepare(config: TrainConfig, objective: Objective, ranks: Ranks) -> Run:
     config = config.with_steps(len(items))
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     base = load_base(config, ranks.device)
-    config = replace(config, precision=base.precision)  # what was chosen, if it was left to the machine
-    if config.full:  # half precision would round the small steps away
+    config = replace(config, precision=base.precision)  # the one that "auto" chose
+    if config.full:  # half precision would round small steps away
         base = load_base(replace(config, precision="fp32"), ranks.device)
     if ranks.is_main and base.parameters >= SMALL:
         tell_memory(config, base, ranks.say)
@@ -94,7 +94,7 @@ def prepare(config: TrainConfig, objective: Objective, ranks: Ranks) -> Run:
     identity = _identity(config, base, examples) | {"objective": objective.name()}
 
     unet = base.unet
-    # What is trained keeps the usual layout, as its optimizer state has it in a checkpoint.
+    # Trained weights keep the usual memory layout, because their optimizer state in a checkpoint has it.
     if ranks.device.type == "cuda" and not config.full:
         unet.to(memory_format=torch.channels_last)
     network = (UNetWithText(unet, base.text_encoders) if config.train_text_encoder else unet).train()
@@ -142,7 +142,7 @@ def encode(
     resolution = config.resolution or base.resolution
     sizes = sizes_for(base, resolution) if config.buckets else ()
     if config.train_text_encoder:
-        ranks.say("note: --train-text-encoder changes what captions mean, so they are encoded anew at each step")
+        ranks.say("note: --train-text-encoder changes the encoding of captions, so they are encoded at each step")
     # Pictures and captions are encoded in float32: a VAE in half precision can overflow.
     encoders = Base.of(config, ranks.device, loras=config.base_lora)
     how = resolution, encoders, len(base.schedule), ranks, sizes
@@ -167,7 +167,7 @@ def make_optimizer(config: TrainConfig, parameters: list[nn.Parameter], of_unet:
         return Prodigy(groups, **options)
     from bitsandbytes.optim import AdamW8bit  # an optional package
 
-    # By default tensors of fewer than 4,096 numbers stay in float32, and most matrices of a LoRA are that small.
+    # By default the state of tensors below 4,096 numbers stays in float32, and most matrices of a LoRA are that small.
     return AdamW8bit(groups, **options, min_8bit_size=256)
 
 
@@ -187,7 +187,7 @@ def introduce(run: Run) -> None:
         say(f"validation {len(run.validation.held_out.items)} held-out pictures of them")
     if examples.class_items:
         count = len(examples.class_items)
-        say(f"class      {count} pictures of {config.class_prompt!r}; every other picture in training is one of them")
+        say(f"class      {count} pictures of {config.class_prompt!r}; every other training picture is one of them")
     if config.recipe:
         say(f"recipe     {config.recipe}: {config.recipe_as_typed()}")
     if layers := lora_layers(run.network):
@@ -205,7 +205,7 @@ def put_lora(network: UNetWithText | Any, unet: nn.Module, config: TrainConfig) 
             parts = [folded.component for folded in load_lora(network, config.init_from).folded]
         except UserError as error:
             for_text = not config.train_text_encoder and any(name in str(error) for name in ("text_encoder", "lora_te"))
-            hint = " (one of text encoders, too, needs --train-text-encoder)" if for_text else ""
+            hint = " (a LoRA of text encoders needs --train-text-encoder)" if for_text else ""
             raise UserError(f"--init-from: {error}{hint}") from error
         if UNET not in parts or (config.train_text_encoder and len(parts) == 1):
             lacks = "U-Net" if UNET not in parts else "text encoders, which --train-text-encoder would train"
@@ -233,7 +233,7 @@ def sizes_for(base: Base, resolution: int) -> list[Size]:
 
 
 def _identity(config: TrainConfig, base: Base, examples: Examples) -> dict:
-    """Return what the run is a function of, as JSON values: settings, pictures with captions, base."""
+    """Return everything that determines the result, as JSON values: settings, pictures with captions, base."""
     return config.identity() | {
         "resolution": examples.resolution,
         "schedule": [base.schedule.prediction_type, *base.schedule.alphas_cumprod[[0, -1]].tolist()],

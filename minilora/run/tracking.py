@@ -22,7 +22,7 @@ class Log:
     def __init__(self, run, first_step: int):
         self.run, self.excepthook = run, threading.excepthook
         folder, purged = str(run.output / "tensorboard"), first_step + 1
-        # (Those who look on see numbers that are at most two seconds old.)
+        # (TensorBoard shows numbers that are at most two seconds old.)
         self.writer = SummaryWriter(folder, purge_step=purged, flush_secs=2) if run.ranks.is_main else None
         self.wandb = None
         if run.config.wandb:
@@ -36,7 +36,7 @@ class Log:
         return self
 
     def _print_unless_disk_is_full(self, about: threading.ExceptHookArgs) -> None:
-        """Print an error that ended a thread, unless the disk is full: the next call to the thread raises that."""
+        """Print an error that ended a thread, unless the disk is full, which the next call to the thread raises."""
         if not issubclass(about.exc_type, OSError):
             self.excepthook(about)
 
@@ -45,7 +45,7 @@ class Log:
             if self.writer:
                 self.writer.close()
         except OSError:
-            if kind is None:  # else another error has ended the run already
+            if kind is None:  # else another error has already ended the run
                 raise
         finally:
             threading.excepthook = self.excepthook
@@ -60,7 +60,7 @@ class Log:
             self.wandb.log(values, step=step)
 
     def samples(self, step: int) -> None:
-        """Draw every --sample-prompt with the LoRA as it is now."""
+        """Draw every --sample-prompt with the current LoRA."""
         if self.writer:
             run = self.run
             prompts = run.config.sample_prompt
@@ -77,7 +77,7 @@ class Log:
 
 
 def join_wandb(config: TrainConfig, identity: dict, resumed: bool):
-    """Return the wandb run of a run; its id is a hash of the identity, so a resumed run goes on in the same one.
+    """Return the wandb run of a run; its id is a hash of the identity, so a resumed run continues in the same one.
 
     Raises UserError if wandb refuses or cannot be reached.
     """
@@ -95,4 +95,4 @@ def join_wandb(config: TrainConfig, identity: dict, resumed: bool):
         )
     except wandb.Error as error:
         reason = " ".join(str(error).split())
-        raise UserError(f"--wandb {config.wandb}: {reason} (type `wandb login`, or set WANDB_MODE=offline)") from error
+        raise UserError(f"--wandb {config.wandb}: {reason} (run `wandb login`, or set WANDB_MODE=offline)") from error

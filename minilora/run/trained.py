@@ -1,6 +1,6 @@
-"""What a run trains: the LoRA in its network or, with --full, all weights of the U-Net, and what it leaves of them.
+"""The trained weights of a run: the LoRA in its network or, with --full, all weights of the U-Net; and their files.
 
-Everything around the loop (checkpoints, averages, validation, results) asks here, and need not know which it is.
+Everything around the loop (checkpoints, averages, validation, results) uses this file and need not know which it is.
 """
 
 import os
@@ -25,23 +25,23 @@ FULL_RESULTS = "model", "model_ema", "unet_best.safetensors"  # two bases, as di
 
 
 def result_names(full: bool) -> tuple[str, str, str]:
-    """Return the names in the output folder: of the result, its average (--ema), the best (--validation)."""
+    """Return the names in the output folder of the result, its average (--ema) and the best (--validation)."""
     return FULL_RESULTS if full else LORA_RESULTS
 
 
 def trained_parameters(network: nn.Module, full: bool) -> list[nn.Parameter]:
-    """Return all that is trained, as a list for the optimizer."""
+    """Return all trained parameters, as a list for the optimizer."""
     return list(network.requires_grad_(True).parameters()) if full else lora_parameters(network)
 
 
 def trained_state(network: nn.Module) -> dict[str, torch.Tensor]:
-    """Return what is trained, by name; the tensors are those of the network."""
+    """Return the trained tensors by name, not copies."""
     return lora_state_dict(network) if lora_layers(network) else network.state_dict()
 
 
 @torch.no_grad()
 def load_trained_state(network: nn.Module, state: Mapping[str, torch.Tensor]) -> None:
-    """Copy tensors as from `trained_state` into the network, in place."""
+    """Copy tensors, named as by `trained_state`, into the network, in place."""
     if lora_layers(network):
         load_lora_state_dict(network, state)
     else:
@@ -49,7 +49,7 @@ def load_trained_state(network: nn.Module, state: Mapping[str, torch.Tensor]) ->
 
 
 def save_trained(network: nn.Module, path: Path) -> int:
-    """Write a LoRA file, or the weights of the U-Net; return how many bytes of it are zeros (see `save_lora`)."""
+    """Write a LoRA file, or the weights of the U-Net; return the number of padding bytes (see `save_lora`)."""
     if lora_layers(network):
         return save_lora(network, path)
     write_tensors(path, {key: tensor.detach().cpu() for key, tensor in network.state_dict().items()}, {})
@@ -57,7 +57,7 @@ def save_trained(network: nn.Module, path: Path) -> int:
 
 
 def save_base(base: Base, folder: Path) -> None:
-    """Write a base whose U-Net was trained, as a diffusers folder; what did not change is linked or copied."""
+    """Write a base whose U-Net was trained, as a diffusers folder; unchanged files are linked or copied."""
     source = Path(base.source)
     if source.is_dir() and not base.loras and base.vae_parts is base.parts:
         shutil.copytree(source, folder, copy_function=_link, ignore=_without_unet(source), dirs_exist_ok=True)
@@ -76,7 +76,7 @@ def _without_unet(source: Path):
 
 
 def _link(source: str, target: str) -> None:
-    """Give a file a second name, or copy it where that is not possible, as on another disk."""
+    """Give a file a second name, or copy it if that is impossible, for example to another disk."""
     with suppress(OSError):
         os.link(os.path.realpath(source), target)  # the hub's cache has symbolic links
         return

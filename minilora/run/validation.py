@@ -1,4 +1,4 @@
-"""The validation loss during a run (data/held_out.py), and what was trained at the step where it was lowest."""
+"""The validation loss during a run (data/held_out.py), and the trained weights where it was lowest."""
 
 import json
 import sys
@@ -33,11 +33,11 @@ def read_pictures(config: TrainConfig, ranks: Ranks) -> tuple[list[Item], list[I
         if all(item.captions != given for item in (*items, *held_out)):
             raise UserError(
                 f"--caption (or --instance-prompt) is {config.caption!r}, and has no effect: all pictures have "
-                "captions of their own; leave it out, or remove those captions"
+                "their own captions; leave it out, or remove those captions"
             )
     every = (*items, *held_out)
     if config.alpha_mask and not any(item.mask == item.path for item in every):
-        raise UserError("--alpha-mask has no effect: no picture has an alpha channel in which something is hidden")
+        raise UserError("--alpha-mask has no effect: no picture has transparent parts")
     if config.outside and not any(item.mask for item in every):
         raise UserError("--outside has no effect: no picture has a mask")
     if config.validation_share is not None:
@@ -48,9 +48,9 @@ def read_pictures(config: TrainConfig, ranks: Ranks) -> tuple[list[Item], list[I
 
 
 class Validation:
-    """The losses of a run by step, and what was trained at the lowest.
+    """The validation losses of a run by step, and the trained weights at the lowest.
 
-    Checkpoints have both, and so has the output folder once the run is finished.
+    Checkpoints hold both, and so does the output folder once the run is finished.
     """
 
     def __init__(
@@ -61,14 +61,14 @@ class Validation:
         self.file = Path(config.output) / UNFINISHED / FIGURES
         self.pictures = held_out.content()
         self.losses: dict[int, float] = {}
-        self.lowest: dict[str, torch.Tensor] = {}  # what was trained where the loss is lowest, on the CPU
+        self.lowest: dict[str, torch.Tensor] = {}  # the trained weights where the loss is lowest, on the CPU
 
     def state(self) -> tuple[dict, dict[str, torch.Tensor]]:
-        """Return what a checkpoint needs: the losses, and of which pictures they are, as JSON values; the tensors."""
+        """Return the state for a checkpoint: the losses and their pictures, as JSON values; and the tensors."""
         return {"losses": self.losses, "pictures": self.pictures}, self.lowest
 
     def load(self, saved: dict, lowest: dict[str, torch.Tensor]) -> None:
-        """Take up what `state` gave; losses of other held-out pictures are left, and measured anew."""
+        """Restore the result of `state`, unless it is for other held-out pictures; then measuring starts over."""
         if saved.get("pictures") == self.pictures:
             self.losses, self.lowest = {int(step): loss for step, loss in saved["losses"].items()}, lowest
             with ema_weights(self.network, lowest):
@@ -84,7 +84,7 @@ class Validation:
         return self.config.patience is not None and sum(s > self.best for s in self.losses) >= self.config.patience
 
     def measure(self, step: int) -> float:
-        """Return the loss after `step` steps; keep what is trained if there was no lower one."""
+        """Measure the loss after `step` steps; keep the trained weights if no loss was lower."""
         self.losses[step] = self._loss()
         if is_lowest := self.best == step:
             self.lowest = {name: tensor.to("cpu", copy=True) for name, tensor in trained_state(self.network).items()}
@@ -92,7 +92,7 @@ class Validation:
         return self.losses[step]
 
     def take_lowest(self) -> None:
-        """Put what was trained where the loss is lowest into the network."""
+        """Load the trained weights of the lowest loss into the network."""
         load_trained_state(self.network, self.lowest)
         why = f"the loss has not fallen for {self.config.patience} measurements; " if self.has_stalled() else ""
         self.ranks.say(f"patience   {why}the result is that of step {self.best}")

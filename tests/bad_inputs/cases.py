@@ -813,7 +813,7 @@ def tensor_missing(content: bytes) -> bytes:
 
 
 ALL = slice(None)
-GOING_ON = "is not a checkpoint that can be read"
+GOING_ON = "is not a readable checkpoint"
 CHECKPOINTS = [
     ("the newest is cut off", newest(lambda b: b[:-9]), GOING_ON, True),
     ("the newest is empty", newest(lambda b: b""), GOING_ON, True),

@@ -103,7 +103,7 @@ def test_captions_come_from_text_files_and_the_option_fills_the_gaps(tmp_path):
     assert [item.captions for item in items] == [("a red apple",), ("a thing",)]
     read_pictures(config_for(tmp_path, tmp_path, caption="a thing", trigger="sks"), ONE)
     (tmp_path / "b.txt").write_text("a banana")
-    with pytest.raises(UserError, match=r"is 'a thing', and has no effect: all pictures have captions of their own"):
+    with pytest.raises(UserError, match=r"is 'a thing', and has no effect: all pictures have their own captions"):
         read_pictures(config_for(tmp_path, tmp_path, caption="a thing", trigger="sks"), ONE)
 
 

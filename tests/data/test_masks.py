@@ -292,7 +292,7 @@ def test_what_can_be_seen_through_is_left_out_of_either_kind_of_mask(data, tmp_p
         read_folders(config)
     painted.putalpha(255)  # a picture through which nothing is seen has no mask
     painted.save(data / "c.png")
-    with pytest.raises(UserError, match="--alpha-mask has no effect: no picture has an alpha channel"):
+    with pytest.raises(UserError, match="--alpha-mask has no effect: no picture has transparent parts"):
         train(config)
     for path in data.glob("*.mask.png"):
         path.unlink()

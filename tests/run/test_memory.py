@@ -122,5 +122,5 @@ def test_a_large_base_is_told_of_before_the_first_step_and_nothing_else_changes(
     train(TrainConfig(**shared, output=str(tmp_path / "large")))
     said = capsys.readouterr()
     assert "memory     about " in said.out
-    assert "warning: this run may need more memory than there is; what takes less: --precision bf16" in said.err
+    assert "warning: this run may need more memory than is free; to need less: --precision bf16" in said.err
     assert (tmp_path / "small" / FILE_NAME).read_bytes() == (tmp_path / "large" / FILE_NAME).read_bytes()

@@ -117,5 +117,5 @@ def test_what_wandb_refuses_is_one_line(settings, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "online")
     monkeypatch.setenv("WANDB_API_KEY", "no key")  # which it sees by itself, without asking a server
     wandb.teardown()  # it reads the environment anew
-    with pytest.raises(UserError, match=r"--wandb things: .*\(type `wandb login`, or set WANDB_MODE=offline\)"):
+    with pytest.raises(UserError, match=r"--wandb things: .*\(run `wandb login`, or set WANDB_MODE=offline\)"):
         train(TrainConfig(**settings | {"wandb": "things"}))
