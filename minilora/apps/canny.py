@@ -5,7 +5,7 @@
     3. two limits     above `high` a pixel is an edge; between `low` and `high` it may be one
     4. linking        a pixel that may be an edge is one if it touches an edge
 
-Sizes and limits are those of OpenCV's `Canny(picture, 100, 200)`, and like there the picture is not blurred first: the
+Sizes and limits are those of OpenCV's `Canny(picture, 100, 200)`, which does not blur the picture first either: the
 ControlNets for Stable Diffusion were trained on such edges.
 
 Source: Canny, "A computational approach to edge detection", 1986.

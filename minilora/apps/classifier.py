@@ -1,4 +1,4 @@
-"""A small classifier that is trained on the spot: of which kind is a picture?"""
+"""A small classifier of pictures, trained when it is needed."""
 
 from itertools import pairwise
 
@@ -12,9 +12,9 @@ STEPS, TOGETHER = 600, 64
 
 
 def train_classifier(pixels: torch.Tensor, kinds: torch.Tensor, seed: int = 0) -> nn.Module:
-    """Return a network from pictures, (n, 3, h, w) in [-1, 1], to logits of their kinds, (n, kinds).
+    """Train a network that maps pictures, (n, 3, h, w) in [-1, 1], to the logits of their kinds, (n, kinds).
 
-    It is trained on these pictures; `kinds`, (n,), are numbered from 0.
+    `pixels` and `kinds`, (n,), numbered from 0, are the training set.
     """
     widths = (3, 16, 32, 64, 64)
     layers: list[nn.Module] = []
@@ -30,7 +30,7 @@ def train_classifier(pixels: torch.Tensor, kinds: torch.Tensor, seed: int = 0) -
         chosen = torch.from_numpy(random.integers(len(pixels), size=TOGETHER))
         batch = pixels[chosen]
         batch = batch.flip(-1) if random.random() < 0.5 else batch
-        # Noise and shifts, so that it learns the drawing and not single pixels.
+        # Noise and shifts make it learn the drawing, not single pixels.
         batch = torch.roll(batch, tuple(random.integers(-4, 5, size=2)), dims=(2, 3))
         batch = batch + 0.05 * draws.gaussian(seed, "classifier noise", step, tuple(batch.shape))
         F.cross_entropy(model(batch), kinds[chosen]).backward()
@@ -47,5 +47,5 @@ def probability(model: nn.Module, pixels: torch.Tensor, kind: int) -> torch.Tens
 
 @torch.no_grad()
 def share_right(model: nn.Module, pixels: torch.Tensor, kinds: torch.Tensor) -> float:
-    """Return the share of the pictures whose kind is recognized."""
+    """Return the share of pictures whose kind is recognized."""
     return (model(pixels).argmax(1) == kinds).float().mean().item()

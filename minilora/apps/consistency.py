@@ -1,8 +1,8 @@
-"""Latent consistency distillation: a LoRA with which a few steps draw what the base draws in fifty.
+"""Latent consistency distillation: a LoRA that draws in a few steps what the base draws in fifty.
 
 Denoising without randomness is a path: x_T, …, x_t, …, x_0 (ddim.py).  A consistency function f(x_t, t) maps every
-point of a path to its end, x_0.  So f has the same value everywhere on a path, and it can be learnt from two
-neighbouring points: one at t, one of N levels, and one at t′, k levels below, which a solver computes from the first.
+point of a path to its end, x_0.  So f has the same value everywhere on a path, and it can be learnt from pairs of
+points: one at t, one of N levels, and one at t′, k levels below, which a solver computes from the first.
 
     x_t  = √ᾱ_t · x₀ + √(1 − ᾱ_t) · ε                     a picture with noise, diffusion.py (1)
     x_t′ = ddim_step(x_t, teacher_g(x_t, t), ᾱ_t, ᾱ_t′)    one step of the teacher
@@ -12,7 +12,7 @@ The teacher is the same U-Net with its LoRA switched off.  Its guidance g is dra
 learns guided pictures, and drawing with f needs no guidance.  (The paper writes w for g − 1.)  θ⁻ is a moving average
 of θ: θ⁻ ← μ θ⁻ + (1 − μ) θ.  d is the pseudo-Huber distance √(z² + c²) − c, about |z|.
 
-At t = 0, f(x, 0) = x must hold.  f is built from the U-Net's x̂₀ so that it does,
+f must satisfy f(x, 0) = x.  It is built from the U-Net's x̂₀ so that it does,
 
     f(x, t) = c_skip(t) · x + c_out(t) · x̂₀(x, t)
     c_skip(t) = σ² / ((10 t)² + σ²)        c_out(t) = 10 t / √((10 t)² + σ²)        σ = 0.5
@@ -47,8 +47,8 @@ HUBER = 1e-3  # differences below this count squared, others linearly
 class LatentConsistency(Objective):
     """Train f to have the same value at neighbouring levels of the teacher's path.
 
-    `guidance` is the range that g is drawn from.  `skip` is k: a larger one learns faster and less exactly.  `levels`
-    is N, which LCMScheduler calls original_inference_steps, and `decay` is μ.
+    `guidance` is the range of g.  `skip` is k: a larger one learns faster but less exactly.  `levels` is N, which
+    LCMScheduler calls original_inference_steps, and `decay` is μ.
     """
 
     guidance: tuple[float, ...]  # the lowest and the highest
@@ -57,7 +57,7 @@ class LatentConsistency(Objective):
     decay: float = 0.95
 
     def begin(self, unet: nn.Module, config: TrainConfig) -> None:
-        self.unet = unet  # `loss` may get it in a wrapper that averages gradients
+        self.unet = unet  # `loss` may get it inside a wrapper that averages gradients
         device = next(unet.parameters()).device
         base = Base.of(config, device, loras=config.base_lora)
         self.empty = base.encode_text("").to(device)  # (tokens, width)

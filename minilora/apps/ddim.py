@@ -1,13 +1,13 @@
-"""DDIM: a path between noise and picture without randomness, which can be walked in both directions.
+"""DDIM: a path between noise and picture without randomness, which works in both directions.
 
 At a noise level ᾱ the U-Net's prediction splits x into picture and noise, x̂₀ and ε̂ (diffusion.py).  The same two,
 mixed for another level ᾱ′, give the next x:
 
     x′ = √ᾱ′ · x̂₀ + √(1 − ᾱ′) · ε̂
 
-From high to low noise this draws a picture.  From low to high noise it finds the noise that a given picture would be
-drawn from.  That direction is approximate: the U-Net is asked at the level that x is about to have, so prediction and
-level must change little in a step.
+From high to low noise this draws a picture.  From low to high noise it finds the noise from which a given picture would
+be drawn.  That direction is approximate: the U-Net is called with the level that x will have after the step, so
+prediction and level must change little per step.
 
 Sources: Song et al., "Denoising diffusion implicit models", 2020, equation 12; Dhariwal & Nichol,
 "Diffusion models beat GANs on image synthesis", 2021, appendix F, for the way up.
@@ -20,7 +20,7 @@ import torch
 
 from ..diffusion import clean_and_noise
 
-Predict = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # (x, timestep) -> what the U-Net predicts
+Predict = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # (x, timestep) -> the U-Net's prediction
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Levels:
 
     @classmethod
     def of(cls, scheduler, steps: int, device: torch.device) -> "Levels":
-        """Return the levels that diffusers' DDIMScheduler takes for `steps` steps."""
+        """Return the levels that diffusers' DDIMScheduler uses for `steps` steps."""
         scheduler.set_timesteps(steps)
         end = scheduler.final_alpha_cumprod.reshape(1)
         alpha_bars = torch.cat([scheduler.alphas_cumprod[scheduler.timesteps], end]).float()
@@ -66,7 +66,7 @@ def ddim_draw(predict: Predict, noise: torch.Tensor, levels: Levels) -> torch.Te
 
 @torch.no_grad()
 def ddim_invert(predict: Predict, latents: torch.Tensor, levels: Levels) -> torch.Tensor:
-    """Walk from latents to the noise that they would be drawn from; (batch, channels, h, w)."""
+    """Walk from latents to the noise from which they would be drawn; (batch, channels, h, w)."""
     x, rising = latents, levels.alpha_bars.flip(0)
     for t, here, there in zip(levels.timesteps.flip(0), rising, rising[1:], strict=False):
         x = ddim_step(x, predict(x, t), here, there, levels.prediction_type)
@@ -78,8 +78,8 @@ def guided(
 ) -> Predict:
     """Return a function that predicts for a text, (batch, tokens, width), with classifier-free guidance if it is not 1.
 
-    `empty` is the encoding of the empty text.  Guidance can be one number or one for each picture, (batch, 1, 1, 1);
-    the timestep likewise, (batch,).
+    `empty` is the encoding of the empty text.  Guidance can be one number or one per picture, (batch, 1, 1, 1), and so
+    can the timestep, (batch,).
     Source: Ho & Salimans, "Classifier-free diffusion guidance", 2022.
     """
     if not isinstance(guidance, torch.Tensor) and guidance == 1:

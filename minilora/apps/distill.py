@@ -1,11 +1,11 @@
-"""Another objective: train a LoRA on the base's own pictures for something other than denoising.
+"""Other objectives: train a LoRA on the base's own pictures for something other than denoising.
 
     python -m minilora.apps.distill                       # four steps instead of fifty: consistency.py
     python -m minilora.apps.distill --objective smooth    # pictures that change evenly: smooth.py
 
-The LoRA shall learn nothing new, so the base draws the training pictures itself, from a file with one caption a line.
-Every 32nd caption is held out to measure with.  The ordinary loop trains the LoRA, with the objective as an argument,
-and the effect is measured without and with the LoRA.  The same command again goes on with a run that was stopped.
+The LoRA should learn no new content, so the base draws the training pictures itself, from a file with one caption per
+line.  Every 32nd caption is held out for measurements.  The ordinary loop trains the LoRA, with the objective as an
+argument, and the effect is measured without and with the LoRA.  Repeating the command resumes a stopped run.
 """
 
 if __name__ == "__main__":  # before torch is imported, which takes seconds: --help answers at once
@@ -42,7 +42,7 @@ def distill(config: DistillConfig) -> dict[str, float] | None:
         folder = config.data or draw_pictures(config, learnt, output / "pictures", ranks)
         settings = TrainConfig(
             data=(str(folder),),
-            caption_dropout=0.0,  # only the teacher, which does not learn, is run without a caption
+            caption_dropout=0.0,  # only the teacher, which is not trained, runs without a caption
             **config.base_settings(),
             rank=config.rank,
             targets=config.targets,
@@ -70,7 +70,7 @@ def distill(config: DistillConfig) -> dict[str, float] | None:
 
 
 def about_the_same(config: DistillConfig, about: Path, ranks: Ranks) -> bool:
-    """Write down the settings of this run, and return whether the last run had the same."""
+    """Record the settings of this run, and return whether the last run had the same."""
     settings = json.dumps(asdict(config), indent=2) + "\n"
     same = about.exists() and about.read_text() == settings
     wait_for_all()  # all processes read it before it is written
@@ -80,7 +80,7 @@ def about_the_same(config: DistillConfig, about: Path, ranks: Ranks) -> bool:
 
 
 def objective_of(config: DistillConfig) -> LatentConsistency | SmoothDenoising:
-    """Return what the settings ask the LoRA to learn."""
+    """Return the objective that the settings name."""
     if config.objective == "lcm":
         return LatentConsistency(config.guidance, config.skip or (5 if is_miniature(config.model) else 1))
     return SmoothDenoising(config.weight or 1.0)

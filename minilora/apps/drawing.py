@@ -1,4 +1,4 @@
-"""Training pictures that the base draws itself, and captions that are held out to measure with."""
+"""Training pictures that the base draws itself, and captions held out for measurements."""
 
 import json
 from collections.abc import Sequence
@@ -21,11 +21,11 @@ from .ddim import Levels, ddim_draw, guided
 
 HELD_OUT = 32  # one caption of 32 is held out
 TOGETHER = 8  # pictures drawn in one pass
-STYLES = ("", ", noto style", ", twemoji style", ", openmoji style")  # what the bundled base's captions end with
+STYLES = ("", ", noto style", ", twemoji style", ", openmoji style")  # endings of the bundled base's captions
 
 
 def read_captions(config) -> tuple[list[str], list[str]]:
-    """Return the captions to learn from and the held-out ones; for the bundled base each with a style."""
+    """Return the training captions and the held-out ones; for the bundled base each with a style."""
     path = Path(config.captions or BUNDLED / "captions.txt")
     try:
         names = path.read_text().splitlines()
@@ -33,7 +33,7 @@ def read_captions(config) -> tuple[list[str], list[str]]:
         raise UserError(f"--captions {path}: it cannot be read as text ({error})") from error
     names = [name.strip() for name in names if name.strip()]
     if len(names) < 2:
-        raise UserError(f"--captions {path}: it has {len(names)} captions; one is held out, and one more is needed")
+        raise UserError(f"--captions {path}: it has {len(names)} captions; it needs two, because one is held out")
     held_out = names[::HELD_OUT]
     learnt = [name for number, name in enumerate(names) if number % HELD_OUT]
     if not is_miniature(config.model):
@@ -45,9 +45,9 @@ def read_captions(config) -> tuple[list[str], list[str]]:
 
 
 def draw_pictures(config, captions: Sequence[str], folder: Path, ranks: Ranks) -> Path:
-    """Let the base draw pictures of captions, divided over the processes, and return their folder.
+    """Draw pictures of captions with the base, divided over the processes, and return their folder.
 
-    Pictures that were drawn before with the same settings are kept.
+    Existing pictures that were drawn with the same settings are kept.
     """
     chosen = [captions[draws.picture_at(config.seed, p, len(captions))] for p in range(config.pictures)]
     files = [folder / f"{position:05d}.png" for position in range(config.pictures)]

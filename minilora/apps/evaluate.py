@@ -1,9 +1,9 @@
-"""How good drawn pictures are: whether they look like a reference, and whether they are only copies of it.
+"""Measure drawn pictures: whether they look like a reference, and whether they are only copies of it.
 
     python -m minilora.apps.evaluate PICTURES REFERENCE [--lora LORA]
 
-PICTURES is a folder of drawn pictures, as `sample.py --output FOLDER` makes, and REFERENCE one of real pictures with
-captions.  Four things are measured, by the base itself unless --features is given:
+PICTURES is a folder of drawn pictures, as from `sample.py --output FOLDER`, and REFERENCE one of real pictures with
+captions.  Four things are measured, with the base's own features unless --features is given:
 
 1. The distance between the two distributions: the kernel distance of KID,
 
@@ -11,26 +11,26 @@ captions.  Four things are measured, by the base itself unless --features is giv
 
    estimated without bias, over features x of the pictures and y of the reference, n numbers each.  KID takes the
    features from an Inception network.  Here they are mean and standard deviation of each channel of the VAE's encoder,
-   divided by their standard deviation over the reference.  So the figure compares pictures of the same base, and is
-   not the KID of publications.  For comparison, the distance between two halves of the reference is printed, too.
+   divided by their standard deviation over the reference.  So the figure can only be compared for the same base, and
+   is not the KID of publications.  For comparison, the distance between two halves of the reference is printed, too.
 
    --features also takes the features from a vision model, as publications do (vision.py), and prints the Fréchet and
    the kernel distance.  With DINOv2 (facebook/dinov2-base) the first is FD-DINOv2; with CLIP the second is close to
    CMMD, which has another kernel.  The likeness is the mean cosine between the features of a picture and of one in the
-   reference; of a subject, with DINOv2, it is the DINO score of DreamBooth.  Compare figures only for the same model,
+   reference; for a subject, with DINOv2, it is the DINO score of DreamBooth.  Compare figures only for the same model,
    number of pictures and resolution.
-   --classifier prints the Inception Score by an image classifier.
+   --classifier prints an Inception Score by an image classifier.
 
 2. The distance of each picture to the nearest one in the reference, by their latents.  A picture is a copy if the
    nearest is less than a third as far away as the next nearest.  If the reference is the training set, the LoRA has
    memorized such pictures.
 
 3. The denoising loss on the reference, at fixed timesteps and noises, without and with --lora.  On held-out pictures
-   it falls while the LoRA learns their kind, and rises again when the LoRA memorizes its training set.
+   it falls while the LoRA generalizes, and rises again when the LoRA memorizes its training set.
 
 4. With --drift, how far the LoRA moves pictures that it should leave alone: PROMPTS are drawn without and with it, from
-   the same seeds, and drift is 1 − the cosine between the features of each such pair, on average.  (The VAE's features
-   are first centred on those without the LoRA, and divided by their spread: else all pictures would look alike.)
+   the same seeds, and the drift is 1 − the mean cosine between the features of each pair.  (The VAE's features are
+   first centred on those without the LoRA and divided by their spread; otherwise all pictures would look alike.)
 
 Sources: Bińkowski et al., "Demystifying MMD GANs", 2018; Yoon et al., "Diffusion probabilistic models
 generalize when they fail to memorize", 2023 (the third).
@@ -73,13 +73,13 @@ PROMPTS = (
     *("apple", "pizza", "dog", "cat", "butterfly", "tulip", "house", "car"),
     *("airplane", "umbrella", "guitar", "alarm clock", "castle", "elephant", "mountain", "ship"),
 )
-TOGETHER = 8  # pictures looked at in one pass
+TOGETHER = 8  # pictures encoded in one pass
 COPY = 1 / 3  # a picture is a copy below this share of the distance to the next nearest
 SHOWN = 8  # pictures on the sheet, with their nearest
 
 
 def evaluate(config: EvaluateConfig) -> dict[str, float]:
-    """Measure pictures, LoRAs or both, as `config` says; write sheets of what was compared, and return the figures."""
+    """Measure pictures, LoRAs or both, as `config` says; write sheets of the compared pictures; return the figures."""
     base = Base.of(config, this_device(), config.precision)
     base.refuse_inpainting()
     strengths = load_loras(base, config.lora)
@@ -98,7 +98,7 @@ def compared(config: EvaluateConfig, base: Base, strengths: dict[str, float]) ->
     )
     for folder, there, least in zip(config.folders, (items, reference), (2, 4), strict=True):
         if len(there) < least:
-            raise UserError(f"{folder}: {len(there)} pictures are too few to compare; at least {least}")
+            raise UserError(f"{folder}: {len(there)} pictures are too few to compare; it needs at least {least}")
     side = base.resolution
     drawn, real = ([crop_square(item.open(), side) for item in each] for each in (items, reference))
     seen, wanted = features_of(base, drawn), features_of(base, real)
@@ -174,10 +174,10 @@ def distances_by(model: str, drawn: Sequence[Image.Image], real: Sequence[Image.
 def losses_on(
     config: EvaluateConfig, base: Base, items: list[Item], resolution: int, strengths: dict[str, float]
 ) -> dict[str, float]:
-    """Return the denoising loss on pictures, by the base and with the LoRAs, if there are any."""
+    """Return the denoising loss on pictures, of the base and with the LoRAs, if there are any."""
     losses, numbers = {}, range(len(items))
     with TemporaryDirectory() as cache:
-        # A LoRA may change the text encoders, too, so captions are encoded each time.
+        # A LoRA may also change the text encoders, so captions are encoded each time.
         seen = TrainConfig(data=config.folders[1:], cache=cache, train_text_encoder=True)
         examples = encoded_examples(items, seen, resolution, base, len(base.schedule), Ranks(0, 1, base.device))
 
@@ -209,10 +209,10 @@ def pooled(features: Sequence[torch.Tensor]) -> torch.Tensor:
 
 
 def apart(one: Sequence[torch.Tensor], other: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Return the perceptual distance of each picture of one batch to its fellow in the other, by their features; (n,).
+    """Return the perceptual distances between corresponding pictures of two batches, by their features; (n,).
 
-    As LPIPS does with VGG: at each pixel the features are normalized to length 1; their squared distance is averaged
-    over the pixels and summed over the layers.  The root of it is returned, because distances add up along a path and
+    As in LPIPS with VGG, the features of each pixel are normalized to length 1; their squared distance is averaged over
+    the pixels and summed over the layers.  This returns its square root, because distances add up along a path and
     squares do not.  Source: Zhang et al., "The unreasonable effectiveness of deep features as a perceptual metric",
     2018.
     """

@@ -1,11 +1,11 @@
-"""How good few steps are: pictures of held-out captions in many steps, in few, and in few with an LCM-LoRA.
+"""Measure drawing in few steps: held-out captions in many steps, in few, and in few with an LCM-LoRA.
 
-Two comparisons with the pictures of many steps:
+Pictures are compared with those of many steps in two ways:
 
 1. One by one, with the same seed.  (LCMScheduler adds new noise between its steps, so its picture is another one.)
 2. As distributions, with other seeds.  The features of a picture are mean and standard deviation of each channel of the
-   VAE's encoder (evaluate.py).  For each feature, the Wasserstein distance is how far the values of one set must be
-   moved on average to become those of the other; the figure is its mean over the features, in standard deviations.
+   VAE's encoder (evaluate.py).  For each feature, the Wasserstein distance is how far the values of one set must move
+   on average to become those of the other; the figure is its mean over the features, in standard deviations.
 """
 
 import json
@@ -65,7 +65,7 @@ def compared(base: Base, pixels: dict[str, torch.Tensor], many: str) -> dict[str
     """Return the distances of pictures to those of many steps, one by one and as distributions."""
     far: dict[str, list[torch.Tensor]] = {name: [] for name in pixels}
     seen: dict[str, list[torch.Tensor]] = {name: [] for name in pixels}
-    for start in range(0, len(pixels[many]), TOGETHER):  # the features of all would be too much to keep
+    for start in range(0, len(pixels[many]), TOGETHER):  # the features of all would need too much memory
         part = slice(start, start + TOGETHER)
         wanted = encoder_features(base, pixels[many][part])
         for name, pictures in pixels.items():
@@ -99,8 +99,8 @@ def crossed(features: torch.Tensor, wanted: torch.Tensor) -> float:
 def wasserstein(one: torch.Tensor, other: torch.Tensor, reference: torch.Tensor) -> float:
     """Return the Wasserstein distance of two sets, (n, width), as a mean over the features.
 
-    Each feature is divided by its standard deviation in `reference`.  The distance of two sets of n numbers is the
-    mean distance of the smallest to the smallest, of the second to the second, and so on.
+    Each feature is divided by its standard deviation in `reference`.  The distance between two sets of n numbers is the
+    mean distance between their sorted values.
     """
     moved = (one.sort(dim=0).values - other.sort(dim=0).values).abs().mean(0)
     return (moved / reference.std(0)).mean().item()
@@ -115,7 +115,7 @@ def called_right(pixels: dict[str, torch.Tensor], captions: Sequence[str], learn
     rows = [json.loads(line) for line in about.read_text().splitlines()] if about.exists() else []
     styled = [row for row in rows if str(row.get("text")).endswith(STYLES[1:])]
     if not styled:
-        return {}  # it is another base, or --data gave the pictures
+        return {}  # another base, or the pictures are from --data
 
     def kinds(captions: Sequence[str]) -> torch.Tensor:
         found = [[caption.endswith(style) for style in STYLES[1:]].index(True) for caption in captions]

@@ -3,21 +3,21 @@
     python -m minilora.apps.morph A B --prompt-a TEXT --prompt-b TEXT [--output morph.gif]
 
 A LoRA is trained on each picture, and each picture's noise is found with its own LoRA (restore.py).  Frame t, from 0 to
-1, is then drawn with a mixture of everything:
+1, is then drawn with a mixture of noise, text and weights:
 
-    noise      slerp(noise_a, noise_b, t), which keeps the length that gaussian noise has
+    noise      slerp(noise_a, noise_b, t), which keeps the length of gaussian noise
     text       (1 − t) · text_a + t · text_b
     weights    W + (1 − t) · ΔW_a + t · ΔW_b
 
-The mixture is of the two ΔW, which is exactly what two LoRAs side by side at strengths 1 − t and t give.  A mixture of
-the factors, ((1 − t) B_a + t B_b) ((1 − t) A_a + t A_b), would contain products of one LoRA's B and the other's A.
+The two ΔW are mixed, exactly as by two LoRAs side by side at strengths 1 − t and t.  A mixture of the factors,
+((1 − t) B_a + t B_b) ((1 − t) A_a + t A_b), would contain products of one LoRA's B and the other's A.
 
 Three options make the sequence smoother:
 
     --attention   in the first steps, where the layout is decided, the self-attention of the U-Net's upper half
                   takes keys and values from a mixture of the two end frames
     AdaIN         each channel of the noise gets a mean and a standard deviation between those of the ends
-    even spacing  t is chosen so that neighbouring frames look equally far apart
+    even spacing  t is chosen so that neighbouring frames look equally different
 
 Source: Zhang et al., "DiffMorpher: unleashing the capability of diffusion models for image
 morphing", 2023, which mixes the factors.
@@ -54,8 +54,8 @@ from .evaluate import apart, encoder_features
 from .report import write_figures
 from .restore import learn, psnr, see
 
-EVEN_ROUNDS = 2  # rounds of spacing the frames; the first is rough, because distances are known at few times only
-TOGETHER = 8  # frames drawn in one pass, the two ends among them
+EVEN_ROUNDS = 2  # rounds of spacing the frames; the first is rough, because distances are only known at few times
+TOGETHER = 8  # frames drawn in one pass, including the two ends
 
 
 @dataclass(frozen=True)
@@ -123,7 +123,7 @@ def way(
     frames = draw_frames(base, levels, config, ends, times)
     for _ in range(EVEN_ROUNDS if config.even else 0):
         far = np.cumsum([0.0, *distances(base, frames)])
-        # The times at which 0, 1/n, 2/n, … of the whole distance is done.
+        # The times at which 0, 1/n, 2/n, … of the whole distance is covered.
         times = np.interp(np.linspace(0, far[-1], config.frames), far, times)
         frames = draw_frames(base, levels, config, ends, times)
     return frames
@@ -163,7 +163,7 @@ def between(base: Base, times: Sequence[float], text: torch.Tensor, levels: Leve
 
 @contextmanager
 def loras_between(unet, times: torch.Tensor) -> Iterator[None]:
-    """Within the block each picture of a batch has LoRA a at strength 1 − t and b at t; `times` are the t, (batch,)."""
+    """Within the block each picture of a batch has LoRA a at strength 1 − t and b at t; `times` are (batch,)."""
 
     def times_its_own(strengths: torch.Tensor):
         return lambda adapter, inputs, y: y * strengths.to(y).view(-1, *[1] * (y.ndim - 1))  # (batch, …, out)
@@ -196,7 +196,7 @@ class Between:
 
 @contextmanager
 def self_attention_between(unet, times: torch.Tensor) -> Iterator[None]:
-    """Within the block the self-attention of the U-Net's upper half is mixed; afterwards it is what it was."""
+    """Within the block the self-attention of the U-Net's upper half is mixed; afterwards it is restored."""
     found = unet.attn_processors
     mixed = {
         name: Between(ordinary, times) if name.startswith("up_blocks") and ".attn1." in name else ordinary
@@ -209,7 +209,7 @@ def self_attention_between(unet, times: torch.Tensor) -> Iterator[None]:
         unet.set_attn_processor(found)
 
 
-# ---------------------------------------------------------------------------------- what is in between
+# ---------------------------------------------------------------------------------- interpolation
 
 
 def slerp(a: torch.Tensor, b: torch.Tensor, t: float) -> torch.Tensor:
@@ -249,7 +249,7 @@ def distances(base: Base, frames: torch.Tensor) -> list[float]:
 
 
 def figures_of(base: Base, frames: torch.Tensor, pictures: Sequence[torch.Tensor]) -> dict[str, float]:
-    """Return how close the ends are to the pictures, and how long and how even the path between them is."""
+    """Return how close the ends are to the pictures, and the length and evenness of the path between them."""
     steps = distances(base, frames)
     return {
         "PSNR of the first frame to picture A, dB": psnr(frames[0], pictures[0]),
@@ -263,7 +263,7 @@ def figures_of(base: Base, frames: torch.Tensor, pictures: Sequence[torch.Tensor
 
 
 def animation_format(path: Path) -> str:
-    """Return the format of an animation by its file's name; UserError if Pillow has no animations in it."""
+    """Return the format of an animation by its file's name; UserError if Pillow cannot animate it."""
     name = picture_format(path)
     if name not in Image.SAVE_ALL or name in ("PDF", "TIFF"):
         raise UserError(f"--output {path}: {name} holds one picture; give a .gif, .webp or .png, or a folder")
@@ -271,7 +271,7 @@ def animation_format(path: Path) -> str:
 
 
 def save_frames(frames: list[Image.Image], path: Path) -> None:
-    """Write an animation that rests at both ends, or, in a folder, one picture for each frame."""
+    """Write an animation that pauses at both ends, or, in a folder, one picture for each frame."""
     if not path.suffix:
         for number, frame in enumerate(frames, start=1):
             save_picture(frame, path / f"{number:03d}.png")

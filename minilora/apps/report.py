@@ -1,4 +1,4 @@
-"""What an application writes beside its pictures: its figures, and the command that made them."""
+"""The report that an application writes beside its pictures: its figures, and the command that made them."""
 
 import json
 import shlex

@@ -1,14 +1,14 @@
-"""Restore one picture: find the noise that it would be drawn from, and draw it again from that noise.
+"""Restore one picture: find the noise from which it would be drawn, and draw it again from that noise.
 
     python -m minilora.apps.restore PICTURE --prompt TEXT [--edit TEXT …]
 
-DDIM goes in both directions (ddim.py), so there is a noise for every picture.  From picture to noise it is only
-approximate, and the less the base knows of a picture, the less comes back.  A LoRA trained on this one picture
-teaches it to the base, so that more comes back.  From the same noise another prompt then draws another picture with the
-same layout.  Such an edit uses the LoRA at about half strength: at full strength the base draws only this picture.
+DDIM works in both directions (ddim.py), so every picture has a noise.  From picture to noise it is only approximate,
+and the less the base knows of a picture, the less comes back.  A LoRA trained on this one picture brings more of it
+back.  From the same noise another prompt then draws another picture with the same layout.  Such an edit uses the LoRA
+at about half strength: at full strength the base draws only this picture.
 
-DragDiffusion (Shi et al., 2023) also trains a LoRA on one picture and inverts it; Imagic (Kawar et al., 2022) tunes the
-whole model.
+DragDiffusion (Shi et al., 2023) also trains a LoRA on one picture and inverts it; Imagic (Kawar et al., 2022)
+fine-tunes the whole model.
 """
 
 if __name__ == "__main__":  # before torch is imported, which takes seconds: --help answers at once
@@ -87,7 +87,7 @@ def see(path: Path, config) -> torch.Tensor:
 def learn(path: Path, prompt: str, output: Path, config) -> Path:
     """Train a LoRA on one picture, as `config` says, and return its file.
 
-    A LoRA that was trained before with the same settings is used again.
+    An existing LoRA that was trained with the same settings is reused.
     """
     settings = TrainConfig(
         data=(str(path),),
@@ -112,5 +112,5 @@ def psnr(one: torch.Tensor, two: torch.Tensor) -> float:
 
 
 def relative_error(one: torch.Tensor, two: torch.Tensor) -> float:
-    """Return the sum of squares of the difference, divided by that of the second tensor."""
+    """Return the sum of squares of the difference, relative to that of the second tensor."""
     return ((one - two).square().sum() / two.square().sum()).item()

@@ -1,17 +1,17 @@
-"""Restyle: draw a picture again, in the style of a LoRA.
+"""Restyle: redraw a picture in the style of a LoRA.
 
     python -m minilora.apps.restyle PICTURE --prompt TEXT --lora out/fluent:0.8 --strength 0.5
     python -m minilora.apps.restyle FOLDER --lora out/fluent --strengths 0,0.25,0.5,0.75,1 --style dataset/fluent
 
-The picture gets some noise, as much as at timestep t = strength · T, and is denoised from there with the LoRA:
+Noise is added to the picture, up to timestep t = strength · T, and denoised again with the LoRA:
 
     x_t = √ᾱ_t · x₀ + √(1 − ᾱ_t) · ε          W + s · ΔW
 
-Large shapes survive the noise.  What is drawn last, the style, is new.  A higher --strength leaves less of the picture;
-a higher strength s of the LoRA gives more of its style.  A ControlNet can keep the picture's edges (canny.py).
+Large shapes survive the noise.  The style, which is drawn last, is new.  A higher --strength leaves less of the
+picture; a higher strength s of the LoRA gives more of its style.  A ControlNet can keep the picture's edges (canny.py).
 
 With --style, a folder of pictures in the style, a classifier (classifier.py) measures the style in the results.  It
-learns to distinguish the style from the base's own pictures of the same captions, all decoded by the VAE.
+learns to tell the style from the base's own pictures of the same captions, all decoded by the VAE.
 
 Sources: Meng et al., "SDEdit", 2021; Zhang et al., "Adding conditional control to text-to-image diffusion
 models", 2023.  The denoising itself is diffusers' image-to-image pipelines.
@@ -49,7 +49,7 @@ SHOWN = 6  # pictures on the sheet
 
 
 def restyle(config: RestyleConfig) -> dict[str, float]:
-    """Draw pictures again at each strength of the LoRAs, write them, and return the figures."""
+    """Redraw pictures at each strength of the LoRAs, write them, and return the figures."""
     output, [data] = Path(config.output), config.data
     items = read_pictures(data, config.prompt, "")
     base = Base.of(config, this_device(), config.precision)
@@ -95,11 +95,11 @@ def read_pictures(name: str, caption: str | None, option: str) -> list[Item]:
 
 
 def pipeline_for(base: Base, config: RestyleConfig):
-    """Return a function that draws pictures again, each with its caption and a seed of its own."""
+    """Return a function that redraws pictures, each with its caption and its own seed."""
     name = "ControlNetImg2ImgPipeline" if config.controlnet else "Img2ImgPipeline"
     kind = getattr(diffusers, f"StableDiffusionXL{name}" if base.is_xl else f"StableDiffusion{name}")
     more = {"controlnet": load_controlnet(config.controlnet, base)} if config.controlnet else {}
-    settings = ("force_zeros_for_empty_prompt", "requires_safety_checker")  # of XL, and of the others
+    settings = ("force_zeros_for_empty_prompt", "requires_safety_checker")  # the first of XL, the second of the others
     more |= {key: base.pipeline.config[key] for key in settings if key in base.pipeline.config}
     pipeline = kind(**base.pipeline.components, **more)
     pipeline.set_progress_bar_config(disable=True)
@@ -148,8 +148,8 @@ def load_controlnet(folder: str, base: Base) -> diffusers.ControlNetModel:
             raise UserError(f"--controlnet {folder}: made for another base; its {key} is {theirs}, the base's {ours}")
     pixels = 2 ** (len(controlnet.config.conditioning_embedding_out_channels) - 1)
     if pixels != base.pixels_per_latent:
-        wanted = f"the base has {base.pixels_per_latent} pixels to a latent"
-        raise UserError(f"--controlnet {folder}: made for another base; it has {pixels}, {wanted}")
+        wanted = f"the base has {base.pixels_per_latent}"
+        raise UserError(f"--controlnet {folder}: made for another base; it has {pixels} pixels per latent, {wanted}")
     return controlnet.requires_grad_(False).eval().to(base.device)
 
 
@@ -167,7 +167,7 @@ def distance(pictures: Sequence[Image.Image], drawn: Sequence[Image.Image]) -> f
 
 
 def learn_style(base: Base, config: RestyleConfig) -> tuple[torch.nn.Module, float]:
-    """Return a classifier, for which kind 1 is the style, and how often it is right on held-out pictures."""
+    """Train a classifier, with kind 1 for the style; return it and how often it is right on held-out pictures."""
     items = read_pictures(config.style, config.prompt, "--style ")
     seen = pixels_of([crop_square(item.open(), base.resolution) for item in items])
     latents = [base.encode_picture(picture)[0][None].to(base.device) for picture in seen]

@@ -1,14 +1,14 @@
-"""Smooth Diffusion: a LoRA with which the picture changes evenly when the noise changes evenly.
+"""Smooth Diffusion: a LoRA that makes the picture change evenly when the noise changes evenly.
 
-On the way from one noise to another, the pictures drawn often stay the same for a while and then jump.  How much the
-predicted picture x̂₀ changes with the noise ε is its Jacobian J = ∂x̂₀ / ∂ε.  For a random direction Δ,
+On the way from one noise to another, the pictures drawn often stay the same for a while and then jump.  The Jacobian
+J = ∂x̂₀ / ∂ε tells how much the predicted picture x̂₀ changes with the noise ε.  For a random direction Δ,
 
     variation = ‖√(1 − ᾱ_t) · Jᵀ Δ‖,        Jᵀ Δ = ∂⟨x̂₀, Δ⟩ / ∂ε,        Δ ~ N(0, I / n)
     loss      = ordinary loss + λ · (variation − a)²
 
-The loss asks for the same variation a of every picture, timestep and direction.  a is a moving average of the
-variations so far, over about 100 steps, and starts at 0.  This is the path length regularisation of StyleGAN2, applied
-to one step of diffusion.
+The loss makes the variation equal to a for every picture, timestep and direction.  a is a moving average of the
+variations, over about 100 steps, and starts at 0.  This is the path length regularisation of StyleGAN2, applied to one
+step of diffusion.
 
 Sources: Guo et al., "Smooth Diffusion: crafting smooth latent spaces in diffusion models", 2023,
 section 3; Karras et al., "Analyzing and improving the image quality of StyleGAN", 2020.
@@ -39,8 +39,8 @@ from .drawing import draw_from
 from .morph import distances, slerp
 
 DECAY = 0.01  # weight of the newest step in a
-WAYS = 6  # ways from one noise to another that are measured
-FRAMES = 13  # pictures on each way, the two ends among them
+WAYS = 6  # measured ways from one noise to another
+FRAMES = 13  # pictures on each way, including the two ends
 
 
 @dataclass
@@ -50,7 +50,7 @@ class SmoothDenoising(Objective):
     weight: float = 1.0
 
     def begin(self, unet: Any, config: TrainConfig) -> None:
-        # The loss needs a second derivative, which the fused attention does not have.
+        # The loss needs a second derivative, which fused attention does not have.
         unet.set_attn_processor(AttnProcessor())
         self.mean = torch.zeros((), device=unet.device)  # a
         self.seen: list[torch.Tensor] = []  # of this step, one for each micro-batch

@@ -1,13 +1,13 @@
-"""What vision models say of pictures: feature vectors, the Fréchet distance of two sets of them, the Inception Score.
+"""Vision models: feature vectors of pictures, the Fréchet distance between two sets of them, the Inception Score.
 
-The model can be any of transformers' models, in safetensors, that turns a picture into one vector: DINOv2, CLIP, ViT.
-The Fréchet distance treats each set of vectors, with mean μ and covariance S, as a gaussian:
+Any transformers model in safetensors works that turns a picture into one vector: DINOv2, CLIP, ViT.  The Fréchet
+distance treats each set of vectors, with mean μ and covariance S, as a gaussian:
 
     d² = ‖μ₁ − μ₂‖² + tr(S₁ + S₂ − 2 (S₁ S₂)^½)
 
 With the features of Inception it is FID; with those of DINOv2 it is FD-DINOv2, which agrees better with people.
 
-The Inception Score needs a classifier: it is high where each picture x is surely of one class y, and all classes come,
+The Inception Score needs a classifier: it is high if each picture x clearly has one class y, and all classes occur,
 
     IS = exp(mean over x of Σ p(y|x) log(p(y|x) / p(y)))        p(y) = mean over x of p(y|x)
 
@@ -28,7 +28,7 @@ from transformers import AutoImageProcessor, AutoModel, AutoModelForImageClassif
 
 from ..settings.errors import UserError, first_line
 
-TOGETHER = 16  # pictures looked at in one pass
+TOGETHER = 16  # pictures encoded in one pass
 
 
 @torch.no_grad()
@@ -49,7 +49,7 @@ def vectors_of(name: str, sets: Sequence[Sequence[Image.Image]], device: torch.d
 
 @torch.no_grad()
 def shares_of_classes(name: str, pictures: Sequence[Image.Image], device: torch.device) -> torch.Tensor:
-    """Return how sure a classifier is of each class for each picture, (pictures, classes); each row sums up to 1.
+    """Return a classifier's probability of each class for each picture, (pictures, classes); each row sums to 1.
 
     Raises UserError if the classifier cannot be loaded.
     """
@@ -62,7 +62,7 @@ def shares_of_classes(name: str, pictures: Sequence[Image.Image], device: torch.
 
 
 def _load(kind: Any, title: str, name: str, device: torch.device) -> tuple[Any, Any, bool]:
-    """Return what prepares pictures for a model, the model, and whether its file has a pooler."""
+    """Return a model's picture processor, the model, and whether its file has a pooler."""
     try:
         processor = AutoImageProcessor.from_pretrained(name, backend="pil", trust_remote_code=False)
         options = {"dtype": torch.float32, "output_loading_info": True}
@@ -73,7 +73,7 @@ def _load(kind: Any, title: str, name: str, device: torch.device) -> tuple[Any, 
     lacks = sorted(about["missing_keys"])
     has_pooler = not any(key.startswith("pooler.") for key in lacks)
     if lacks := [key for key in lacks if not key.startswith("pooler.")]:
-        raise UserError(f"{title}: {len(lacks)} weights are not in the file, {lacks[0]} among them")
+        raise UserError(f"{title}: {len(lacks)} weights are missing in the file, for example {lacks[0]}")
     return processor, model.eval().to(device), has_pooler
 
 

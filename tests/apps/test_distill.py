@@ -214,7 +214,7 @@ def test_settings_that_do_not_fit_are_refused(config):
     with pytest.raises(UserError, match=r"nowhere\.txt: it cannot be read as text"):
         distill(replace(config, captions="nowhere.txt"))
     Path(config.captions).write_text("one\n")
-    with pytest.raises(UserError, match="it has 1 captions; one is held out"):
+    with pytest.raises(UserError, match="it has 1 captions; it needs two"):
         distill(config)
 
 

@@ -107,5 +107,5 @@ def test_mistakes_are_said(config, tmp_path):
     (tmp_path / "few").mkdir()
     make_picture(1).save(tmp_path / "few" / "a.png")
     few = EvaluateConfig(**vars(config) | {"folders": (str(tmp_path / "few"),) * 2, "caption": "a"})
-    with pytest.raises(UserError, match="few: 1 pictures are too few to compare; at least 2"):
+    with pytest.raises(UserError, match="few: 1 pictures are too few to compare; it needs at least 2"):
         evaluate(few)

@@ -150,7 +150,7 @@ def test_a_controlnet_that_does_not_fit_is_refused(command, tiny_base, tmp_path)
         command(controlnet=str(tmp_path / "net"))
     longer = {"conditioning_embedding_out_channels": (4, 8, 8)}
     ControlNetModel.from_config(config | longer).save_pretrained(tmp_path / "longer")
-    with pytest.raises(UserError, match="it has 4, the base has 2 pixels to a latent"):
+    with pytest.raises(UserError, match="it has 4 pixels per latent, the base has 2"):
         command(controlnet=str(tmp_path / "longer"))
 
 

@@ -153,4 +153,4 @@ def test_what_is_no_vision_model_in_safetensors_is_said(tmp_path, pictures_28):
     folder = Path(save(tmp_path / "half", Dinov2Model(Dinov2Config(**SMALL, **SEEN)), **about))
     deeper = Dinov2Config(**SMALL | {"num_hidden_layers": 2}, **SEEN)
     (folder / "config.json").write_text(deeper.to_json_string())
-    assert "weights are not in the file, encoder.layer" in refusal(folder)
+    assert "weights are missing in the file, for example encoder.layer" in refusal(folder)

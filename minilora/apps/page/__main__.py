@@ -6,7 +6,7 @@ from ...settings.setting import is_installed
 
 
 def serve(config: PageConfig) -> None:
-    """Open the page; UserError without the package that it is made of."""
+    """Open the page; UserError if the package gradio is missing."""
     if not is_installed("gradio"):
         raise UserError("the page needs the package gradio; run: pip install -e '.[page]'")
     from .server import serve as work

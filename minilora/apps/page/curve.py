@@ -6,19 +6,19 @@ from collections.abc import Mapping
 import numpy as np
 
 WIDTH, HEIGHT, LEFT, BOTTOM = 640, 230, 56, 24  # pixels; the last two are for the numbers
-POINTS = 200  # of a curve, at most; each is the mean of its neighbours
+POINTS = 200  # per curve, at most; each is a mean of neighbours
 COLOURS = {"training": "#0d9488", "validation": "#ea580c"}
 
 
 def means(losses: Mapping[int, float]) -> list[tuple[float, float]]:
-    """Return at most POINTS points, (step, mean loss), of losses by step; what is not finite is left out."""
+    """Return at most POINTS points, (step, mean loss), of losses by step; losses that are not finite are left out."""
     finite = [(step, loss) for step, loss in sorted(losses.items()) if math.isfinite(loss)]
     parts = np.array_split(np.array(finite), min(POINTS, len(finite))) if finite else []
     return [(float(part[-1, 0]), float(part[:, 1].mean())) for part in parts]  # part is (some, step and loss)
 
 
 def drawing(curves: Mapping[str, Mapping[int, float]], steps: int) -> str:
-    """Return the curves, each losses by step under its name, as SVG; steps go from 0 to `steps`."""
+    """Draw curves of losses by step, given by name, as SVG; steps go from 0 to `steps`."""
     points = {name: means(losses) for name, losses in curves.items() if losses}
     losses = [loss for each in points.values() for _, loss in each]
     if not losses:

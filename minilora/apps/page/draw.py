@@ -1,4 +1,4 @@
-"""The room for drawing: one slider for each LoRA, which draws anew while it moves.
+"""The tab for drawing: one slider for each LoRA; moving it redraws the picture.
 
 The base and the LoRAs stay in memory.  A slider changes only the strengths at which the LoRAs are merged.
 """
@@ -24,7 +24,7 @@ from ...settings.shared import path_and_number
 from .form import Folders, base_chooser, by_name, form, telling
 from .pictures import caption_rows
 
-LORAS = 6  # sliders there are
+LORAS = 6  # number of sliders
 GRID = "0,0.25,0.5,0.75,1"
 LOADED = (*HOW, "precision", "allow_unmatched")
 
@@ -61,7 +61,7 @@ class Easel:
             return draw_all(self.base, {f"lora{n}": s for n, (_, s) in enumerate(loras)}, config, on_step)[0]
 
     def free(self) -> None:
-        """Give the memory back, of a GPU too."""
+        """Free the memory, also that of a GPU."""
         self.base = self.loaded = None
         gc.collect()
         if torch.cuda.is_available():
@@ -72,24 +72,24 @@ class Easel:
 
 
 def _changed(path: Path) -> float:
-    """Return when a LoRA was last written, so that one that was trained again is loaded again."""
+    """Return when a LoRA was last written, so that a retrained one is loaded again."""
     files = [path, *path.glob("*.safetensors")] if path.exists() else []
     return max((file.stat().st_mtime for file in files), default=0.0)
 
 
-def sliders(found: list[str], room: str) -> tuple[gr.Dropdown, list[gr.Slider]]:
-    """Make a field to choose LoRAs in, and a slider for the strength of each that is chosen."""
+def sliders(found: list[str], tab: str) -> tuple[gr.Dropdown, list[gr.Slider]]:
+    """Make a field to choose LoRAs, and a slider for the strength of each chosen one."""
     several = {"multiselect": True, "allow_custom_value": True, "max_choices": LORAS}
-    loras = gr.Dropdown(found, value=[], label="LoRAs", elem_id=f"{room}-loras", **several)
+    loras = gr.Dropdown(found, value=[], label="LoRAs", elem_id=f"{tab}-loras", **several)
     strengths = [
-        gr.Slider(-1, 2, 1, step=0.01, label="strength", visible=False, buttons=[], elem_id=f"{room}-strength-{number}")
+        gr.Slider(-1, 2, 1, step=0.01, label="strength", visible=False, buttons=[], elem_id=f"{tab}-strength-{number}")
         for number in range(LORAS)
     ]
 
     before = gr.State([])
 
     def show(chosen: list[str], before: list[str], *values: float):
-        """Show a slider for each that is chosen; each LoRA keeps its strength when another one is taken away."""
+        """Show a slider for each chosen LoRA; each keeps its strength when another one is removed."""
         kept = dict(zip(before, values, strict=False))
         shown = [gr.update(visible=True, label=name, value=kept.get(name, 1)) for name in chosen[:LORAS]]
         return [chosen, *shown, *[gr.update(visible=False)] * (LORAS - len(shown))]
@@ -99,13 +99,13 @@ def sliders(found: list[str], room: str) -> tuple[gr.Dropdown, list[gr.Slider]]:
 
 
 def with_strengths(chosen: list[str] | None, strengths: list[float]) -> list[str]:
-    """Return LoRAs as the commands take them, each with its strength behind a colon if that is not 1."""
+    """Return LoRAs as the commands take them, with a colon and the strength if that is not 1."""
     pairs = zip(chosen or [], strengths, strict=False)
     return [path if strength == 1 else f"{path}:{strength:g}" for path, strength in pairs]
 
 
-class DrawRoom:
-    """The room for drawing; `choices` are the fields whose choices are found in folders, by what they hold."""
+class DrawTab:
+    """The tab for drawing; `choices` are the fields whose choices come from folders, by kind."""
 
     def __init__(self, folders: Folders, found: dict, first: dict, easel: Easel):
         self.folders, self.drawn, self.easel = folders, Path(first["output"]) / "drawn", easel
@@ -117,7 +117,7 @@ class DrawRoom:
                 self.fields = form(SampleConfig, without=without)
             with gr.Column(scale=4):
                 self._make_view()
-        with suppress(UserError):  # a folder that cannot be read is told of when it is used
+        with suppress(UserError):  # using an unreadable folder reports it
             self.prompt.value = caption_rows(first["data"])[0][1]
         self.fields |= {"model": self.model, "prompt": self.prompt}
         self.choices = {"bases": self.model, "loras": self.loras}
@@ -137,7 +137,7 @@ class DrawRoom:
         self.last = gr.State(None)
 
     def _connect(self) -> None:
-        """Say what is done when."""
+        """Connect buttons and fields to functions."""
         self.folders.follow(SampleConfig, self.fields)
         given, shown = {*self.fields.values(), self.loras, *self.strengths}, [self.picture, self.line, self.last]
         one_at_a_time = {"concurrency_id": "draw", "concurrency_limit": 1}
@@ -164,7 +164,7 @@ class DrawRoom:
     @telling
     def keep(self, last: tuple[Image.Image, str] | None):
         if last is None:
-            raise UserError("nothing was drawn yet")
+            raise UserError("nothing has been drawn yet")
         picture, path = last
         save_picture(picture, Path(path))
         gr.Info(f"wrote {path}", duration=5)

@@ -1,8 +1,8 @@
-"""Forms from settings, and from forms the words of a command line, so that a form says and does what a command does.
+"""Turn settings into forms, and forms into the words of a command line, so that a form does what a command does.
 
-    settings -> a form -> words -> `read`, as on a command line -> settings, whose paths are looked at
+    settings -> a form -> words -> `read`, as on a command line -> settings, whose paths are checked
 
-A field that is left empty gives no word, so the defaults are the command's.
+An empty field gives no word, so the defaults are the command's.
 """
 
 import dataclasses
@@ -25,8 +25,8 @@ from ...settings.shared import path_and_number
 HUB_ID = r"\w[\w.-]*/\w[\w.-]*(/[\w./-]+\.safetensors)?"
 # As the number of steps follows the number of pictures.
 WHICH_OTHERS_FOLLOW = ("data", "model", "recipe", "full", "class_prompt", "preserve", "compile", "optimizer")
-LARGE = 1 << 30  # bytes; a .safetensors file that has as many is taken for a base, a smaller one for a LoRA
-DEEP, MOST = 4, 2000  # levels of folders, and folders in all, that are looked through for what to choose from
+LARGE = 1 << 30  # bytes; a .safetensors file of this size is taken for a base, a smaller one for a LoRA
+DEEP, MOST = 4, 2000  # levels of folders, and number of folders, that are searched for choices
 
 
 # ---------------------------------------------------------------------------------- settings -> form
@@ -35,7 +35,7 @@ DEEP, MOST = 4, 2000  # levels of folders, and folders in all, that are looked t
 def form(cls: type[Settings], without: Collection[str] = (), first: Collection[str] = ()) -> dict[str, Any]:
     """Make a field for each setting in the page that is being built, and return the fields by the settings' names.
 
-    The basic settings, and those of `first`, are in sight; the others are folded away, by their groups.
+    The basic settings, and those in `first`, are visible; the others are folded, by group.
     """
     made: dict[str, Any] = {}
     shown = [field for field in dataclasses.fields(cls) if field.name not in without]
@@ -51,7 +51,7 @@ def form(cls: type[Settings], without: Collection[str] = (), first: Collection[s
 
 
 def field_of(cls: type[Settings], name: str) -> Any:
-    """Make the field of one setting: its sentence of help stands above it, its default in it while it is empty."""
+    """Make the field of one setting, with its sentence of help above it and its default shown while it is empty."""
     about, (kind, is_tuple, _), default = _about(cls, name), kind_of(cls, name), defaults(cls, {})[name]
     words: dict[str, Any] = {"label": name.replace("_", " "), "info": about["help"], "elem_id": id_of(cls, name)}
     if kind is bool:
@@ -66,7 +66,7 @@ def field_of(cls: type[Settings], name: str) -> Any:
 
 
 def _about(cls: type[Settings], name: str) -> Mapping[str, Any]:
-    """Return what is declared of a setting."""
+    """Return the declaration of a setting."""
     return next(field.metadata for field in dataclasses.fields(cls) if field.name == name)
 
 
@@ -75,31 +75,31 @@ def _typed(cls: type[Settings], name: str, value: Any) -> str:
 
 
 def defaults(cls: type[Settings], known: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the defaults of all settings, of which some depend on others; `known` are those of WHICH_OTHERS_FOLLOW."""
+    """Return the defaults of all settings; some of them follow the settings `known`, those of WHICH_OTHERS_FOLLOW."""
     return {field.name: field.default for field in dataclasses.fields(cls)} | cls.following(dict(known))
 
 
 def id_of(cls: type[Settings], name: str) -> str:
-    """Return what the field of a setting is called in the page's HTML: train-steps."""
+    """Return the id of a setting's field in the page's HTML: train-steps."""
     return f"{cls.__name__.removesuffix('Config').lower()}-{name}"
 
 
 def chooser(label: str, choices: Iterable, value: str = "", **more) -> gr.Dropdown:
-    """Make a field with the things that were found to choose from; something else may be typed, too."""
+    """Make a field with the given choices; other text may be typed, too."""
     return gr.Dropdown([*choices], value=value, label=label, allow_custom_value=True, **more)
 
 
-def base_chooser(found: Mapping[str, list], value: str, room: str) -> gr.Dropdown:
-    return chooser("base", found["bases"], value, info="or a hub id (OWNER/NAME), or a file", elem_id=f"{room}-model")
+def base_chooser(found: Mapping[str, list], value: str, tab: str) -> gr.Dropdown:
+    return chooser("base", found["bases"], value, info="or a hub id (OWNER/NAME), or a file", elem_id=f"{tab}-model")
 
 
 # ------------------------------------------------------------------------------------ form -> words
 
 
 def words_of(cls: type[Settings], values: Mapping[str, Any], known: Mapping[str, Any] | None = None) -> list[str]:
-    """Return the words of a command line that say what a form says; `values` are its fields' values by name.
+    """Return the words of the command line for a form; `values` are its fields' values by name.
 
-    A switch or a choice gives no word if it is at its default, where the settings `known` decide what that is.
+    A switch or a choice at its default gives no word; the settings `known` determine the defaults.
     """
     words, default = [], defaults(cls, known or {})
     for name, value in values.items():
@@ -111,14 +111,14 @@ def words_of(cls: type[Settings], values: Mapping[str, Any], known: Mapping[str,
             texts = [str(line).strip() for line in lines if str(line).strip()]
             if is_tuple and not about["repeat"] and texts:
                 texts = [about["separator"].join(texts)]
-            for text in texts:  # (one that begins with a minus would be taken for an option)
+            for text in texts:  # (text that begins with a minus would be taken for an option)
                 words += [f"{option(name)}={text}"] if text.startswith("-") else [option(name), text]
     return words
 
 
 @dataclasses.dataclass(frozen=True)
 class Folders:
-    """The folders that the page may use, with what is in them."""
+    """The folders that the page may use, and their content."""
 
     named: tuple[Path, ...]
 
@@ -128,7 +128,7 @@ class Folders:
         return cls(tuple(path for path in paths if not any(path.is_relative_to(p) for p in paths if p != path)))
 
     def read(self, cls: type[Settings], words: list[str]) -> Any:
-        """Return the settings of a command line; UserError for what the command refuses, and for a path outside."""
+        """Return the settings of a command line; UserError if the command refuses them, or for a path outside."""
         settings = read(cls, words, "")
         problems = []
         for field in dataclasses.fields(cls):
@@ -144,11 +144,11 @@ class Folders:
         return settings
 
     def words(self, cls: type[Settings], values: Mapping[str, Any]) -> list[str]:
-        """Return the words of a form as `words_of` does, for its data and base."""
+        """Return the words of a form, as `words_of` does, for its data and base."""
         return words_of(cls, values, self.known(values))
 
     def known(self, values: Mapping[str, Any]) -> dict[str, Any]:
-        """Return those settings of a form that decide on other defaults; UserError for a path outside."""
+        """Return the settings of a form that other defaults follow; UserError for a path outside."""
         known = {name: values.get(name) or None for name in WHICH_OTHERS_FOLLOW if name in values}
         if known.get("data"):
             known["data"] = tuple(line.strip() for line in known["data"].split("\n") if line.strip())
@@ -159,14 +159,14 @@ class Folders:
         return known
 
     def follow(self, cls: type[Settings], fields: Mapping[str, Any]) -> None:
-        """Show new defaults in the fields when a setting changes that they depend on."""
+        """Show new defaults in the fields when a setting that they follow changes."""
         deciding = {name: fields[name] for name in WHICH_OTHERS_FOLLOW if name in fields}
         following = [name for name in cls.following({}) if name in fields]
 
         def show(*values):
             try:
                 now = defaults(cls, self.known(dict(zip(deciding, values, strict=True))))
-            except UserError:  # it is told when it is used
+            except UserError:  # using the form reports it
                 return [gr.skip()] * len(following)
             switches = {name for name in following if kind_of(cls, name)[0] is bool}
             return [
@@ -178,11 +178,11 @@ class Folders:
         gr.on([field.change for field in deciding.values()], show, [*deciding.values()], shown, show_progress="hidden")
 
     def problem(self, text: str, what: str, hub: bool = False) -> str:
-        """Return what is wrong with a path, maybe with a number behind a colon; nothing if it may be used."""
+        """Return what is wrong with a path, with or without a number after a colon; "" if it may be used."""
         path = Path(path_and_number(text)[0])
         if hub and re.fullmatch(HUB_ID, str(path)) and ".." not in path.parts and not Path(path.parts[0]).exists():
             return ""
-        meant = [each.expanduser().resolve() for each in (path, Path(text))]  # without the number, and as it stands
+        meant = [each.expanduser().resolve() for each in (path, Path(text))]  # without the number, and unchanged
         if all(any(each.is_relative_to(folder) for folder in (*self.named, BUNDLED)) for each in meant):
             return ""
         named = ", ".join(map(str, self.named))
@@ -195,7 +195,7 @@ class Folders:
         return Path(text)
 
     def found(self) -> dict[str, list]:
-        """Return what there is to choose from, as paths: "pictures", "loras", and "bases", some with another name."""
+        """Return the choices in the folders, as paths: "pictures", "loras", and "bases", some with another name."""
         result: dict[str, list] = {"pictures": [], "bases": [], "loras": []}
         waiting = [(folder, 0) for folder in self.named]
         for folder, depth in waiting:  # it grows
@@ -208,7 +208,7 @@ class Folders:
                 result["bases"].append(as_shown(folder))
             elif FILE_NAME in names or "adapter_model.safetensors" in names:
                 result["loras"].append(as_shown(folder))
-            elif names & {"config.json", ".lock"}:  # of a run, whose pictures are samples; --full leaves a base there
+            elif names & {"config.json", ".lock"}:  # a run: its pictures are samples; --full leaves a base there
                 result["bases"] += [as_shown(path) for path in inside if (path / "model_index.json").exists()]
             else:
                 if any(is_picture(path) for path in inside):
@@ -223,7 +223,7 @@ class Folders:
 
 
 def as_shown(path: Path) -> str:
-    """Return a path as one would type it: from the current folder on, if it is below that."""
+    """Return a path relative to the current folder, if it is inside that."""
     here = Path.cwd()
     return str(path.relative_to(here)) if path.is_relative_to(here) else str(path)
 
@@ -234,7 +234,7 @@ def by_name(fields: Mapping[str, Any], values: Mapping[Any, Any]) -> dict[str, A
 
 
 def telling(work: Callable) -> Callable:
-    """Let a user's mistake be shown in the page, as the line that the command would print."""
+    """Make a user's mistake appear in the page, as the line that the command would print."""
 
     @wraps(work)
     def wrapped(*args, **more):

@@ -1,6 +1,6 @@
-"""The room for merging: a base, LoRAs with strengths, the report and the file.
+"""The tab for merging: a base, LoRAs with strengths, the report and the file.
 
-The merge is the command, as a process of its own.  To cancel it is Ctrl-C there, which leaves nothing half-written.
+The merge runs the command in a separate process.  Cancelling sends it Ctrl-C, which leaves nothing half-written.
 """
 
 import shlex
@@ -19,11 +19,11 @@ from . import runs
 from .draw import sliders, with_strengths
 from .form import Folders, as_shown, base_chooser, by_name, form, telling, words_of
 
-OTHER_WORK = ("loras_only", "extract", "restore", "rank", "energy", "base", "dialect")  # than merging into a base
+OTHER_WORK = ("loras_only", "extract", "restore", "rank", "energy", "base", "dialect")  # not merging into a base
 
 
 class Merging:
-    """The merge that goes on; there is one at a time."""
+    """The running merge; there is one at a time."""
 
     def __init__(self) -> None:
         self.process: subprocess.Popen | None = None
@@ -51,7 +51,7 @@ class Merging:
 
 
 def _bytes(path: Path) -> int:
-    """Return the size of a file, or of the files in a folder that a merge writes; 0 if there is none."""
+    """Return the size of a file, or of the files that a merge writes into a folder; 0 if there is none."""
     try:
         files = path.rglob("*.safetensors") if path.is_dir() else [path]
         return sum(file.stat().st_size for file in files)
@@ -59,8 +59,8 @@ def _bytes(path: Path) -> int:
         return 0
 
 
-class MergeRoom:
-    """The room for merging; `choices` are the fields whose choices are found in folders, by what they hold."""
+class MergeTab:
+    """The tab for merging; `choices` are the fields whose choices come from folders, by kind."""
 
     def __init__(self, folders: Folders, found: dict, first: dict):
         self.folders, self.merging = folders, Merging()

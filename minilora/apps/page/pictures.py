@@ -1,4 +1,4 @@
-"""The room for pictures: what training will see of a folder, and its captions, edited in place."""
+"""The tab for pictures: a folder as training will see it, with captions to edit."""
 
 import os
 from pathlib import Path
@@ -14,8 +14,8 @@ from ...settings.train import TrainConfig
 from .form import Folders, chooser, telling
 
 
-class PicturesRoom:
-    """The room for pictures; `choices` are the fields whose choices are found in folders, by what they hold."""
+class PicturesTab:
+    """The tab for pictures; `choices` are the fields whose choices come from folders, by kind."""
 
     def __init__(self, folders: Folders, found: dict, first: dict):
         self.folders, self.base = folders, ["--model", first["model"]] if first["model"] else []
@@ -62,15 +62,15 @@ class PicturesRoom:
         path = self.folders.use(name or "", "folder")
         captions: dict[str, list[str]] = {picture: [] for picture, _ in caption_rows(str(path))}
         for picture, caption in rows:
-            if picture in captions:  # rows can be added in a table; there is no picture for those
+            if picture in captions:  # rows added in the table have no picture
                 captions[picture].append(caption)
         gr.Info(edit_captions(path, captions))
 
 
 def caption_rows(folder: str) -> list[list[str]]:
-    """Return the name of each picture of a folder with each of its captions; "" where there is none."""
+    """Return the name of each picture in a folder with each of its captions; "" if it has none."""
     if Path(folder).is_file():
-        raise UserError(f"{folder}: it is a file; a folder of pictures is needed")
+        raise UserError(f"{folder}: it is a file; give a folder of pictures")
     items = read_folder(folder, TrainConfig(data=(folder,), caption=""), "folder", quiet=True)
     here = os.path.normpath(folder)
     return [[str(item.path.relative_to(here)), text] for item in items for text in item.captions]

@@ -1,8 +1,8 @@
-"""Runs of training as processes of their own: started, stopped, and known by the files that they write.
+"""Training runs as separate processes: started, stopped, and observed through the files that they write.
 
-A run belongs to its output folder, and not to the page.  It goes on when the page is closed, and a page that is opened
-later finds it there.  page.json in that folder tells which process it is.  Whether a run may write there, its own lock
-decides.
+A run belongs to its output folder, not to the page.  It continues when the page is closed, and a page that is opened
+later finds it there.  page.json in that folder identifies its process.  The run's own lock decides whether it may write
+there.
 """
 
 import json
@@ -30,17 +30,17 @@ ONE_AT_A_TIME = threading.Lock()  # of the page's threads
 
 
 def command(name: str, words: Sequence[str]) -> list[str]:
-    """Return how one of our commands is started with this Python, from any folder.
+    """Return the command line that starts one of our commands with this Python, from any folder.
 
-    SIGUSR1 does not end it where it does not listen to that, before the first step and after the last.  SIGINT is what
-    Ctrl-C is, also if the page was started in the background of a shell, which lets SIGINT be ignored there.
+    SIGUSR1 is ignored before the first step and after the last, where it would end the process.  SIGINT works as
+    Ctrl-C, even if the page was started in the background of a shell, which ignores SIGINT there.
     """
     signals = "from signal import *; signal(SIGUSR1, SIG_IGN); signal(SIGINT, default_int_handler)"
     return [sys.executable, "-c", f"{signals}; from minilora.settings.command_line import {name}; {name}()", *words]
 
 
 def start(words: Sequence[str], output: Path) -> Path:
-    """Start a training in a session of its own, and return its log; the record is left to a run that still goes on."""
+    """Start a training in a session of its own and return its log; the record of a still running one stays."""
     with ONE_AT_A_TIME:
         output.mkdir(parents=True, exist_ok=True)
         if not (going := is_going(output)):
@@ -54,7 +54,7 @@ def start(words: Sequence[str], output: Path) -> Path:
             stdin=subprocess.DEVNULL,
             stdout=handle,
             stderr=subprocess.STDOUT,
-            start_new_session=True,  # so that Ctrl-C at the page does not reach it
+            start_new_session=True,  # so that Ctrl-C in the page's terminal does not reach it
             env=os.environ | quiet,
         )
         os.close(handle)
@@ -71,7 +71,7 @@ def tell(output: Path, number: int) -> None:
     Raises UserError if there is no run that was started from a page.
     """
     if not is_going(output):
-        raise UserError(f"{output}: no run that was started from the page is going on there")
+        raise UserError(f"{output}: no run that was started from the page is running there")
     os.kill(_record(output)["pid"], number)
 
 
@@ -81,7 +81,7 @@ def is_going(output: Path) -> bool:
 
 
 def refused(output: Path, log: str) -> str:
-    """Return the last line of a start's log, if the run that holds the folder is another one; else nothing."""
+    """Return the last line of a start's log if another run has the folder's lock; else ""."""
     mine = log and Path(log).resolve().parent == output.resolve() and Path(log).name != _record(output).get("log")
     return tail(Path(log), 1) if mine else ""
 
@@ -94,7 +94,7 @@ def _record(output: Path) -> dict:
 
 
 def _born(pid: int) -> str | None:
-    """Return when a process was started, which tells it from a later one of its number; None if it has ended."""
+    """Return when a process was started, to tell it from a later one with its number; None if it has ended."""
     try:
         state, *rest = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
@@ -103,17 +103,17 @@ def _born(pid: int) -> str | None:
 
 
 def all_in(folder: Path) -> list[Path]:
-    """Return the output folders of runs in a folder, the newest first, and before them those that go on."""
+    """Return the output folders of runs in a folder: those still running first, then the newest first."""
     runs = [path.parent for name in (RECORD, "config.json") for path in folder.glob(f"*/{name}")]
     return sorted(dict.fromkeys(runs), key=lambda run: (is_going(run), run.stat().st_mtime), reverse=True)
 
 
-# --------------------------------------------------------------------------------- what a run has written
+# --------------------------------------------------------------------------------- observing a run
 
 
 @dataclass
 class Seen:
-    """What can be seen of a run."""
+    """The visible state of a run."""
 
     going: bool = False
     finished: bool = False
@@ -128,7 +128,7 @@ class Seen:
     def __str__(self) -> str:
         last = self.log.rpartition("\n")[2]
         if not self.going:
-            if "%|" in last:  # the bar goes no further
+            if "%|" in last:  # the progress bar has stopped
                 last = f"ended after step {self.step}, without saving"
             return "finished" if self.finished else last or "not started from the page"
         if not self.step:
@@ -142,7 +142,7 @@ class Seen:
 
 
 def in_words(seconds: float) -> str:
-    """Return a time as a clock shows it: 0:05, 12:30, 3:00:00."""
+    """Return a time in the form 0:05, 12:30 or 3:00:00."""
     hours, rest = divmod(round(seconds), 3600)
     return f"{hours}:{rest // 60:02d}:{rest % 60:02d}" if hours else f"{rest // 60}:{rest % 60:02d}"
 
@@ -151,7 +151,7 @@ _events: dict[tuple[Path, float], EventAccumulator] = {}
 
 
 def look(output: Path) -> Seen:
-    """Return what can be seen of a run in its output folder."""
+    """Return the visible state of a run, from its output folder."""
     about = _record(output)
     seen = Seen(going=is_going(output), log=tail(output / about.get("log", "none")))
     seen.finished = any((output / name).exists() for name in RESULTS) and not (output / UNFINISHED).exists()
@@ -185,7 +185,7 @@ def look(output: Path) -> Seen:
 
 
 def tail(log: Path, lines: int = 20) -> str:
-    """Return the last lines of a log; of a line that was written over, as a progress bar's, the last state."""
+    """Return the last lines of a log; an overwritten line, such as a progress bar's, in its last state."""
     try:
         with open(log, "rb") as file:
             file.seek(max(0, log.stat().st_size - 16384))

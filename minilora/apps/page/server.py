@@ -1,9 +1,9 @@
-"""The page: its rooms in one window, and who may see it.
+"""The page: its tabs, and who may see it.
 
 It listens on this machine only.  Other users of the machine can reach the port, too, so each request needs a random
-token, which stands in the address and then in a cookie.  A site on the internet can let its own name lead here (DNS
-rebinding), so a request must name this machine, and come from the page itself.  The browser is told to load nothing
-from elsewhere.
+token, which is first in the address and then in a cookie.  A site on the internet can point its own name to this
+machine (DNS rebinding), so a request must name this machine and come from the page itself.  The browser is told to load
+nothing from elsewhere.
 """
 
 import os
@@ -22,11 +22,11 @@ from starlette.responses import PlainTextResponse, RedirectResponse, Response
 
 from ...settings.errors import UserError
 from ...settings.page import PageConfig
-from .draw import DrawRoom, Easel
+from .draw import DrawTab, Easel
 from .form import Folders
-from .merge import MergeRoom
-from .pictures import PicturesRoom
-from .train import TrainRoom, found_runs
+from .merge import MergeTab
+from .pictures import PicturesTab
+from .train import TrainTab, found_runs
 
 HERE = r"(localhost|127\.0\.0\.1|\[::1\])(:\d+)?"
 HEADERS = {
@@ -46,7 +46,7 @@ main {width: 100%; max-width: 1400px !important; margin: auto}
 
 
 class Guard:
-    """Lets the requests through that have the token and come from this page."""
+    """Lets only requests through that have the token and come from this page."""
 
     def __init__(self, app, token: str):
         self.app, self.token = app, token
@@ -69,7 +69,7 @@ class Guard:
         return await self.app(scope, receive, send_with_headers)
 
     def answer(self, request: Request) -> Response | None:
-        """Return the answer to a request that is not let through; None if it is."""
+        """Return the answer to a refused request; None if it may pass."""
         hosts, cookie = request.headers.getlist("host"), f"minilora-{(request.scope.get('server') or ('', 0))[1]}"
         if len(hosts) != 1 or not re.fullmatch(HERE, hosts[0]):
             return PlainTextResponse("This page is for this machine only.", 403)
@@ -89,7 +89,7 @@ class Guard:
 
 
 def build(config: PageConfig) -> gr.Blocks:
-    """Return the page, with what it finds in its folders to choose from."""
+    """Return the page, with choices from its folders."""
     if missing := [name for name in config.folders if not Path(name).expanduser().is_dir()]:
         raise UserError(f"{', '.join(missing)}: there is no such folder")
     folders = Folders.of((*config.folders, config.output))
@@ -102,33 +102,33 @@ def build(config: PageConfig) -> gr.Blocks:
     first = {"data": some, "model": config.model or "", "output": config.output}
     with gr.Blocks(title="minilora", analytics_enabled=False, fill_width=True) as page:
         with gr.Tabs():
-            rooms = {}
+            tabs = {}
             with gr.Tab("Pictures") as tab:
-                rooms[tab] = PicturesRoom(folders, found, first).choices
+                tabs[tab] = PicturesTab(folders, found, first).choices
             with gr.Tab("Train") as tab:
-                rooms[tab] = TrainRoom(folders, found, first, easel.free).choices
+                tabs[tab] = TrainTab(folders, found, first, easel.free).choices
             with gr.Tab("Draw") as tab:
-                rooms[tab] = DrawRoom(folders, found, first, easel).choices
+                tabs[tab] = DrawTab(folders, found, first, easel).choices
             with gr.Tab("Merge") as tab:
-                rooms[tab] = MergeRoom(folders, found, first).choices
-        fields = [(kind, field) for room in rooms.values() for kind, field in room.items()]
+                tabs[tab] = MergeTab(folders, found, first).choices
+        fields = [(kind, field) for choices in tabs.values() for kind, field in choices.items()]
 
         def refresh():
-            """Let the fields have what can be chosen from now."""
+            """Update the choices of the fields."""
             now = find()
             return [gr.update(choices=now[kind]) for kind, _ in fields]
 
         def open_run():
             return next(iter(found_runs(config.output)), "")
 
-        for when in (page.load, *(tab.select for tab in rooms)):
+        for when in (page.load, *(tab.select for tab in tabs)):
             when(refresh, outputs=[field for _, field in fields], show_progress="hidden")
         page.load(open_run, outputs=[field for kind, field in fields if kind == "runs"], show_progress="hidden")
     return page
 
 
 def guarded(page: gr.Blocks, token: str) -> Guard:
-    """Return the page as a program for a web server, behind its guard."""
+    """Return the page as an application for a web server, behind its guard."""
     fonts = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}
     theme = gr.themes.Default(primary_hue="teal", **fonts).set(block_info_text_color="*neutral_500")
     quiet = {"footer_links": [], "run_history": False, "ssr_mode": False, "mcp_server": False, "pwa": False}
@@ -137,7 +137,7 @@ def guarded(page: gr.Blocks, token: str) -> Guard:
 
 
 def serve(config: PageConfig) -> None:
-    """Open the page and print its address; it is there until Ctrl-C, which ends no run."""
+    """Serve the page and print its address, until Ctrl-C, which ends no run."""
     try:
         listening = socket.create_server(("127.0.0.1", config.port))
     except OSError as error:
@@ -147,6 +147,6 @@ def serve(config: PageConfig) -> None:
         os.environ["GRADIO_TEMP_DIR"] = scratch  # pictures on their way to the browser; other users cannot read it
         app = guarded(build(config), token)
         print(f"page       http://127.0.0.1:{port}/?token={token}", flush=True)
-        print("to end it  Ctrl-C here; a run goes on, and the page finds it again", flush=True)
+        print("to end it  Ctrl-C here; runs continue, and the page finds them again", flush=True)
         options = {"log_level": "warning", "timeout_graceful_shutdown": 1, "lifespan": "on"}
         uvicorn.Server(uvicorn.Config(app, **options)).run(sockets=[listening])

@@ -1,4 +1,4 @@
-"""The room for training: a form of the settings of train.py, and what can be seen of a run while it goes on."""
+"""The tab for training: a form with the settings of train.py, and a view of a running training."""
 
 import shlex
 import signal
@@ -20,11 +20,11 @@ from .pictures import caption_rows
 EVERY = 1.5  # seconds between two looks at a run
 
 
-class TrainRoom:
-    """The room for training.
+class TrainTab:
+    """The tab for training.
 
-    `first` is what stands in the fields at first: data, model, and the folder of outputs.  `on_start` is called before
-    a run is started.  `choices` are the fields whose choices are found in folders, by what they hold.
+    `first` are the fields' initial values: data, model, and the folder for outputs.  `on_start` is called before
+    a run is started.  `choices` are the fields whose choices come from folders, by kind.
     """
 
     def __init__(self, folders: Folders, found: dict, first: dict, on_start: Callable[[], None]):
@@ -38,7 +38,7 @@ class TrainRoom:
         self.choices = {"pictures": self.data, "bases": self.model, "runs": self.run}
         self._connect()
 
-    # What stands in it.
+    # The layout.
 
     def _make_settings(self, found: dict, first: dict) -> None:
         with gr.Row():
@@ -48,7 +48,7 @@ class TrainRoom:
         self.fields = form(TrainConfig, without=("data", "model", "preview"), first=("sample_prompt", "sample_every"))
         self.fields |= {"data": self.data, "model": self.model}
         self.suggested = [self.fields[name] for name in ("sample_prompt", "sample_every", "output")]
-        with suppress(gr.Error):  # a folder that cannot be read is told of when it is used
+        with suppress(gr.Error):  # using an unreadable folder reports it
             for field, value in zip(self.suggested, self.suggest(first["data"], first["model"], ""), strict=True):
                 field.value = value
 
@@ -71,7 +71,7 @@ class TrainRoom:
         self.shown, self.log_of_start = gr.State(("", 0, 0)), gr.State("")
 
     def _connect(self) -> None:
-        """Say what is done when."""
+        """Connect buttons and fields to functions."""
         self.folders.follow(TrainConfig, self.fields)
         deciding = [self.data, self.model, self.fields["recipe"]]
         gr.on([field.input for field in deciding], self.suggest, deciding, self.suggested)
@@ -86,11 +86,11 @@ class TrainRoom:
         gr.on([gr.Timer(EVERY).tick, self.run.change], self.watch, told, view, **quiet)
         self.time.input(self.turn_to, [self.run, self.time], self.sheet, trigger_mode="always_last", **quiet)
 
-    # What it does.
+    # The actions.
 
     @telling
     def suggest(self, data: str, model: str, recipe: str) -> tuple[str, str, str]:
-        """Return what to draw during training, the first caption; how often, eight times in all; and an output."""
+        """Suggest a prompt to draw during training (the first caption), how often (8 times), and an output folder."""
         known = self.folders.known({"data": data, "model": model, "recipe": recipe})
         prompt = next((caption for _, caption in caption_rows(data) if caption), "")
         every = str(TrainConfig.following(known)["steps"] // 8) if prompt else ""
@@ -106,7 +106,7 @@ class TrainRoom:
     def start_again(self, name: str):
         settings = self._chosen(name) / "config.json"
         if not settings.exists():
-            raise UserError(f"{name}: the run has not begun yet, and cannot go on; press Start")
+            raise UserError(f"{name}: the run has not begun yet, so it cannot continue; press Start")
         return self._begin(["--config", str(settings), "--resume"])
 
     @telling
@@ -120,7 +120,7 @@ class TrainRoom:
         gr.Info("The run saves after its step, and stops.", duration=5)
 
     def watch(self, name: str, at: int, before: tuple[str, int, int], log_of_start: str):
-        """Show what there is to see of a run; `before` is what was shown: the run, its last step, its sheets."""
+        """Show the state of a run; `before` is what was shown last: the run, its last step, its sheets."""
         if not name or self.folders.problem(name, "run"):
             return [gr.skip()] * 6
         seen = runs.look(Path(name))
@@ -131,7 +131,7 @@ class TrainRoom:
         if shown[::2] != before[::2]:
             last = max(1, len(seen.sheets))
             slider = gr.update(maximum=max(2, last), visible=last > 1)
-            if name != before[0] or at >= before[2]:  # it follows the run, unless the slider was moved back
+            if name != before[0] or at >= before[2]:  # follow the run, unless the slider was moved back
                 picture = Image.open(seen.sheets[-1]) if seen.sheets else None
                 slider = gr.update(maximum=max(2, last), visible=last > 1, value=last)
         return headline_of(seen, runs.refused(Path(name), log_of_start)), lines, picture, slider, seen.log, shown
@@ -164,7 +164,7 @@ def suggested_output(output: str, data: str) -> str:
 
 
 def headline_of(seen: runs.Seen, refused: str) -> str:
-    """Return in HTML how far a run is; `refused` is the line of a run that was started beside it."""
+    """Return a run's progress as HTML; `refused` is the error of a start in the folder of a running one."""
     told = [f"<p><b>{escape(str(seen))}</b></p>"] + ([f"<p><b>{escape(refused)}</b></p>"] if refused else [])
     share = f'<div style="width: {100 * seen.step / seen.steps:.1f}%"></div>' if seen.steps else ""
     return "".join(told) + f'<div class="bar">{share}</div>'
