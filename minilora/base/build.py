@@ -9,8 +9,8 @@ It makes four parts, in this order:
     text encoder   names -> vectors  \  trained together on the latents of a few hundred
     U-Net          denoises latents  /  things, each drawn in three styles
 
-All random draws come from data/draws.py, and the state is saved in --work every 200 steps, so a build that was stopped
-goes on from there.  The result is an ordinary diffusers folder in half precision.
+All random draws come from data/draws.py, and the state is saved in --work every 200 steps, so a stopped build resumes
+from there.  The result is an ordinary diffusers folder in half precision.
 """
 
 import argparse
@@ -116,7 +116,7 @@ def make_unet() -> UNet2DConditionModel:
         up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
         layers_per_block=1,
         cross_attention_dim=192,
-        attention_head_dim=(2, 3, 3),  # in fact the number of heads: diffusers misnamed it
+        attention_head_dim=(2, 3, 3),  # despite its name in diffusers, the number of heads
     )
 
 
@@ -126,7 +126,7 @@ SCHEDULES = {"scaled_linear": "scaled_linear", "linear": "linear", "cosine": "sq
 def make_scheduler(schedule: str = "scaled_linear") -> DDIMScheduler:
     """Return the noise levels of a base; `schedule` is one of SCHEDULES, whose values are diffusers' names."""
     betas = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": SCHEDULES[schedule]}
-    if schedule == "sigmoid":  # which only the class of DDPM knows by its name
+    if schedule == "sigmoid":  # only DDPMScheduler knows this name
         betas = {"trained_betas": DDPMScheduler(**betas).betas.tolist()}
     return DDIMScheduler(
         **betas,
@@ -152,7 +152,7 @@ def learning_rate_at(step: int, steps: int, peak: float) -> float:
 def fit(name: str, modules: torch.nn.ModuleDict, loss_at, steps: int, learning_rate: float, work: Path):
     """Train `modules` for `steps` steps of `loss_at(step)` and return their moving average.
 
-    The state is saved in `work/<name>.safetensors`, and training goes on from there, also with more `steps`.
+    The state is saved in `work/<name>.safetensors`, and training resumes from there, even with more `steps`.
     """
     path = work / f"{name}.safetensors"
     average = copy.deepcopy(modules).requires_grad_(False)
@@ -199,7 +199,7 @@ def as_pixels(pictures: list[np.ndarray]) -> torch.Tensor:
 
 
 def patch_at(position: int, side: int, drawn: list[np.ndarray], photographs: list[np.ndarray]) -> np.ndarray:
-    """Return the square that the VAE learns from at a position, (side, side, 3): of a drawing at even positions."""
+    """Return the VAE's training square at a position, (side, side, 3); at even positions it is from a drawing."""
     random = draws.generator(SEED, "vae", position)
     if position % 2 == 0:
         picture = drawn[random.integers(len(drawn))]
@@ -207,7 +207,7 @@ def patch_at(position: int, side: int, drawn: list[np.ndarray], photographs: lis
             picture = np.roll(picture, random.integers(-8, 9, 2), (0, 1))
     else:
         picture = photographs[random.integers(len(photographs))]
-    for _ in range(4):  # nothing can be learnt from white paper, so try other crops
+    for _ in range(4):  # a white square teaches nothing, so try other crops
         top, left = (random.integers(n - side + 1) for n in picture.shape[:2])
         patch = picture[top : top + side, left : left + side]
         if side == SIZE or (patch.min(axis=2) < 245).mean() > 0.4:
@@ -219,13 +219,13 @@ def patch_at(position: int, side: int, drawn: list[np.ndarray], photographs: lis
 
 
 def train_vae(drawn: list[np.ndarray], photographs: list[np.ndarray], work: Path, device, precision, args):
-    """Train the autoencoder; every other step on patches of 64 pixels, which cost a quarter and say nearly as much.
+    """Train the autoencoder: every other step on patches of 64 pixels, which cost a quarter and tell nearly as much.
 
-    With `--start` its VAE is trained further, and the latents of drawings stay where its U-Net knows them.
+    With `--start`, its VAE is trained further, and the latents of drawings stay where the U-Net knows them.
     """
     torch.manual_seed(SEED)  # the first weights
     vae = load_vae(args.start) if args.start else make_vae()
-    first = copy.deepcopy(vae).to(device)
+    first = copy.deepcopy(vae).requires_grad_(False).to(device)
     modules = torch.nn.ModuleDict({"vae": vae}).to(device)
 
     def loss_at(step: int) -> torch.Tensor:
@@ -249,7 +249,7 @@ def train_vae(drawn: list[np.ndarray], photographs: list[np.ndarray], work: Path
 
     vae = fit("vae", modules, loss_at, args.vae_steps, 8e-4 if args.start else 1.5e-3, work)["vae"].eval()
     if not args.start:
-        # Latents are multiplied so that their variance is 1, as in every Stable Diffusion.
+        # Latents are scaled so that their variance is 1, as in every Stable Diffusion.
         sample = as_pixels(drawn[:: max(1, len(drawn) // 500)]).to(device)
         vae.register_to_config(scaling_factor=round(1 / encode(vae, sample).std().item(), 5))
     return vae
@@ -286,9 +286,9 @@ def train_unet(drawings: list[Drawing], tokenizer, vae, steps: int, work: Path, 
         captions = [caption_at(drawings[i], p) for i, p in zip(shown, positions, strict=True)]
         tokens = tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt").input_ids
         noise = torch.stack([draws.gaussian(SEED, "noise", p, latents.shape[1:]) for p in positions])
-        # More often at the noisy end, where the text decides what is drawn: the density is proportional to t.
+        # Noisy timesteps, where the text decides what is drawn, come more often: the density is proportional to t.
         timesteps = torch.tensor([int(len(schedule) * draws.uniform(SEED, "timestep", p) ** 0.5) for p in positions])
-        # Attention in its plain form: on a CPU its backward pass is faster here than that of the fused form.
+        # Plain attention: on a CPU its backward pass is faster here than that of fused attention.
         with (
             sdpa_kernel(SDPBackend.MATH),
             torch.autocast(device.type, precision, enabled=precision != torch.float32),
@@ -362,7 +362,7 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
     if not (args.vae_steps or args.start):
         parser.error("--vae-steps 0 needs --start, which has a VAE")
     if args.start and not (args.start / "unet").is_dir():
-        parser.error(f"--start {args.start}: it is no diffusers folder")
+        parser.error(f"--start {args.start}: it is not a diffusers folder")
     refuse_missing(args.data, "lomiri/usr/share/backgrounds")
     return args
 
@@ -376,7 +376,7 @@ def main(words: list[str] | None = None) -> None:
     drawings = read_drawings(styles, things)
     drawn = [pixels for pictures in styles.values() for icon, pixels in pictures.items() if not is_held_out(icon)]
     print(f"{len(things)} things in {len(drawings)} drawings; the VAE learns from {len(drawn)}")
-    # Saved, too: learnt again, equally frequent pieces could get other numbers than the text encoder has learnt.
+    # The tokenizer is saved, too: if it were learnt again, equally frequent pieces could get other ids.
     kept = args.start / "tokenizer" if args.start else args.work / "tokenizer"
     if not kept.exists():
         train_tokenizer(read_things()).save_pretrained(kept)
@@ -397,7 +397,7 @@ def main(words: list[str] | None = None) -> None:
         requires_safety_checker=False,
     ).to(dtype=torch.float16).save_pretrained(args.output)
     (args.output / "captions.txt").write_text("".join(f"{thing.names[0]}\n" for thing in things))  # what it knows
-    # Half precision is for the download; without this line transformers would compute in it too.
+    # Half precision only makes the download smaller; without this line transformers would also compute in it.
     config = args.output / "text_encoder" / "config.json"
     config.write_text(config.read_text().replace('"dtype": "float16"', '"dtype": "float32"'))
     print(f"wrote {args.output}; python -m minilora.base.measure prints its figures")

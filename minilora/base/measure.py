@@ -5,10 +5,10 @@
 It measures:
 
 - reconstruction: the PSNR of the VAE on pictures that it was not trained on;
-- prompts: of 200 names, drawn in each style, how often the nearest training picture has that name and that style;
-- one photograph: how close a LoRA, trained on dataset/mountain by train.py's defaults, comes to it;
-- a style: how often a classifier finds the style in pictures drawn with a LoRA of dataset/fluent, and how often
-  the picture still shows its thing.
+- prompts: 200 names are drawn in each style: how often the nearest training picture has that name and that style;
+- one photograph: how close a LoRA, trained on dataset/mountain with train.py's defaults, comes to it;
+- a style: how often a classifier finds the style in pictures drawn with a LoRA of dataset/fluent, and how often the
+  picture still shows the thing in its prompt.
 
 A contact sheet shows fifty everyday prompts, with four seeds each.
 """
@@ -54,11 +54,11 @@ from .pictures import (
 )
 from .styles import known_things
 
-ASKED = 200  # names that are drawn in each style
+ASKED = 200  # names to draw in each style
 DRAWING = SampleConfig(prompt=tuple(PROMPTS))  # steps and guidance are those of sample.py
 SHEET = "contact_sheet.jpg"
 
-Note = Callable[[str, str], None]  # writes down a figure: its name and its value
+Note = Callable[[str, str], None]  # records a figure: its name and its value
 
 
 @torch.no_grad()
@@ -106,7 +106,7 @@ class Nearest:
 
 
 def measure_drawing(base: Base, drawings: list[Drawing], nearest: Nearest, note: Note) -> None:
-    """Draw names in each style, and note how often the nearest training picture has that name and style."""
+    """Draw names in each style, and record how often the nearest training picture has that name and style."""
     shown = np.linspace(0, len(drawings) // len(STYLES) - 1, min(ASKED, len(drawings) // len(STYLES))).astype(int)
     chosen = [drawing for i in shown for drawing in drawings[i * len(STYLES) : (i + 1) * len(STYLES)]]
     right = {"name": 0, "style": 0}
@@ -129,7 +129,7 @@ def draw_contact_sheet(base: Base) -> None:
 
 
 def measure_photograph(base: Base, path: Path, work: Path, note: Note) -> None:
-    """Train a LoRA on one photograph, by the defaults, and note how close its pictures come to it."""
+    """Train a LoRA on one photograph, with the defaults, and record how close its pictures come to it."""
     started = time.time()
     lora = train(TrainConfig(data=(str(path.parent),), output=str(work / "mountain")))
     note("time to train a LoRA on dataset/mountain by train.py's defaults", f"{time.time() - started:.0f} s")
@@ -147,7 +147,7 @@ def measure_photograph(base: Base, path: Path, work: Path, note: Note) -> None:
 def measure_style(
     base: Base, drawings: list[Drawing], fluent: list[Named], nearest: Nearest, folder: Path, work: Path, note: Note
 ) -> None:
-    """Train a LoRA on dataset/fluent, by the defaults, and note what a classifier says about things not in it."""
+    """Train a LoRA on dataset/fluent, with the defaults; record what a classifier says about things not in it."""
     lora = train(TrainConfig(data=(str(folder),), output=str(work / "fluent")))
     load_lora(base.unet, lora)
     # Decoded by the VAE like drawn pictures, so that the classifier cannot tell them apart by the VAE's blur.
@@ -200,7 +200,7 @@ def main() -> None:
 
     base = Base(None, torch.device("cpu"))
     if base.resolution != SIZE:
-        print(f"error: {BUNDLED} is of {base.resolution} pixels; this measures one of {SIZE}", file=sys.stderr)
+        print(f"error: {BUNDLED} has {base.resolution} pixels; this measures a base of {SIZE}", file=sys.stderr)
         sys.exit(2)
     styles = {style: read_style(args.data, style, args.work) for style in STYLES}
     drawings, fluent = read_drawings(styles, known_things()), fluent_pictures(args.data, known_things())

@@ -1,7 +1,7 @@
 """The pictures that the bundled base learns from: drawings of named things in three styles, and photographs.
 
-The drawings are vectors, so they are rendered at the size that is wanted.  things.txt says which of them the
-U-Net learns to draw and what they are called; the VAE learns from all of them, and from the photographs.
+The drawings are vectors, so they are rendered at the needed size.  things.txt lists the ones that the U-Net learns to
+draw, and their names; the VAE learns from all of them, and from the photographs.
 """
 
 import io
@@ -28,7 +28,7 @@ _PROMPTS = """apple, banana, strawberry, lemon, watermelon, tomato, carrot, pizz
 doughnut, birthday cake, dog, cat, rabbit, bear, pig, frog, penguin, octopus, butterfly, bee, tulip,
 sunflower, cactus, mushroom, evergreen tree, house, car, bus, bicycle, rocket, airplane, sailboat,
 umbrella, rainbow, snowman, star, key, balloon, book, pencil, guitar, soccer ball, trophy, crown,
-heart, ghost, smile, mountain"""  # those of the contact sheet, which no style set learns from
+heart, ghost, smile, mountain"""  # for the contact sheet; no style data set contains them
 PROMPTS = [prompt.strip() for prompt in _PROMPTS.replace("\n", " ").split(",")]
 THINGS = Path(__file__).parent / "things.txt"
 DATA_HELP = """\
@@ -42,12 +42,12 @@ for example
   mkdir noto && tar xzf iconify-json-noto-1.2.9.tgz -C noto --strip-components=1
   dpkg-deb -x lomiri-wallpapers-16.04*.deb lomiri && dpkg-deb -x lomiri-wallpapers-20.04*.deb lomiri
 and it needs the extra "base": pip install -e ".[base]\""""
-# Pictures that say nothing: flags, clocks, signs, and the doubles of persons in other skins and genders.
+# Uninformative pictures: flags, clocks, signs, and variants of people in other skin tones and genders.
 LEFT_OUT = re.compile(
     r"flag|skin-tone|medium-|light-|dark-|keycap|^u[0-9a-f]|button|clock-|squared|ideograph|o-clock|thirty|arrow|input|"
     r"symbol|sign|zodiac|square$|circle$|letter|person-|woman-|man-|women-|men-|people-|family|couple|kiss-|hole$"
 )
-# The two that LoRA is shown to learn, and three that are no photographs.
+# The two that LoRA learns in the examples, and three that are not photographs.
 PHOTOGRAPHS_LEFT_OUT = ("picosdeeuropa", "aitzgorri", "Fossa", "Infinite-Sea", "Painting-Colors")
 
 
@@ -61,7 +61,7 @@ def refuse_missing(data: Path, *more: str) -> None:
 
 @dataclass(frozen=True)
 class Thing:
-    """A thing that the base knows: the name of its drawing in the packages, and what people call it."""
+    """A thing that the base knows: the name of its drawing in the packages, and its everyday names."""
 
     icon: str
     names: tuple[str, ...]
@@ -69,7 +69,7 @@ class Thing:
 
 @dataclass(frozen=True)
 class Drawing:
-    """One drawing: its pixels, (128, 128, 3) of bytes, what it shows and in which style."""
+    """One drawing: its pixels, (128, 128, 3) of bytes, its thing and its style."""
 
     pixels: np.ndarray
     thing: Thing
@@ -80,7 +80,7 @@ class Drawing:
 
 
 def read_things(count: int | None = None) -> list[Thing]:
-    """Return the first things of things.txt, the most usual first; all if no count is given."""
+    """Return the first things of things.txt, the most common first; all if no count is given."""
     things = []
     for line in THINGS.read_text().splitlines()[:count]:
         icon, _, names = line.partition(": ")
@@ -90,7 +90,7 @@ def read_things(count: int | None = None) -> list[Thing]:
 
 def render(svg: str) -> np.ndarray:
     """Return a vector drawing on white, (128, 128, 3) of bytes."""
-    import resvg_py  # the extra "base": only who builds the base needs it
+    import resvg_py  # in the extra "base", which only building the base needs
 
     file = io.BytesIO(bytes(resvg_py.svg_to_bytes(svg_string=svg, width=SIZE, height=SIZE)))
     picture = Image.open(file).convert("RGBA").resize((SIZE, SIZE))
@@ -98,7 +98,7 @@ def render(svg: str) -> np.ndarray:
 
 
 def read_style(data: Path, style: str, work: Path) -> dict[str, np.ndarray]:
-    """Return every drawing of a style by its name; rendered once, which takes a minute, and kept in `work`."""
+    """Return every drawing of a style by name; rendering them takes a minute, and the result is stored in `work`."""
     kept = work / f"{style}-{SIZE}.safetensors"
     if not kept.exists():
         content = json.loads((data / style / "icons.json").read_text())
@@ -112,12 +112,12 @@ def read_style(data: Path, style: str, work: Path) -> dict[str, np.ndarray]:
             spaces = 'xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink"'
             pictures[name] = render(f'<svg {spaces} viewBox="{box}">{icon["body"]}</svg>')
         write_whole(kept, save(pictures))
-    pictures = load(kept.read_bytes())  # in another order at every reading
+    pictures = load(kept.read_bytes())  # in no fixed order
     return {name: pictures[name] for name in sorted(pictures)}
 
 
 def is_held_out(icon: str) -> bool:
-    """Whether a thing is held out from the VAE's training, to measure with: one in forty, by its name."""
+    """Whether a thing is held out from the VAE's training for measurements: one in forty, by its name."""
     return zlib.crc32(icon.encode()) % 40 == 0
 
 
@@ -132,14 +132,14 @@ def read_drawings(styles: dict[str, dict[str, np.ndarray]], things: Sequence[Thi
 
 
 def caption_at(drawing: Drawing, position: int) -> str:
-    """Return the caption of one draw: a name, sometimes with an article, often with the style; or nothing.
+    """Return the caption at a position: a name, sometimes with an article, often with the style; or "".
 
-    A name without a style always means the first one. If it meant any of the three, "dog" would draw a mixture of them.
+    A name without a style always means the first style.  If it meant any of the three, "dog" would draw a mixture.
     """
     random = draws.generator(SEED, "caption", position)
     chance, article, style = random.random(3)
     if chance < 0.1:
-        return ""  # what classifier-free guidance compares with
+        return ""  # for classifier-free guidance
     name = drawing.thing.names[random.integers(len(drawing.thing.names))]
     if article < 0.15:
         name = f"{'an' if name[0] in 'aeiou' else 'a'} {name}"
@@ -178,7 +178,7 @@ def fluent_pictures(data: Path, things: Sequence[Thing]) -> list[Named]:
 
 
 def split(named: Sequence[Named], shown: Sequence[str]) -> tuple[list[Named], list[Named]]:
-    """Return the pictures that LoRA learns a style from, and all others; those called as in `shown` are among these."""
+    """Return the pictures for a LoRA's style, and all others, which include those with a name in `shown`."""
     free = [pair for pair in named if not set(pair[1]) & set(shown)]
     order = draws.generator(SEED, "fluent", 0).permutation(len(free))
     learnt = [free[i] for i in sorted(order[:LEARNT])]

@@ -1,11 +1,11 @@
-"""The styles and the subject that LoRA is shown to learn, none of which the bundled base has ever seen.
+"""Write the example data sets: two styles and a subject, none of which the bundled base has ever seen.
 
     python -m minilora.base.styles --data base-data
 
-writes dataset/fluent, 64 pictures of Fluent 3D (all the others stay out, to measure with), and
-dataset/cyanotype, 48 drawings that the base knows in colour, printed in blue: a style and nothing else.
-Both show things that the base can draw in its own styles, so that only the style is new.  And it writes
-dataset/robot, one subject: the robot of Fluent 3D twelve times, at other places, in other sizes and colours.
+writes dataset/fluent, 64 pictures of Fluent 3D (all others are left for measurements), and dataset/cyanotype, 48
+drawings that the base knows in colour, printed in blue.  Both show things that the base can draw in its own styles, so
+only the style is new.  It also writes dataset/robot, one subject: the robot of Fluent 3D twelve times, with other
+places, sizes, angles and background colours.
 """
 
 import argparse
@@ -80,7 +80,7 @@ def print_in_blue(picture: Image.Image) -> Image.Image:
 
 
 def subject_pictures(path: Path) -> list[Image.Image]:
-    """Return one drawing on twelve plain colours: at other places, smaller or larger, turned and mirrored."""
+    """Return one drawing on twelve plain colours, in different places and sizes, rotated and mirrored."""
     with Image.open(path) as file:
         drawing = file.convert("RGBA")
     pictures = []
@@ -99,15 +99,15 @@ def subject_pictures(path: Path) -> list[Image.Image]:
 
 
 def known_things() -> list:
-    """Return the things that the bundled base has learnt, as its captions.txt says."""
+    """Return the things that the bundled base has learnt, according to its captions.txt."""
     known = set((BUNDLED / "captions.txt").read_text().splitlines())
     return [thing for thing in read_things() if thing.names[0] in known]
 
 
 def write(folder: Path, named: Sequence[Named], files: Sequence[str] = ()) -> None:
-    """Write a dataset folder: pictures, metadata.jsonl and LICENSE.md; pictures that were there are deleted.
+    """Write a dataset folder: pictures, metadata.jsonl and LICENSE.md; former pictures are deleted.
 
-    The files are called after what they show, if no names are given.
+    Without `files`, the pictures' files are named after what they show.
     """
     folder.mkdir(parents=True, exist_ok=True)
     for path in folder.glob("*.png"):
