@@ -1,6 +1,5 @@
 """A diffusers folder or hub id: each part of a base in a sub-folder, its settings beside its weights."""
 
-import logging
 import os
 import sys
 from collections.abc import Iterator
@@ -11,8 +10,6 @@ from pathlib import Path
 
 # Set before diffusers is imported: otherwise transformers warns about parts that are not used here.
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-# diffusers imports bitsandbytes where it is installed, which misses a kernel for 4 bits that nothing here calls.
-logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 import diffusers
 import torch

@@ -43,8 +43,8 @@ class LoraSettings(BaseSettings):
     )
     targets: tuple[str, ...] = of_lora(
         ("attention",),
-        "layers of the U-Net to adapt: attention, ff, linear, conv, joined by +, or name endings: to_q,to_v; in one block: "
-        "up_blocks.1:attention; on XL also subject or style, the block that holds it",
+        "layers of the U-Net to adapt: attention, ff, linear, conv, joined by +, or name endings: to_q,to_v; in one "
+        "block: up_blocks.1:attention; on XL also subject or style, the block that holds it",
         metavar="LAYERS",
     )
     rank_for: tuple[str, ...] = of_lora(
