@@ -40,7 +40,7 @@ def make(work: Path, dtype: str, blocks: int) -> None:
 
     from minilora.files.layout import Checkpoint
     from minilora.files.names import original_unet_paths
-    from minilora.files.read import Change, LoRA
+    from minilora.files.read import Delta, LoRA
     from minilora.files.write import write_lora
 
     folder = work / f"{dtype}-{blocks}"
@@ -63,12 +63,12 @@ def make(work: Path, dtype: str, blocks: int) -> None:
     save_file(single, work / f"{dtype}-{blocks}.safetensors")
     modules = Checkpoint(folder).modules
     for rank, ends in LORAS.items():
-        changes = {
-            name: Change((torch.randn(rank, shape[1]) / rank).numpy(), (torch.randn(shape[0], rank) * 0.01).numpy())
+        deltas = {
+            name: Delta((torch.randn(rank, shape[1]) / rank).numpy(), (torch.randn(shape[0], rank) * 0.01).numpy())
             for name, shape in modules.items()
             if len(shape) == 2 and name.endswith(ends)
         }
-        write_lora(work / f"lora-{rank}-{blocks}.safetensors", LoRA(changes), "diffusers", modules)
+        write_lora(work / f"lora-{rank}-{blocks}.safetensors", LoRA(deltas), "diffusers", modules)
 
 
 def measure(command: list[str], out: Path) -> tuple[float, float]:

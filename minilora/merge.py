@@ -81,8 +81,8 @@ def _write_lora(config: MergeConfig, output: Path) -> Report:
         padding = write_lora(output, lora, config.dialect, modules)
     except FormatError as error:
         raise UserError(str(error)) from error
-    ranks = sorted({change.rank for change in lora.changes.values()})
-    notes.append(f"{len(lora.changes)} modules, rank {ranks[0]}" + (f" to {ranks[-1]}" if len(ranks) > 1 else ""))
+    ranks = sorted({delta.rank for delta in lora.deltas.values()})
+    notes.append(f"{len(lora.deltas)} modules, rank {ranks[0]}" + (f" to {ranks[-1]}" if len(ranks) > 1 else ""))
     if padding:
         notes.append(
             f"{padding:,} bytes of the file are zeros that make the ranks equal, because programs differ in how they "

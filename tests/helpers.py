@@ -13,7 +13,7 @@ from torch import nn
 
 from minilora import inject_lora, lora_parameters, save_lora
 from minilora.files import names
-from minilora.files.low_rank import Change
+from minilora.files.low_rank import Delta
 from minilora.files.number_types import narrow, widen
 from minilora.files.read import FILE_NAME, LoRA
 
@@ -56,14 +56,14 @@ def write_a_lora(path):
 def random_lora(modules, seed: int, share: float = 0.5, stored="F32", ranks=(1, 6)) -> LoRA:
     """Return a LoRA of some of the modules, each with a rank and a scale of its own."""
     random = np.random.default_rng(seed)
-    changes = {}
+    deltas = {}
     for name, shape in modules.items():
         if random.random() < share:
             rank = int(random.integers(*ranks))
             a, b = random.standard_normal((rank, *shape[1:])), random.standard_normal((shape[0], rank))
             a, b = (widen(narrow(matrix, stored)) for matrix in (a, b))
-            changes[name] = Change(a, b, float(random.choice([1.0, 0.5, 2.0, 0.3])), (stored, stored))
-    return LoRA(changes)
+            deltas[name] = Delta(a, b, float(random.choice([1.0, 0.5, 2.0, 0.3])), (stored, stored))
+    return LoRA(deltas)
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:

@@ -23,7 +23,7 @@ from minilora.files.fold import fold
 from minilora.files.layout import Checkpoint
 from minilora.files.low_rank import combine, extract, reduce
 from minilora.files.network import live_modules
-from minilora.files.read import Change, LoRA, read_lora
+from minilora.files.read import Delta, LoRA, read_lora
 from minilora.files.tensors import TensorFile
 from minilora.files.undo import restore
 from minilora.files.write import difference, write_lora
@@ -115,16 +115,16 @@ def check_merged(base, merged, lora: LoRA, strength: float):
     checkpoint = Checkpoint(base)
     before, after = ({path: load_file(place / path) for path in checkpoint.files} for place in (base, merged))
     changed = set()
-    for name in lora.changes:
+    for name in lora.deltas:
         for place in checkpoint.places[name]:
             rows = slice(place.first_row, place.first_row + place.shape[0])
             new, old = (tensors[place.file][place.key] for tensors in (after, before))
             new, old = (new.T, old.T.double()) if place.transposed else (new[rows], old[rows].double())
-            change = lora.changes[name]
-            target = old + strength * torch.from_numpy(change.delta(np.float64))
+            delta = lora.deltas[name]
+            target = old + strength * torch.from_numpy(delta.matrix(np.float64))
             # A float32 sum of W and `rank` products, each as large as the size of its terms, rounded to W's type.
-            terms = Change(np.abs(change.A), np.abs(change.B), abs(strength * change.scale)).delta(np.float64)
-            error = (change.rank + 2) * torch.finfo(torch.float32).eps * (old.abs() + torch.from_numpy(terms))
+            terms = Delta(np.abs(delta.A), np.abs(delta.B), abs(strength * delta.scale)).matrix(np.float64)
+            error = (delta.rank + 2) * torch.finfo(torch.float32).eps * (old.abs() + torch.from_numpy(terms))
             kind = torch.finfo(new.dtype)
             error += kind.eps * target.abs().clamp(min=kind.tiny)
             assert ((new.double() - target).abs() <= error).all(), name
@@ -143,16 +143,16 @@ def check_merged(base, merged, lora: LoRA, strength: float):
 @pytest.mark.parametrize("folder", FAMILIES, indirect=True)
 def test_a_folder_with_variants_and_shards(folder, tmp_path):
     lora = lora_for(folder, tmp_path / "l.safetensors")
-    assert {name.split(".")[0] for name in lora.changes} >= {"unet", "text_encoder"}
+    assert {name.split(".")[0] for name in lora.deltas} >= {"unet", "text_encoder"}
     report = fold(folder, [(tmp_path / "l.safetensors", 0.7)], tmp_path / "out")
     check_merged(folder, tmp_path / "out", lora, 0.7)
     assert bytes_of(folder).keys() == bytes_of(tmp_path / "out").keys()
-    assert sum(len(f.changes) for f in report.folded) == len(lora.changes)
+    assert sum(len(f.sizes) for f in report.folded) == len(lora.deltas)
     checkpoint = Checkpoint(folder)
     for folded in report.folded:
-        for name, relative in folded.changes.items():
+        for name, relative in folded.sizes.items():
             weight = checkpoint.weight(name)
-            assert relative == pytest.approx(0.7 * lora.changes[name].norm() / np.linalg.norm(weight), rel=1e-2)
+            assert relative == pytest.approx(0.7 * lora.deltas[name].norm() / np.linalg.norm(weight), rel=1e-2)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
@@ -160,9 +160,9 @@ def test_a_folder_with_variants_and_shards(folder, tmp_path):
 def test_a_single_file(family, dtype, tmp_path, tokenizer):
     base = original_file(tmp_path / "base.safetensors", family, tokenizer, dtype)
     lora = lora_for(base, tmp_path / "l.safetensors", share=0.9)
-    kinds = {name.split(".")[0] for name in lora.changes}
+    kinds = {name.split(".")[0] for name in lora.deltas}
     assert kinds == {"unet", "text_encoder", *(["text_encoder_2"] if family == "sdxl" else [])}
-    assert family != "sdxl" or "text_encoder_2.text_projection" in lora.changes
+    assert family != "sdxl" or "text_encoder_2.text_projection" in lora.deltas
     report = fold(base, [(tmp_path / "l.safetensors", -1.3)], tmp_path / "out.safetensors")
     check_merged(base, tmp_path / "out.safetensors", lora, -1.3)
     assert any("moving average" in note for note in report.notes)
@@ -171,15 +171,15 @@ def test_a_single_file(family, dtype, tmp_path, tokenizer):
 def bare_lora(base, path, size: float, ends: str) -> LoRA:
     """Write the LoRA of some modules that changes their weights by about `size` of their own size."""
     checkpoint, random = Checkpoint(base), np.random.default_rng(0)
-    changes = {}
+    deltas = {}
     for name, shape in checkpoint.modules.items():
         if name.endswith(ends):
             a, b = random.standard_normal((2, *shape[1:])), random.standard_normal((shape[0], 2))
-            change = Change(a.astype(np.float32), b.astype(np.float32))
-            scale = size * np.linalg.norm(checkpoint.weight(name)) / change.norm()
-            changes[name] = Change(change.A, (change.B * scale).astype(np.float32))
-    write_lora(path, LoRA(changes), "diffusers", checkpoint.modules)
-    return LoRA(changes)
+            delta = Delta(a.astype(np.float32), b.astype(np.float32))
+            scale = size * np.linalg.norm(checkpoint.weight(name)) / delta.norm()
+            deltas[name] = Delta(delta.A, (delta.B * scale).astype(np.float32))
+    write_lora(path, LoRA(deltas), "diffusers", checkpoint.modules)
+    return LoRA(deltas)
 
 
 @pytest.mark.parametrize(
@@ -201,11 +201,11 @@ def test_the_report_says_how_much_of_the_change_rounding_left(stored, dtype, siz
     report = fold(base, [(tmp_path / "l.safetensors", 1.0)], out, written=DTYPES.get(dtype))
     lost, whole = ({"unet": 0.0, "text_encoder": 0.0} for _ in range(2))
     before, after = Checkpoint(base), Checkpoint(out)
-    for name, change in lora.changes.items():
-        delta = change.delta(np.float64)
-        error = after.weight(name) - before.weight(name).astype(np.float64) - delta
+    for name, delta in lora.deltas.items():
+        wanted = delta.matrix(np.float64)
+        error = after.weight(name) - before.weight(name).astype(np.float64) - wanted
         lost[name.split(".")[0]] += np.square(error).sum()
-        whole[name.split(".")[0]] += np.square(delta).sum()
+        whole[name.split(".")[0]] += np.square(wanted).sum()
     for component in lost:
         [line] = [note for note in report.notes if f"{component}:" in note]
         share = 1 - np.sqrt(lost[component] / whole[component])
@@ -223,7 +223,7 @@ def test_all_weights_are_written_in_the_type_that_is_asked_for(stored, dtype, tm
     fold(base, [(tmp_path / "l.safetensors", 0.5)], tmp_path / "out.safetensors", written=DTYPES[dtype])
     before, after = load_file(base), load_file(tmp_path / "out.safetensors")
     assert before.keys() == after.keys()
-    places = {place.key for name in lora.changes for place in Checkpoint(base).places[name]}
+    places = {place.key for name in lora.deltas for place in Checkpoint(base).places[name]}
     kind = getattr(torch, dtype)
     for key, old in before.items():
         is_weight = "." in key and old.is_floating_point()
@@ -231,9 +231,9 @@ def test_all_weights_are_written_in_the_type_that_is_asked_for(stored, dtype, tm
         if key not in places:
             assert torch.equal(after[key], old.to(after[key].dtype))
     merged = Checkpoint(tmp_path / "out.safetensors")
-    for name, change in lora.changes.items():
-        target = Checkpoint(base).weight(name) + 0.5 * change.delta(np.float64)
-        terms = Change(np.abs(change.A), np.abs(change.B), abs(0.5 * change.scale)).delta(np.float64)
+    for name, delta in lora.deltas.items():
+        target = Checkpoint(base).weight(name) + 0.5 * delta.matrix(np.float64)
+        terms = Delta(np.abs(delta.A), np.abs(delta.B), abs(0.5 * delta.scale)).matrix(np.float64)
         error = torch.finfo(kind).eps * np.abs(target) + 1e-6 * terms + 1e-7  # rounded once, a sum in float32
         assert (np.abs(merged.weight(name) - target) <= error).all()
 
@@ -277,9 +277,9 @@ def test_a_layers_strength_is_the_loras_times_its_blocks_factor(folder, tmp_path
     lora = lora_for(folder, tmp_path / "l.safetensors", share=1.0)
     blocks = {"down": 0.2, "mid": 0.0, "up": 1.5, "up_blocks.1": -0.5}
     fold(folder, [(tmp_path / "l.safetensors", 0.7)], tmp_path / "out", blocks=blocks)
-    factors = names.block_factors(lora.changes, blocks)
+    factors = names.block_factors(lora.deltas, blocks)
     assert {*factors.values()} == {0.2, 0.0, 1.5, -0.5, 1.0}
-    scaled = {name: replace(change, scale=change.scale * factors[name]) for name, change in lora.changes.items()}
+    scaled = {name: replace(delta, scale=delta.scale * factors[name]) for name, delta in lora.deltas.items()}
     check_merged(folder, tmp_path / "out", LoRA(scaled), 0.7)
 
 
@@ -302,13 +302,13 @@ def test_blocks_of_factor_1_are_none_and_undo_knows_of_none(folder, tmp_path, mo
 def test_a_lora_written_with_blocks_is_the_lora_merged_with_blocks(folder, tmp_path, monkeypatch, capsys):
     a, b, both, few, out = (tmp_path / f"{name}.safetensors" for name in ("a", "b", "both", "few", "out"))
     one, two = (lora_for(folder, path, seed, "diffusers", share=1.0) for seed, path in enumerate((a, b)))
-    factors = names.block_factors(one.changes, {"mid": 0.25, "up": -1.0, "text": 2.0})
+    factors = names.block_factors(one.deltas, {"mid": 0.25, "up": -1.0, "text": 2.0})
     words = ["--lora-blocks", "mid=0.25,up=-1,text=2", "--output", both]
     assert run(monkeypatch, "--loras-only", f"{a}:0.5", b, *words) == 0
-    for name, change in read_lora(both, Checkpoint(folder).modules).changes.items():
-        expected = factors[name] * (0.5 * one.changes[name].delta(np.float64) + two.changes[name].delta(np.float64))
-        np.testing.assert_allclose(change.delta(np.float64), expected, rtol=0, atol=1e-5)  # B is rounded to float32
-    write_lora(few, LoRA(dict([*one.changes.items()][:1])), "diffusers", Checkpoint(folder).modules)
+    for name, delta in read_lora(both, Checkpoint(folder).modules).deltas.items():
+        expected = factors[name] * (0.5 * one.deltas[name].matrix(np.float64) + two.deltas[name].matrix(np.float64))
+        np.testing.assert_allclose(delta.matrix(np.float64), expected, rtol=0, atol=1e-5)  # B is rounded to float32
+    write_lora(few, LoRA(dict([*one.deltas.items()][:1])), "diffusers", Checkpoint(folder).modules)
     for start in ([folder], ["--loras-only"]):
         assert run(monkeypatch, *start, few, "--lora-blocks", "up_blocks.9=1", "--output", out) == 2
         assert "--lora-blocks up_blocks.9: no layer of a LoRA is there; they are in " in capsys.readouterr().err
@@ -505,36 +505,36 @@ def test_combining_is_exact(folder):
     modules = Checkpoint(folder).modules
     a, b = (random_lora(modules, seed) for seed in (1, 2))
     both = combine([(a, 0.7), (b, -0.4)])
-    for name, change in both.changes.items():
-        parts = [s * lora.changes[name].delta(np.float64) for lora, s in ((a, 0.7), (b, -0.4)) if name in lora.changes]
-        np.testing.assert_allclose(change.delta(np.float64), sum(parts), rtol=1e-6, atol=1e-5)
-    assert both.changes.keys() == a.changes.keys() | b.changes.keys()
+    for name, delta in both.deltas.items():
+        parts = [s * lora.deltas[name].matrix(np.float64) for lora, s in ((a, 0.7), (b, -0.4)) if name in lora.deltas]
+        np.testing.assert_allclose(delta.matrix(np.float64), sum(parts), rtol=1e-6, atol=1e-5)
+    assert both.deltas.keys() == a.deltas.keys() | b.deltas.keys()
 
 
-def flat(change: Change) -> np.ndarray:
-    return change.delta(np.float64).reshape(len(change.B), -1)
+def flat(delta: Delta) -> np.ndarray:
+    return delta.matrix(np.float64).reshape(len(delta.B), -1)
 
 
 @pytest.mark.parametrize("rank", [1, 2, 4])
 def test_reducing_is_what_the_singular_values_say(folder, rank):
     lora = random_lora(Checkpoint(folder).modules, 1)
     reduced, report = reduce(lora, rank, None)
-    for name, change in lora.changes.items():
-        whole, smaller = flat(change), flat(reduced.changes[name])
+    for name, delta in lora.deltas.items():
+        whole, smaller = flat(delta), flat(reduced.deltas[name])
         values = np.linalg.svdvals(whole)
         lost = np.linalg.norm(whole - smaller)
         assert lost == pytest.approx(np.linalg.norm(values[rank:]), rel=1e-5, abs=1e-5 * values[0])
         assert report.lost[name] == pytest.approx(lost, abs=1e-5 * values[0])
-        assert reduced.changes[name].rank == min(rank, change.rank)
+        assert reduced.deltas[name].rank == min(rank, delta.rank)
 
 
 def test_reducing_to_a_share_of_the_energy(folder):
     lora = random_lora(Checkpoint(folder).modules, 1)
     reduced, _ = reduce(lora, None, 0.8)
-    for name, change in reduced.changes.items():
-        values = np.linalg.svdvals(flat(lora.changes[name])) ** 2
-        assert values[: change.rank].sum() / values.sum() >= 0.8 - 1e-6
-        assert change.rank == 1 or values[: change.rank - 1].sum() / values.sum() < 0.8
+    for name, delta in reduced.deltas.items():
+        values = np.linalg.svdvals(flat(lora.deltas[name])) ** 2
+        assert values[: delta.rank].sum() / values.sum() >= 0.8 - 1e-6
+        assert delta.rank == 1 or values[: delta.rank - 1].sum() / values.sum() < 0.8
 
 
 def test_the_table_tells_what_each_rank_would_lose(folder, tmp_path):
@@ -553,9 +553,9 @@ def test_extracting_finds_what_was_folded_in(folder, tmp_path):
     lora = lora_for(folder, tmp_path / "l.safetensors")
     fold(folder, [(tmp_path / "l.safetensors", 1.0)], tmp_path / "tuned")
     found, report, notes = extract(Checkpoint(folder), Checkpoint(tmp_path / "tuned"), 6, None)
-    assert found.changes.keys() == lora.changes.keys()
-    for name, change in lora.changes.items():
-        np.testing.assert_allclose(found.changes[name].delta(), change.delta(), rtol=1e-3, atol=1e-4)
+    assert found.deltas.keys() == lora.deltas.keys()
+    for name, delta in lora.deltas.items():
+        np.testing.assert_allclose(found.deltas[name].matrix(), delta.matrix(), rtol=1e-3, atol=1e-4)
     assert max(report.lost[n] / report.size[n] for n in report.lost) < 1e-5  # the weights' own rounding
     assert any("are the same in both" in note for note in notes)
     with pytest.raises(UserError, match="have the same weights"):
@@ -582,9 +582,9 @@ def test_what_rounding_explains_is_left_out_of_what_is_extracted(one, two, famil
     rounded_apart(true, base, one, "nothing")
     rounded_apart(true, tuned, two, "attn2.to_k.weight")
     found, _, notes = extract(Checkpoint(base), Checkpoint(tuned), 2, None)
-    assert {name.rsplit(".", 2)[1] for name in found.changes} == {"attn2"}
-    assert found.changes.keys() == {name for name in Checkpoint(true).modules if name.endswith("attn2.to_k")}
-    apart = len(Checkpoint(true).modules) - len(found.changes)
+    assert {name.rsplit(".", 2)[1] for name in found.deltas} == {"attn2"}
+    assert found.deltas.keys() == {name for name in Checkpoint(true).modules if name.endswith("attn2.to_k")}
+    apart = len(Checkpoint(true).modules) - len(found.deltas)
     assert any(note.startswith(f"{apart} modules are left out") and "rounding" in note for note in notes)
     assert not any("other tensors differ" in note for note in notes)  # the norms and biases are rounded, too
     half = half_of(true, tmp_path / "half.safetensors")
@@ -604,7 +604,7 @@ def test_a_change_of_the_last_place_in_one_type_is_a_change(tmp_path, tokenizer)
     tensors[key] = (tensors[key].view(torch.int16) + 1).view(torch.float16)
     save_file(tensors, tmp_path / "tuned.safetensors")
     found, _, _ = extract(Checkpoint(base), Checkpoint(tmp_path / "tuned.safetensors"), 2, None)
-    assert len(found.changes) == 1
+    assert len(found.deltas) == 1
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -613,7 +613,7 @@ def test_extracting_between_a_folder_and_a_single_file(family, tmp_path, tokeniz
     for component, module in parts_of(family, tokenizer).items():
         module.save_pretrained(tmp_path / "folder" / component)
     lora = lora_for(tmp_path / "folder", tmp_path / "l.safetensors", dialect="diffusers", share=1.0)
-    assert family != "sdxl" or "text_encoder_2.text_projection" in lora.changes
+    assert family != "sdxl" or "text_encoder_2.text_projection" in lora.deltas
     fold(tmp_path / "folder", [(tmp_path / "l.safetensors", 1.0)], tmp_path / "tuned")
     if family == "sd2":  # whose single files have a layer more, which a folder does without
         tensors = load_file(base)
@@ -622,9 +622,9 @@ def test_extracting_between_a_folder_and_a_single_file(family, tmp_path, tokeniz
             tensors | {k.replace(f"{layer}1.", f"{layer}2."): t.clone() for k, t in tensors.items() if layer in k}, base
         )
     found, _, notes = extract(Checkpoint(base), Checkpoint(tmp_path / "tuned"), 6, None)
-    assert found.changes.keys() == lora.changes.keys()
-    for name, change in lora.changes.items():
-        np.testing.assert_allclose(found.changes[name].delta(), change.delta(), rtol=1e-3, atol=1e-4)
+    assert found.deltas.keys() == lora.deltas.keys()
+    for name, delta in lora.deltas.items():
+        np.testing.assert_allclose(found.deltas[name].matrix(), delta.matrix(), rtol=1e-3, atol=1e-4)
     assert any("layers.2 is in one of the two only" in note for note in notes) == (family == "sd2")
 
 

@@ -26,7 +26,7 @@ from ..settings.errors import UserError
 from .layout import Checkpoint
 from .names import Modules, block_factors, split
 from .number_types import DTYPES, WEIGHTS, narrow, scratch, widen
-from .read import Change, FormatError, LoRA, other_network, read_lora, some
+from .read import Delta, FormatError, LoRA, other_network, read_lora, some
 from .tensors import CHUNK, TensorFile, read_exactly, rewrite, staging
 from .undo import keeping, name_of
 
@@ -42,14 +42,14 @@ class Folded:
 
     lora: str
     component: str
-    changes: dict[str, float] = field(default_factory=dict)
+    sizes: dict[str, float] = field(default_factory=dict)
 
     def __str__(self) -> str:
-        largest = max(self.changes, key=self.changes.get)
-        mean = sum(self.changes.values()) / len(self.changes)
+        largest = max(self.sizes, key=self.sizes.get)
+        mean = sum(self.sizes.values()) / len(self.sizes)
         return (
-            f"{self.lora}: {len(self.changes)} modules of {self.component}, ΔW is {mean:.2%} of the weight on average, "
-            f"{self.changes[largest]:.2%} at most ({split(largest)[1]})"
+            f"{self.lora}: {len(self.sizes)} modules of {self.component}, ΔW is {mean:.2%} of the weight on average, "
+            f"{self.sizes[largest]:.2%} at most ({split(largest)[1]})"
         )
 
 
@@ -117,17 +117,17 @@ def fold(
     staged = staging(output, room, overwrite, checkpoint.content)
     with staged as new, keeping(undo, checkpoint, plan) as kept:
         for path, file in checkpoint.files.items():
-            changes, planned = {}, plan.get(path, {})
+            added, planned = {}, plan.get(path, {})
             for key in planned | types[path]:
                 keep = partial(kept.keep, name_of(path, key)) if kept else None
                 kind = types[path].get(key, file.entries[key].dtype)
-                changes[key] = Addition(file, key, planned.get(key, []), kind, keep)
-            rewrite(file, new / path, changes, types[path])
-            additions += changes.values()
+                added[key] = Addition(file, key, planned.get(key, []), kind, keep)
+            rewrite(file, new / path, added, types[path])
+            additions += added.values()
         checkpoint.copy_others(new)
     norms = {module: math.sqrt(square) for addition in additions for module, square in addition.squares.items()}
     for part in folded:
-        part.changes = {m: n / norms[m] if norms[m] else math.inf for m, n in part.changes.items()}
+        part.sizes = {m: n / norms[m] if norms[m] else math.inf for m, n in part.sizes.items()}
     notes = [f"left out: {path}, because its weights would be the unchanged base's" for path in checkpoint.left_out]
     changed = sum(len(keys) for keys in plan.values())
     tensors = sum(len(file.entries) for file in checkpoint.files.values())
@@ -150,13 +150,13 @@ def read_for(path: Path, modules: Modules | None, base: str, allow_unmatched: bo
         raise UserError(f"LoRA {error}") from error
     unmatched = [key for key in lora.unmatched if key not in lora.words]
     # Without a base, nothing tells which modules of a U-Net there are.
-    if other := other_network([*unmatched, *(lora.changes if modules is None else ())]):
+    if other := other_network([*unmatched, *(lora.deltas if modules is None else ())]):
         network, key = other
         start = f"LoRA {path} " if modules is None else f"LoRA {path} was not made for this base: it "
         raise UserError(f"{start}is one of {network} ({key}); only those of Stable Diffusion 1, 2 and XL are read")
     if unmatched and modules is None:
         raise UserError(f"LoRA {path}: {unmatched[0]} does not spell out its module's name; --base is needed")
-    if unmatched and (not allow_unmatched or not lora.changes):
+    if unmatched and (not allow_unmatched or not lora.deltas):
         raise UserError(f"LoRA {path} was not made for this base: {base} has no module for {some(unmatched, 3)}")
     if lora.words and not (with_words or allow_unmatched):
         raise UserError(
@@ -179,17 +179,17 @@ def _plan(checkpoint: Checkpoint, read: list[LoRA], loras: list[tuple[Path, floa
     """Return the parts to add to tensors, by file and key, and a report with ‖sΔW‖ instead of ‖sΔW‖ / ‖W‖."""
     plan: dict[Path, dict[str, list[Part]]] = {}
     folded: dict[tuple[int, str], Folded] = {}
-    changes: dict[str, list[tuple[Change, float]]] = {}
-    factors = block_factors([module for lora in read for module in lora.changes], blocks)
+    deltas: dict[str, list[tuple[Delta, float]]] = {}
+    factors = block_factors([module for lora in read for module in lora.deltas], blocks)
     for number, (lora, (path, given)) in enumerate(zip(read, loras, strict=True)):
-        for module, change in lora.changes.items():
+        for module, delta in lora.deltas.items():
             component, strength = split(module)[0], given * factors[module]
             about = folded.setdefault((number, component), Folded(f"{path} at {given:g}", component))
-            about.changes[module] = abs(strength) * change.norm()
-            changes.setdefault(module, []).append((change, strength))
-    for module, several in changes.items():
-        a = np.concatenate([change.A.reshape(change.rank, -1).astype(dtype, copy=False) for change, _ in several])
-        scaled = [change.B.astype(dtype, copy=False) * (change.scale * strength) for change, strength in several]
+            about.sizes[module] = abs(strength) * delta.norm()
+            deltas.setdefault(module, []).append((delta, strength))
+    for module, several in deltas.items():
+        a = np.concatenate([delta.A.reshape(delta.rank, -1).astype(dtype, copy=False) for delta, _ in several])
+        scaled = [delta.B.astype(dtype, copy=False) * (delta.scale * strength) for delta, strength in several]
         b = np.concatenate(scaled, axis=1)  # (rows, ranks); a is (ranks, columns)
         for place in checkpoint.places[module]:
             if place.shape != checkpoint.places[module][0].shape:

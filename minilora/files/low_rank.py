@@ -19,7 +19,7 @@ from ..settings.errors import UserError
 from .layout import Checkpoint
 from .names import block_factors, last_layer
 from .number_types import WEIGHTS, narrow, rounding_error, widen
-from .read import Change, LoRA
+from .read import Delta, LoRA
 
 
 @dataclass
@@ -50,25 +50,25 @@ def combine(loras: Sequence[tuple[LoRA, float]], blocks: Mapping[str, float] = {
     `blocks` are factors on the strengths, as `block_factors` takes them.  Raises UserError if two LoRAs have ΔW of
     different shapes for a module.
     """
-    factors = block_factors([name for lora, _ in loras for name in lora.changes], blocks)
-    changes: dict[str, list[tuple[Change, float]]] = {}
+    factors = block_factors([name for lora, _ in loras for name in lora.deltas], blocks)
+    deltas: dict[str, list[tuple[Delta, float]]] = {}
     for lora, strength in loras:
-        for name, change in lora.changes.items():
-            changes.setdefault(name, []).append((change, strength * factors[name]))
+        for name, delta in lora.deltas.items():
+            deltas.setdefault(name, []).append((delta, strength * factors[name]))
     result = {}
-    for name, several in changes.items():
+    for name, several in deltas.items():
         # (A linear layer and a convolution of 1 × 1 are the same.)
-        shapes = {(len(change.B), change.A[0].size) for change, _ in several}
+        shapes = {(len(delta.B), delta.A[0].size) for delta, _ in several}
         if len(shapes) > 1:
             raise UserError(f"{name} is {' and '.join(map(str, sorted(shapes)))}: these LoRAs are for different bases")
-        kernel = max((change.A.shape[1:] for change, _ in several), key=len)
-        a = [narrow(change.A.reshape(change.rank, *kernel), "F32") for change, _ in several]
-        b = [narrow(change.B * np.float64(change.scale * strength), "F32") for change, strength in several]
+        kernel = max((delta.A.shape[1:] for delta, _ in several), key=len)
+        a = [narrow(delta.A.reshape(delta.rank, *kernel), "F32") for delta, _ in several]
+        b = [narrow(delta.B * np.float64(delta.scale * strength), "F32") for delta, strength in several]
         A, B = np.concatenate(a), np.concatenate(b, axis=1)  # (ranks, in), (out, ranks)
-        stored = tuple(_widest([change.stored[i] for change, _ in several]) for i in (0, 1))
+        stored = tuple(_widest([delta.stored[i] for delta, _ in several]) for i in (0, 1))
         if not np.isfinite(B).all():
             raise UserError(f"{name}: at strength {', '.join(f'{s:g}' for _, s in several)} it is not finite")
-        result[name] = Change(A, B, stored=stored)
+        result[name] = Delta(A, B, stored=stored)
     return LoRA(result)
 
 
@@ -79,18 +79,18 @@ def _widest(types: Sequence[str]) -> str:
 
 def of_type(lora: LoRA, name: str) -> LoRA:
     """Return the LoRA, to be written in the type of that name."""
-    return replace(lora, changes={n: replace(change, stored=(name, name)) for n, change in lora.changes.items()})
+    return replace(lora, deltas={n: replace(delta, stored=(name, name)) for n, delta in lora.deltas.items()})
 
 
 def reduce(lora: LoRA, rank: int | None, energy: float | None) -> tuple[LoRA, Reduction]:
     """Return the best LoRA of a smaller rank, or of the smallest rank that keeps a share of each ΔW's energy."""
     result, report = {}, Reduction()
-    for name, change in lora.changes.items():
-        q, r = np.linalg.qr(change.B.astype(np.float64))  # (out, k), (k, rank)
-        p, s = np.linalg.qr(change.A.astype(np.float64).reshape(change.rank, -1).T)  # (in, l), (l, rank)
-        u, values, vt = np.linalg.svd(change.scale * (r @ s.T), full_matrices=False)
-        smaller = _split(q @ u, values, (p @ vt.T).T, change.A.shape[1:], rank, energy)
-        result[name] = replace(smaller, stored=change.stored)
+    for name, delta in lora.deltas.items():
+        q, r = np.linalg.qr(delta.B.astype(np.float64))  # (out, k), (k, rank)
+        p, s = np.linalg.qr(delta.A.astype(np.float64).reshape(delta.rank, -1).T)  # (in, l), (l, rank)
+        u, values, vt = np.linalg.svd(delta.scale * (r @ s.T), full_matrices=False)
+        smaller = _split(q @ u, values, (p @ vt.T).T, delta.A.shape[1:], rank, energy)
+        result[name] = replace(smaller, stored=delta.stored)
         _note(report, name, values, result[name].rank)
     return LoRA(result, lora.metadata), report
 
@@ -107,7 +107,7 @@ def extract(
     last = last_layer(shapes | others)
     if any(not n.startswith(last) or (n in shapes and n in others) for n in different):
         raise UserError(f"{one.path} and {two.path} differ in {len(different)} modules, for example {different[0]}")
-    changes: dict[str, Change] = {}
+    deltas: dict[str, Delta] = {}
     report, equal = Reduction(), 0
     rounded: dict[str, list[str]] = {}  # by types
     for name, shape in shapes.items():
@@ -131,8 +131,8 @@ def extract(
         values, u = np.sqrt(np.maximum(squares[::-1], 0)), vectors[:, ::-1]
         v = (u.T @ matrix) / np.maximum(values, values[0] * 1e-12)[:, None]  # (k, long side)
         left, right = (u, v) if wide else (v.T, u.T)
-        changes[name] = _split(left, values, right, shape[1:], rank, energy)
-        _note(report, name, values, changes[name].rank)
+        deltas[name] = _split(left, values, right, shape[1:], rank, energy)
+        _note(report, name, values, deltas[name].rank)
     notes = [f"{equal} modules are the same in both"] if equal else []
     for types, names in rounded.items():
         notes.append(f"left out {len(names)} modules that differ only by rounding to {types}, for example {names[0]}")
@@ -142,13 +142,13 @@ def extract(
         notes.append("other tensors (norms, biases, embeddings) were not compared: the files have different names")
     elif count := sum(1 for _ in _others_that_differ(one, two)):
         notes.append(f"{count} other tensors differ (norms, biases, embeddings); no LoRA can hold them")
-    if not changes:
+    if not deltas:
         but = " up to rounding" if rounded else ""
         raise UserError(f"{one.path} and {two.path} have the same weights{but}; there is no LoRA between them")
-    return LoRA(changes), report, notes
+    return LoRA(deltas), report, notes
 
 
-def _split(left, values, right, kernel, rank: int | None, energy: float | None) -> Change:
+def _split(left, values, right, kernel, rank: int | None, energy: float | None) -> Delta:
     """Return the largest singular values and their vectors as A and B, of equal norm, in float32."""
     kept = rank
     if energy is not None:
@@ -158,7 +158,7 @@ def _split(left, values, right, kernel, rank: int | None, energy: float | None) 
     root = np.sqrt(values[:kept])
     a = narrow(root[:, None] * right[:kept], "F32")  # (kept, in)
     b = narrow(left[:, :kept] * root, "F32")  # (out, kept)
-    return Change(a.reshape(kept, *kernel), b)
+    return Delta(a.reshape(kept, *kernel), b)
 
 
 def _note(report: Reduction, name: str, values: np.ndarray, kept: int) -> None:

@@ -15,7 +15,7 @@ from ..lora import Layer, LoRALinear, inject_lora, layers_with, original_layers,
 from ..settings.errors import UserError, refuse
 from .fold import Folded, Report, read_for
 from .names import COMPONENTS, TEXT_ENCODER, TEXT_ENCODER_2, UNET, full_name
-from .read import Change, LoRA, Word, some
+from .read import Delta, LoRA, Word, some
 from .write import write_lora
 
 
@@ -46,17 +46,17 @@ def save_lora(target, path: str | Path, name: str = "default", dialect: str = "d
     several ranks with zeros (docs/merging.md).
     """
     live, modules = live_modules(target), components(target)
-    changes = {}
+    deltas = {}
     for full, (component, path_there, _) in live.items():
         layer = modules[component].get_submodule(path_there)
         if isinstance(layer, LoRALinear) and name in layer.adapters:
             adapter = layer.adapters[name]
             a, b = (matrix.detach().cpu().numpy() for matrix in (adapter.lora_A, adapter.lora_B))
-            changes[full] = Change(a, b, adapter.scale)
-    if not changes:
+            deltas[full] = Delta(a, b, adapter.scale)
+    if not deltas:
         raise ValueError(f"this {type(target).__name__} carries no LoRA named {name!r}; inject_lora or load_lora first")
     shapes = {full: shape for full, (_, _, shape) in live.items()}
-    return write_lora(Path(path), LoRA(changes), dialect, shapes)
+    return write_lora(Path(path), LoRA(deltas), dialect, shapes)
 
 
 def load_lora(
@@ -94,20 +94,20 @@ def attach_lora(target, lora: LoRA, name: str, strength: float, path: str | Path
     live, modules = live_modules(target), components(target)
     done: list[Folded] = []
     for component, module in modules.items():
-        there = [full for full in lora.changes if full in live and live[full][0] == component]
-        mine = {live[full][1]: lora.changes[full] for full in there}
+        there = [full for full in lora.deltas if full in live and live[full][0] == component]
+        mine = {live[full][1]: lora.deltas[full] for full in there}
         if not mine:
             continue
         try:
-            inject_lora(module, {path: change.rank for path, change in mine.items()}, name=name, fitting=False)
+            inject_lora(module, {path: delta.rank for path, delta in mine.items()}, name=name, fitting=False)
         except ValueError as error:
             for folded in done:
                 remove_lora(modules[folded.component], name)
             raise UserError(f"LoRA {path}: {error}") from error
         state = {}
-        for path_there, change in mine.items():
-            state[f"{path_there}.lora_A.weight"] = torch.from_numpy(change.A)
-            state[f"{path_there}.lora_B.weight"] = torch.from_numpy(change.B).float() * change.scale
+        for path_there, delta in mine.items():
+            state[f"{path_there}.lora_A.weight"] = torch.from_numpy(delta.A)
+            state[f"{path_there}.lora_B.weight"] = torch.from_numpy(delta.B).float() * delta.scale
         load_lora_state_dict(module, state, name)
         set_lora_strength(module, strength, name)
         layers = layers_with(module, name)

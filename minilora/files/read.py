@@ -57,7 +57,7 @@ class FormatError(UserError):
 
 
 @dataclass(frozen=True)
-class Change:
+class Delta:
     """The ΔW of one module, scale · B A.
 
     `A` is (rank, in), or (rank, in, height, width) for a convolution; `B` is (out, rank).  Both are float32 or float64;
@@ -73,7 +73,7 @@ class Change:
     def rank(self) -> int:
         return len(self.A)
 
-    def delta(self, dtype: type = np.float32) -> np.ndarray:
+    def matrix(self, dtype: type = np.float32) -> np.ndarray:
         """Return ΔW in the shape of the weight, (out, in) or (out, in, height, width)."""
         a: np.ndarray = self.A.reshape(self.rank, -1).astype(dtype)  # (rank, in · height · width)
         product: np.ndarray = self.B.astype(dtype) @ a  # (out, in · height · width)
@@ -101,7 +101,7 @@ class LoRA:
     `unmatched` are the file's keys without a module in the base; those of `words` are among them.
     """
 
-    changes: dict[str, Change]
+    deltas: dict[str, Delta]
     metadata: dict[str, str] = field(default_factory=dict)
     unmatched: list[str] = field(default_factory=list)
     words: dict[str, Word] = field(default_factory=dict)
@@ -239,19 +239,17 @@ def _gather(path: Path, tensors: Tensors, modules: Modules | None, scale_of: Cal
             if part in parts.setdefault(module, {}):
                 problems.append(f"{key} and {parts[module][part][0]} mean the same matrix of {module}")
             parts[module][part] = (key, tensor)
-    changes = {}
+    deltas = {}
     for module, found in parts.items():
-        change = _change(
-            found, modules[module] if modules else None, problems, lambda rank, m=module: scale_of(m, rank)
-        )
-        if change is not None:
-            changes[module] = change
+        delta = _delta(found, modules[module] if modules else None, problems, lambda rank, m=module: scale_of(m, rank))
+        if delta is not None:
+            deltas[module] = delta
     if not tensors:
         problems.append("it holds no tensors")
     if problems:
         raise FormatError(f"{path}: {some(problems)}")
-    order = {name: place for place, name in enumerate(modules or sorted(changes))}
-    return LoRA(dict(sorted(changes.items(), key=lambda item: order[item[0]])), unmatched=unmatched)
+    order = {name: place for place, name in enumerate(modules or sorted(deltas))}
+    return LoRA(dict(sorted(deltas.items(), key=lambda item: order[item[0]])), unmatched=unmatched)
 
 
 def other_network(keys: Iterable[str]) -> tuple[str, str] | None:
@@ -270,7 +268,7 @@ def some(problems: Iterable[str], most: int = 5) -> str:
     return "; ".join(problems[:most]) + more
 
 
-def _change(found: dict, shape: tuple[int, ...] | None, problems: list[str], scale_of: Callable) -> Change | None:
+def _delta(found: dict, shape: tuple[int, ...] | None, problems: list[str], scale_of: Callable) -> Delta | None:
     """Return the ΔW of A, B and alpha, or None after adding what is wrong with them to `problems`."""
     for part in "AB":
         if part not in found:
@@ -315,7 +313,7 @@ def _change(found: dict, shape: tuple[int, ...] | None, problems: list[str], sca
     # Zeros at the end have no effect; they pad all ranks of a file to the same (write.py).
     used = np.flatnonzero(a.reshape(len(a), -1).any(1) | b.any(0))
     rank = used[-1] + 1 if len(used) else 1
-    return Change(a[:rank], b[:, :rank], scale, types)
+    return Delta(a[:rank], b[:, :rank], scale, types)
 
 
 def _spelt_out(name: str) -> set[str]:
@@ -411,7 +409,7 @@ def _read_peft(folder: Path, modules: Modules | None) -> LoRA:
     for sub, component in folders:
         tensors, metadata = _read_tensors(sub / PEFT_FILE)
         part = _read_peft_file(sub / PEFT_FILE, tensors, component, modules)
-        whole.changes.update(part.changes)
+        whole.deltas.update(part.deltas)
         whole.metadata.update(metadata)
         whole.unmatched.extend(part.unmatched)
     return whole

@@ -13,7 +13,7 @@ import numpy as np
 
 from .names import TEXT_ENCODER, Modules, is_sdxl, kohya_names, split
 from .number_types import DTYPES, EPSILON, NAMES, narrow, widen
-from .read import FILE_NAME, PEFT_CONFIG, PEFT_FILE, Change, FormatError, LoRA, Tensors, read_lora
+from .read import FILE_NAME, PEFT_CONFIG, PEFT_FILE, Delta, FormatError, LoRA, Tensors, read_lora
 from .tensors import staging, tensor_bytes, write_tensors, write_whole
 
 DIALECTS = ("diffusers", "kohya", "peft")
@@ -39,7 +39,7 @@ def write_lora(path: Path, lora: LoRA, dialect: str, modules: Modules | None) ->
                 write_tensors(new, tensors, about)
         if (apart := difference(lora, read_lora(new, modules))) > 1:
             raise FormatError(f"{path}: read back, it differs by {apart:.2g} times the rounding error")
-    return 0 if dialect == "peft" else sum(_padding(change, rank) for change, rank in _with_file_ranks(lora).values())
+    return 0 if dialect == "peft" else sum(_padding(delta, rank) for delta, rank in _with_file_ranks(lora).values())
 
 
 def difference(one: LoRA, two: LoRA) -> float:
@@ -47,14 +47,14 @@ def difference(one: LoRA, two: LoRA) -> float:
 
     The rounding is that to the coarser of the two types.  Infinite if the modules differ.
     """
-    if one.changes.keys() != two.changes.keys():
+    if one.deltas.keys() != two.deltas.keys():
         return math.inf
     largest = 0.0
-    for name, a in one.changes.items():
-        b = two.changes[name]
-        up = [change.B.astype(np.float64) * sign * change.scale for change, sign in ((a, 1), (b, -1))]
-        apart = Change(np.concatenate([a.A, b.A]), np.concatenate(up, axis=1))
-        unit = max(EPSILON[change.stored[1]] for change in (a, b))
+    for name, a in one.deltas.items():
+        b = two.deltas[name]
+        up = [delta.B.astype(np.float64) * sign * delta.scale for delta, sign in ((a, 1), (b, -1))]
+        apart = Delta(np.concatenate([a.A, b.A]), np.concatenate(up, axis=1))
+        unit = max(EPSILON[delta.stored[1]] for delta in (a, b))
         size = abs(a.scale) * float(np.linalg.norm(a.B) * np.linalg.norm(a.A))
         largest = max(largest, apart.norm() / (unit * size) if size else apart.norm())
     return largest
@@ -67,8 +67,8 @@ def as_diffusers(lora: LoRA) -> dict[str, tuple[Tensors, dict[str, str]]]:
     kohya's trainer are kept, for converting it back.
     """
     tensors = {}
-    for name, (change, rank) in _with_file_ranks(lora).items():
-        tensors[f"{name}.lora_A.weight"], tensors[f"{name}.lora_B.weight"] = _stored(name, change, rank)
+    for name, (delta, rank) in _with_file_ranks(lora).items():
+        tensors[f"{name}.lora_A.weight"], tensors[f"{name}.lora_B.weight"] = _stored(name, delta, rank)
     return {FILE_NAME: (tensors, _kept_words(lora) | {"format": "pt"})}
 
 
@@ -78,23 +78,23 @@ def _kept_words(lora: LoRA) -> dict[str, str]:
     return {key: value for key, value in words.items() if key not in ("ss_network_dim", "ss_network_alpha")}
 
 
-def _with_file_ranks(lora: LoRA) -> dict[str, tuple[Change, int]]:
+def _with_file_ranks(lora: LoRA) -> dict[str, tuple[Delta, int]]:
     """Return each ΔW and its rank in a file, which is the largest rank in the component.
 
     Programs disagree on the scale if ranks differ: diffusers before 0.40 takes the most frequent rank as the alpha of
     all modules, and up to 0.42 it finds only some of kohya's alphas.  Rows and columns of zeros change no ΔW.
     """
     most: dict[str, int] = {}
-    for name, change in lora.changes.items():
+    for name, delta in lora.deltas.items():
         component = split(name)[0]
-        most[component] = max(most.get(component, 0), change.rank)
-    return {name: (change, most[split(name)[0]]) for name, change in lora.changes.items()}
+        most[component] = max(most.get(component, 0), delta.rank)
+    return {name: (delta, most[split(name)[0]]) for name, delta in lora.deltas.items()}
 
 
-def _padding(change: Change, rank: int) -> int:
+def _padding(delta: Delta, rank: int) -> int:
     """Return the number of bytes that pad a ΔW to a rank."""
-    sizes = [DTYPES[name].itemsize for name in change.stored]
-    return (rank - change.rank) * (change.A[0].size * sizes[0] + len(change.B) * sizes[1])
+    sizes = [DTYPES[name].itemsize for name in delta.stored]
+    return (rank - delta.rank) * (delta.A[0].size * sizes[0] + len(delta.B) * sizes[1])
 
 
 def as_kohya(lora: LoRA, modules: Modules) -> dict[str, tuple[Tensors, dict[str, str]]]:
@@ -104,8 +104,8 @@ def as_kohya(lora: LoRA, modules: Modules) -> dict[str, tuple[Tensors, dict[str,
     """
     names, tensors = kohya_names(modules), {}
     ranks = set()
-    for name, (change, rank) in _with_file_ranks(lora).items():
-        a, b = _stored(name, change, rank)
+    for name, (delta, rank) in _with_file_ranks(lora).items():
+        a, b = _stored(name, delta, rank)
         tensors[f"{names[name]}.lora_down.weight"] = a
         tensors[f"{names[name]}.lora_up.weight"] = b
         tensors[f"{names[name]}.alpha"] = narrow(np.array(float(rank)), NAMES[b.dtype])
@@ -155,17 +155,17 @@ def as_peft(lora: LoRA) -> dict[str, tuple[Tensors, dict]]:
 
     flat_text_encoder = tuple(map(int, version("transformers").split(".")[:2])) >= (5, 6)
     files: dict[str, tuple[Tensors, dict]] = {}
-    for component in dict.fromkeys(split(name)[0] for name in lora.changes):
+    for component in dict.fromkeys(split(name)[0] for name in lora.deltas):
         tensors, ranks = {}, {}
-        for name, change in lora.changes.items():
+        for name, delta in lora.deltas.items():
             owner, path = split(name)
             if owner != component:
                 continue
             if owner == TEXT_ENCODER and flat_text_encoder:
                 path = path.removeprefix("text_model.")
             ours = f"base_model.model.{path}"
-            tensors[f"{ours}.lora_A.weight"], tensors[f"{ours}.lora_B.weight"] = _stored(name, change, change.rank)
-            ranks[path] = change.rank
+            tensors[f"{ours}.lora_A.weight"], tensors[f"{ours}.lora_B.weight"] = _stored(name, delta, delta.rank)
+            ranks[path] = delta.rank
         most = max(ranks.values())
         pattern = {f"^{re.escape(path)}": rank for path, rank in ranks.items() if rank != most}
         config = {"peft_type": "LORA", "r": most, "lora_alpha": most, "target_modules": sorted(ranks), "bias": "none"}
@@ -174,15 +174,15 @@ def as_peft(lora: LoRA) -> dict[str, tuple[Tensors, dict]]:
     return files
 
 
-def _stored(name: str, change: Change, rank: int) -> tuple[np.ndarray, np.ndarray]:
+def _stored(name: str, delta: Delta, rank: int) -> tuple[np.ndarray, np.ndarray]:
     """Return A and scale · B in their own types, padded with zeros to a rank; in the weight's number of dimensions."""
-    more = rank - change.rank
-    a = np.pad(change.A, [(0, more), *[(0, 0)] * (change.A.ndim - 1)])
-    b = np.pad(change.B * np.float64(change.scale), [(0, 0), (0, more)])  # (out, rank)
-    a, b = _rounded(a, change.stored[0]), _rounded(b, change.stored[1])
+    more = rank - delta.rank
+    a = np.pad(delta.A, [(0, more), *[(0, 0)] * (delta.A.ndim - 1)])
+    b = np.pad(delta.B * np.float64(delta.scale), [(0, 0), (0, more)])  # (out, rank)
+    a, b = _rounded(a, delta.stored[0]), _rounded(b, delta.stored[1])
     if not np.isfinite(widen(b)).all():
-        raise FormatError(f"{name}: its scale {change.scale:g} does not fit into {NAMES[b.dtype]}")
-    return a, b.reshape(*b.shape, *(1 for _ in change.A.shape[2:]))
+        raise FormatError(f"{name}: its scale {delta.scale:g} does not fit into {NAMES[b.dtype]}")
+    return a, b.reshape(*b.shape, *(1 for _ in delta.A.shape[2:]))
 
 
 def _rounded(exact: np.ndarray, name: str) -> np.ndarray:

@@ -331,9 +331,9 @@ class Base:
         more = [source.commit for source, _ in sources]
         more += [self.schedule.prediction_type, str(self.schedule.alphas_cumprod[-1].item())]
         for lora, strength, _ in self._read_loras:
-            for name, change in lora.changes.items():
-                numbers = hashlib.sha256(change.A.tobytes() + change.B.tobytes()).hexdigest()
-                more += [name, str(change.scale * strength), numbers]
+            for name, delta in lora.deltas.items():
+                numbers = hashlib.sha256(delta.A.tobytes() + delta.B.tobytes()).hexdigest()
+                more += [name, str(delta.scale * strength), numbers]
         return hash_of_files(files.values(), *more)
 
     def release(self, *parts: str) -> None:

@@ -19,7 +19,7 @@ from minilora.files.fold import read_for
 from minilora.files.names import full_name, kohya_names, original_unet_paths
 from minilora.files.network import components, live_modules
 from minilora.files.number_types import EPSILON
-from minilora.files.read import FILE_NAME, Change, FormatError, LoRA, read_lora
+from minilora.files.read import FILE_NAME, Delta, FormatError, LoRA, read_lora
 from minilora.files.tensors import TensorFile, tensor_bytes
 from minilora.files.write import DIALECTS, as_kohya, difference, write_lora
 from minilora.models.base import BUNDLED
@@ -39,8 +39,8 @@ def modules_of(family: str) -> dict[str, tuple[int, ...]]:
 MODULES = {family: modules_of(family) for family in FAMILIES}
 
 
-def in_torch(change: Change) -> torch.Tensor:
-    return torch.from_numpy(change.delta())
+def in_torch(delta: Delta) -> torch.Tensor:
+    return torch.from_numpy(delta.matrix())
 
 
 def path_for(folder, dialect: str):
@@ -60,7 +60,7 @@ def path_for(folder, dialect: str):
 def test_through_any_dialects_every_change_stays(family, through, stored, seed, tmp_path_factory):
     folder = tmp_path_factory.mktemp("dialects")
     lora = now = random_lora(MODULES[family], seed, share=0.1, stored=stored)
-    if not lora.changes:
+    if not lora.deltas:
         return
     for step, dialect in enumerate(through):
         path = path_for(folder, f"{dialect}") if dialect == "peft" else folder / f"{step}.safetensors"
@@ -69,9 +69,9 @@ def test_through_any_dialects_every_change_stays(family, through, stored, seed, 
         assert not now.unmatched
     # The scale is folded into B once, which rounds it once; after that nothing changes any more.
     assert difference(lora, now) <= 1
-    for name, change in lora.changes.items():
+    for name, delta in lora.deltas.items():
         np.testing.assert_allclose(
-            now.changes[name].delta(), change.delta(), rtol=0, atol=EPSILON[stored] * 30
+            now.deltas[name].matrix(), delta.matrix(), rtol=0, atol=EPSILON[stored] * 30
         )  # sums of five products of normal numbers, below 30
 
 
@@ -94,11 +94,11 @@ def test_the_same_lora_gives_the_same_bytes_and_no_other_file_is_left(dialect, t
 def test_kohya_files_have_an_alpha_for_each_module(tmp_path):
     lora = random_lora(MODULES["sdxl"], 1)
     names, tensors = kohya_names(MODULES["sdxl"]), {}
-    for name, change in lora.changes.items():
-        a, b = torch.from_numpy(change.A), torch.from_numpy(change.B)
+    for name, delta in lora.deltas.items():
+        a, b = torch.from_numpy(delta.A), torch.from_numpy(delta.B)
         tensors[f"{names[name]}.lora_down.weight"] = a
         tensors[f"{names[name]}.lora_up.weight"] = b[..., None, None] if a.ndim == 4 else b
-        tensors[f"{names[name]}.alpha"] = torch.tensor(change.scale * change.rank)
+        tensors[f"{names[name]}.alpha"] = torch.tensor(delta.scale * delta.rank)
     save_file(tensors, tmp_path / "k.safetensors")
     assert difference(lora, read_lora(tmp_path / "k.safetensors", MODULES["sdxl"])) < 1  # alpha is float32, too
 
@@ -110,7 +110,7 @@ def test_a_text_encoder_goes_by_several_names(prefix, tmp_path):
         {f"{name}.lora_down.weight": torch.ones(2, 16), f"{name}.lora_up.weight": torch.ones(16, 2)},
         tmp_path / "k.safetensors",
     )
-    [found] = read_lora(tmp_path / "k.safetensors", MODULES["sd1"]).changes
+    [found] = read_lora(tmp_path / "k.safetensors", MODULES["sd1"]).deltas
     assert found == "text_encoder.text_model.encoder.layers.1.self_attn.q_proj"
 
 
@@ -131,7 +131,7 @@ def test_every_spelling_of_diffusers_is_read(name, down, up, tmp_path):
     path = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_out.0"
     name = name.replace("processor", path.replace("to_out.0", "processor.to_out")).format(path)
     save_file({name + down: torch.ones(2, 8), name + up: torch.ones(8, 2)}, tmp_path / "d.safetensors")
-    [found] = read_lora(tmp_path / "d.safetensors", MODULES["sd1"]).changes
+    [found] = read_lora(tmp_path / "d.safetensors", MODULES["sd1"]).deltas
     assert found == f"unet.{path}"
 
 
@@ -171,15 +171,15 @@ def test_names_of_other_programs_are_read(writer, family, tmp_path):
     if family == "sd2" and writer == "ComfyUI":
         encoders = {}
     lora = random_lora(MODULES[family], 7)
-    lora.changes = {n: c for n, c in lora.changes.items() if n.split(".")[0] in ("unet", *encoders)}
+    lora.deltas = {n: c for n, c in lora.deltas.items() if n.split(".")[0] in ("unet", *encoders)}
     tensors = {}
-    for name, change in lora.changes.items():
+    for name, delta in lora.deltas.items():
         component, path = name.split(".", 1)
         called = unet_name(name, family) if component == "unet" else f"{encoders[component]}{path}"
-        b = torch.from_numpy(change.B)
-        tensors[f"{called}.{down}.weight"] = torch.from_numpy(change.A)
-        tensors[f"{called}.{up}.weight"] = b[..., None, None] if change.A.ndim == 4 else b
-        tensors[f"{called}.alpha"] = torch.tensor(change.scale * change.rank)
+        b = torch.from_numpy(delta.B)
+        tensors[f"{called}.{down}.weight"] = torch.from_numpy(delta.A)
+        tensors[f"{called}.{up}.weight"] = b[..., None, None] if delta.A.ndim == 4 else b
+        tensors[f"{called}.alpha"] = torch.tensor(delta.scale * delta.rank)
     save_file(tensors, tmp_path / "o.safetensors")
     # Dots tell enough without a base.
     for modules in (MODULES[family], None)[: 1 if writer.startswith("LyCORIS") else 2]:
@@ -228,9 +228,9 @@ def test_what_save_lora_adapter_of_diffusers_writes_is_read(family, tmp_path):
     theirs = {n: m.get_delta_weight("default") for n, m in unet.named_modules() if hasattr(m, "get_delta_weight")}
     for modules in (MODULES[family], None):  # only a U-Net has such names
         lora = read_lora(tmp_path / "a", modules)
-        assert lora.changes.keys() == {f"unet.{name}" for name in theirs}
+        assert lora.deltas.keys() == {f"unet.{name}" for name in theirs}
         for name, delta in theirs.items():
-            torch.testing.assert_close(in_torch(lora.changes[f"unet.{name}"]), delta)
+            torch.testing.assert_close(in_torch(lora.deltas[f"unet.{name}"]), delta)
 
 
 @pytest.mark.parametrize("name", ["adapter_model.safetensors", "renamed.safetensors"])
@@ -245,9 +245,9 @@ def test_the_scale_of_a_peft_file_that_is_named_itself_stands_beside_it(name, tm
     by_folder = read_lora(folder, MODULES["sd1"])
     (folder / "adapter_model.safetensors").rename(folder / name)
     by_file = read_lora(folder / name, MODULES["sd1"])
-    assert by_file.changes.keys() == lora.changes.keys()
-    for change_name, change in by_folder.changes.items():
-        assert by_file.changes[change_name].scale == change.scale == 5 / np.sqrt(lora.changes[change_name].rank)
+    assert by_file.deltas.keys() == lora.deltas.keys()
+    for name, delta in by_folder.deltas.items():
+        assert by_file.deltas[name].scale == delta.scale == 5 / np.sqrt(lora.deltas[name].rank)
     if name == "adapter_model.safetensors":
         (folder / "adapter_config.json").unlink()
         with pytest.raises(FormatError, match=r"its scale is in adapter_config\.json, which is missing beside it"):
@@ -263,8 +263,8 @@ def test_old_text_encoder_files_of_diffusers_are_read(tmp_path):
     }
     save_file(tensors, tmp_path / "t.safetensors")
     wanted = {f"text_encoder.text_model.encoder.layers.0.self_attn.{n}_proj" for n in ("q", "out")}
-    assert read_lora(tmp_path / "t.safetensors", MODULES["sd1"]).changes.keys() == wanted
-    assert read_lora(tmp_path / "t.safetensors").changes.keys() == wanted
+    assert read_lora(tmp_path / "t.safetensors", MODULES["sd1"]).deltas.keys() == wanted
+    assert read_lora(tmp_path / "t.safetensors").deltas.keys() == wanted
 
 
 def test_a_single_file_of_stable_diffusion_2_has_a_layer_more_than_is_counted(tmp_path):
@@ -275,7 +275,7 @@ def test_a_single_file_of_stable_diffusion_2_has_a_layer_more_than_is_counted(tm
     for number, name in enumerate(names):
         a, b = torch.randn(2, 16), torch.randn(16, 2)
         tensors |= {f"text_encoder:{number}:down": a, f"text_encoder:{number}:up": b}
-        wanted[name] = Change(a.numpy(), b.numpy())
+        wanted[name] = Delta(a.numpy(), b.numpy())
     save_file(tensors, tmp_path / "c.safetensors", {"text_encoder": '["CLIPAttention"]'})
     for modules in (MODULES["sd2"], MODULES["sd2"] | more):
         assert difference(LoRA(wanted), read_lora(tmp_path / "c.safetensors", modules)) < 1e-6
@@ -299,7 +299,7 @@ def test_counted_modules_of_a_text_encoder_and_of_older_diffusers(old, tmp_path)
             out, inputs = MODULES["sd1"][name]
             a, b = torch.randn(2, inputs), torch.randn(out, 2)
             tensors[f"{component}:{number}:down"], tensors[f"{component}:{number}:up"] = a, b
-            wanted[name] = Change(a.numpy(), b.numpy())
+            wanted[name] = Delta(a.numpy(), b.numpy())
     about = {"unet": '["CrossAttention", "GEGLU"]', "text_encoder": '["CLIPAttention"]', "<cat>": "<embed>"}
     save_file(tensors, tmp_path / "c.safetensors", about)
     lora = read_lora(tmp_path / "c.safetensors", MODULES["sd1"])
@@ -314,9 +314,9 @@ def test_float8_and_small_scales_survive(tmp_path):
     save_file(
         {f"{TO_Q}.lora_A.weight": a.to(torch.float8_e4m3fn), f"{TO_Q}.lora_B.weight": b}, tmp_path / "x.safetensors"
     )
-    assert read_lora(tmp_path / "x.safetensors", MODULES["sd1"]).changes[TO_Q].stored == ("F32", "F32")
+    assert read_lora(tmp_path / "x.safetensors", MODULES["sd1"]).deltas[TO_Q].stored == ("F32", "F32")
     a, b = (matrix.half().float().numpy() for matrix in (a, b))
-    lora = LoRA({TO_Q: Change(a, b, 1 / 128, ("F16", "F16"))})  # B / 128 is below what fp16 holds well
+    lora = LoRA({TO_Q: Delta(a, b, 1 / 128, ("F16", "F16"))})  # B / 128 is below what fp16 holds well
     write_lora(tmp_path / "y.safetensors", lora, "diffusers", MODULES["sd1"])
     assert difference(lora, read_lora(tmp_path / "y.safetensors", MODULES["sd1"])) < 1
 
@@ -331,7 +331,7 @@ def test_modules_that_are_only_counted_are_found_by_their_order(tmp_path):
     for number, linear in enumerate(linears):
         a, b = torch.randn(2, linear.in_features), torch.randn(linear.out_features, 2)
         tensors[f"unet:{number}:down"], tensors[f"unet:{number}:up"] = a, b
-        wanted[f"unet.{paths[linear]}"] = Change(a.numpy(), b.numpy())
+        wanted[f"unet.{paths[linear]}"] = Delta(a.numpy(), b.numpy())
     save_file(tensors, tmp_path / "c.safetensors", {"unet": '["CrossAttention", "Attention", "GEGLU"]'})
     assert difference(LoRA(wanted), read_lora(tmp_path / "c.safetensors", MODULES["sd1"])) < 1e-6
 
@@ -346,7 +346,7 @@ def test_the_scale_in_diffusers_metadata_counts(tmp_path):
     config = {"unet.r": 2, "unet.lora_alpha": 8, "unet.alpha_pattern": {name.format(2).removeprefix("unet."): 1}}
     save_file(tensors, tmp_path / "m.safetensors", {"lora_adapter_metadata": json.dumps(config)})
     lora = read_lora(tmp_path / "m.safetensors", MODULES["sd1"])
-    assert [lora.changes[name.format(n)].scale for n in (1, 2)] == [4, 0.5]
+    assert [lora.deltas[name.format(n)].scale for n in (1, 2)] == [4, 0.5]
     save_file(tensors, tmp_path / "m.safetensors", {"lora_adapter_metadata": '{"text_encoder.r": 2}'})
     with pytest.raises(FormatError, match="lora_adapter_metadata lacks unet"):
         read_lora(tmp_path / "m.safetensors", MODULES["sd1"])
@@ -368,9 +368,9 @@ def test_a_folder_that_peft_wrote_is_read_with_its_patterns(rslora, tmp_path):
     model.save_pretrained(tmp_path / "unet")
     lora = read_lora(tmp_path, MODULES["sd1"])
     theirs = {n: m for n, m in model.base_model.model.named_modules() if hasattr(m, "get_delta_weight")}
-    assert {f"unet.{name}" for name in theirs} == lora.changes.keys()
+    assert {f"unet.{name}" for name in theirs} == lora.deltas.keys()
     for name, layer in theirs.items():
-        torch.testing.assert_close(in_torch(lora.changes[f"unet.{name}"]), layer.get_delta_weight("default"))
+        torch.testing.assert_close(in_torch(lora.deltas[f"unet.{name}"]), layer.get_delta_weight("default"))
     assert difference(lora, read_lora(tmp_path / "unet", MODULES["sd1"])) < 1e-6
 
 
@@ -405,9 +405,7 @@ def test_diffusers_reads_every_change(dialect, tmp_path, pipeline):
             modules = {n: s for n, s in modules.items() if not n.startswith("unet.") or ".attentions." in n}
     lora = LoRA({})
     for component, ranks in (("unet.", (1, 6)), ("text_encoder.", (2, 9)), ("text_encoder_2.", (2, 4))):
-        lora.changes |= random_lora(
-            {n: s for n, s in modules.items() if n.startswith(component)}, 5, ranks=ranks
-        ).changes
+        lora.deltas |= random_lora({n: s for n, s in modules.items() if n.startswith(component)}, 5, ranks=ranks).deltas
     write_lora(tmp_path / "l.safetensors", lora, dialect, MODULES[pipeline.family])
     pipeline.load_lora_weights(tmp_path / "l.safetensors", adapter_name=dialect)
     theirs = {}
@@ -416,9 +414,9 @@ def test_diffusers_reads_every_change(dialect, tmp_path, pipeline):
             if hasattr(layer, "get_delta_weight") and dialect in layer.lora_A:
                 theirs[full_name(component, path)] = layer.get_delta_weight(dialect)
     pipeline.unload_lora_weights()
-    assert theirs.keys() == lora.changes.keys()
+    assert theirs.keys() == lora.deltas.keys()
     for name, delta in theirs.items():
-        torch.testing.assert_close(delta, in_torch(lora.changes[name]))
+        torch.testing.assert_close(delta, in_torch(lora.deltas[name]))
 
 
 @pytest.mark.parametrize("stored", ["F32", "BF16"])
@@ -433,14 +431,14 @@ def test_each_component_of_a_file_has_one_rank_and_reading_gives_the_several_bac
         if key.endswith((".lora_A.weight", ".lora_down.weight")):
             ranks.setdefault(key.split("_enc" if dialect == "kohya" else ".")[0], set()).add(shape[0])
     most: dict[str, int] = {}
-    for name, change in lora.changes.items():
-        most[name.split(".")[0]] = max(change.rank, most.get(name.split(".")[0], 0))
+    for name, delta in lora.deltas.items():
+        most[name.split(".")[0]] = max(delta.rank, most.get(name.split(".")[0], 0))
     assert len(most) == 3
     assert {rank for each in ranks.values() for rank in each} == set(most.values())
     assert dialect == "kohya" or ranks == {component: {rank} for component, rank in most.items()}
     back = read_lora(tmp_path / "l.safetensors", MODULES["sdxl"])
-    assert {name: change.rank for name, change in back.changes.items()} == {n: c.rank for n, c in lora.changes.items()}
-    numbers = sum((most[n.split(".")[0]] - c.rank) * (c.A[0].size + len(c.B)) for n, c in lora.changes.items())
+    assert {name: delta.rank for name, delta in back.deltas.items()} == {n: c.rank for n, c in lora.deltas.items()}
+    numbers = sum((most[n.split(".")[0]] - c.rank) * (c.A[0].size + len(c.B)) for n, c in lora.deltas.items())
     assert padding == numbers * (4 if stored == "F32" else 2) > 0
     # With one rank there is nothing to make equal.
     assert (
@@ -477,14 +475,14 @@ def test_peft_reads_every_change(family, tmp_path):
     write_lora(tmp_path / "l", lora, "peft", MODULES[family])
     model = PeftModel.from_pretrained(make_unet(family), tmp_path / "l" / "unet").base_model.model
     theirs = {f"unet.{path}": layer for path, layer in model.named_modules() if hasattr(layer, "get_delta_weight")}
-    assert theirs.keys() == lora.changes.keys()
+    assert theirs.keys() == lora.deltas.keys()
     for name, layer in theirs.items():
-        torch.testing.assert_close(layer.get_delta_weight("default"), in_torch(lora.changes[name]))
+        torch.testing.assert_close(layer.get_delta_weight("default"), in_torch(lora.deltas[name]))
 
 
 def test_kohya_metadata_is_what_user_interfaces_show(tmp_path):
     modules = {"unet.down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k": (320, 768)}
-    lora = LoRA({name: Change(np.ones((4, 768)), np.ones((320, 4))) for name in modules})
+    lora = LoRA({name: Delta(np.ones((4, 768)), np.ones((320, 4))) for name in modules})
     [(tensors, about)] = as_kohya(lora, modules).values()
     wanted = {"ss_network_dim": "4", "ss_network_alpha": "4", "ss_base_model_version": "sd_v1"}
     wanted |= {"ss_network_module": "networks.lora", "modelspec.architecture": "stable-diffusion-v1/lora"}
@@ -584,7 +582,7 @@ def test_files_that_are_not_safetensors_are_refused(tmp_path):
 
 
 def test_a_scale_that_does_not_fit_the_type_is_refused(tmp_path):
-    lora = LoRA({TO_Q: Change(np.ones((2, 8)), np.ones((8, 2)), 1e39)})
+    lora = LoRA({TO_Q: Delta(np.ones((2, 8)), np.ones((8, 2)), 1e39)})
     with pytest.raises(FormatError, match="its scale 1e"):
         write_lora(tmp_path / "x.safetensors", lora, "diffusers", MODULES["sd1"])
     assert not list(tmp_path.iterdir())
@@ -593,7 +591,7 @@ def test_a_scale_that_does_not_fit_the_type_is_refused(tmp_path):
 def test_what_is_written_is_what_load_file_reads(tmp_path):
     write_lora(
         tmp_path / "x.safetensors",
-        LoRA({TO_Q: Change(np.ones((2, 8)), np.ones((8, 2)), 3.0)}),
+        LoRA({TO_Q: Delta(np.ones((2, 8)), np.ones((8, 2)), 3.0)}),
         "diffusers",
         MODULES["sd1"],
     )

@@ -49,8 +49,8 @@ def test_a_peft_adapter_on_the_hub_has_its_scale(hub, tmp_path):
     config = tmp_path / "hub" / "unet" / "adapter_config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"lora_alpha": 14}))
     hub.repos["someone/adapter"] = files_of(tmp_path / "hub")
-    changes = read_lora(Path("someone/adapter"), MODULES).changes
-    assert [change.scale for change in changes.values()] == [7] * len(MODULES)
+    deltas = read_lora(Path("someone/adapter"), MODULES).deltas
+    assert [delta.scale for delta in deltas.values()] == [7] * len(MODULES)
 
 
 def test_a_base_on_the_hub_is_merged_into(hub, tmp_path):

@@ -255,7 +255,7 @@ def test_any_settings_of_peft(tmp_path, config):
     (tmp_path / "adapter_model.safetensors").write_bytes(tensor_bytes(tensors, {}))
     (tmp_path / "adapter_config.json").write_text(json.dumps(config))
     with suppress(UserError):
-        assert read_lora(tmp_path, modules("sd1")).changes
+        assert read_lora(tmp_path, modules("sd1")).deltas
 
 
 # ---------------------------------------------------------------------------------------- pictures
