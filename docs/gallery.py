@@ -40,7 +40,7 @@ class Show:
 SHOWS = [
     Show(
         "One photograph",
-        "The bundled base draws what it knows as a mountain; a LoRA trained on one photograph makes it that one.",
+        "The bundled base draws any mountain; a LoRA trained on one photograph draws that one.",
         "../README.md",
         "mountain.png",
         {"--x": "drawn by"},
@@ -54,20 +54,20 @@ SHOWS = [
     ),
     Show(
         "Restore one picture, and edit it",
-        "From a picture to its noise and back, and from the same noise by other words.",
+        "From a picture to its noise and back, and from the same noise with another prompt.",
         "restore.md",
         "restore.png",
         {"--x": "what is shown"},
     ),
     Show(
         "Morph between two pictures",
-        "Noise, text and LoRA in between; three ways of doing it.",
+        "Noise, text and ΔW are mixed; three ways of doing it.",
         "morph.md",
         "morph.png",
         {"--x": "place on the way"},
     ),
     Show(
-        "Pictures drawn again in a style",
+        "Pictures redrawn in a style",
         "More of the LoRA gives more of the style.",
         "restyle.md",
         "restyle.png",
@@ -75,14 +75,14 @@ SHOWS = [
     ),
     Show(
         "A photograph and a style",
-        "The deltas of two LoRAs added up, each at its own strength.",
+        "The ΔW of two LoRAs, each at its own strength.",
         "restyle.md",
         "grid.png",
         {"--y": "the one", "--x": "the other"},
     ),
     Show(
         "Four steps instead of fifty",
-        "Another objective in the same loop: consistency along the way from noise to picture.",
+        "Another objective in the same loop: consistency along the path from noise to picture.",
         "distill.md",
         "lcm.png",
         {"--y": "drawn by"},
@@ -207,8 +207,8 @@ def main() -> None:
         "<h2>Curves</h2>",
         curve("loss", losses(["mountain", "cyanotype"]), "step", "loss, mean of 20 steps"),
         curve("morph_jumps", measured("morph-mountain-mountain_autumn"), "frame", "distance to the next frame"),
-        curve("style", of_style, "strength of the LoRA", "probability"),
-        curve("style_distance", far, "strength of the LoRA", "levels of 255"),
+        curve("style", of_style, "scale of the LoRA", "probability"),
+        curve("style_distance", far, "scale of the LoRA", "levels of 255"),
     ]
     page = PAGE.substitute(shows="\n".join(figure(show) for show in SHOWS), curves="\n".join(curves))
     (DOCS / "index.html").write_text(page)
