@@ -133,8 +133,8 @@ _BEFORE = r"(base_model\.model\.|transformer\.|(model\.)?diffusion_model\.|unet\
 _OTHERS = {  # prefixes of names in networks other than Stable Diffusion 1, 2 and XL
     _BEFORE + r"(single_transformer_blocks|double_blocks|single_blocks)[._]\d": "Flux",
     _BEFORE + r"joint_blocks[._]\d": "Stable Diffusion 3",
-    _BEFORE + r"(transformer_blocks|blocks|layers)[._]\d": "a diffusion transformer, as Stable Diffusion 3 is one",
-    r"transformer\.|lora_transformer_": "a diffusion transformer, as Stable Diffusion 3 is one",
+    _BEFORE + r"(transformer_blocks|blocks|layers)[._]\d": "a diffusion transformer such as Stable Diffusion 3",
+    r"transformer\.|lora_transformer_": "a diffusion transformer such as Stable Diffusion 3",
     r"lora_te3_|text_encoder_3\.|text_encoders\.(t5|llama|qwen|gemma)": "a text encoder of Stable Diffusion 3 or Flux",
 }
 

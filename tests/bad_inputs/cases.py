@@ -713,7 +713,7 @@ LORAS = [
     (
         "was made for another transformer",
         other("transformer.transformer_blocks.0.attn.to_q.lora_B"),
-        "it is one of a diffusion transformer, as Stable Diffusion 3 is one (transformer.",
+        "it is one of a diffusion transformer such as Stable Diffusion 3 (transformer.",
     ),
     ("has a bias", of({f"{PAIR}.lora.up.bias": torch.ones(16)}), "belongs to LoRA with a bias, which is not LoRA"),
     (

@@ -288,7 +288,7 @@ def test_what_can_be_seen_through_is_left_out_of_either_kind_of_mask(data, tmp_p
     assert not by_name(examples_of(dataclasses.replace(config, alpha_mask=False)))["c.png"].mask
     painted.putalpha(0)
     painted.save(data / "c.png")
-    with pytest.raises(UserError, match=r"c\.png has an alpha channel that is all black, so that nothing"):
+    with pytest.raises(UserError, match=r"c\.png has an alpha channel that is all black, so nothing"):
         read_folders(config)
     painted.putalpha(255)  # a picture through which nothing is seen has no mask
     painted.save(data / "c.png")
