@@ -70,7 +70,7 @@ def train(config: TrainConfig, objective: Objective | None = None) -> Path:
         validation = run.validation
 
         def save_done() -> None:
-            ranks.say(f"\nsaved {save_state(run, done)}; go on with --resume")
+            ranks.say(f"\nsaved {save_state(run, done)}; continue with --resume")
 
         with StopSignals() as signals, rescue(save_done), Log(run, first_step) as log, bar:
             if validation and not validation.losses:
@@ -99,7 +99,7 @@ def train(config: TrainConfig, objective: Objective | None = None) -> Path:
                 if stop:
                     wait_for_all()  # no process may end while the main process still writes
                     bar.close()
-                    ranks.say(f"stopped after step {step + 1}, saved {saved}; go on with --resume")
+                    ranks.say(f"stopped after step {step + 1}, saved {saved}; continue with --resume")
                     raise Stopped(signals.number)
         if validation:
             ranks.say(f"validation {validation}")

@@ -235,7 +235,7 @@ def test_a_run_that_is_told_to_stop_saves_and_goes_on_as_if_nothing_had_been(run
     with pytest.raises(training.Stopped) as stopped:
         run("stopped", Tap())
     assert stopped.value.code == 128 + number
-    assert re.search(r"stopped after step 3, saved .*; go on with --resume\n$", capsys.readouterr().out)
+    assert re.search(r"stopped after step 3, saved .*; continue with --resume\n$", capsys.readouterr().out)
     resumed = run("stopped", resume=True)
     assert (resumed / FILE_NAME).read_bytes() == (whole / FILE_NAME).read_bytes()
     assert signal.getsignal(number) is handler
