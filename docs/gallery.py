@@ -207,8 +207,8 @@ def main() -> None:
         "<h2>Curves</h2>",
         curve("loss", losses(["mountain", "cyanotype"]), "step", "loss, mean of 20 steps"),
         curve("morph_jumps", measured("morph-mountain-mountain_autumn"), "frame", "distance to the next frame"),
-        curve("style", of_style, "scale of the LoRA", "probability"),
-        curve("style_distance", far, "scale of the LoRA", "levels of 255"),
+        curve("style", of_style, "strength of the LoRA", "probability"),
+        curve("style_distance", far, "strength of the LoRA", "levels of 255"),
     ]
     page = PAGE.substitute(shows="\n".join(figure(show) for show in SHOWS), curves="\n".join(curves))
     (DOCS / "index.html").write_text(page)

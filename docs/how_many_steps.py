@@ -17,7 +17,7 @@ from minilora.settings.sample import SampleConfig
 from minilora.settings.train import TrainConfig
 from minilora.training import train
 
-STEPS = (25, 400, 3200)
+STEPS = (25, 400, 1600)
 
 
 def main() -> None:

@@ -44,6 +44,9 @@ python sample.py --prompt "tomato" --prompt "smile" --prompt "sunflower" --count
 python -m minilora.apps.distill --objective smooth --data out/lcm/pictures
 cp out/smooth/smooth.png $pictures/smooth.png
 
+# docs/your_pictures.md
+python docs/how_many_steps.py dataset/cyanotype --prompt "lion" --prompt "tomato" --output $pictures/how_many_steps.png
+
 # docs/page.md
 python docs/screenshots.py
 

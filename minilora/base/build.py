@@ -234,9 +234,12 @@ def train_vae(drawn: list[np.ndarray], photographs: list[np.ndarray], work: Path
         patches = [patch_at(p, side, drawn, photographs) for p in positions]
         pixels = as_pixels(patches).to(device)  # (count, 3, side, side)
         noise = torch.stack([draws.gaussian(SEED, "posterior", p, (4, side // 8, side // 8)) for p in positions])
+        share = torch.tensor([0.3 * draws.uniform(SEED, "share", p) for p in positions]).view(-1, 1, 1, 1)
         with torch.autocast(device.type, precision, enabled=precision != torch.float32):
             posterior = vae.encode(pixels).latent_dist
-            error = vae.decode(posterior.mean + posterior.std * noise.to(device)).sample.float() - pixels
+            # More noise than the posterior's: latents that a U-Net draws are never exact, and must not become stains.
+            spread = posterior.std + share.to(device) * posterior.mean.detach().std()
+            error = vae.decode(posterior.mean + spread * noise.to(device)).sample.float() - pixels
         # Squares of single pixels say little about the colour of an area: with them alone, grass turns grey.
         areas = F.avg_pool2d(error, 8).square().mean()
         # The divergence only keeps the latents from drifting far from a unit gaussian.
@@ -256,7 +259,12 @@ def train_vae(drawn: list[np.ndarray], photographs: list[np.ndarray], work: Path
 
 
 def load_vae(folder: Path) -> AutoencoderKL:
-    return AutoencoderKL.from_pretrained(folder, subfolder="vae", use_safetensors=True, low_cpu_mem_usage=False).float()
+    """Return a base's VAE, which has the shape of `make_vae`'s."""
+    vae = make_vae()
+    vae.load_state_dict(load_file(folder / "vae" / "diffusion_pytorch_model.safetensors"))
+    settings = json.loads((folder / "vae" / "config.json").read_text())
+    vae.register_to_config(scaling_factor=settings["scaling_factor"])
+    return vae
 
 
 @torch.no_grad()

@@ -96,6 +96,7 @@ def test_a_base_is_trained_further_with_the_vae_that_it_has(data, base, tmp_path
     further = build_base(data, tmp_path, "--start", base, "--vae-steps", 0, "--steps", 1)
     vae, unet = (f"{part}/diffusion_pytorch_model.safetensors" for part in ("vae", "unet"))
     assert (further / vae).read_bytes() == (base / vae).read_bytes()
+    assert (further / "vae" / "config.json").read_bytes() == (base / "vae" / "config.json").read_bytes()  # no path
     assert (further / unet).read_bytes() != (base / unet).read_bytes()
     assert (further / "tokenizer" / "tokenizer.json").read_bytes() == (
         base / "tokenizer" / "tokenizer.json"
