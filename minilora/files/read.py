@@ -273,7 +273,7 @@ def _delta(found: dict, shape: tuple[int, ...] | None, problems: list[str], scal
     for part in "AB":
         if part not in found:
             key = next(iter(found.values()))[0]
-            problems.append(f"{key} is alone: {'A, the down' if part == 'A' else 'B, the up'} matrix, is missing")
+            problems.append(f"{key} is alone: {'A, the down' if part == 'A' else 'B, the up'} matrix is missing")
             return None
     (key, a), (key_b, b) = found["A"], found["B"]
     shapes = f"{key} and its partner are {a.shape} and {b.shape}"
