@@ -107,12 +107,12 @@ def test_a_run_that_is_killed_in_a_write_and_anywhere_else_gives_the_same_bytes(
     assert train_here(words(killed, "--resume")) == 2
     assert (
         capfd.readouterr().err
-        == f"error: --output {killed}: another run writes there; wait for it, or choose another\n"
+        == f"error: --output {killed}: another run writes there; wait for it, or choose another folder\n"
     )
     kill(process)
     assert not (killed / FILE_NAME).exists()
     assert train_here(words(killed)) == 2
-    assert "step-00000006.safetensors; continue with --resume" in capfd.readouterr().err
+    assert "step-00000006.safetensors; continue it with --resume" in capfd.readouterr().err
 
     kill_at_a_random_moment(words(killed, "--resume"), random.Random(0))
     assert train_here(words(killed, "--resume")) == 0
