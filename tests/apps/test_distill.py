@@ -207,7 +207,7 @@ def test_the_style_classifier_tells_styles_that_are_there_and_not_those_that_are
 def test_settings_that_do_not_fit_are_refused(config):
     with pytest.raises(UserError, match="--objective is 'lmc'; it can be lcm, smooth"):
         DistillConfig(objective="lmc")
-    with pytest.raises(UserError, match="--guidance is 4,2; it takes two numbers"):
+    with pytest.raises(UserError, match="--guidance is 4,2; it takes the lowest, at least 1, and the highest number"):
         DistillConfig(guidance=(4, 2))
     with pytest.raises(UserError, match="--weight has no effect on --objective lcm"):
         DistillConfig(weight=2.0)
