@@ -182,7 +182,11 @@ def test_a_word_that_does_not_fit_is_said_and_can_be_left_out(command, lora, cap
         ),
         ("bundle_emb.qzx.clip_g", torch.ones(1280), "its word 'qzx' is for a text_encoder_2, which this base lacks"),
         ("bundle_emb.!.clip_l", torch.ones(1, 16), "its word '!' is already in the vocabulary of text_encoder"),
-        ("bundle_emb.qzx.clip_l", torch.ones(1, 16, dtype=torch.int32), r"clip_l, I32 \(1, 16\), holds no embedding vectors"),
+        (
+            "bundle_emb.qzx.clip_l",
+            torch.ones(1, 16, dtype=torch.int32),
+            r"clip_l, I32 \(1, 16\), holds no embedding vectors",
+        ),
     ):
         save_file(tensors | {key: vectors}, file)
         with pytest.raises(UserError, match=said):
