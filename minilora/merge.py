@@ -22,7 +22,7 @@ from .files.undo import restore
 from .files.write import write_lora
 from .settings.errors import UserError
 from .settings.merge import DTYPES, MergeConfig
-from .settings.shared import by_block, path_and_number
+from .settings.shared import by_name, path_and_number
 
 
 def merge(config: MergeConfig) -> None:
@@ -40,7 +40,7 @@ def merge(config: MergeConfig) -> None:
             Path(base),
             [(Path(path), strength) for path, strength in map(path_and_number, loras)],
             output,
-            blocks=by_block(config.lora_blocks),
+            blocks=by_name(config.lora_blocks),
             overwrite=config.overwrite,
             undo=Path(config.undo) if config.undo else None,
             allow_unmatched=config.allow_unmatched,
@@ -70,7 +70,7 @@ def _write_lora(config: MergeConfig, output: Path) -> Report:
             path, strength = path_and_number(text)
             loras.append((read_for(Path(path), modules, config.base or "it", config.allow_unmatched), strength))
             notes += [f"left out: {key} of {path}" for key in loras[-1][0].unmatched]
-        lora = combine(loras, by_block(config.lora_blocks))
+        lora = combine(loras, by_name(config.lora_blocks))
         lora.metadata = loras[0][0].metadata if len(loras) == 1 else {}
         if config.rank or config.energy:
             lora, reduction = reduce(lora, config.rank, config.energy)

@@ -27,7 +27,7 @@ from .models.device import this_device
 from .models.text import warn_of_cuts
 from .settings.errors import UserError
 from .settings.sample import SAMPLERS, SampleConfig
-from .settings.shared import by_block, path_and_number
+from .settings.shared import by_name, path_and_number
 
 TOGETHER = 4  # pictures drawn in one pass; more are faster and need more memory
 
@@ -230,7 +230,7 @@ def draw_all(
         """Draw every prompt with every seed, with the LoRAs merged at their strengths times these factors."""
         nonlocal drawing
         at = {name: strengths[name] * factor for name, factor in zip(strengths, factors, strict=True)}
-        with merged_at(base, at, by_block(config.lora_blocks)):
+        with merged_at(base, at, by_name(config.lora_blocks)):
             rows = draw_each(base, config.prompt, seeds, size, drawing, on_step)
         drawing = replace(config, compile=False)  # the U-Net is compiled now; the time is printed only once
         return rows

@@ -21,7 +21,7 @@ from minilora.models.base import Base
 from minilora.sampling import TOGETHER, draw, draw_each, evaluating, merged_at, sample
 from minilora.settings.errors import UserError
 from minilora.settings.sample import SAMPLERS, SampleConfig
-from minilora.settings.shared import by_block
+from minilora.settings.shared import by_name
 from minilora.settings.train import TrainConfig
 
 
@@ -62,7 +62,7 @@ def test_the_picture_is_the_one_diffusers_draws(command, lora, tiny_base):
 def test_drawn_with_blocks_is_drawn_on_the_base_merged_with_blocks(command, lora, tiny_base, tmp_path):
     blocks = {"lora_blocks": ("down=0.2", "mid=0.5", "up_blocks.1=-1")}
     plain, drawn = command(lora=(f"{lora}:0.7",)), command(lora=(f"{lora}:0.7",), **blocks)
-    fold(tiny_base, [(lora, 0.7)], tmp_path / "merged", blocks=by_block(blocks["lora_blocks"]))
+    fold(tiny_base, [(lora, 0.7)], tmp_path / "merged", blocks=by_name(blocks["lora_blocks"]))
     assert np.abs(drawn.astype(int) - command(model=str(tmp_path / "merged"))).max() <= 1  # the order of float32 sums
     assert np.abs(drawn.astype(int) - plain).max() > 1
     assert np.array_equal(plain, command(lora=(f"{lora}:0.7",), lora_blocks=("down=1", "mid=1", "up=1")))

@@ -225,7 +225,7 @@ def train_vae(drawn: list[np.ndarray], photographs: list[np.ndarray], work: Path
     """
     torch.manual_seed(SEED)  # the first weights
     vae = load_vae(args.start) if args.start else make_vae()
-    first = copy.deepcopy(vae).requires_grad_(False).to(device)
+    first = copy.deepcopy(vae).requires_grad_(False).to(device)  # --start's, whose latents the U-Net knows
     modules = torch.nn.ModuleDict({"vae": vae}).to(device)
 
     def loss_at(step: int) -> torch.Tensor:

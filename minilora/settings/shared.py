@@ -6,6 +6,7 @@ import re
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from .errors import UserError
 from .setting import AT_LEAST_1, SEED, setting
@@ -98,9 +99,9 @@ def path_and_number(text: str, what: str = "the strength") -> tuple[str, float]:
     return path, number
 
 
-def by_block(texts: Sequence[str]) -> dict[str, float]:
-    """Return --lora-blocks as a mapping from block to factor."""
-    return {block: float(factor) for block, factor in (text.split("=") for text in texts)}
+def by_name(texts: Sequence[str], kind: type = float) -> dict[str, Any]:
+    """Return settings such as up=0.5 or attn2=16 as a mapping from name to number."""
+    return {name: kind(number) for name, number in (text.split("=") for text in texts)}
 
 
 def wrong_blocks(texts: Sequence[str]) -> list[str]:

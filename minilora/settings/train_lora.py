@@ -65,11 +65,7 @@ class LoraSettings(BaseSettings):
 
     def by_part(self) -> dict[str, Any]:
         """Return --rank-for and --alpha-for as mappings, as `inject_lora` takes them."""
-        pairs = {"rank_for": int, "alpha_for": float}
-        return {
-            name: {part: kind(value) for part, value in (text.split("=") for text in getattr(self, name))}
-            for name, kind in pairs.items()
-        }
+        return {"rank_for": shared.by_name(self.rank_for, int), "alpha_for": shared.by_name(self.alpha_for)}
 
     def problems(self) -> list[str]:
         wrong = super().problems()
