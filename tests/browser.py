@@ -95,9 +95,15 @@ class Browser:
         """Choose in a field that has several things to choose from."""
         field = self.one(f"#{name} input")
         field.click()
-        field.send_keys(Keys.CONTROL, "a")
-        field.send_keys(text, Keys.ENTER, Keys.TAB)
+        wait(lambda: self.is_typed(field, text))  # on a busy machine the page puts the old text back once
+        field.send_keys(Keys.ENTER, Keys.TAB)
         self.driver.execute_script("document.activeElement.blur()")
+
+    def is_typed(self, field, text: str) -> bool:
+        """Type a text in place of what stands in a field; False if something else stands there afterwards."""
+        field.send_keys(Keys.CONTROL, "a")
+        field.send_keys(text)
+        return field.get_attribute("value") == text
 
     def slide(self, name: str, value: float) -> None:
         """Move a slider, as a hand does: the page hears of it at once."""

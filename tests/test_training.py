@@ -495,7 +495,7 @@ def test_what_a_finished_run_left_stays_until_the_next_is_finished(run, monkeypa
     assert all((folder / name).read_bytes() == content for name, content in before.items())
     stop(3)
     assert all((folder / name).read_bytes() == content for name, content in before.items() if "check" not in name)
-    with pytest.raises(UserError, match=r"not finished, step-00000002"):
+    with pytest.raises(UserError, match=r"an unfinished run, step-00000002"):
         run("a", **more)
     assert (run("a", **more, seed=1, resume=True) / FILE_NAME).read_bytes() != before[FILE_NAME]
     run("a", checkpoint_every=2)

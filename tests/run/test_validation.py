@@ -197,7 +197,7 @@ def test_the_noise_is_the_same_whatever_the_seed(run):
 def test_what_is_wrong_with_the_folder_is_said_by_its_option(run, held_out, pictures, capsys):
     with pytest.raises(UserError, match="--validation nowhere: there is no such folder"):
         run("a", validation="nowhere")
-    with pytest.raises(UserError, match="--validate-every needs --validation, the pictures"):
+    with pytest.raises(UserError, match="--validate-every needs --validation, the held-out pictures"):
         run("a", validation=None)
     (held_out / "v0.png").write_bytes((pictures / "0.png").read_bytes())
     run("a", steps=1)
