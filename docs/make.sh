@@ -44,8 +44,25 @@ python sample.py --prompt "tomato" --prompt "smile" --prompt "sunflower" --count
 python -m minilora.apps.distill --objective smooth --data out/lcm/pictures
 cp out/smooth/smooth.png $pictures/smooth.png
 
-# docs/your_pictures.md
-python docs/how_many_steps.py dataset/cyanotype --prompt "lion" --prompt "tomato" --output $pictures/how_many_steps.png
+# docs/your_pictures.md: too few, enough and too many steps; with and without masks
+for steps in 25 400 1600; do
+    python train.py --data dataset/cyanotype --steps $steps --output out/steps_$steps
+done
+python docs/side_by_side.py --prompt "dog" --prompt "tomato" --prompt "guitar" --lora "25 steps" out/steps_25 \
+    --lora "400 steps" out/steps_400 --lora "1,600 steps" out/steps_1600 --output $pictures/steps.png
+python train.py --data dataset/robot --outside 1 --output out/whole
+python train.py --data dataset/robot --output out/robot
+python docs/side_by_side.py --prompt "sks robot" --count 3 --lora "whole pictures" out/whole --lora "masks" out/robot \
+    --output $pictures/masks.png
+
+# docs/recipes.md: the style only with its trigger; one photograph in variants
+python train.py --data dataset/cyanotype --trigger sks --output out/trigger
+python train.py --data dataset/cyanotype --trigger sks --preserve 1 --output out/preserve
+python docs/side_by_side.py --prompt "dog" --prompt "sks dog" --prompt "guitar" --prompt "sks guitar" \
+    --lora "--trigger" out/trigger --lora "--preserve 1" out/preserve --output $pictures/preserve.png
+python train.py --data dataset/mountain --crop random --variants 8 --output out/variants
+python docs/side_by_side.py --prompt "mountain" --count 3 --lora "one crop" out/mountain \
+    --lora "--variants 8" out/variants --output $pictures/variants.png
 
 # docs/page.md
 python docs/screenshots.py

@@ -5,7 +5,7 @@
 writes dataset/fluent, 64 pictures of Fluent 3D (all others are left for measurements), and dataset/cyanotype, 48
 drawings that the base knows in colour, printed in blue.  Both show things that the base can draw in its own styles, so
 only the style is new.  It also writes dataset/robot, one subject: the robot of Fluent 3D twelve times, with other
-places, sizes, angles and background colours.
+places, sizes, angles and background colours, and with masks that show where it is.
 """
 
 import argparse
@@ -79,8 +79,8 @@ def print_in_blue(picture: Image.Image) -> Image.Image:
     return result
 
 
-def subject_pictures(path: Path) -> list[Image.Image]:
-    """Return one drawing on twelve plain colours, in different places and sizes, rotated and mirrored."""
+def subject_pictures(path: Path) -> list[tuple[Image.Image, Image.Image]]:
+    """Return one drawing on twelve plain colours, in different places and sizes, rotated and mirrored; with masks."""
     with Image.open(path) as file:
         drawing = file.convert("RGBA")
     pictures = []
@@ -94,7 +94,9 @@ def subject_pictures(path: Path) -> list[Image.Image]:
         picture = Image.new("RGB", (SIZE, SIZE), colour)
         left, top = (int(n) for n in random.integers(0, SIZE - side + 1, 2))
         picture.paste(shown, (left, top), shown)
-        pictures.append(picture)
+        mask = Image.new("L", (SIZE, SIZE))
+        mask.paste(shown.getchannel("A"), (left, top))
+        pictures.append((picture, mask.convert("1", dither=Image.Dither.NONE)))
     return pictures
 
 
@@ -137,7 +139,9 @@ def main() -> None:
     write(args.output / "fluent", split(fluent_pictures(args.data, known_things()), PROMPTS)[0])
     robots = subject_pictures(fluent_files(args.data)["robot"])
     files = [f"robot_{number:02d}.png" for number in range(1, SUBJECT + 1)]
-    write(args.output / "robot", [(robot, ("sks robot",)) for robot in robots], files)
+    write(args.output / "robot", [(robot, ("sks robot",)) for robot, _ in robots], files)
+    for (_, mask), file in zip(robots, files, strict=True):
+        mask.save(args.output / "robot" / file.replace(".png", ".mask.png"), optimize=True)
     drawn = read_style(args.data, "noto", args.work)
     free = [thing for thing in known_things() if not set(thing.names) & set(PROMPTS)]
     order = draws.generator(SEED, "cyanotype", 1).permutation(len(free))[:PRINTED]
