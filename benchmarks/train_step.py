@@ -87,7 +87,7 @@ def make_pictures(folder: Path, count: int) -> None:
     (folder / "metadata.jsonl").write_text("".join(lines))
 
 
-def forward(base: Path) -> list[float]:
+def forward(base: Path, side: int, batch: int) -> list[float]:
     """Return the seconds of forward passes of the U-Net, without gradients."""
     import torch
     from diffusers import UNet2DConditionModel
@@ -97,12 +97,14 @@ def forward(base: Path) -> list[float]:
         base, subfolder="unet", torch_dtype=torch.bfloat16, low_cpu_mem_usage=False
     )
     unet.to(device)
-    x, text = (torch.randn(shape, device=device, dtype=torch.bfloat16) for shape in ((1, 4, 64, 64), (1, 77, 768)))
-    seconds = []
+    shapes = {"x": (4, side // 8, side // 8), "text": (77, unet.config.cross_attention_dim)}
+    shapes |= {"text_embeds": (1280,), "time_ids": (6,)} if unet.config.addition_embed_type == "text_time" else {}
+    inputs = {name: torch.randn(batch, *shape, device=device, dtype=torch.bfloat16) for name, shape in shapes.items()}
+    x, text, seconds = inputs.pop("x"), inputs.pop("text"), []
     with torch.no_grad():
         for _ in range(FORWARDS):
             started = time.perf_counter()
-            unet(x, torch.tensor([500], device=device), text)
+            unet(x, torch.tensor(500, device=device), text, added_cond_kwargs=inputs)
             if device.type != "cpu":
                 torch.accelerator.synchronize()
             seconds.append(time.perf_counter() - started)
@@ -199,12 +201,12 @@ def minilora(work: Path, data: Path, **settings) -> list[str]:
     return [word for name, value in (shared | settings).items() for word in (f"--{name}", str(value))]
 
 
-def peer(work: Path, data: Path) -> list[str]:
-    """Return the arguments of the official script for the same settings."""
+def peer(work: Path, data: Path, **settings) -> list[str]:
+    """Return the arguments of the official script for the same settings, and others."""
     shared = {"train_data_dir": data, "pretrained_model_name_or_path": work / "base", "mixed_precision": "bf16"}
     shared |= {"resolution": 512, "train_batch_size": 1, "rank": 8, "max_train_steps": 1000, "caption_column": "text"}
     shared |= {"output_dir": work / "out", "cache_dir": work / "hf", "checkpointing_steps": 1000, "learning_rate": 1e-4}
-    return ["--center_crop", *(word for name, value in shared.items() for word in (f"--{name}", str(value)))]
+    return ["--center_crop", *(w for name, value in (shared | settings).items() for w in (f"--{name}", str(value)))]
 
 
 def pictures(work: Path, count: int) -> Path:
@@ -230,7 +232,7 @@ def compare(work: Path, script: Path | None, compiled: bool, blocks: bool, round
             run(work, path, arguments, WARM_UP + 1)  # fills the cache of pictures, and that of the compiler
     runs, forwards = {name: [] for name in contenders}, []
     for _ in range(rounds):
-        child("forward", str(work / "base"), str(unit))
+        child("forward", str(unit), str(work / "base"), "512", "1")
         forwards.append(median(json.loads(unit.read_text())[WARM_UP:]))
         for name, (path, arguments) in contenders.items():
             runs[name].append(run(work, path, arguments, steps))
@@ -335,6 +337,6 @@ if __name__ == "__main__":
         if job == "make":
             make_base(Path(rest[0]))
         elif job == "forward":
-            Path(rest[1]).write_text(json.dumps(forward(Path(rest[0]))))
+            Path(rest[0]).write_text(json.dumps(forward(Path(rest[1]), int(rest[2]), int(rest[3]))))
         else:
             watch(rest[0], rest[3:], int(rest[1]), Path(rest[2]))

@@ -1,6 +1,7 @@
 """Draw the same prompts with several LoRAs, one column each, from the same noise.
 
-    python docs/side_by_side.py --prompt "sks robot" --lora "whole pictures" out/whole --lora "masks" out/masks --output a.png
+    python docs/side_by_side.py --prompt "sks robot" --lora "whole pictures" out/whole --lora "masks" out/robot \
+        --output docs/pictures/masks.png
 """
 
 import argparse
