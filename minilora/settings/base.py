@@ -10,50 +10,43 @@ The first of these that exists names a LoRA's base:
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 from typing import Any
 
-from .setting import Settings, setting
-from .shared import FILE_NAME, MODEL, hub_name, path_and_number
+from .setting import Settings
+from .shared import FILE_NAME, hub_name, of_model, of_source, path_and_number
 from .strict_json import parse_json
-
-of_base = partial(setting, group=MODEL, in_identity=False)  # the base's content counts, not its name
 
 
 @dataclass(frozen=True, kw_only=True)
 class VersionSettings(Settings):
     """Which version of a base it is."""
 
-    revision: str | None = of_base(None, "branch, tag or commit of a base on the hub", metavar="REVISION")
-    variant: str | None = of_base(
-        None, "variant of a base's weights: fp16 reads model.fp16.safetensors", metavar="VARIANT"
-    )
+    revision: str | None = of_source(None, "branch, tag or commit of a base on the hub", "REVISION")
+    variant: str | None = of_source(None, "variant of a base's weights: fp16 reads model.fp16.safetensors", "VARIANT")
 
 
 @dataclass(frozen=True, kw_only=True)
 class BaseSettings(VersionSettings):
     """The settings shared by the commands that load a base, besides --model."""
 
-    model_config: str | None = of_base(
-        None,
-        "diffusers folder or hub id with the config and tokenizer that a single-file --model lacks",
-        metavar="FOLDER",
+    model_config: str | None = of_source(
+        None, "diffusers folder or hub id with the config and tokenizer that a single-file --model lacks", "FOLDER"
     )
-    vae: str | None = of_base(
+    vae: str | None = of_source(
         None,
         "VAE to use instead of the base's own: folder or hub id of a VAE or a base, or a .safetensors file of either",
-        metavar="VAE",
+        "VAE",
     )
-    prediction_type: str | None = of_base(
+    prediction_type: str | None = of_source(
         None,
         "what the U-Net predicts, if the base's own config or mark is missing or wrong",
         choices=("epsilon", "v_prediction"),
     )
-    zero_terminal_snr: bool = setting(
+    zero_terminal_snr: bool = of_model(
         False,
         "rescale the base's noise levels so that the last one is pure noise; for bases that predict v",
-        group=MODEL,
         by_recipe=True,
     )
 

@@ -2,12 +2,11 @@
 
 import math
 from dataclasses import dataclass
-from functools import partial
 
 from . import shared
 from .base import BaseSettings
-from .setting import ABOVE_0, AT_LEAST_1, SEED, ByBase, setting
-from .shared import DATA, LORA, OUTPUT, TRAINING
+from .setting import ABOVE_0, AT_LEAST_1, SEED, ByBase
+from .shared import of_data, of_lora, of_output, of_training
 
 # These objectives need more than the attention layers, so all kinds of layers are adapted.
 ALL_LAYERS = (
@@ -15,9 +14,6 @@ ALL_LAYERS = (
     *("proj_in", "proj_out", "ff.net.0.proj", "ff.net.2", "time_emb_proj"),
     *("conv1", "conv2", "conv_shortcut", "downsamplers.0.conv", "upsamplers.0.conv"),
 )
-
-of_training = partial(setting, group=TRAINING)
-of_data = partial(setting, group=DATA)
 
 
 @dataclass(frozen=True)
@@ -37,51 +33,40 @@ class DistillConfig(BaseSettings):
         basic=True,
     )
     data: str | None = of_data(
-        None, "folder of pictures with captions; if not given, the base draws some", metavar="FOLDER", basic=True
+        None, "folder of pictures with captions; if not given, the base draws some", "FOLDER", basic=True
     )
     captions: str | None = of_data(
-        None,
-        "file of captions to draw, one per line; if not given, those of the bundled base",
-        metavar="FILE",
-        basic=True,
+        None, "file of captions to draw, one per line; if not given, those of the bundled base", "FILE", basic=True
     )
     model: str | None = shared.model()
     train_steps: int | None = of_training(
-        None,
-        "optimizer steps; if not given, 500 for lcm and 150 for smooth",
-        metavar="STEPS",
-        basic=True,
-        within=AT_LEAST_1,
+        None, "optimizer steps; if not given, 500 for lcm and 150 for smooth", "STEPS", AT_LEAST_1, basic=True
     )
-    output: str | None = setting(
-        None, "folder of the results; if not given, out/<objective>", group=OUTPUT, metavar="FOLDER", basic=True
-    )
+    output: str | None = of_output(None, "folder of the results; if not given, out/<objective>", "FOLDER", basic=True)
 
-    pictures: int = of_data(
-        320, "number of training pictures that the base draws", metavar="PICTURES", within=AT_LEAST_1
-    )
+    pictures: int = of_data(320, "number of training pictures that the base draws", "PICTURES", AT_LEAST_1)
     guidance: tuple[float, ...] = of_training(
         ByBase((5.0, 10.0), (2.5, 3.5)),
         "range of guidance that lcm learns to replace; training pictures are drawn with its middle",
-        metavar="LOWEST,HIGHEST",
+        "LOWEST,HIGHEST",
     )
     skip: int | None = of_training(
         None,
         "how many of 50 levels one step of lcm's teacher takes; if not given, 1, or 5 on the bundled base",
-        metavar="LEVELS",
-        within=AT_LEAST_1,
+        "LEVELS",
+        AT_LEAST_1,
     )
     weight: float | None = of_training(
-        None, "weight of the variation in smooth's loss; if not given, 1", metavar="WEIGHT", within=ABOVE_0
+        None, "weight of the variation in smooth's loss; if not given, 1", "WEIGHT", ABOVE_0
     )
-    batch_size: int = of_training(8, "pictures per optimizer step", metavar="PICTURES", within=AT_LEAST_1)
+    batch_size: int = of_training(8, "pictures per optimizer step", "PICTURES", AT_LEAST_1)
     learning_rate: float = of_training(
-        ByBase(1e-4, 1e-3), "highest learning rate, from which it falls to 0", metavar="RATE", within=ABOVE_0
+        ByBase(1e-4, 1e-3), "highest learning rate, from which it falls to 0", "RATE", ABOVE_0
     )
-    seed: int = of_training(0, "seed of every random draw", metavar="SEED", within=SEED)
-    rank: int = setting(ByBase(64, 32), "rank of the LoRA", group=LORA, metavar="RANK", within=AT_LEAST_1)
-    targets: tuple[str, ...] = setting(
-        ALL_LAYERS, "layers to adapt, by name endings; if not given, all kinds", group=LORA, metavar="LAYERS"
+    seed: int = of_training(0, "seed of every random draw", "SEED", SEED)
+    rank: int = of_lora(ByBase(64, 32), "rank of the LoRA", "RANK", AT_LEAST_1)
+    targets: tuple[str, ...] = of_lora(
+        ALL_LAYERS, "layers to adapt, by name endings; if not given, all kinds", "LAYERS"
     )
     precision: str = shared.precision()
 

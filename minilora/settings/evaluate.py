@@ -1,14 +1,10 @@
 """The settings of minilora.apps.evaluate, declared once."""
 
 from dataclasses import dataclass
-from functools import partial
 
 from . import shared
 from .base import BaseSettings
-from .setting import setting
-from .shared import DATA, MODEL, OUTPUT
-
-of_data = partial(setting, group=DATA)
+from .shared import of_data, of_model, of_output
 
 
 @dataclass(frozen=True)
@@ -25,25 +21,20 @@ class EvaluateConfig(BaseSettings):
     folders: tuple[str, ...] = of_data(
         (),
         "a folder of drawn pictures and a folder of real pictures with captions",
-        metavar="PICTURES REFERENCE",
+        "PICTURES REFERENCE",
         basic=True,
         bare=True,
     )
-    lora: tuple[str, ...] = setting(
+    lora: tuple[str, ...] = of_model(
         (),
         "LoRA whose denoising loss is measured; with a strength: out/fluent:0.8; may be repeated",
+        "LORA[:STRENGTH]",
         repeat=True,
-        group=MODEL,
-        metavar="LORA[:STRENGTH]",
         basic=True,
     )
     model: str | None = shared.model_of_lora()
-    output: str = setting(
-        "out/evaluate",
-        "folder for the figures and a sheet of nearest pictures",
-        group=OUTPUT,
-        metavar="FOLDER",
-        basic=True,
+    output: str = of_output(
+        "out/evaluate", "folder for the figures and a sheet of nearest pictures", "FOLDER", basic=True
     )
 
     caption: str | None = of_data(None, "caption for pictures of REFERENCE that have none")
@@ -57,12 +48,10 @@ class EvaluateConfig(BaseSettings):
         None,
         "vision model (folder or hub id) for the distances of publications: facebook/dinov2-base, "
         "openai/clip-vit-base-patch32",
-        metavar="MODEL",
+        "MODEL",
     )
     classifier: str | None = of_data(
-        None,
-        "image classifier (folder or hub id) for the Inception Score: google/vit-base-patch16-224",
-        metavar="MODEL",
+        None, "image classifier (folder or hub id) for the Inception Score: google/vit-base-patch16-224", "MODEL"
     )
     precision: str = shared.precision()
 

@@ -6,12 +6,12 @@ from functools import partial
 from . import shared
 from .base import VersionSettings
 from .setting import AT_LEAST_1, Within, option, setting
-from .shared import MERGING, OTHER
 
 DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}  # of --dtype, as safetensors files call them
 
+MERGING = "merging into a base"
 of_merge = partial(setting, group=MERGING)
-of_other = partial(setting, group=OTHER)
+of_other = partial(setting, group="instead of merging into a base")
 
 
 @dataclass(frozen=True)
@@ -27,19 +27,16 @@ class MergeConfig(VersionSettings):
     files: tuple[str, ...] = of_merge(
         (),
         "base (diffusers folder, hub id or .safetensors file) and LoRAs, each with a strength if it is not 1",
-        metavar="BASE LORA[:STRENGTH] …",
+        "BASE LORA[:STRENGTH] …",
         basic=True,
         bare=True,
     )
-    output: str | None = of_merge(None, "file or folder to write, in the layout of the base", metavar="OUT", basic=True)
+    output: str | None = of_merge(None, "file or folder to write, in the layout of the base", "OUT", basic=True)
     overwrite: bool = of_merge(False, "replace what is at --output", basic=True)
     allow_unmatched: bool = of_merge(False, "leave out keys of a LoRA that have no place in the base", basic=True)
     lora_blocks: tuple[str, ...] = shared.lora_blocks(group=MERGING)
     undo: str | None = of_merge(
-        None,
-        "also write a file with the original bytes of the changed weights, for --restore",
-        metavar="FILE",
-        basic=True,
+        None, "also write a file with the original bytes of the changed weights, for --restore", "FILE", basic=True
     )
     dtype: str | None = of_merge(
         None, "number type of the written weights; if not given, that of the input", choices=tuple(DTYPES)
@@ -51,17 +48,12 @@ class MergeConfig(VersionSettings):
     )
     extract: bool = of_other(False, "write the difference of a base and a fine-tuned one as a LoRA: BASE TUNED")
     restore: bool = of_other(False, "write the base as it was before merging: MERGED UNDO")
-    rank: int | None = of_other(
-        None, "rank of the LoRA that --loras-only or --extract writes", metavar="RANK", within=AT_LEAST_1
-    )
+    rank: int | None = of_other(None, "rank of the LoRA that --loras-only or --extract writes", "RANK", AT_LEAST_1)
     energy: float | None = of_other(
-        None,
-        "instead of --rank: share of each ΔW's sum of squares to keep, 0 to 1",
-        metavar="SHARE",
-        within=Within(0, 1, above=True),
+        None, "instead of --rank: share of each ΔW's sum of squares to keep, 0 to 1", "SHARE", Within(0, 1, above=True)
     )
     base: str | None = of_other(
-        None, "base that gives the module names for --loras-only; --dialect kohya needs it", metavar="BASE"
+        None, "base that gives the module names for --loras-only; --dialect kohya needs it", "BASE"
     )
     dialect: str = of_other("diffusers", "dialect of the LoRA file to write", choices=("diffusers", "kohya", "peft"))
 

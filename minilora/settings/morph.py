@@ -1,16 +1,12 @@
 """The settings of minilora.apps.morph, declared once."""
 
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 from . import shared
 from .base import BaseSettings
-from .setting import AT_LEAST_1, SHARE, Within, setting
-from .shared import LORA, OUTPUT, PICTURES, folder_for
-
-of_pictures = partial(setting, group=PICTURES)
-of_lora = partial(setting, group=LORA)
+from .setting import AT_LEAST_1, SHARE, Within
+from .shared import folder_for, of_lora, of_output, of_pictures
 
 
 @dataclass(frozen=True)
@@ -24,35 +20,26 @@ class MorphConfig(BaseSettings):
         "      --frames 33 --output morph.webp",
     )
 
-    pictures: tuple[str, ...] = of_pictures((), "the two pictures", metavar="A B", basic=True, bare=True)
+    pictures: tuple[str, ...] = of_pictures((), "the two pictures", "A B", basic=True, bare=True)
     prompt_a: str | None = of_pictures(None, "what the first one shows", basic=True)
     prompt_b: str | None = of_pictures(None, "what the second one shows", basic=True)
-    frames: int = of_pictures(
-        17, "number of frames, including the two pictures", metavar="FRAMES", basic=True, within=Within(2)
-    )
-    lora_a: str | None = of_lora(
-        None, "LoRA of the first picture; if not given, one is trained", metavar="LORA", basic=True
-    )
-    lora_b: str | None = of_lora(None, "LoRA of the second picture, likewise", metavar="LORA", basic=True)
+    frames: int = of_pictures(17, "number of frames, including the two pictures", "FRAMES", Within(2), basic=True)
+    lora_a: str | None = of_lora(None, "LoRA of the first picture; if not given, one is trained", "LORA", basic=True)
+    lora_b: str | None = of_lora(None, "LoRA of the second picture, likewise", "LORA", basic=True)
     model: str | None = shared.model()
-    output: str | None = setting(
+    output: str | None = of_output(
         None,
         "animation to write (.gif, .webp, .png), or folder for the frames; if not given, morph.gif beside the LoRAs",
-        group=OUTPUT,
-        metavar="FILE|FOLDER",
+        "FILE|FOLDER",
         basic=True,
     )
 
-    steps: int = of_pictures(
-        50, "DDIM steps from a picture to its noise, and again back", metavar="STEPS", within=AT_LEAST_1
-    )
-    attention: float = of_pictures(
-        0.6, "share of the steps, 0 to 1, that mix self-attention", metavar="SHARE", within=SHARE
-    )
+    steps: int = of_pictures(50, "DDIM steps from a picture to its noise, and again back", "STEPS", AT_LEAST_1)
+    attention: float = of_pictures(0.6, "share of the steps, 0 to 1, that mix self-attention", "SHARE", SHARE)
     adain: bool = of_pictures(True, "do not adjust the noise to a mean and deviation between those of the two ends")
     even: bool = of_pictures(True, "do not space the frames so that neighbours look equally different")
-    rank: int = of_lora(16, "rank of the trained LoRAs", metavar="RANK", within=AT_LEAST_1)
-    train_steps: int = of_lora(200, "optimizer steps for each LoRA", metavar="STEPS", within=AT_LEAST_1)
+    rank: int = of_lora(16, "rank of the trained LoRAs", "RANK", AT_LEAST_1)
+    train_steps: int = of_lora(200, "optimizer steps for each LoRA", "STEPS", AT_LEAST_1)
     precision: str = shared.precision()
 
     @property

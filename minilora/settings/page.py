@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 
 from . import shared
-from .setting import Settings, Within, setting
-from .shared import DATA, OUTPUT
+from .setting import Settings, Within
+from .shared import of_data, of_output
 
 
 @dataclass(frozen=True)
@@ -14,26 +14,15 @@ class PageConfig(Settings):
     usage = "[FOLDER …]"
     examples = ("python -m minilora.apps.page", "python -m minilora.apps.page photos /data/models --port 8000")
 
-    folders: tuple[str, ...] = setting(
+    folders: tuple[str, ...] = of_data(
         (".",),
         "folders whose pictures, LoRAs and bases the page may read and write; if not given, the current one",
-        group=DATA,
-        metavar="FOLDER …",
+        "FOLDER …",
         basic=True,
         bare=True,
     )
-    output: str = setting(
-        "out", "folder for results, with a folder for each run", group=OUTPUT, metavar="FOLDER", basic=True
-    )
+    output: str = of_output("out", "folder for results, with a folder for each run", "FOLDER", basic=True)
     model: str | None = shared.model()
-    port: int = setting(
-        7860,
-        "port of the page, on this machine only; 0 takes any free port",
-        group=OUTPUT,
-        metavar="PORT",
-        basic=True,
-        within=Within(0, 65535),
+    port: int = of_output(
+        7860, "port of the page, on this machine only; 0 takes any free port", "PORT", Within(0, 65535), basic=True
     )
-
-    def problems(self) -> list[str]:
-        return []

@@ -1,15 +1,11 @@
 """The settings of minilora.apps.restore, declared once."""
 
 from dataclasses import dataclass
-from functools import partial
 
 from . import shared
 from .base import BaseSettings
-from .setting import AT_LEAST_0, AT_LEAST_1, ByBase, setting
-from .shared import LORA, OUTPUT, PICTURES, folder_for
-
-of_pictures = partial(setting, group=PICTURES)
-of_lora = partial(setting, group=LORA)
+from .setting import AT_LEAST_0, AT_LEAST_1, ByBase
+from .shared import folder_for, of_lora, of_output, of_pictures
 
 
 @dataclass(frozen=True)
@@ -22,31 +18,24 @@ class RestoreConfig(BaseSettings):
         "python -m minilora.apps.restore photo.png --prompt 'red apple' \\\n      --edit 'green apple' --strength 0.5",
     )
 
-    picture: tuple[str, ...] = of_pictures((), "picture to restore", metavar="PICTURE", basic=True, bare=True)
+    picture: tuple[str, ...] = of_pictures((), "picture to restore", "PICTURE", basic=True, bare=True)
     prompt: str | None = of_pictures(None, "what it shows", basic=True)
     edit: tuple[str, ...] = of_pictures(
         (), "another prompt to draw from the picture's noise; may be repeated", repeat=True, basic=True
     )
-    strength: float = of_pictures(
-        0.4, "strength of the LoRA for --edit", metavar="STRENGTH", basic=True, within=AT_LEAST_0
-    )
-    lora: str | None = of_lora(None, "LoRA of this picture; if not given, one is trained", metavar="LORA", basic=True)
+    strength: float = of_pictures(0.4, "strength of the LoRA for --edit", "STRENGTH", AT_LEAST_0, basic=True)
+    lora: str | None = of_lora(None, "LoRA of this picture; if not given, one is trained", "LORA", basic=True)
     model: str | None = shared.model()
-    output: str | None = setting(
-        None, "folder of the results; if not given, out/restore-<name>", group=OUTPUT, metavar="FOLDER", basic=True
+    output: str | None = of_output(
+        None, "folder of the results; if not given, out/restore-<name>", "FOLDER", basic=True
     )
 
     guidance: float = of_pictures(
-        ByBase(4.0, 1.5),
-        "classifier-free guidance of --edit; at least 1, which turns it off",
-        metavar="FACTOR",
-        within=AT_LEAST_1,
+        ByBase(4.0, 1.5), "classifier-free guidance of --edit; at least 1, which turns it off", "FACTOR", AT_LEAST_1
     )
-    steps: int = of_pictures(
-        50, "DDIM steps from the picture to its noise, and again back", metavar="STEPS", within=AT_LEAST_1
-    )
-    rank: int = of_lora(16, "rank of the trained LoRA", metavar="RANK", within=AT_LEAST_1)
-    train_steps: int = of_lora(ByBase(500, 400), "optimizer steps for the LoRA", metavar="STEPS", within=AT_LEAST_1)
+    steps: int = of_pictures(50, "DDIM steps from the picture to its noise, and again back", "STEPS", AT_LEAST_1)
+    rank: int = of_lora(16, "rank of the trained LoRA", "RANK", AT_LEAST_1)
+    train_steps: int = of_lora(ByBase(500, 400), "optimizer steps for the LoRA", "STEPS", AT_LEAST_1)
     precision: str = shared.precision()
 
     @classmethod

@@ -1,14 +1,11 @@
 """The settings of minilora.apps.restyle, declared once."""
 
 from dataclasses import dataclass
-from functools import partial
 
 from . import shared
 from .base import BaseSettings
-from .setting import AT_LEAST_1, ByBase, Within, setting
-from .shared import DATA, OUTPUT, PICTURES, folder_for
-
-of_pictures = partial(setting, group=PICTURES)
+from .setting import AT_LEAST_1, ByBase, Within
+from .shared import folder_for, of_data, of_output, of_pictures
 
 
 @dataclass(frozen=True)
@@ -21,42 +18,37 @@ class RestyleConfig(BaseSettings):
         "python -m minilora.apps.restyle pictures --lora out/fluent --strengths 0,0.5,1",
     )
 
-    data: tuple[str, ...] = setting(
-        (), "picture, or folder of pictures with captions", group=DATA, metavar="PICTURE", basic=True, bare=True
+    data: tuple[str, ...] = of_data(
+        (), "picture, or folder of pictures with captions", "PICTURE", basic=True, bare=True
     )
-    prompt: str | None = setting(None, "what pictures without a caption show", group=DATA, basic=True)
+    prompt: str | None = of_data(None, "what pictures without a caption show", basic=True)
     lora: tuple[str, ...] = shared.lora()
     strength: float = of_pictures(
         0.5,
         "how much of a picture to redraw: above 0, up to 1 for all of it",
-        metavar="SHARE",
+        "SHARE",
+        Within(0, 1, above=True),
         basic=True,
-        within=Within(0, 1, above=True),
     )
     model: str | None = shared.model_of_lora()
-    output: str | None = setting(
-        None, "folder of the results; if not given, out/restyle-<name>", group=OUTPUT, metavar="FOLDER", basic=True
+    output: str | None = of_output(
+        None, "folder of the results; if not given, out/restyle-<name>", "FOLDER", basic=True
     )
 
     strengths: tuple[float, ...] = of_pictures(
-        (1.0,),
-        "compare strengths, one row each: multiply those of --lora by these factors: 0,0.5,1",
-        metavar="FACTOR,…",
+        (1.0,), "compare strengths, one row each: multiply those of --lora by these factors: 0,0.5,1", "FACTOR,…"
     )
     steps: int = of_pictures(
-        ByBase(50, 30),
-        "denoising steps at --strength 1; at 0.5, half as many",
-        metavar="STEPS",
-        within=AT_LEAST_1,
+        ByBase(50, 30), "denoising steps at --strength 1; at 0.5, half as many", "STEPS", AT_LEAST_1
     )
     guidance: float = shared.guidance(ByBase(7.5, 2.0))
     negative: str = of_pictures("", "what to keep out of the pictures (negative prompt)")
     seed: int = shared.seed()
     controlnet: str | None = of_pictures(
-        None, "diffusers folder of a ControlNet for Canny edges, which keeps a picture's edges", metavar="FOLDER"
+        None, "diffusers folder of a ControlNet for Canny edges, which keeps a picture's edges", "FOLDER"
     )
     style: str | None = of_pictures(
-        None, "folder of pictures in the style, to measure how much of it the results show", metavar="FOLDER"
+        None, "folder of pictures in the style, to measure how much of it the results show", "FOLDER"
     )
     precision: str = shared.precision()
 

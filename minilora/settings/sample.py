@@ -2,13 +2,12 @@
 
 import math
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 from . import shared
 from .base import BaseSettings
-from .setting import AT_LEAST_1, ByBase, as_typed, setting
-from .shared import MODEL, OUTPUT, PICTURES
+from .setting import AT_LEAST_1, ByBase, as_typed
+from .shared import of_model, of_output, of_pictures
 
 SAMPLERS = {  # each with its class in diffusers
     "ddim": "DDIMScheduler",
@@ -17,9 +16,6 @@ SAMPLERS = {  # each with its class in diffusers
     "dpm++": "DPMSolverMultistepScheduler",
     "lcm": "LCMScheduler",
 }
-
-of_pictures = partial(setting, group=PICTURES)
-of_base = partial(setting, group=MODEL)
 
 
 @dataclass(frozen=True)
@@ -36,51 +32,50 @@ class SampleConfig(BaseSettings):
     prompt: tuple[str, ...] = of_pictures((), "what to draw; may be repeated", repeat=True, basic=True)
     negative: str = of_pictures("", "what to keep out of the pictures (negative prompt)", basic=True)
     seed: int = shared.seed(basic=True)
-    count: int = of_pictures(1, "number of pictures per prompt", metavar="PICTURES", basic=True, within=AT_LEAST_1)
+    count: int = of_pictures(1, "number of pictures per prompt", "PICTURES", AT_LEAST_1, basic=True)
     size: tuple[int, ...] | None = of_pictures(
         None,
         "width and height of the pictures in pixels; one number is a square; if not given, the base's own",
-        metavar="WIDTHxHEIGHT",
+        "WIDTHxHEIGHT",
+        AT_LEAST_1,
         separator="x",
         basic=True,
-        within=AT_LEAST_1,
     )
-    steps: int = of_pictures(ByBase(30, 20), "denoising steps", metavar="STEPS", basic=True, within=AT_LEAST_1)
+    steps: int = of_pictures(ByBase(30, 20), "denoising steps", "STEPS", AT_LEAST_1, basic=True)
     guidance: float = shared.guidance(ByBase(7.5, 2.0), basic=True)
     scheduler: str = of_pictures("ddim", "sampler", choices=tuple(SAMPLERS))
     image: str | None = of_pictures(
-        None, "picture to repaint in part, with an inpainting base", metavar="FILE", needs=("mask", "where to repaint")
+        None, "picture to repaint in part, with an inpainting base", "FILE", needs=("mask", "where to repaint")
     )
     mask: str | None = of_pictures(
         None,
         "picture that is white where --image is to be repainted",
-        metavar="FILE",
+        "FILE",
         needs=("image", "the picture to repaint"),
     )
 
     model: str | None = shared.model_of_lora()
     lora: tuple[str, ...] = shared.lora()
-    allow_unmatched: bool = of_base(False, "leave out keys and learnt words of a LoRA that have no place in the base")
-    strengths: tuple[float, ...] = of_base(
+    allow_unmatched: bool = of_model(False, "leave out keys and learnt words of a LoRA that have no place in the base")
+    strengths: tuple[float, ...] = of_model(
         (),
         "compare strengths, one column each: multiply those of --lora by these factors: --strengths=-1,0,1",
-        metavar="FACTOR,…",
+        "FACTOR,…",
         needs=("lora", "whose strength they change"),
     )
-    lora_blocks: tuple[str, ...] = shared.lora_blocks(group=MODEL, needs=("lora", "whose strength they change"))
-    grid: tuple[float, ...] = of_base(
+    lora_blocks: tuple[str, ...] = shared.lora_blocks(needs=("lora", "whose strength they change"))
+    grid: tuple[float, ...] = of_model(
         (),
         "compare mixtures of two LoRAs: one row for each factor of the first, one column for each of the second",
-        metavar="FACTOR,…",
+        "FACTOR,…",
     )
     precision: str = shared.precision()
     compile: bool = shared.compile_unet()
 
-    output: str = setting(
+    output: str = of_output(
         "out/sample.png",
         "file to write, several pictures on one sheet; or folder for single pictures, with their prompts as captions",
-        group=OUTPUT,
-        metavar="FILE|FOLDER",
+        "FILE|FOLDER",
         basic=True,
     )
 

@@ -67,12 +67,12 @@ SEED = Within(0, 2**63 - 1)  # what torch takes, with room to count up
 def setting(
     default,
     text: str,
+    metavar: str = "",
+    within: Within | None = None,
     *,
     group: str,
-    metavar: str = "",
     basic: bool = False,
     choices: tuple = (),
-    within: Within | None = None,
     needs: tuple[str, str] | None = None,
     repeat: bool = False,
     bare: bool = False,
@@ -83,8 +83,8 @@ def setting(
 ):
     """Declare one setting.
 
-    `text` is its sentence of help, and `metavar` stands for its value there.  Help lists `basic` settings first, and
-    the others under their `group`.  `choices` are the allowed values, `within` is the range of its numbers.  `needs`
+    `text` is its sentence of help, and `metavar` stands for its value there.  `within` is the range of its numbers.
+    Help lists `basic` settings first, and the others under their `group`.  `choices` are the allowed values.  `needs`
     is another setting without which it has no effect, and what that one is.  `repeat`: its option may be given
     several times.  `bare`: its values come without an option.  `separator` separates several values of one option.
     `alias` is another option for it.  `by_recipe`: its default may come from --recipe, or from the run of a --lora.

@@ -1,4 +1,4 @@
-"""What several commands share: groups of settings, settings, and how a setting's text is understood."""
+"""What several commands share: groups of settings, settings, and how the text of a setting is understood."""
 
 import math
 import os
@@ -12,73 +12,57 @@ from .errors import UserError
 from .setting import AT_LEAST_1, SEED, setting
 
 TEXT_ATTENTION = ("q_proj", "k_proj", "v_proj", "out_proj")  # the attention projections of CLIP's text encoders
-DATA, VALIDATION, CLASS_PICTURES = "data", "validation", "class pictures (DreamBooth)"
-MODEL, LORA, PICTURES, OUTPUT = "base and LoRA", "LoRA", "pictures", "output"
-TRAINING, NOISE, SPEED = "optimization", "noise and loss", "memory and speed"
-MERGING, OTHER = "merging into a base", "instead of merging into a base"
-CLASS = ("class_prompt", "what the class pictures show")  # a setting that others need, as `setting` takes it
-TEXT_ENCODERS = ("train_text_encoder", "which puts a LoRA there")
+TEXT_ENCODERS = ("train_text_encoder", "which puts a LoRA there")  # what settings need, as `setting` takes it
 WEIGHT = "the weight"  # what error messages call the number behind a folder of pictures
 FILE_NAME = "pytorch_lora_weights.safetensors"  # of a LoRA, as diffusers calls it
 WEIGHT_FILES = (".safetensors", ".pt", ".pth", ".ckpt", ".bin")  # endings; all but the first are pickles
 TIMEOUT = 30.0  # minutes that a process waits for another
 
-# Settings of several commands; a command declares one with `model: str | None = shared.model()`.
-model = partial(
-    setting,
-    None,
-    "base: diffusers folder, hub id (OWNER/NAME) or .safetensors file; if not given, the bundled miniature",
-    group=MODEL,
-    metavar="BASE",
-    basic=True,
-)
-model_of_lora = partial(
-    setting,
-    None,
-    str(model.args[1]).replace("the bundled", "the one that a LoRA names, or the bundled"),
-    **model.keywords,
-)
+# The groups of settings: a command declares one with `rank: int = of_lora(16, "rank of the LoRA")`.
+of_data = partial(setting, group="data")
+of_pictures = partial(setting, group="pictures")
+of_model = partial(setting, group="base and LoRA")
+of_source = partial(of_model, in_identity=False)  # the base's content counts, not its name
+of_lora = partial(setting, group="LoRA")
+of_training = partial(setting, group="optimization")
+of_speed = partial(setting, group="memory and speed", in_identity=False)
+of_output = partial(setting, group="output", in_identity=False)
+
+# Settings of several commands: a command declares one with `model: str | None = shared.model()`.
+_BASE = "base: diffusers folder, hub id (OWNER/NAME) or .safetensors file; if not given, the bundled miniature"
+_BASE_OF_LORA = _BASE.replace("the bundled", "the one that a LoRA names, or the bundled")
+model = partial(of_source, None, _BASE, "BASE", basic=True)
+model_of_lora = partial(of_source, None, _BASE_OF_LORA, "BASE", basic=True)
 lora = partial(
-    setting,
+    of_model,
     (),
     "LoRA: file, output folder of a run or hub id (OWNER/NAME); with a strength: out/fluent:0.8; may be repeated",
+    "LORA[:STRENGTH]",
     repeat=True,
-    group=MODEL,
-    metavar="LORA[:STRENGTH]",
     basic=True,
 )
 lora_blocks = partial(
-    setting,
+    of_model,
     (),
     "factors on the strength of the LoRAs by block: down=0.2,mid=1,up=1; text is the text encoders, and the beginning "
     "of a layer's name is a block, too: up_blocks.1=0.5; the longest counts, and without one the factor is 1",
-    metavar="BLOCK=FACTOR,…",
+    "BLOCK=FACTOR,…",
 )
 guidance = partial(
-    setting,
+    of_pictures,
     text="classifier-free guidance: how closely pictures follow the prompt; at least 1, which turns it off",
-    group=PICTURES,
     metavar="FACTOR",
     within=AT_LEAST_1,
 )
-seed = partial(
-    setting,
-    0,
-    "seed of the first picture; each further picture takes the next number",
-    group=PICTURES,
-    metavar="SEED",
-    within=SEED,
-)
+seed = partial(of_pictures, 0, "seed of the first picture; each further picture takes the next number", "SEED", SEED)
 precision = partial(
-    setting,
+    of_speed,
     "auto",
     "number format of the base and the computation; bf16 and fp16 need half the memory; auto suits the machine",
     choices=("auto", "fp32", "bf16", "fp16"),
-    group=SPEED,
+    in_identity=True,
 )
-compile_unet = partial(
-    setting, False, "compile the U-Net: the first step takes minutes, later ones are faster", group=SPEED
-)
+compile_unet = partial(of_speed, False, "compile the U-Net: the first step takes minutes, later ones are faster")
 
 
 def path_and_number(text: str, what: str = "the strength") -> tuple[str, float]:

@@ -6,72 +6,53 @@ from functools import partial
 
 from .recipes import RECIPES
 from .setting import ABOVE_0, AT_LEAST_0, AT_LEAST_1, SHARE, ByBase, Settings, option, setting
-from .shared import CLASS, CLASS_PICTURES, DATA, TRAINING, VALIDATION, WEIGHT, path_and_number
+from .shared import WEIGHT, of_data, of_training, path_and_number
 
+CLASS = ("class_prompt", "what the class pictures show")  # what others need, as `setting` takes it
 VARIANTS = ("variants", "how many there are")
 VARIED = ("colour_jitter", "shuffle_tags", "tag_dropout")  # what variants of a picture differ in, besides their crops
 
-of_data = partial(setting, group=DATA)
-of_validation = partial(setting, group=VALIDATION, in_identity=False)
-of_class = partial(setting, group=CLASS_PICTURES)
+of_source = partial(of_data, in_identity=False)  # the content of the pictures counts, not its source
+of_validation = partial(setting, group="validation", in_identity=False)
+of_class = partial(setting, group="class pictures (DreamBooth)")
 
 
 @dataclass(frozen=True)
 class DataSettings(Settings):
     """Which pictures and captions are seen, and how."""
 
-    data: tuple[str, ...] = of_data(
+    data: tuple[str, ...] = of_source(
         (),
         "folder of pictures with captions (metadata.jsonl, metadata.csv, or a .txt beside each), or one picture, or "
         "hub id of a data set (OWNER/NAME); may be repeated; with a weight, folder:2, each comes twice per epoch",
+        "FOLDER",
         repeat=True,
-        metavar="FOLDER",
         basic=True,
-        in_identity=False,
     )
-    caption: str | None = of_data(
-        None,
-        "caption for pictures that have none of their own",
-        alias="--instance-prompt",
-        basic=True,
-        in_identity=False,
+    caption: str | None = of_source(
+        None, "caption for pictures that have none of their own", alias="--instance-prompt", basic=True
     )
-    caption_column: str = of_data(
-        "text",
-        "name of the caption's column, in metadata.jsonl, metadata.csv or a data set on the hub",
-        metavar="KEY",
-        in_identity=False,
+    caption_column: str = of_source(
+        "text", "name of the caption's column, in metadata.jsonl, metadata.csv or a data set on the hub", "KEY"
     )
-    image_column: str = of_data(
-        "image", "name of the picture's column, in a data set on the hub", metavar="NAME", in_identity=False
-    )
-    max_pictures: int | None = of_data(
+    image_column: str = of_source("image", "name of the picture's column, in a data set on the hub", "NAME")
+    max_pictures: int | None = of_source(
         None,
         "number of pictures to take from a data set on the hub, the first ones; if not given, all",
-        metavar="N",
-        within=AT_LEAST_1,
-        in_identity=False,
+        "N",
+        AT_LEAST_1,
     )
-    data_revision: str | None = of_data(
-        None, "branch, tag or commit of a data set on the hub", metavar="REVISION", in_identity=False
-    )
-    trigger: str | None = of_data(
-        None, "word to put before every caption: sks makes 'sks, a dog'", metavar="WORD", basic=True
-    )
-    recipe: str | None = setting(
+    data_revision: str | None = of_source(None, "branch, tag or commit of a data set on the hub", "REVISION")
+    trigger: str | None = of_data(None, "word to put before every caption: sks makes 'sks, a dog'", "WORD", basic=True)
+    recipe: str | None = of_training(
         None,
         "what to learn: sets steps (by the number of pictures), rank, learning rate and more, unless you give them",
-        group=TRAINING,
         choices=RECIPES,
         basic=True,
         in_identity=False,
     )
     resolution: int | None = of_data(
-        None,
-        "side of the training pictures in pixels; if not given, the base's own",
-        metavar="PIXELS",
-        basic=True,
-        within=AT_LEAST_1,
+        None, "side of the training pictures in pixels; if not given, the base's own", "PIXELS", AT_LEAST_1, basic=True
     )
     crop: str = of_data(
         "center",
@@ -84,76 +65,65 @@ class DataSettings(Settings):
         by_recipe=True,
     )
     mirror: bool = of_data(False, "mirror each picture half of the time", by_recipe=True)
-    alpha_mask: bool = of_data(
+    alpha_mask: bool = of_source(
         False,
         "use each picture's alpha channel as its mask, so that only the opaque part is learnt; a mask file, "
         "name.mask.png, white where the picture counts, needs no setting",
-        in_identity=False,
     )
-    outside: float = of_data(0.0, "loss weight of what a mask leaves out, 0 to 1", metavar="SHARE", within=SHARE)
+    outside: float = of_data(0.0, "loss weight of what a mask leaves out, 0 to 1", "SHARE", SHARE)
     variants: int | None = of_data(
         None,
         "number of times to encode each picture, with other crops, colours and tags; one of them is drawn each time; "
         "--crop random then needs no VAE in memory",
-        metavar="N",
-        within=AT_LEAST_1,
+        "N",
+        AT_LEAST_1,
     )
     colour_jitter: float = of_data(
         0.0,
         "largest change of a variant's brightness, contrast and saturation, 0 to 1; 0.1 is slight",
+        "SHARE",
+        SHARE,
         needs=VARIANTS,
-        metavar="SHARE",
-        within=SHARE,
     )
     shuffle_tags: bool = of_data(False, "shuffle the tags of a caption, the parts between commas", needs=VARIANTS)
-    tag_dropout: float = of_data(
-        0.0, "share of a caption's tags to leave out, 0 to 1", needs=VARIANTS, metavar="SHARE", within=SHARE
-    )
+    tag_dropout: float = of_data(0.0, "share of a caption's tags to leave out, 0 to 1", "SHARE", SHARE, needs=VARIANTS)
     keep_tags: int = of_data(
-        0,
-        "number of tags at the beginning that stay in place; --trigger always does",
-        needs=VARIANTS,
-        metavar="N",
-        within=AT_LEAST_0,
+        0, "number of tags at the beginning that stay in place; --trigger always does", "N", AT_LEAST_0, needs=VARIANTS
     )
     caption_dropout: float = of_data(
-        ByBase(0.0, 0.1), "share of examples, 0 to 1, that get an empty caption", metavar="SHARE", within=SHARE
+        ByBase(0.0, 0.1), "share of examples, 0 to 1, that get an empty caption", "SHARE", SHARE
     )
-    max_pixels: int = of_data(
+    max_pixels: int = of_source(
         89_478_485,
         "largest allowed number of pixels in a picture; a small file can claim more than memory holds",
-        metavar="PIXELS",
-        within=AT_LEAST_1,
-        in_identity=False,
+        "PIXELS",
+        AT_LEAST_1,
     )
-    cache: str = of_data(
-        "~/.cache/minilora",
-        "folder for encoded pictures and captions, shared by all runs",
-        metavar="FOLDER",
-        in_identity=False,
+    cache: str = of_source(
+        "~/.cache/minilora", "folder for encoded pictures and captions, shared by all runs", "FOLDER"
     )
 
     validation: str | None = of_validation(
         None,
         "held-out pictures for the validation loss: a folder, or a share of --data such as 0.1; the LoRA with the "
         "lowest loss is saved, too",
-        metavar="FOLDER|SHARE",
+        "FOLDER|SHARE",
     )
     validate_every: int | None = of_validation(
         None,
         "steps between two measurements; there is always one at the start and one at the end",
-        metavar="STEPS",
+        "STEPS",
+        AT_LEAST_1,
         needs=("validation", "the held-out pictures"),
-        within=AT_LEAST_1,
     )
 
     patience: int | None = of_validation(
         None,
         "end the run after this many measurements in a row without a lower validation loss; the result is the LoRA "
         "with the lowest",
-        metavar="MEASUREMENTS",
+        "MEASUREMENTS",
+        AT_LEAST_1,
         needs=("validate_every", "how often the loss is measured"),
-        within=AT_LEAST_1,
     )
 
     class_prompt: str | None = of_class(None, "prompt of the subject's class, for prior preservation: 'a dog'")
@@ -161,27 +131,20 @@ class DataSettings(Settings):
         0.0,
         "prior preservation without class pictures: weight of a loss that keeps the base's predictions at "
         "--class-prompt, else at the captions without --trigger, else at the empty prompt; 1 is common",
-        metavar="WEIGHT",
-        within=AT_LEAST_0,
+        "WEIGHT",
+        AT_LEAST_0,
     )
     class_data: str | None = of_class(
         None,
         "folder of class pictures; missing ones are generated; if not given, out/class-<prompt>",
+        "FOLDER",
         needs=CLASS,
-        metavar="FOLDER",
         in_identity=False,
     )
     class_pictures: int = of_class(
-        ByBase(200, 16),
-        "total number of class pictures",
-        needs=CLASS,
-        metavar="PICTURES",
-        within=AT_LEAST_1,
-        in_identity=False,
+        ByBase(200, 16), "total number of class pictures", "PICTURES", AT_LEAST_1, needs=CLASS, in_identity=False
     )
-    prior_weight: float = of_class(
-        1.0, "loss weight of the class pictures", needs=CLASS, metavar="WEIGHT", within=ABOVE_0
-    )
+    prior_weight: float = of_class(1.0, "loss weight of the class pictures", "WEIGHT", ABOVE_0, needs=CLASS)
 
     @property
     def validation_share(self) -> float | None:

@@ -2,64 +2,59 @@
 
 import re
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 from . import shared
-from .base import BaseSettings, of_base
-from .setting import ABOVE_0, AT_LEAST_1, option, setting
-from .shared import MODEL, TEXT_ATTENTION, TEXT_ENCODERS
-
-of_lora = partial(setting, group=MODEL)
+from .base import BaseSettings
+from .setting import ABOVE_0, AT_LEAST_1, option
+from .shared import TEXT_ATTENTION, TEXT_ENCODERS, of_model, of_source
 
 
 @dataclass(frozen=True)
 class LoraSettings(BaseSettings):
     """The base that the LoRA is trained on, and the layers that it adapts."""
 
-    model: str | None = shared.model(in_identity=False)
-    base_lora: tuple[str, ...] = of_base(
+    model: str | None = shared.model()
+    base_lora: tuple[str, ...] = of_source(
         (),
         "LoRA to merge into the base before training; with a strength: out/fluent:0.8; may be repeated",
+        "LORA[:STRENGTH]",
         repeat=True,
-        metavar="LORA[:STRENGTH]",
     )
-    init_from: str | None = of_base(
-        None, "LoRA to train further, with its own layers and ranks, instead of a new one", metavar="LORA"
+    init_from: str | None = of_source(
+        None, "LoRA to train further, with its own layers and ranks, instead of a new one", "LORA"
     )
-    full: bool = of_lora(
+    full: bool = of_model(
         False, "train all weights of the U-Net, not a LoRA; it needs much more memory, and writes a base"
     )
-    rank: int = of_lora(
+    rank: int = of_model(
         8,
         "rank of the LoRA; a higher one can learn more, and makes a larger file",
-        metavar="RANK",
+        "RANK",
+        AT_LEAST_1,
         basic=True,
         by_recipe=True,
-        within=AT_LEAST_1,
     )
-    alpha: float | None = of_lora(
-        None, "ΔW is multiplied by alpha / rank; if not given, the rank", metavar="ALPHA", within=ABOVE_0
-    )
-    targets: tuple[str, ...] = of_lora(
+    alpha: float | None = of_model(None, "ΔW is multiplied by alpha / rank; if not given, the rank", "ALPHA", ABOVE_0)
+    targets: tuple[str, ...] = of_model(
         ("attention",),
         "layers of the U-Net to adapt: attention, ff, linear, conv, joined by +, or name endings: to_q,to_v; in one "
         "block: up_blocks.1:attention; on XL also subject or style, the block that holds it",
-        metavar="LAYERS",
+        "LAYERS",
     )
-    rank_for: tuple[str, ...] = of_lora(
+    rank_for: tuple[str, ...] = of_model(
         (),
         "rank of the layers with PART in their name, at the same scale: attn2=16,ff=4; the last match wins",
-        metavar="PART=RANK,…",
+        "PART=RANK,…",
     )
-    alpha_for: tuple[str, ...] = of_lora(
-        (), "alpha of the layers with PART in their name: attn2=8,ff=4", metavar="PART=ALPHA,…"
+    alpha_for: tuple[str, ...] = of_model(
+        (), "alpha of the layers with PART in their name: attn2=8,ff=4", "PART=ALPHA,…"
     )
-    train_text_encoder: bool = of_lora(False, "also train a LoRA in the text encoders", by_recipe=True)
-    text_encoder_targets: tuple[str, ...] = of_lora(
+    train_text_encoder: bool = of_model(False, "also train a LoRA in the text encoders", by_recipe=True)
+    text_encoder_targets: tuple[str, ...] = of_model(
         TEXT_ATTENTION,
         "layers of the text encoders to adapt, by name endings; fc1 and fc2 are the others",
-        metavar="LAYERS",
+        "LAYERS",
         needs=TEXT_ENCODERS,
     )
 

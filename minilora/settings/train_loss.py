@@ -4,9 +4,8 @@ from dataclasses import dataclass
 from functools import partial
 
 from .setting import ABOVE_0, AT_LEAST_0, Settings, setting
-from .shared import NOISE
 
-of_loss = partial(setting, group=NOISE)
+of_loss = partial(setting, group="noise and loss")
 
 
 @dataclass(frozen=True)
@@ -14,31 +13,25 @@ class LossSettings(Settings):
     """How noise is added, and how errors count."""
 
     snr_gamma: float | None = of_loss(
-        None,
-        "min-SNR: weight the loss by the signal-to-noise ratio, capped at this; 5 is common",
-        metavar="GAMMA",
-        within=ABOVE_0,
+        None, "min-SNR: weight the loss by the signal-to-noise ratio, capped at this; 5 is common", "GAMMA", ABOVE_0
     )
     huber_c: float | None = of_loss(
-        None,
-        "Huber loss: errors above this count linearly, not squared; 0.1 is common",
-        metavar="ERROR",
-        within=ABOVE_0,
+        None, "Huber loss: errors above this count linearly, not squared; 0.1 is common", "ERROR", ABOVE_0
     )
     dream: float | None = of_loss(
         None,
         "DREAM: also train on the U-Net's own errors; a higher power keeps more details; 1 is common",
-        metavar="POWER",
-        within=AT_LEAST_0,
+        "POWER",
+        AT_LEAST_0,
     )
     noise_offset: float = of_loss(
         0.0,
         "strength of a constant that is added to the noise of each picture and channel; 0.05 is common",
-        metavar="STRENGTH",
-        within=AT_LEAST_0,
+        "STRENGTH",
+        AT_LEAST_0,
     )
     timestep_range: tuple[int, ...] | None = of_loss(
-        None, "timesteps to train on, FROM included and TO excluded: 0,500; if not given, all", metavar="FROM,TO"
+        None, "timesteps to train on, FROM included and TO excluded: 0,500; if not given, all", "FROM,TO"
     )
 
     def problems(self) -> list[str]:

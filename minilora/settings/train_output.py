@@ -2,14 +2,10 @@
 
 import re
 from dataclasses import dataclass
-from functools import partial
 
 from . import shared
-from .setting import ABOVE_0, AT_LEAST_1, ByBase, Settings, is_installed, setting
-from .shared import OUTPUT, SPEED, TIMEOUT
-
-of_speed = partial(setting, group=SPEED, in_identity=False)
-of_output = partial(setting, group=OUTPUT, in_identity=False)
+from .setting import ABOVE_0, AT_LEAST_1, ByBase, Settings, is_installed
+from .shared import TIMEOUT, of_output, of_speed
 
 
 @dataclass(frozen=True)
@@ -20,22 +16,22 @@ class OutputSettings(Settings):
     micro_batch_size: int | None = of_speed(
         None,
         "pictures per forward pass and process; gradients accumulate over the batch; if not given, all at once",
-        metavar="PICTURES",
-        within=AT_LEAST_1,
+        "PICTURES",
+        AT_LEAST_1,
     )
     gradient_checkpointing: bool = of_speed(
         False, "compute activations twice instead of keeping them: less memory, slower", by_recipe=True
     )
-    compile: bool = shared.compile_unet(in_identity=False)
+    compile: bool = shared.compile_unet()
     timeout: float = of_speed(
         TIMEOUT,
         "minutes to wait for another process before the run ends with a message that names it",
-        metavar="MINUTES",
-        within=ABOVE_0,
+        "MINUTES",
+        ABOVE_0,
     )
 
     output: str | None = of_output(
-        None, "folder of the results; if not given, out/<name of the data folder>", metavar="FOLDER", basic=True
+        None, "folder of the results; if not given, out/<name of the data folder>", "FOLDER", basic=True
     )
     preview: bool = of_output(
         False,
@@ -46,12 +42,8 @@ class OutputSettings(Settings):
     also: tuple[str, ...] = of_output(
         (), "also write the LoRA in these dialects: kohya (for A1111 and ComfyUI), peft", choices=("kohya", "peft")
     )
-    checkpoint_every: int = of_output(
-        ByBase(500, 100), "steps between two checkpoints", metavar="STEPS", within=AT_LEAST_1
-    )
-    checkpoints_kept: int = of_output(
-        1, "number of checkpoints to keep, the newest ones", metavar="N", within=AT_LEAST_1
-    )
+    checkpoint_every: int = of_output(ByBase(500, 100), "steps between two checkpoints", "STEPS", AT_LEAST_1)
+    checkpoints_kept: int = of_output(1, "number of checkpoints to keep, the newest ones", "N", AT_LEAST_1)
     sample_prompt: tuple[str, ...] = of_output(
         (),
         "prompt to draw during training; may be repeated",
@@ -61,17 +53,15 @@ class OutputSettings(Settings):
     sample_every: int | None = of_output(
         None,
         "steps between two rounds of samples from --sample-prompt",
-        metavar="STEPS",
+        "STEPS",
+        AT_LEAST_1,
         needs=("sample_prompt", "what to draw"),
-        within=AT_LEAST_1,
     )
     sample_average: bool = of_output(
         False, "draw samples with the moving average of --ema", needs=("ema", "which computes the average")
     )
-    push_to_hub: str | None = of_output(
-        None, "Hugging Face hub repository to push the results to", metavar="OWNER/NAME"
-    )
-    wandb: str | None = of_output(None, "Weights & Biases project to also log to", metavar="PROJECT")
+    push_to_hub: str | None = of_output(None, "Hugging Face hub repository to push the results to", "OWNER/NAME")
+    wandb: str | None = of_output(None, "Weights & Biases project to also log to", "PROJECT")
 
     def problems(self) -> list[str]:
         wrong = super().problems()
