@@ -9,7 +9,7 @@ import json
 import math
 import re
 import shlex
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -142,41 +142,37 @@ class Settings:
 
     def _problems_of(self, field: dataclasses.Field, given: Collection[str]) -> list[str]:
         """Check one setting against its declaration; `given` are the settings that differ from their defaults."""
-        value, wrong, about = getattr(self, field.name), [], field.metadata
-        values = value if isinstance(value, tuple) else (value,)
-        if about["choices"] and value is not None:
-            can_be = f"it can be {', '.join(about['choices'])}"
-            wrong += [f"{option(field.name)} is {v!r}; {can_be}" for v in values if v not in about["choices"]]
-        if about["within"] and value is not None:
-            problems = dict.fromkeys(filter(None, map(about["within"].complaint, values)))
-            wrong += [
-                f"{option(field.name)} is {as_typed(value, about['separator'])}; it must be {p}" for p in problems
-            ]
+        value, about, name = getattr(self, field.name), field.metadata, option(field.name)
+        values = () if value is None else value if isinstance(value, tuple) else (value,)
+        wrong = []
+        if about["choices"]:
+            can_be = ", ".join(about["choices"])
+            wrong += [f"{name} is {one!r}; it can be {can_be}" for one in values if one not in about["choices"]]
+        if about["within"]:
+            limits = dict.fromkeys(filter(None, map(about["within"].complaint, values)))
+            wrong += [f"{name} is {as_typed(value, about['separator'])}; it must be {limit}" for limit in limits]
         if field.name == "negative" or "prompt" in field.name.split("_"):
-            wrong += self._tags_in(field.name, [value for value in values if value])
+            wrong += [f"{name}: {problem}" for prompt in values for problem in self._tags_in(prompt)]
         if about["needs"] and field.name in given:
             other, what = about["needs"]
-            wrong += [] if getattr(self, other) else [f"{option(field.name)} needs {option(other)}, {what}"]
+            wrong += [] if getattr(self, other) else [f"{name} needs {option(other)}, {what}"]
         return wrong
 
-    def _tags_in(self, name: str, prompts: Iterable[str]) -> list[str]:
+    def _tags_in(self, prompt: str) -> list[str]:
         """Return a complaint about each `<lora:NAME:STRENGTH>` in a prompt: A1111 reads it, minilora does not."""
-        other = next((f" {option(n)}" for n in ("lora", "base_lora") if hasattr(self, n)), "")
+        other = next((f" and give {option(name)} " for name in ("lora", "base_lora") if hasattr(self, name)), "")
         return [
-            f"{option(name)}: {tag[0]} is not read in a prompt"
-            + (f"; take it out and give{other} {tag[1]}.safetensors{tag[2] or ''}" if other else "; take it out")
-            for prompt in prompts
+            f"{tag[0]} is not read in a prompt; take it out"
+            + (f"{other}{tag[1]}.safetensors{tag[2] or ''}" if other else "")
             for tag in re.finditer(r"<(?:lora|lyco|locon):([^:<>]+)(:[-+\d.]+)?[^<>]*>", prompt)
         ]
 
     @classmethod
     def following(cls, values: dict) -> dict:
         """Return the defaults that depend on other settings, by name; `values` are the known settings."""
+        bundled = is_miniature(values.get("model"))
         fields = [field for field in dataclasses.fields(cls) if field.metadata["follows"]]
-        defaults, bundled = (
-            {field.name: field.metadata["default"] for field in fields},
-            is_miniature(values.get("model")),
-        )
+        defaults = {field.name: field.metadata["default"] for field in fields}
         return {
             name: (default.bundled if bundled else default.usual) if isinstance(default, ByBase) else default
             for name, default in defaults.items()
