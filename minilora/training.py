@@ -19,19 +19,16 @@ from torch import nn
 from tqdm import tqdm
 
 from .data import draws
-from .files.tensors import write_whole
 from .lora import lora_layers
-from .models.compiling import check_compiler
 from .models.precision import DTYPES
-from .run import checkpoint
+from .run.checkpoint import OutputLock
 from .run.ema import ema_update
-from .run.hub import check_login
 from .run.lost import rescue
 from .run.objective import Denoising, Objective
 from .run.preview import write_preview
 from .run.ranks import StopSignals, decided_by_main, mean_over_ranks, processes, wait_for_all
 from .run.results import finish
-from .run.resume import resume, save_state, start
+from .run.resume import begin, save_state
 from .run.setup import Run, prepare
 from .run.tracking import Log
 from .settings.errors import UserError
@@ -51,26 +48,15 @@ def train(config: TrainConfig, objective: Objective | None = None) -> Path:
     Raises UserError for anything wrong with the settings, the base, the pictures or a checkpoint.  Raises Stopped,
     after saving, when a signal asks the process to stop.
     """
-    with processes(config.timeout) as ranks, checkpoint.OutputLock(Path(config.output)) as lock:
+    with processes(config.timeout) as ranks, OutputLock(Path(config.output)) as lock:
         if config.preview:
             return decided_by_main(lambda: write_preview(config))
-        if not config.resume:
-            decided_by_main(lambda: checkpoint.refuse_unfinished(Path(config.output)))
-        if config.push_to_hub:
-            decided_by_main(lambda: check_login(config.push_to_hub))
-        if config.compile:
-            check_compiler(ranks.device)
         run = prepare(config, objective or Denoising(), ranks)
-        config = run.config
-        first_step = resume(run) if config.resume else start(run)
-        done = first_step  # the finished steps, which `save_done` saves if a process is lost
-        if ranks.is_main:
-            write_whole(run.output / "config.json", config.to_json().encode())
+        config, validation, first_step = run.config, run.validation, begin(run)
         bar = tqdm(total=config.steps, initial=first_step, desc="train", unit="step", disable=not ranks.is_main)
-        validation = run.validation
 
-        def save_done() -> None:
-            ranks.say(f"\nsaved {save_state(run, done)}; continue with --resume")
+        def save_done() -> None:  # the bar counts the finished steps on the process that writes
+            ranks.say(f"\nsaved {save_state(run, bar.n)}; continue with --resume")
 
         with StopSignals() as signals, rescue(save_done), Log(run, first_step) as log, bar:
             if validation and not validation.losses:
@@ -80,7 +66,6 @@ def train(config: TrainConfig, objective: Objective | None = None) -> Path:
                     break
                 began = time.monotonic()
                 loss, grad_norm = optimizer_step(run, step, learning_rate_at(step, config))
-                done = step + 1
                 lock.refuse_if_gone()
                 if config.compile and step == first_step:
                     bar.clear()
@@ -102,9 +87,7 @@ def train(config: TrainConfig, objective: Objective | None = None) -> Path:
                     ranks.say(f"stopped after step {step + 1}, saved {saved}; continue with --resume")
                     raise Stopped(signals.number)
         if validation:
-            ranks.say(f"validation {validation}")
-        if validation and config.patience:
-            validation.take_lowest()
+            validation.finish()
         lock.refuse_if_gone()
         return finish(run)
 

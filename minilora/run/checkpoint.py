@@ -185,9 +185,10 @@ def save_checkpoint(output: Path, state: State, run: dict, kept: int) -> None:
 def load_newest_checkpoint(output: Path, differences: Callable[[dict], list[str]]) -> State | None:
     """Return the newest intact checkpoint of a run, or None if there is none at all.
 
-    An unreadable checkpoint is skipped with a warning.  Raises ValueError if that leaves none, or if the checkpoint
+    An unreadable checkpoint is skipped with a warning.  Raises UserError if that leaves none, or if the checkpoint
     belongs to another run: `differences` lists what differs, given the run that the checkpoint names.
     """
+    take_up(output)
     broken = []
     for path in reversed(all_in(output)):
         try:
@@ -199,12 +200,12 @@ def load_newest_checkpoint(output: Path, differences: Callable[[dict], list[str]
             broken.append(f"{path} is not a readable checkpoint ({reason})")
     else:
         if broken:
-            raise ValueError("; ".join(broken) + "; delete it to start over")
+            raise UserError(f"--resume: {'; '.join(broken)}; delete it to start over")
         return None
     for complaint in broken:
         print(f"warning: {complaint}; resuming from {path.name}", file=sys.stderr)
     if different := differences(about):
-        raise ValueError(f"{path} belongs to another run: " + "; ".join(different))
+        raise UserError(f"--resume: {path} belongs to another run: {'; '.join(different)}")
 
     tensors = {key: torch.from_numpy(array) for key, array in arrays.items()}
     parts = {part: under(tensors, f"{prefix}.") for part, prefix in PARTS.items()}

@@ -3,6 +3,7 @@
 from functools import partial
 from pathlib import Path
 
+from ..files.tensors import write_whole
 from ..settings.errors import UserError
 from . import checkpoint
 from .differences import differences
@@ -22,27 +23,22 @@ def save_state(run: Run, step: int) -> Path:
     return checkpoint.path_of(run.output, step)
 
 
-def start(run: Run) -> int:
-    """Prepare the output folder for a new run; return the number of finished steps, 0."""
-    if run.ranks.is_main:
-        checkpoint.begin(run.output)
-    return 0
-
-
-def resume(run: Run) -> int:
-    """Load the newest checkpoint, if there is one; return the number of finished steps."""
-
-    def load() -> checkpoint.State | None:
-        checkpoint.take_up(run.output)
-        try:
-            return checkpoint.load_newest_checkpoint(run.output, partial(differences, run))
-        except ValueError as error:
-            raise UserError(f"--resume: {error}") from error
-
-    state = decided_by_main(load)
-    if state is None:
+def begin(run: Run) -> int:
+    """Prepare the output folder and, with --resume, load the newest checkpoint; return the number of finished steps."""
+    newest = partial(checkpoint.load_newest_checkpoint, run.output, partial(differences, run))
+    state = decided_by_main(newest) if run.config.resume else None
+    if state:
+        _load(run, state)
+    elif run.config.resume:
         run.ranks.say(f"note: --resume found no checkpoint in {run.output}; starting from the beginning")
-        return start(run)
+    if run.ranks.is_main:
+        if not state:
+            checkpoint.begin(run.output)
+        write_whole(run.output / "config.json", run.config.to_json().encode())
+    return state.step if state else 0
+
+
+def _load(run: Run, state: checkpoint.State) -> None:
     if state.step > run.config.steps:
         raise UserError(f"--resume: the checkpoint has {state.step} steps done, more than --steps {run.config.steps}")
     load_trained_state(run.network, state.trained)
@@ -56,4 +52,3 @@ def resume(run: Run) -> int:
     if run.validation:
         run.validation.load(state.validation, state.lowest)
     run.ranks.say(f"resume     after step {state.step}")
-    return state.step

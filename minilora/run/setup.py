@@ -17,7 +17,7 @@ from ..files.names import UNET
 from ..files.network import load_lora
 from ..lora import inject_lora, lora_layers, lora_parameters
 from ..models.base import Base
-from ..models.compiling import compile_options
+from ..models.compiling import check_compiler, compile_options
 from ..models.fingerprint import fingerprint
 from ..models.precision import SMALL
 from ..models.targets import ranks_and_alphas
@@ -25,13 +25,15 @@ from ..models.text import UNetWithText
 from ..settings.errors import UserError
 from ..settings.sample import SampleConfig
 from ..settings.train import TrainConfig
+from .checkpoint import refuse_unfinished
 from .dreambooth import class_pictures
 from .ema import ema_weights
 from .encode import encoded_examples
+from .hub import check_login
 from .memory import tell_memory
 from .objective import Objective
 from .prodigy import Prodigy
-from .ranks import BatchPlan, Ranks, refuse_differences
+from .ranks import BatchPlan, Ranks, decided_by_main, refuse_differences
 from .trained import trained_parameters, trained_state
 from .validation import Validation, read_pictures
 
@@ -79,6 +81,7 @@ class Run:
 
 def prepare(config: TrainConfig, objective: Objective, ranks: Ranks) -> Run:
     """Read and encode the pictures, inject the LoRA, make the optimizer, and print a summary."""
+    check(config, ranks)
     plan = BatchPlan(config.batch_size, config.micro_batch_size, ranks.rank, ranks.world)
     items, held_out_items = read_pictures(config, ranks)
     config = config.with_steps(len(items))
@@ -121,6 +124,16 @@ def prepare(config: TrainConfig, objective: Objective, ranks: Ranks) -> Run:
     run = Run(config, objective, ranks, *parts)
     introduce(run)
     return run
+
+
+def check(config: TrainConfig, ranks: Ranks) -> None:
+    """Raise UserError if the run would fail at its end, or would replace an unfinished run."""
+    if not config.resume:
+        decided_by_main(lambda: refuse_unfinished(Path(config.output)))
+    if config.push_to_hub:
+        decided_by_main(lambda: check_login(config.push_to_hub))
+    if config.compile:
+        check_compiler(ranks.device)
 
 
 def load_base(config: TrainConfig, device: torch.device) -> Base:

@@ -10,7 +10,6 @@ from torch.utils.tensorboard import SummaryWriter
 
 from ..data.sheet import save_picture
 from ..settings.errors import UserError
-from ..settings.train import TrainConfig
 from .lost import heartbeat
 from .ranks import decided_by_main
 from .samples import draw_prompts
@@ -29,7 +28,22 @@ class Log:
             decided_by_main(lambda: self._join_wandb(first_step > 0))
 
     def _join_wandb(self, resumed: bool) -> None:
-        self.wandb = join_wandb(self.run.config, self.run.identity, resumed)
+        """Begin a wandb run; its id is a hash of the identity, so a resumed run continues in the same one."""
+        import wandb
+
+        config, identity = self.run.config, json.dumps(self.run.identity, sort_keys=True)
+        try:
+            self.wandb = wandb.init(
+                project=config.wandb,
+                id=hashlib.sha256(identity.encode()).hexdigest()[:16],
+                resume="allow" if resumed else None,  # None: a run under this id is replaced
+                config=dataclasses.asdict(config),
+                dir=config.output,
+                settings=wandb.Settings(console="off"),  # the terminal stays ours
+            )
+        except wandb.Error as error:  # it refuses, or cannot be reached
+            why = " ".join(str(error).split())
+            raise UserError(f"--wandb {config.wandb}: {why} (run `wandb login`, or set WANDB_MODE=offline)") from error
 
     def __enter__(self) -> "Log":
         threading.excepthook = self._print_unless_disk_is_full
@@ -74,25 +88,3 @@ class Log:
                 self.wandb.log({"samples": Image(sheet)}, step=step)
             idle = () if run.config.train_text_encoder else ("text_encoder", "text_encoder_2")
             run.base.release("pipeline", "vae", *idle)  # training needs the memory
-
-
-def join_wandb(config: TrainConfig, identity: dict, resumed: bool):
-    """Return the wandb run of a run; its id is a hash of the identity, so a resumed run continues in the same one.
-
-    Raises UserError if wandb refuses or cannot be reached.
-    """
-    import wandb
-
-    name = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
-    try:
-        return wandb.init(
-            project=config.wandb,
-            id=name,
-            resume="allow" if resumed else None,  # None: a run under this id is replaced
-            config=dataclasses.asdict(config),
-            dir=config.output,
-            settings=wandb.Settings(console="off"),  # the terminal stays ours
-        )
-    except wandb.Error as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"--wandb {config.wandb}: {reason} (run `wandb login`, or set WANDB_MODE=offline)") from error

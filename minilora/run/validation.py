@@ -91,11 +91,15 @@ class Validation:
         self._write(is_lowest)
         return self.losses[step]
 
-    def take_lowest(self) -> None:
-        """Load the trained weights of the lowest loss into the network."""
-        load_trained_state(self.network, self.lowest)
-        why = f"the loss has not fallen for {self.config.patience} measurements; " if self.has_stalled() else ""
-        self.ranks.say(f"patience   {why}the result is that of step {self.best}")
+    def finish(self) -> None:
+        """Print the losses; with --patience, load the trained weights of the lowest into the network."""
+        first, last = min(self.losses), max(self.losses)
+        words = [f"{self.losses[s]:.4f} {what} step {s}" for what, s in (("at", first), ("lowest at", self.best))]
+        self.ranks.say(f"validation {' → '.join(words)} → {self.losses[last]:.4f} at step {last}")
+        if self.config.patience:
+            load_trained_state(self.network, self.lowest)
+            why = f"the loss has not fallen for {self.config.patience} measurements; " if self.has_stalled() else ""
+            self.ranks.say(f"patience   {why}the result is that of step {self.best}")
 
     def _write(self, with_lowest: bool) -> None:
         if self.ranks.is_main:
@@ -112,8 +116,3 @@ class Validation:
         with sampling.evaluating(self.network), self.base.autocast():
             losses = held_out_loss(self.network, self.held_out, self.base.schedule, mine, self.plan.micro)
         return mean_over_ranks(losses.sum()).item() * ranks.world / count
-
-    def __str__(self) -> str:
-        first, last = min(self.losses), max(self.losses)
-        words = [f"{self.losses[s]:.4f} {what} step {s}" for what, s in (("at", first), ("lowest at", self.best))]
-        return f"{' → '.join(words)} → {self.losses[last]:.4f} at step {last}"
