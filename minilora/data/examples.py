@@ -1,38 +1,20 @@
-"""Training examples from the pictures that folder.py found.
+"""Training examples: what belongs to each position of the endless stream 0, 1, 2, …
 
-`Examples` returns the batch for any positions: picture, mirroring, caption and noise, all drawn by draws.py.
-
-Pictures are encoded once, or --variants times, with different crops and colours.  The VAE turns a picture into a
-gaussian over latents.  Its mean and standard deviation are stored, and each use draws a new sample.  They are in a
-cache, with the encoded captions.  The name of a file there is a hash of everything that it depends on, so another
-picture, size or base has another file, and no file can be out of date.
+`Examples` returns the batch for any positions: picture, mirroring, caption and noise, all drawn by draws.py, from the
+pictures and captions that encoded.py has encoded.
 """
 
-import hashlib
-import itertools
-import json
-import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache, partial
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from PIL import Image, ImageEnhance
 
 from ..diffusion import Conditioning
-from ..files.tensors import read_checked, write_checked
-from ..models.base import Base
 from ..models.text import Tokens
-from ..settings.errors import UserError
-from ..settings.train import TrainConfig
 from . import buckets, draws
-from .buckets import Size
-from .folder import ChangedError, Item, with_trigger, without_trigger
-from .known import forget
-from .pictures import CENTRE, as_tensor, crop, crop_at
+from .encoded import Encoded, View
+from .folder import Item
 
 
 @dataclass(frozen=True)
@@ -50,85 +32,23 @@ class Batch:
     kept: Conditioning | None = None  # with --preserve: where to keep the base's prediction
 
 
-@dataclass(frozen=True)
-class View:
-    """How a picture is shown: mirrored or not, the place of its crop (see `crop`), its colours."""
-
-    item: Item
-    mirrored: bool = False
-    place: tuple[float, float] = CENTRE
-    colours: tuple[float, ...] = ()  # factors of brightness, contrast and saturation; empty: unchanged
-
-
-_CROP = 3  # increase this when open_picture or crop return different pixels
-_MASK = 1  # the same for `mask`
-
-
-class Examples:
-    """The training example at each position; pictures and captions are encoded once."""
-
-    def __init__(
-        self,
-        items: list[Item],
-        config: TrainConfig,
-        resolution: int,
-        encoders: Base,
-        schedule_length: int,
-        sizes: Sequence[Size] = (),
-        class_items: Sequence[Item] = (),
-    ):
-        self.items, self.class_items = items, class_items
-        self.config = config
-        self.resolution = resolution
-        self.sizes = sizes or [(resolution, resolution)]  # the sizes to crop pictures to
-        self.buckets: dict[Size, list[Item]] = {}
-        for item in items:
-            self.buckets.setdefault(self.size_of(item), []).append(item)
-        self.schedule_length = schedule_length
-        self.folder = Path(config.cache).expanduser()
-        self._base = encoders
-        self.is_xl, self.tokens = encoders.is_xl, lru_cache(maxsize=4096)(encoders.tokens)
-        self.encoders = encoders if config.needs_vae else None
-        texts = {caption for item in (*items, *class_items) for caption in item.captions}
-        captions = {"", *(self.version(text, number) for text in texts for number in range(config.variants or 1))}
-        self.captions = sorted(captions | ({*map(self.kept_caption, captions)} if config.preserve else set()))
-
-    @property
-    def vae(self) -> str:
-        """The fingerprint of the VAE."""
-        return self._base.encoder_fingerprints[0]
-
-    @property
-    def text_encoder(self) -> str:
-        """The fingerprint of the text encoders and their tokenizers."""
-        return self._base.encoder_fingerprints[1]
+class Examples(Encoded):
+    """The training example at each position."""
 
     def batch(self, positions: Sequence[int], device: torch.device) -> Batch:
         """Return the batch at the given positions; it is the same on every process and in any order."""
-        return _collate(tuple(positions), [self._row(position) for position in positions], device)
+        return self._collate(tuple(positions), [self._row(position) for position in positions], device)
 
     def fixed_batch(self, number: int, timesteps: dict[int, int], device: torch.device) -> Batch:
         """Return picture `number` at several timesteps; their keys determine the noise, which never changes."""
         view = View(self.items[number])
-        latents = _load(self._picture_file(view))["mean"]  # (channels, h, w)
-        conditioning = self._conditioning(view.item.captions[0], view)
-        offset, draw = torch.zeros(len(latents), 1, 1), partial(draws.gaussian, 0, f"validation {number}")
-        one = torch.tensor(1.0)
-        where = self._where(view, latents)
-        rows = [
-            (latents, conditioning, draw(n, latents.shape), offset, torch.tensor(t), one, where, None)
-            for n, t in timesteps.items()
-        ]
-        return _collate(tuple(timesteps), rows, device)
-
-    def contents(self) -> list[list]:
-        """Return the digest, the captions and, if it has a mask, the mask's digest of each picture, as JSON values."""
-        items = (*self.items, *self.class_items)
-        return [[item.digest, list(item.captions), *filter(None, [item.mask_digest])] for item in items]
-
-    def content(self) -> str:
-        """Return a hash of the pictures and their captions."""
-        return hashlib.sha256(json.dumps(self.contents()).encode()).hexdigest()
+        latents, _ = self.gaussian(view)  # (channels, h, w)
+        conditioning, where = self.conditioning(view.item.captions[0], view), self.where(view, latents)
+        offset, one, rows = torch.zeros(len(latents), 1, 1), torch.tensor(1.0), []
+        for n, t in timesteps.items():
+            noise = draws.gaussian(0, f"validation {number}", n, latents.shape)
+            rows.append((latents, conditioning, noise, offset, torch.tensor(t), one, where, None))
+        return self._collate(tuple(timesteps), rows, device)
 
     def picture_at(self, position: int) -> Item:
         """Return the picture at a position; with --class-prompt every other one is a class picture."""
@@ -142,74 +62,17 @@ class Examples:
             return groups[bucket][number]
         return self.items[draws.picture_at(self.config.seed, position, len(self.items))]
 
-    def size_of(self, item: Item) -> Size:
-        """Return the width and height, in pixels, to crop a picture to."""
-        return buckets.nearest(item.size, self.sizes)
-
     def view_at(self, position: int) -> View:
-        """Return the view at a position: with --variants one of the picture's, else a newly drawn one."""
+        """Return the view at a position: of the picture's variant or, without --variants, with a newly drawn crop."""
         seed, item = self.config.seed, self.picture_at(position)
         mirrored = self.config.mirror and draws.uniform(seed, "mirror", position) < 0.5
-        if self.config.variants:
+        if self.config.variants or self.config.crop != "random":
             return self.view(item, mirrored, self.variant_at(position))
-        if self.config.crop == "random":
-            place = draws.uniform(seed, "crop x", position), draws.uniform(seed, "crop y", position)
-            return View(item, mirrored, place)
-        return View(item, mirrored)
+        return View(item, mirrored, (draws.uniform(seed, "crop x", position), draws.uniform(seed, "crop y", position)))
 
     def variant_at(self, position: int) -> int:
         """Return the number of the variant at a position; 0 without --variants."""
         return draws.integer(self.config.seed, "variant", position, 0, self.config.variants or 1)
-
-    def view(self, item: Item, mirrored: bool, variant: int) -> View:
-        """Return the view of a picture's variant, with its own random crop and colours."""
-
-        def drawn(what: str) -> float:
-            return draws.uniform(self.config.seed, f"{what} of {item.digest}", variant)
-
-        place = (drawn("crop x"), drawn("crop y")) if self.config.crop == "random" else CENTRE
-        jitter, colours = self.config.colour_jitter, ("brightness", "contrast", "saturation")
-        return View(item, mirrored, place, tuple(1 + jitter * (2 * drawn(what) - 1) for what in colours if jitter))
-
-    def _row(self, position: int) -> tuple[Any, ...]:
-        seed, view = self.config.seed, self.view_at(position)
-        if self.encoders is None:
-            encoded = _load(self._picture_file(view))
-            mean, std = encoded["mean"], encoded["std"]  # (channels, h, w) each
-        else:
-            mean, std = self.encoders.encode_picture(self.pixels(view))
-        latents = mean + std * draws.gaussian(seed, "posterior", position, mean.shape)
-        noise = draws.gaussian(seed, "noise", position, mean.shape)
-        noise_offset = draws.gaussian(seed, "noise offset", position, (len(mean), 1, 1))
-        low, high = self.config.timestep_range or (0, self.schedule_length)
-        timestep = torch.tensor(draws.integer(seed, "timestep", position, low, high))
-        weight = torch.tensor(self.config.prior_weight if self.class_items and position % 2 else 1.0)
-        caption = self.caption_at(position)
-        return (
-            latents,
-            self._conditioning(caption, view),
-            noise,
-            noise_offset,
-            timestep,
-            weight,
-            self._where(view, latents),
-            self._conditioning(self.kept_caption(caption), view) if self.config.preserve else None,
-        )
-
-    def _conditioning(self, caption: str, view: View) -> dict[str, torch.Tensor]:
-        """Return the conditioning: the caption's vectors or, if the text encoders are trained, its tokens."""
-        if self.config.train_text_encoder:
-            conditioning = {"tokens": self.tokens(caption)}
-        else:
-            conditioning = _load(self._caption_file(caption))
-        if not self.is_xl:
-            return conditioning
-        # Stable Diffusion XL also gets the size of the picture, and the place and size of the crop.
-        item, (w, h) = view.item, self.size_of(view.item)
-        resized, left, top = crop_at(item.size, (w, h), view.place)
-        left = resized[0] - w - left if view.mirrored else left
-        sizes = [item.size[1], item.size[0], top, left, h, w]
-        return conditioning | {"sizes": torch.tensor(sizes, dtype=torch.float32)}
 
     def caption_at(self, position: int) -> str:
         """Return the caption at a position: one of the picture's, or "" for caption dropout."""
@@ -219,160 +82,29 @@ class Examples:
         caption = captions[draws.integer(seed, "caption", position, 0, len(captions))]
         return self.version(caption, self.variant_at(position))
 
-    def version(self, caption: str, variant: int) -> str:
-        """Return a variant of a caption: its tags, except the first --keep-tags, are shuffled or left out."""
-        config = self.config
-        if not (config.shuffle_tags or config.tag_dropout):
-            return caption
-        tags = [tag.strip() for tag in (without_trigger(caption, config) if config.trigger else caption).split(",")]
-        kept, rest = tags[: config.keep_tags], tags[config.keep_tags :]
-        generator = draws.generator(config.seed, f"tags of {caption}", variant)
-        rest = [tag for tag in rest if generator.random() >= config.tag_dropout]
-        order = generator.permutation(len(rest)) if config.shuffle_tags else range(len(rest))
-        return with_trigger(", ".join([*kept, *(rest[place] for place in order)]), config)
+    def _row(self, position: int) -> tuple[Any, ...]:
+        """Return the example at a position, in the order of `Batch`."""
+        config, view, caption = self.config, self.view_at(position), self.caption_at(position)
+        mean, std = self.gaussian(view)  # (channels, h, w) each
+        low, high = config.timestep_range or (0, self.schedule_length)
+        return (
+            mean + std * draws.gaussian(config.seed, "posterior", position, mean.shape),
+            self.conditioning(caption, view),
+            draws.gaussian(config.seed, "noise", position, mean.shape),
+            draws.gaussian(config.seed, "noise offset", position, (len(mean), 1, 1)),
+            torch.tensor(draws.integer(config.seed, "timestep", position, low, high)),
+            torch.tensor(config.prior_weight if self.class_items and position % 2 else 1.0),
+            self.where(view, mean),
+            self.conditioning(self.kept_caption(caption), view) if config.preserve else None,
+        )
 
-    def kept_caption(self, caption: str) -> str:
-        """Return the caption at which --preserve keeps the base's prediction: class, without trigger, or empty."""
-        return self.config.class_prompt or without_trigger(caption, self.config)
+    def _collate(self, positions: tuple[int, ...], rows: list[tuple], device: torch.device) -> Batch:
+        """Stack rows, as `_row` returns them, into a batch."""
 
-    def pixels(self, view: View) -> torch.Tensor:
-        """Return a picture's pixels as training sees them, in [-1, 1], (3, h, w)."""
-        try:
-            picture = crop(view.item.open(), self.size_of(view.item), view.place)
-        except ChangedError:  # perhaps without a change of its file's times, so the next run must read all files again
-            forget(self.config.cache)
-            raise
-        kinds = ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color
-        for kind, factor in zip(kinds, view.colours, strict=False):
-            picture = kind(picture).enhance(factor)
-        pixels = as_tensor(picture)
-        return pixels.flip(-1) if view.mirrored else pixels
+        def stack(column: Sequence[Any]) -> Any:
+            if isinstance(column[0], dict):
+                kind = Tokens if self.config.train_text_encoder else Conditioning
+                return kind(**{name: stack([row[name] for row in column]) for name in column[0]})
+            return None if column[0] is None else torch.stack(list(column)).to(device)
 
-    def mask(self, view: View) -> torch.Tensor:
-        """Return the mask of `pixels`, from 0 to 1 on the grid of the latents, (1, h, w)."""
-        item, (w, h) = view.item, self.size_of(view.item)
-        resized, left, top = crop_at(item.size, (w, h), view.place)
-        per_latent, box = self._base.pixels_per_latent, Image.Resampling.BOX  # which keeps black 0 and white 1
-        seen = item.open_mask().resize(resized, box).crop((left, top, left + w, top + h))
-        mask = torch.from_numpy(np.array(seen.resize((w // per_latent, h // per_latent), box)))[None] / 255
-        if not mask.any() and self.config.crop == "center":
-            what = f"the mask of {item.path} is all black within the crop of {w} × {h} pixels"
-            raise UserError(f"{what}; try --buckets or --crop random")
-        return mask.flip(-1) if view.mirrored else mask
-
-    def _where(self, view: View, latents: torch.Tensor) -> torch.Tensor:
-        """Return the weight of each place of a picture, mean 1, (1, h, w): small and large masks count the same."""
-        if not view.item.mask:
-            return torch.ones_like(latents[:1])
-        mask = self.mask(view) if self.encoders else _load(self._mask_file(view))["mask"]
-        counts = 1 - (1 - self.config.outside) * (1 - mask)  # exactly 1 where white
-        return counts / counts.mean().clamp(min=1e-9)  # a random crop may hold nothing that counts
-
-    def _file(self, *ingredients) -> Path:
-        name = hashlib.sha256(json.dumps(ingredients).encode()).hexdigest()
-        return self.folder / name[:2] / f"{name}.safetensors"
-
-    def _picture_file(self, view: View) -> Path:
-        item, drawn = view.item, [] if (view.place, view.colours) == (CENTRE, ()) else [view.place, view.colours]
-        return self._file("latents", _CROP, self.vae, item.digest, self.size_of(item), view.mirrored, *drawn)
-
-    def _mask_file(self, view: View) -> Path:
-        item, sizes = view.item, (self._base.pixels_per_latent, view.item.size, self.size_of(view.item))
-        return self._file("mask", _MASK, item.mask_digest, item.mask == item.path, *sizes, view.mirrored, view.place)
-
-    def _caption_file(self, caption: str) -> Path:
-        return self._file("text", self.text_encoder, caption)
-
-    def enlarged(self) -> list[str]:
-        """Return a line for each picture that is smaller than its crop and must be enlarged."""
-        lines = []
-        for item in dict.fromkeys((*self.items, *self.class_items)):
-            (width, height), (w, h) = item.size, self.size_of(item)
-            if width < w or height < h:
-                lines.append(f"{item.path} has {width} × {height} pixels; it is enlarged to fill {w} × {h}")
-        return lines
-
-    def told(self) -> list[str]:
-        """Return lines about masks and --preserve, if there are any."""
-        count, config, lines = sum(item.mask is not None for item in self.items), self.config, []
-        if count:
-            lines.append(f"masks      {count} of {len(self.items)} pictures")
-        if config.preserve:
-            without = f"captions without {config.trigger!r}" if config.trigger else "the empty prompt"
-            at = repr(config.class_prompt) if config.class_prompt else without
-            lines.append(f"preserve   the base's predictions at {at}")
-        return lines
-
-    def to_encode(self, encoders: Base) -> tuple[dict[Path, Callable[[], None]], dict[Path, Callable[[], None]]]:
-        """Return all files that the cache must hold, each with a function that writes it: captions, then pictures."""
-
-        def encode_caption(caption: str) -> dict[str, torch.Tensor]:
-            conditioning = encoders.encode_prompt(caption)
-            return {"text": conditioning.text[0]} | (
-                {} if conditioning.pooled is None else {"pooled": conditioning.pooled[0]}
-            )
-
-        def encode_picture(view: View) -> dict[str, torch.Tensor]:
-            mean, std = encoders.encode_picture(self.pixels(view))
-            return {"mean": mean, "std": std}
-
-        def crop_mask(view: View) -> dict[str, torch.Tensor]:
-            return {"mask": self.mask(view)}
-
-        captions, pictures = {}, {}
-        if not self.config.train_text_encoder:
-            captions = {self._caption_file(caption): partial(encode_caption, caption) for caption in self.captions}
-        if self.encoders is None:
-            for item in (*self.items, *self.class_items):
-                ways = (False, True) if self.config.mirror else (False,)
-                variants = range(self.config.variants or 1)
-                for view in (self.view(item, *way) for way in itertools.product(ways, variants)):
-                    pictures[self._picture_file(view)] = partial(encode_picture, view)
-                    if item.mask:
-                        pictures[self._mask_file(view)] = partial(crop_mask, view)
-
-        def written(jobs: dict[Path, partial]) -> dict[Path, Callable[[], None]]:
-            return {path: partial(_write, path, encode) for path, encode in jobs.items()}
-
-        return written(captions), written(pictures)
-
-
-def _write(path: Path, encode: partial) -> None:
-    tensors = encode()
-    if not all(tensor.isfinite().all() for tensor in tensors.values()):
-        raise UserError(f"the base encodes {encode.args[0]} to numbers that are not finite")
-    write_checked(path, tensors, {})
-
-
-def _collate(positions: tuple[int, ...], rows: list[tuple], device: torch.device) -> Batch:
-    """Stack rows of `Examples._row` into a batch."""
-
-    def stack(column: Iterable[torch.Tensor]) -> torch.Tensor:
-        return torch.stack(list(column)).to(device)
-
-    def together(conditionings: Sequence[dict[str, torch.Tensor]]) -> Conditioning:
-        conditioning = {key: stack(each[key] for each in conditionings) for key in conditionings[0]}
-        tokens = conditioning.pop("tokens", None)
-        return Conditioning(**conditioning) if tokens is None else Tokens(tokens, **conditioning)
-
-    latents, conditionings, *drawn, kept = zip(*rows, strict=True)
-    noise, noise_offset, timesteps, weights, where = map(stack, drawn)
-    conditioning, kept_too = together(conditionings), None if kept[0] is None else together(kept)
-    return Batch(positions, stack(latents), conditioning, noise, noise_offset, timesteps, weights, where, kept_too)
-
-
-@lru_cache(maxsize=4096)
-def _load(path: Path) -> dict[str, torch.Tensor]:
-    return {key: torch.from_numpy(array) for key, array in read_checked(path)[0].items()}
-
-
-def is_whole(path: Path) -> bool:
-    """Whether a file of the cache exists and is intact; print a warning if it is damaged."""
-    if not path.exists():
-        return False
-    try:
-        _load(path)
-    except (OSError, UserError) as error:
-        print(f"warning: {error}; it will be written again", file=sys.stderr)
-        return False
-    return True
+        return Batch(positions, *map(stack, zip(*rows, strict=True)))

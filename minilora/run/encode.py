@@ -4,7 +4,8 @@ import sys
 
 from tqdm import tqdm
 
-from ..data.examples import Examples, is_whole
+from ..data.encoded import is_whole
+from ..data.examples import Examples
 from ..models.base import Base
 from ..models.text import warn_of_cuts
 from .lost import heartbeat

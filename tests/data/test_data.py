@@ -12,7 +12,7 @@ from conftest import make_picture
 from PIL import Image
 
 from minilora.data import draws
-from minilora.data import examples as data
+from minilora.data import encoded as data
 from minilora.data.captions import edit_captions
 from minilora.data.examples import Batch
 from minilora.data.folder import read_folders

@@ -12,7 +12,7 @@ from conftest import make_picture
 from helpers import CPU
 from PIL import Image
 
-from minilora.data.examples import View
+from minilora.data.encoded import View
 from minilora.data.folder import read_folders
 from minilora.data.held_out import held_out_loss
 from minilora.diffusion import Conditioning, Schedule, denoising_loss
