@@ -26,7 +26,7 @@ from ..settings.train import TrainConfig
 from . import buckets, draws
 from .buckets import Size
 from .folder import ChangedError, Item, with_trigger, without_trigger
-from .known import forget
+from .looks import forget
 from .pictures import CENTRE, as_tensor, crop, crop_at
 
 _CROP = 3  # increase this when open_picture or crop return different pixels

@@ -8,24 +8,21 @@ import hashlib
 import io
 import os
 import sys
-import unicodedata
 from collections.abc import Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 from PIL import Image
-from tqdm import tqdm
 
 from ..settings.errors import UserError
 from ..settings.shared import WEIGHT, hub_name, is_mask, path_and_number
 from ..settings.train import TrainConfig
-from .captions import TABLES, beside, read_table, read_text
+from .captions import TABLES, beside, read_table, read_text, spelling
 from .contents import files_in, told_left_out, told_unused
 from .from_hub import fetched
-from .kinds import is_picture, kind_of_bytes, named, remedy, unread_kind
-from .known import Known, state_of
-from .pictures import BOMB, NO_PICTURE, look_at, open_mask, open_picture, pixels_claimed, pixels_limited
+from .kinds import is_picture, named, remedy
+from .looks import Look, look_at_all
+from .pictures import open_mask, open_picture, pixels_limited
 
 
 class ChangedError(UserError):
@@ -110,7 +107,7 @@ def read_folder(name: str, config: TrainConfig, option: str = "--data", quiet: b
         if not captions and not problems:
             raise UserError("; ".join([f"{option} {folder}: there is no picture in it", *remarks]))
     items, unread = [], {}
-    looks = _look_at_all(list(captions), [*masks.values()], folder, config, quiet)
+    looks = look_at_all(list(captions), [*masks.values()], folder, config, quiet)
     for path, look in looks.items():
         if look.kind:
             unread[_name(path, folder)] = look.kind
@@ -121,7 +118,7 @@ def read_folder(name: str, config: TrainConfig, option: str = "--data", quiet: b
                 remarks.append(f"{_name(path, folder)}: its colour profile cannot be used ({look.wrong})")
             texts = tuple(with_trigger(text, config) for text in captions[path])
             mask = masks.get(path, path if look.has_alpha else None)
-            there = looks[mask] if mask else _Look()
+            there = looks[mask] if mask else Look()
             if there.size and not same_shape(look.size, there.size):
                 problems.append(
                     f"{_name(mask, folder)} has {there.size[0]} × {there.size[1]} pixels, another shape than "
@@ -137,6 +134,12 @@ def read_folder(name: str, config: TrainConfig, option: str = "--data", quiet: b
     if problems:
         raise UserError(f"{option} {folder}: " + "; ".join(problems))
     return items
+
+
+def same_shape(picture: tuple[int, int], mask: tuple[int, int]) -> bool:
+    """Whether picture and mask have the same aspect ratio, up to rounding by less than a pixel."""
+    (width, height), (w, h) = picture, mask
+    return abs(w * height - h * width) < max(width, height)
 
 
 def with_trigger(caption: str, config: TrainConfig) -> str:
@@ -201,12 +204,8 @@ def _captions(
         if tables and texts:
             names = named(sorted({_name(text, folder) for text in texts.values()}), "texts beside pictures")
             remarks.append(f"{names}: not read, because the captions are in {tables[0].name}")
-    return {path: captions.get(path, ()) for path in sorted(pictures, key=_order)}, masks
-
-
-def _order(path: Path) -> list[str]:
-    """Return the key to sort pictures by: the parts of the path, in the same Unicode form on all systems."""
-    return [unicodedata.normalize("NFC", part) for part in path.parts]
+    in_order = sorted(pictures, key=lambda path: Path(spelling(path)).parts)  # the same on all systems
+    return {path: captions.get(path, ()) for path in in_order}, masks
 
 
 def _told_lacking(lacking: Sequence[Path], tables: Sequence[Path], texts: dict[Path, Path], folder: Path) -> str:
@@ -218,75 +217,3 @@ def _told_lacking(lacking: Sequence[Path], tables: Sequence[Path], texts: dict[P
     there = [_name(texts[path], folder) for path in lacking if path in texts]
     hint = f"{named(there, 'texts')} beside: not read, because there is a table; " if there else ""
     return f"{told} in {tables[0].name}; {hint}add it there, or give --caption"
-
-
-# ------------------------------------------------------------------------------------- pictures
-
-
-@dataclass(frozen=True)
-class _Look:
-    """What is known of a file: its hash and size, or what is wrong with it, or its unreadable kind."""
-
-    digest: str = ""
-    size: tuple[int, int] | None = None
-    wrong: str = ""
-    kind: str = ""
-    has_alpha: bool = False  # --alpha-mask uses it as the mask
-
-
-def same_shape(picture: tuple[int, int], mask: tuple[int, int]) -> bool:
-    """Whether picture and mask have the same aspect ratio, up to rounding by less than a pixel."""
-    (width, height), (w, h) = picture, mask
-    return abs(w * height - h * width) < max(width, height)
-
-
-def _look_at_all(
-    pictures: list[Path], masks: list[Path], folder: Path, config: TrainConfig, quiet: bool
-) -> dict[Path, _Look]:
-    """Examine all pictures and masks, in threads on all cores: Pillow and hashlib release Python's lock."""
-    known, most, paths = Known(config.cache, folder), config.max_pixels, list(dict.fromkeys((*pictures, *masks)))
-
-    def look(path: Path) -> _Look:
-        alpha = config.alpha_mask and path not in masks
-        if kind := unread_kind(path):
-            return _Look(kind=kind)
-        content = b""
-        try:
-            state = state_of(path)
-            if not alpha and (before := known.get(path, state)):
-                digest, size = before
-                if size[0] * size[1] <= most:
-                    return _Look(digest, size)
-            content = path.read_bytes()
-            size, wrong = look_at(io.BytesIO(content))
-            digest = hashlib.sha256(content).hexdigest()
-            mask = open_mask(io.BytesIO(content), alpha) if alpha or path in masks else None
-            if mask and not mask.getbbox():
-                told = "has an alpha channel that is all black" if alpha else "is all black"
-                return _Look(wrong=f"{told}, so nothing of the picture would be learnt")
-            if not wrong:  # remembered pictures get no warning, and each run must print it
-                known.add(path, state, digest, size)
-            return _Look(digest, size, wrong, has_alpha=alpha and mask is not None)
-        except BOMB as error:
-            pixels = pixels_claimed(error)
-            advice = f"make it smaller or, if you trust the file, train with --max-pixels {pixels}"
-            return _Look(wrong=f"has {pixels:,} pixels, more than the {most:,} of --max-pixels; {advice}")
-        except NO_PICTURE as error:
-            return _Look(kind=kind_of_bytes(content), wrong=f"cannot be opened as a picture ({error})")
-
-    pool = ThreadPoolExecutor(_cores())
-    try:
-        with pixels_limited(most):
-            done = pool.map(look, paths)
-            bar = tqdm(done, "read", total=len(paths), unit="picture", delay=2, disable=quiet)
-            found = dict(zip(paths, bar, strict=True))
-    finally:
-        pool.shutdown(cancel_futures=True)  # so that Ctrl-C does not wait for all of them
-    known.save(paths)
-    return found
-
-
-def _cores() -> int:
-    """Return the number of cores for this process; the processes of a machine divide its cores."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))

@@ -10,8 +10,7 @@ import torch
 from conftest import make_picture
 from PIL import Image
 
-from minilora.data import folder as folder_module
-from minilora.data import known
+from minilora.data import looks as looking
 from minilora.data.folder import ChangedError, read_folders
 from minilora.models.base import Base
 from minilora.run.encode import encoded_examples
@@ -82,10 +81,10 @@ def test_a_kind_is_known_by_its_first_bytes_too(content, kind, data):
 
 def test_the_kinds_of_one_container_are_told_apart(monkeypatch):
     assert ".avif" in Image.registered_extensions()
-    assert folder_module.kind_of_bytes(AVIF) == ""  # it is read, so that one that cannot be opened is damaged
+    assert looking.kind_of_bytes(AVIF) == ""  # it is read, so that one that cannot be opened is damaged
     for suffix in (".avif", ".heic"):
         monkeypatch.delitem(Image.EXTENSION, suffix, raising=False)
-    assert [folder_module.kind_of_bytes(content) for content in (HEIC, AVIF, CR3, b"", bytes(12))] == [
+    assert [looking.kind_of_bytes(content) for content in (HEIC, AVIF, CR3, b"", bytes(12))] == [
         "HEIC",
         "AVIF",
         "camera raw",
@@ -275,18 +274,18 @@ def test_the_default_of_max_pixels_is_pillows():
 @pytest.fixture
 def settled(monkeypatch):
     """Let files count as settled as soon as they are written."""
-    monkeypatch.setattr(known, "SETTLED", -1.0)
+    monkeypatch.setattr(looking, "SETTLED", -1.0)
 
 
 def looks(monkeypatch) -> list:
     """Return a list that grows by the size of every picture that is decoded."""
-    sizes, look_at = [], folder_module.look_at
+    sizes, look_at = [], looking.look_at
 
     def look(source):
         sizes.append(look_at(source)[0])
         return look_at(source)
 
-    monkeypatch.setattr(folder_module, "look_at", look)
+    monkeypatch.setattr(looking, "look_at", look)
     return sizes
 
 
