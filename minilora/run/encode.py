@@ -1,15 +1,40 @@
 """Encode once: the pictures and captions that the cache lacks, divided over the processes."""
 
 import sys
+from dataclasses import replace
+from typing import Any
 
 from tqdm import tqdm
 
+from ..data.buckets import Size, bucket_sizes
 from ..data.encoded import is_whole
 from ..data.examples import Examples
+from ..data.folder import Item
 from ..models.base import Base
 from ..models.text import warn_of_cuts
+from ..settings.errors import UserError
+from ..settings.train import TrainConfig
 from .lost import heartbeat
 from .ranks import Ranks, wait_for_all
+
+
+def encode(
+    config: TrainConfig, base: Base, ranks: Ranks, items: list[Item], others: list[Item], held_out_items: list[Item]
+) -> tuple[Examples, Examples | None]:
+    """Return the encoded examples: of the training and class pictures, and of the held-out ones, if any."""
+    resolution = config.resolution or base.resolution
+    sizes = sizes_for(base, resolution) if config.buckets else ()
+    if config.train_text_encoder:
+        ranks.say("note: --train-text-encoder changes the encoding of captions, so they are encoded at each step")
+    # Pictures and captions are encoded in float32: a VAE in half precision can overflow.
+    encoders = Base.of(config, ranks.device, loras=config.base_lora)
+    how = resolution, encoders, len(base.schedule), ranks, sizes
+    examples = encoded_examples(items, config, *how, others)
+    plain: dict[str, Any] = {"mirror": False, "crop": "center", "outside": 0.0, "variants": None, "keep_tags": 0}
+    plain |= {"colour_jitter": 0.0, "shuffle_tags": False, "tag_dropout": 0.0}
+    held_out = encoded_examples(held_out_items, replace(config, **plain), *how) if held_out_items else None
+    encoders.release("text_encoder", "text_encoder_2", *([] if examples.encoders else ["vae"]))
+    return examples, held_out
 
 
 def encoded_examples(items, config, resolution: int, encoders: Base, length: int, ranks: Ranks, *more) -> Examples:
@@ -38,3 +63,12 @@ def fill_cache(examples: Examples, encoders: Base, ranks: Ranks) -> None:
             wait_for_all()
         if not examples.config.train_text_encoder:  # (else they may hold a LoRA, and their output is not cached)
             encoders.release(*encoders.text_parts)  # the VAE needs gigabytes for a large picture
+
+
+def sizes_for(base: Base, resolution: int) -> list[Size]:
+    """Return the sizes of --buckets on a base; UserError if there is none."""
+    # Steps of 64 pixels, as is usual, would be too coarse for a miniature.
+    multiple = max(64, base.side_multiple) if base.resolution >= 256 else base.side_multiple
+    if sizes := bucket_sizes(resolution, multiple):
+        return sizes
+    raise UserError(f"--resolution is {resolution}; --buckets needs at least {multiple} on this base")

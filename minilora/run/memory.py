@@ -10,7 +10,7 @@ counted in the same way.  They leave memory one after the other before the first
 
 import sys
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,14 +23,12 @@ from torch.utils._pytree import tree_leaves
 
 from ..files.names import TEXT_ENCODER, TEXT_ENCODER_2, UNET
 from ..files.tensors import free_memory
-from ..lora import inject_lora
 from ..models.base import Base
 from ..models.folder import VAE
-from ..models.targets import ranks_and_alphas
-from ..settings.errors import UserError
+from ..models.text import UNetWithText
 from ..settings.setting import as_typed, is_installed, option
 from ..settings.train import TrainConfig
-from .trained import trained_parameters
+from .trained import put_new_lora, trained_parameters
 
 SLACK = 1.2  # for kernels' buffers and gaps between tensors, which are not counted
 
@@ -38,7 +36,7 @@ SLACK = 1.2  # for kernels' buffers and gaps between tensors, which are not coun
 class Live(TorchDispatchMode):
     """Within the block, count the bytes of all living tensors, except those in `known`; record the peak."""
 
-    def __init__(self, known: Iterator[torch.Tensor]):
+    def __init__(self, known: Iterable[torch.Tensor]):
         super().__init__()
         self.now, self.peak = 0, 0
         self.alive = {tensor.untyped_storage()._cdata: 0 for tensor in known}
@@ -74,10 +72,8 @@ class Memory:
         return self.process + max(self.encoding, self.weights + self.lora + self.step)
 
     def __str__(self) -> str:
-        parts = (
-            f"base {_gb(self.weights)}, LoRA {_gb(self.lora)}, a step {_gb(self.step)}, encoding {_gb(self.encoding)}"
-        )
-        return f"about {_gb(self.total)} GB ({parts})"
+        parts = {"base": self.weights, "LoRA": self.lora, "a step": self.step, "encoding": self.encoding}
+        return f"about {_gb(self.total)} GB ({', '.join(f'{name} {_gb(size)}' for name, size in parts.items())})"
 
 
 def tell_memory(config: TrainConfig, base: Base, say) -> None:
@@ -114,18 +110,12 @@ def memory_of(config: TrainConfig, base: Base) -> Memory:
 
 def _step(config: TrainConfig, base: Base, unet, encoders: list, side: int, dtype: torch.dtype) -> tuple[int, int, int]:
     """Simulate a step; return the bytes of the weights, the count of numbers in A and B, and the peak of the rest."""
-    try:
-        if not config.full:
-            ranks, alphas = ranks_and_alphas(unet, config.targets, config.rank, config.alpha, **config.by_part())
-            inject_lora(unet, ranks, alphas)
-        for encoder in encoders:
-            inject_lora(encoder, config.rank, config.alpha, config.text_encoder_targets)
-    except ValueError as error:
-        raise UserError(str(error)) from error
+    network = UNetWithText(unet, encoders) if encoders else unet
+    if not config.full:
+        put_new_lora(network, unet, config)
     if config.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
-    trained = [parameter for part in (unet, *encoders) for parameter in trained_parameters(part, config.full)]
-    everything = [parameter for part in (unet, *encoders) for parameter in part.parameters()]
+    trained, everything = trained_parameters(network, config.full), list(network.parameters())
 
     batch, latents = config.micro_batch_size or config.batch_size, side // base.pixels_per_latent
     batch *= 2 if config.preserve else 1  # each picture goes through with two captions
@@ -137,7 +127,7 @@ def _step(config: TrainConfig, base: Base, unet, encoders: list, side: int, dtyp
     if base.is_xl:
         pooled = torch.empty(batch, base.parts.config(TEXT_ENCODER_2)["projection_dim"])
         more = {"added_cond_kwargs": {"text_embeds": pooled, "time_ids": torch.empty(batch, 6)}}
-    with Live(iter(everything)) as live, torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+    with Live(everything) as live, torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
         for encoder in encoders:  # so that gradients flow back into each
             text = text + encoder(tokens).last_hidden_state.mean()
         unet(x, timesteps, text, **more).sample.float().square().mean().backward()
@@ -150,30 +140,21 @@ def _step(config: TrainConfig, base: Base, unet, encoders: list, side: int, dtyp
 
 def ways_to_fit(config: TrainConfig, base: Base, free: int) -> list[str]:
     """Return settings that need less memory, largest effect first, until the run fits, each with the new total."""
-    told, need = [], memory_of(config, base)
-    for name, value in _smaller(config, base):
-        if need.total - need.process <= free:
-            break
-        config = replace(config, **{name: value})
-        base = Base.of(config, base.device, config.precision)
-        need = memory_of(config, base)
-        told.append(f"{option(name)}{'' if value is True else f' {as_typed(value)}'} (then about {_gb(need.total)} GB)")
+    told, need, smaller = [], memory_of(config, base), (config.resolution or base.resolution) * 3 // 4 // 64 * 64
+    ways: list[tuple[str, Any, bool]] = [
+        ("precision", "bf16", base.precision == "fp32"),
+        ("gradient_checkpointing", True, not config.gradient_checkpointing),
+        ("micro_batch_size", 1, (config.micro_batch_size or config.batch_size) > 1),
+        ("resolution", smaller, smaller >= 256),
+        ("optimizer", "adamw8bit", config.optimizer == "adamw" and is_installed("bitsandbytes")),
+    ]
+    for name, value, helps in ways:
+        if helps and need.total - need.process > free:
+            config = replace(config, **{name: value})
+            need = memory_of(config, Base.of(config, base.device, config.precision))
+            typed = option(name) if value is True else f"{option(name)} {as_typed(value)}"
+            told.append(f"{typed} (then about {_gb(need.total)} GB)")
     return told
-
-
-def _smaller(config: TrainConfig, base: Base) -> Iterator[tuple[str, Any]]:
-    """Yield settings that need less memory, by name and value; usually the first has the largest effect."""
-    if base.precision == "fp32":
-        yield "precision", "bf16"
-    if not config.gradient_checkpointing:
-        yield "gradient_checkpointing", True
-    if (config.micro_batch_size or config.batch_size) > 1:
-        yield "micro_batch_size", 1
-    side = config.resolution or base.resolution
-    if (smaller := side * 3 // 4 // 64 * 64) >= 256:
-        yield "resolution", smaller
-    if config.optimizer == "adamw" and is_installed("bitsandbytes"):
-        yield "optimizer", "adamw8bit"
 
 
 # ---------------------------------------------------------------------------------------- fake networks
@@ -209,6 +190,6 @@ def _held(device: torch.device) -> int:
 
 def _free_on(device: torch.device) -> int | None:
     """Return the free memory of a device, in bytes; None if unknown."""
-    return (
-        torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else free_memory() if device.type == "cpu" else None
-    )
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return free_memory() if device.type == "cpu" else None

@@ -16,8 +16,9 @@ from ..data.sheet import save_picture
 from ..models.device import CPU
 from ..models.text import cut_off
 from ..settings.train import TrainConfig
+from .encode import sizes_for
 from .ranks import Ranks
-from .setup import load_base, sizes_for
+from .setup import load_base
 from .validation import read_pictures
 
 TILE, GAP, LINE = 192, 16, 16  # pixels: a picture's side, the gap between pictures, the height of a line of text

@@ -10,17 +10,14 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ..data.buckets import Size, bucket_sizes
 from ..data.examples import Examples
-from ..data.folder import Item
 from ..files.names import UNET
 from ..files.network import load_lora
-from ..lora import inject_lora, lora_layers, lora_parameters
+from ..lora import lora_layers, lora_parameters
 from ..models.base import Base
 from ..models.compiling import check_compiler, compile_options
 from ..models.fingerprint import fingerprint
 from ..models.precision import SMALL
-from ..models.targets import ranks_and_alphas
 from ..models.text import UNetWithText
 from ..settings.errors import UserError
 from ..settings.sample import SampleConfig
@@ -28,13 +25,13 @@ from ..settings.train import TrainConfig
 from .checkpoint import refuse_unfinished
 from .dreambooth import class_pictures
 from .ema import ema_weights
-from .encode import encoded_examples
+from .encode import encode
 from .hub import check_login
 from .memory import tell_memory
 from .objective import Objective
 from .prodigy import Prodigy
 from .ranks import BatchPlan, Ranks, decided_by_main, refuse_differences
-from .trained import trained_parameters, trained_state
+from .trained import put_new_lora, trained_parameters, trained_state
 from .validation import Validation, read_pictures
 
 
@@ -101,7 +98,10 @@ def prepare(config: TrainConfig, objective: Objective, ranks: Ranks) -> Run:
     if ranks.device.type == "cuda" and not config.full:
         unet.to(memory_format=torch.channels_last)
     network = (UNetWithText(unet, base.text_encoders) if config.train_text_encoder else unet).train()
-    identity |= {} if config.full else put_lora(network, unet, config)
+    if config.init_from:
+        identity |= load_first_lora(network, config)
+    elif not config.full:
+        put_new_lora(network, unet, config)
     refuse_differences(identity)
     if config.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
@@ -148,25 +148,6 @@ def load_base(config: TrainConfig, device: torch.device) -> Base:
     return base
 
 
-def encode(
-    config: TrainConfig, base: Base, ranks: Ranks, items: list[Item], others: list[Item], held_out_items: list[Item]
-) -> tuple[Examples, Examples | None]:
-    """Return the encoded examples: of the training and class pictures, and of the held-out ones, if any."""
-    resolution = config.resolution or base.resolution
-    sizes = sizes_for(base, resolution) if config.buckets else ()
-    if config.train_text_encoder:
-        ranks.say("note: --train-text-encoder changes the encoding of captions, so they are encoded at each step")
-    # Pictures and captions are encoded in float32: a VAE in half precision can overflow.
-    encoders = Base.of(config, ranks.device, loras=config.base_lora)
-    how = resolution, encoders, len(base.schedule), ranks, sizes
-    examples = encoded_examples(items, config, *how, others)
-    plain: dict[str, Any] = {"mirror": False, "crop": "center", "outside": 0.0, "variants": None, "keep_tags": 0}
-    plain |= {"colour_jitter": 0.0, "shuffle_tags": False, "tag_dropout": 0.0}
-    held_out = encoded_examples(held_out_items, replace(config, **plain), *how) if held_out_items else None
-    encoders.release("text_encoder", "text_encoder_2", *([] if examples.encoders else ["vae"]))
-    return examples, held_out
-
-
 def make_optimizer(config: TrainConfig, parameters: list[nn.Parameter], of_unet: int) -> torch.optim.Optimizer:
     """Return the optimizer of all parameters; those after the first `of_unet` have the text encoders' learning rate."""
     text_ratio = (config.text_encoder_learning_rate or config.learning_rate) / config.learning_rate
@@ -211,38 +192,19 @@ def introduce(run: Run) -> None:
     say(f"batch      {config.batch_size} = {run.plan}")
 
 
-def put_lora(network: UNetWithText | Any, unet: nn.Module, config: TrainConfig) -> dict:
-    """Inject the LoRA that is trained; return what it adds to the run's identity, as JSON values."""
-    if config.init_from:
-        try:
-            parts = [folded.component for folded in load_lora(network, config.init_from).folded]
-        except UserError as error:
-            for_text = not config.train_text_encoder and any(name in str(error) for name in ("text_encoder", "lora_te"))
-            hint = " (a LoRA of text encoders needs --train-text-encoder)" if for_text else ""
-            raise UserError(f"--init-from: {error}{hint}") from error
-        if UNET not in parts or (config.train_text_encoder and len(parts) == 1):
-            lacks = "U-Net" if UNET not in parts else "text encoders, which --train-text-encoder would train"
-            raise UserError(f"--init-from {config.init_from}: it changes nothing in the {lacks}")
-        numbers = b"".join(parameter.detach().cpu().numpy().tobytes() for parameter in lora_parameters(network))
-        return {"init_from": hashlib.sha256(numbers).hexdigest()}
-    generator = torch.Generator().manual_seed(config.seed)
+def load_first_lora(network: nn.Module, config: TrainConfig) -> dict:
+    """Load the LoRA of --init-from; return what it adds to the run's identity, as JSON values."""
     try:
-        ranks, alphas = ranks_and_alphas(unet, config.targets, config.rank, config.alpha, **config.by_part())
-        inject_lora(unet, ranks, alphas, generator=generator)
-        if config.train_text_encoder:
-            network.inject(config.rank, config.alpha, config.text_encoder_targets, generator=generator)
-    except ValueError as error:
-        raise UserError(str(error)) from error
-    return {}
-
-
-def sizes_for(base: Base, resolution: int) -> list[Size]:
-    """Return the sizes of --buckets on a base; UserError if there is none."""
-    # Steps of 64 pixels, as is usual, would be too coarse for a miniature.
-    multiple = max(64, base.side_multiple) if base.resolution >= 256 else base.side_multiple
-    if sizes := bucket_sizes(resolution, multiple):
-        return sizes
-    raise UserError(f"--resolution is {resolution}; --buckets needs at least {multiple} on this base")
+        parts = [folded.component for folded in load_lora(network, config.init_from).folded]
+    except UserError as error:
+        for_text = not config.train_text_encoder and any(name in str(error) for name in ("text_encoder", "lora_te"))
+        hint = " (a LoRA of text encoders needs --train-text-encoder)" if for_text else ""
+        raise UserError(f"--init-from: {error}{hint}") from error
+    if UNET not in parts or (config.train_text_encoder and len(parts) == 1):
+        lacks = "U-Net" if UNET not in parts else "text encoders, which --train-text-encoder would train"
+        raise UserError(f"--init-from {config.init_from}: it changes nothing in the {lacks}")
+    numbers = b"".join(parameter.detach().cpu().numpy().tobytes() for parameter in lora_parameters(network))
+    return {"init_from": hashlib.sha256(numbers).hexdigest()}
 
 
 def _identity(config: TrainConfig, base: Base, examples: Examples) -> dict:

@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -16,8 +17,12 @@ from ..files.names import UNET
 from ..files.network import load_lora_state_dict, lora_state_dict, save_lora
 from ..files.read import AVERAGE_NAME, FILE_NAME
 from ..files.tensors import write_tensors
-from ..lora import lora_layers, lora_parameters
+from ..lora import inject_lora, lora_layers, lora_parameters
 from ..models.base import Base
+from ..models.targets import ranks_and_alphas
+from ..models.text import UNetWithText
+from ..settings.errors import UserError
+from ..settings.train import TrainConfig
 
 BEST = "pytorch_lora_weights_best.safetensors"
 LORA_RESULTS = FILE_NAME, AVERAGE_NAME, BEST
@@ -27,6 +32,18 @@ FULL_RESULTS = "model", "model_ema", "unet_best.safetensors"  # two bases, as di
 def result_names(full: bool) -> tuple[str, str, str]:
     """Return the names in the output folder of the result, its average (--ema) and the best (--validation)."""
     return FULL_RESULTS if full else LORA_RESULTS
+
+
+def put_new_lora(network: UNetWithText | Any, unet: nn.Module, config: TrainConfig) -> None:
+    """Inject the LoRA of the settings, its A drawn with their seed; UserError if a target matches nothing."""
+    generator = torch.Generator().manual_seed(config.seed)
+    try:
+        ranks, alphas = ranks_and_alphas(unet, config.targets, config.rank, config.alpha, **config.by_part())
+        inject_lora(unet, ranks, alphas, generator=generator)
+        if config.train_text_encoder:
+            network.inject(config.rank, config.alpha, config.text_encoder_targets, generator=generator)
+    except ValueError as error:
+        raise UserError(str(error)) from error
 
 
 def trained_parameters(network: nn.Module, full: bool) -> list[nn.Parameter]:
