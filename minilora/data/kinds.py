@@ -19,6 +19,10 @@ _NAMES = {
 _BY_SUFFIX = {f".{suffix}": kind for kind, suffixes in _NAMES.items() for suffix in suffixes.split()}
 # mif1 means any coding, so it comes last: AVIF files have it, too.
 _BRANDS = {b"avif": "AVIF", b"avis": "AVIF", b"crx ": "camera raw", b"heic": "HEIC", b"heix": "HEIC", b"mif1": "HEIC"}
+_READERS = {
+    "HEIC": "HEIC needs pillow-heif: pip install -e '.[heic]'",
+    "AVIF": "AVIF needs a newer Pillow: pip install -U pillow",
+}
 _MOST = 20  # names in one message
 
 
@@ -52,12 +56,10 @@ def kind_of_bytes(content: bytes) -> str:
 
 def remedy(kinds: Sequence[str]) -> str:
     """Return advice on how to make pictures of these kinds readable."""
-    ways = ["HEIC needs pillow-heif: pip install -e '.[heic]'"] if "HEIC" in kinds else []
-    ways += ["AVIF needs a newer Pillow: pip install -U pillow"] if "AVIF" in kinds else []
-    others = "others" if ways else "them" if len(kinds) > 1 else "it"
-    ways += (
-        [f"save {others} as .png or .jpg, or move {others} out of the folder"] if {*kinds} - {"HEIC", "AVIF"} else []
-    )
+    ways = [way for kind, way in _READERS.items() if kind in kinds]
+    if {*kinds} - _READERS.keys():
+        others = "others" if ways else "them" if len(kinds) > 1 else "it"
+        ways.append(f"save {others} as .png or .jpg, or move {others} out of the folder")
     return "; ".join(ways)
 
 

@@ -108,11 +108,8 @@ def pixels_limited(most: int | None) -> Iterator[None]:
 
 def _decoded(file: Image.Image, turn: bool = True) -> tuple[Image.Image, Image.Image | None]:
     """Return the colours of a picture in 8 bits, and its alpha channel, if it has one."""
-    if turn:
-        picture = ImageOps.exif_transpose(file)
-    else:
-        file.load()
-        picture = file
+    file.load()
+    picture = ImageOps.exif_transpose(file) if turn else file
     if picture.mode.startswith("I;16"):  # Pillow would clip at 255
         picture = Image.fromarray((np.array(picture) // 256).astype(np.uint8))
     if picture.mode in ("I", "F"):

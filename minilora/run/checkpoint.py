@@ -72,14 +72,12 @@ class OutputLock:
         try:
             self.lock.acquire()
         except Timeout as error:
-            raise UserError(
-                f"--output {self.output}: another run writes there; wait for it, or choose another folder"
-            ) from error
+            what = "another run writes there; wait for it, or choose another folder"
+            raise UserError(f"--output {self.output}: {what}") from error
         except OSError as error:
-            lacking = f"its file system has no locks ({error.strerror})"
-            print(
-                f"warning: --output {self.output}: {lacking}; make sure that no other run writes there", file=sys.stderr
-            )
+            why = f"its file system has no locks ({error.strerror})"
+            warning = f"warning: --output {self.output}: {why}; make sure that no other run writes there"
+            print(warning, file=sys.stderr)
             self.file.touch()
         self.taken = self.file.stat()
         # Partial files of a killed run: while the folder is locked, no other run writes them.

@@ -16,7 +16,7 @@ from .hub import push
 from .lost import heartbeat
 from .ranks import decided_by_main, wait_for_all
 from .setup import Run
-from .trained import result_names, save_base
+from .trained import FULL_RESULTS, LORA_RESULTS, result_names, save_base
 from .validation import FIGURES
 
 
@@ -27,6 +27,7 @@ def finish(run: Run) -> Path:
     """
     config, item = run.config, run.examples.items[0]
     result, average, best = result_names(config.full)
+    made = [result, *([average] if config.ema else []), *([best] if config.validation else [])]
     sheet_file, sheet_name = run.output / "samples" / "before_after.png", None
     in_dialects = {"kohya": f"{run.output.resolve().name}.safetensors", "peft": "peft"}
     if run.ranks.is_main:
@@ -35,9 +36,8 @@ def finish(run: Run) -> Path:
             with ema_weights(run.network, run.average):
                 save_result(run, average)
             run.ranks.say(f"wrote      {run.output / average}, the moving average")
-        made = {result: True, average: config.ema, FIGURES: config.validation, best: config.validation}
-        others = [name for name, asked in made.items() if not asked] + [*result_names(not config.full)]
-        checkpoint.publish(run.output, made, others)
+        published = [*made, *([FIGURES] if config.validation else [])]
+        checkpoint.publish(run.output, published, {*LORA_RESULTS, *FULL_RESULTS, FIGURES} - {*published})
         for dialect in config.also:
             also = run.output / in_dialects[dialect]
             save_lora(run.network, also, dialect=dialect)
@@ -52,9 +52,8 @@ def finish(run: Run) -> Path:
             )
     wait_for_all()  # drawing may take long, and sends heartbeats; pushing sends none
     if config.push_to_hub:
-        results = [result, *([average] if config.ema else []), *([best] if config.validation else [])]
-        results += [in_dialects[dialect] for dialect in config.also]
-        results += ["README.md", "config.json", *([sheet_name] if sheet_name else [])]
+        results = [*made, *(in_dialects[dialect] for dialect in config.also), "README.md", "config.json"]
+        results += [sheet_name] if sheet_name else []
         url = decided_by_main(lambda: push(config.push_to_hub, run.output, results))
         run.ranks.say(f"pushed     to {url}")
     run.ranks.say(f"next       {drawing_command(config, item.captions[0], config.output)}")
