@@ -86,9 +86,10 @@ def model_card(
 
 def _in_diffusers(config: TrainConfig, is_xl: bool, lora: str, prompt: str, scheduler_options: Mapping) -> str:
     kind = "StableDiffusionXLPipeline" if is_xl else "StableDiffusionPipeline"
+    draw = f"pipeline({prompt!r}).images[0].save('drawn.png')"
     if config.full:
         model = f"{lora}/{FULL_RESULTS[0]}"
-        return f"from diffusers import {kind}\n\npipeline = {kind}.from_pretrained({model!r})\n{_draw(prompt)}"
+        return f"from diffusers import {kind}\n\npipeline = {kind}.from_pretrained({model!r})\n{draw}"
     model = config.model or "minilora/base"
     more = "".join(f", {name}={value!r}" for name in ("revision", "variant") if (value := getattr(config, name)))
     load = f"from_pretrained({model!r}{more})"
@@ -104,12 +105,7 @@ def _in_diffusers(config: TrainConfig, is_xl: bool, lora: str, prompt: str, sche
     for path, strength in map(path_and_number, config.base_lora):
         lines += [f"pipeline.load_lora_weights({str(path)!r})", f"pipeline.fuse_lora(lora_scale={strength:g})"]
         lines.append("pipeline.unload_lora_weights()")
-    lines.append(f"pipeline.load_lora_weights({lora!r}, weight_name={FILE_NAME!r})")
-    return "\n".join([*lines, _draw(prompt)])
-
-
-def _draw(prompt: str) -> str:
-    return f"pipeline({prompt!r}).images[0].save('drawn.png')"
+    return "\n".join([*lines, f"pipeline.load_lora_weights({lora!r}, weight_name={FILE_NAME!r})", draw])
 
 
 def _settings(config: TrainConfig) -> dict:

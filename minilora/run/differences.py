@@ -56,9 +56,10 @@ def differences(run: Run, saved: dict) -> list[str]:
 
 def _identity_of_defaults(run: Run) -> dict:
     """Return the default settings, for settings that did not exist yet when a checkpoint was written."""
-    defaults = {field.name: field.metadata["default"] for field in dataclasses.fields(run.config)}
-    known = {name: value for name, value in defaults.items() if not isinstance(value, ByBase)}
-    return {name: json.loads(json.dumps(known[name])) for name in run.config.identity() if known.get(name) is not None}
+    fields, names = dataclasses.fields(run.config), run.config.identity()
+    defaults = {field.name: field.metadata["default"] for field in fields if field.name in names}
+    known = {name: value for name, value in defaults.items() if value is not None and not isinstance(value, ByBase)}
+    return json.loads(json.dumps(known))
 
 
 def picture_differences(there: Iterable[Content], items: Iterable[Item]) -> list[str]:
@@ -76,14 +77,15 @@ def picture_differences(there: Iterable[Content], items: Iterable[Item]) -> list
             if twins[content[place]]:
                 twin = twins[content[place]].pop(0)
                 del gone[twin], come[content]
-                told = f"has another caption: it was {_captions(twin)} and is {_captions(content)}"
                 if place:
-                    told = f"has other content; its caption is {_captions(content)}"
-                elif twin[1] == content[1]:
-                    told = (
-                        "has another mask" if twin[2] and content[2] else f"has {'a' if content[2] else 'no'} mask now"
-                    )
-                lines.append(f"{paths[content]} {told}")
+                    told = f"other content; its caption is {_captions(content)}"
+                elif twin[1] != content[1]:
+                    told = f"another caption: it was {_captions(twin)} and is {_captions(content)}"
+                elif twin[2] and content[2]:
+                    told = "another mask"
+                else:
+                    told = f"{'a' if content[2] else 'no'} mask now"
+                lines.append(f"{paths[content]} has {told}")
     lines += [f"{paths[content]} was not there" for content in come]
     lines += [f"a picture with the caption {_captions(content)} is no longer there" for content in gone]
     lines += [

@@ -13,7 +13,6 @@ from . import checkpoint, samples
 from .card import drawing_command, model_card
 from .ema import ema_weights
 from .hub import push
-from .lost import heartbeat
 from .ranks import decided_by_main, wait_for_all
 from .setup import Run
 from .trained import FULL_RESULTS, LORA_RESULTS, result_names, save_base
@@ -79,7 +78,7 @@ def draw_sheet(run: Run, item: Item, path: Path) -> str | None:
         with run.as_drawn():
             size, drawing = run.examples.size_of(item), run.drawing(item.captions[:1])
             before = Base.of(config, run.ranks.device, config.precision, config.base_lora) if config.full else None
-            sheet = samples.before_after(run.base, item, size, drawing, heartbeat, before)
+            sheet = samples.before_after(run.base, item, size, drawing, before)
     except (RuntimeError, MemoryError, UserError) as error:
         if not isinstance(error, UserError) and not is_out_of_memory(error):
             raise

@@ -1,6 +1,6 @@
 """The pictures that a run draws: samples during training, and the before-and-after sheet."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from PIL import Image
@@ -13,6 +13,7 @@ from ..files.network import components
 from ..models.base import Base
 from ..sampling import draw, draw_each, evaluating, merged_at
 from ..settings.sample import SampleConfig
+from .lost import heartbeat
 
 
 @contextmanager
@@ -28,24 +29,15 @@ def beside_training(base: Base) -> Iterator[None]:
         yield
 
 
-def draw_prompts(
-    base: Base, prompts: Sequence[str], size: int, config: SampleConfig, on_step: Callable[[], None] | None = None
-) -> Image.Image:
+def draw_prompts(base: Base, prompts: Sequence[str], size: int, config: SampleConfig) -> Image.Image:
     """Draw each prompt with the current LoRA and three seeds."""
     seeds = [config.seed, config.seed + 1, config.seed + 2]
     with beside_training(base):
-        rows = draw_each(base, prompts, seeds, size, config, on_step)
+        rows = draw_each(base, prompts, seeds, size, config, heartbeat)
     return sheet(rows, [f"seed {seed}" for seed in seeds], list(prompts))
 
 
-def before_after(
-    base: Base,
-    item: Item,
-    size: Size,
-    config: SampleConfig,
-    on_step: Callable[[], None] | None = None,
-    before: Base | None = None,
-) -> Image.Image:
+def before_after(base: Base, item: Item, size: Size, config: SampleConfig, before: Base | None = None) -> Image.Image:
     """Draw a training picture's caption with the base and with the LoRA at 0.5 and 1.0, beside the picture itself.
 
     `before` is the original base if all its weights were trained; the sheet then compares it with the trained base.
@@ -58,7 +50,7 @@ def before_after(
         with beside_training(drawn_by), merged_at(drawn_by, {"default": strength}):
             # One after the other on a GPU, where training may leave little memory.
             groups = [seeds] if base.device.type == "cpu" else [[seed] for seed in seeds]
-            drawn = [draw(drawn_by, item.captions[0], group, size, config, on_step) for group in groups]
+            drawn = [draw(drawn_by, item.captions[0], group, size, config, heartbeat) for group in groups]
             columns.append([picture for group in drawn for picture in group])
     columns.append([crop(item.open(), size)] * len(seeds))
     rows = [list(row) for row in zip(*columns, strict=True)]

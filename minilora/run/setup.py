@@ -31,7 +31,7 @@ from .memory import tell_memory
 from .objective import Objective
 from .prodigy import Prodigy
 from .ranks import BatchPlan, Ranks, decided_by_main, refuse_differences
-from .trained import put_new_lora, trained_parameters, trained_state
+from .trained import copied_state, put_new_lora, trained_parameters
 from .validation import Validation, read_pictures
 
 
@@ -115,10 +115,7 @@ def prepare(config: TrainConfig, objective: Objective, ranks: Ranks) -> Run:
     # Each process loads the base and draws the same LoRA itself, so only gradients are exchanged.
     if ranks.world > 1:
         model = DistributedDataParallel(model, init_sync=False, forward_sync_buffers=False)
-    where = config.ema_device or ranks.device
-    average = (
-        {name: tensor.to(where, copy=True) for name, tensor in trained_state(network).items()} if config.ema else {}
-    )
+    average = copied_state(network, config.ema_device or ranks.device) if config.ema else {}
     validation = Validation(config, network, base, held_out, ranks, plan) if held_out else None
     parts = plan, base, examples, validation, identity, network, model, parameters, average, optimizer, scaler
     run = Run(config, objective, ranks, *parts)

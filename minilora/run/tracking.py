@@ -10,7 +10,6 @@ from torch.utils.tensorboard import SummaryWriter
 
 from ..data.sheet import save_picture
 from ..settings.errors import UserError
-from .lost import heartbeat
 from .ranks import decided_by_main
 from .samples import draw_prompts
 
@@ -76,10 +75,9 @@ class Log:
     def samples(self, step: int) -> None:
         """Draw every --sample-prompt with the current LoRA."""
         if self.writer:
-            run = self.run
-            prompts = run.config.sample_prompt
+            run, prompts = self.run, self.run.config.sample_prompt
             with run.as_drawn():
-                sheet = draw_prompts(run.base, prompts, run.examples.resolution, run.drawing(prompts), heartbeat)
+                sheet = draw_prompts(run.base, prompts, run.examples.resolution, run.drawing(prompts))
             save_picture(sheet, run.output / "samples" / f"step-{step:08d}.png")
             self.writer.add_image("samples", np.array(sheet), step, dataformats="HWC")
             if self.wandb:

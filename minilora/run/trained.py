@@ -56,6 +56,11 @@ def trained_state(network: nn.Module) -> dict[str, torch.Tensor]:
     return lora_state_dict(network) if lora_layers(network) else network.state_dict()
 
 
+def copied_state(network: nn.Module, device: torch.device | str) -> dict[str, torch.Tensor]:
+    """Return copies of the trained tensors on a device, by name."""
+    return {name: tensor.to(device, copy=True) for name, tensor in trained_state(network).items()}
+
+
 @torch.no_grad()
 def load_trained_state(network: nn.Module, state: Mapping[str, torch.Tensor]) -> None:
     """Copy tensors, named as by `trained_state`, into the network, in place."""

@@ -18,7 +18,7 @@ from ..settings.train import TrainConfig
 from .checkpoint import UNFINISHED
 from .ema import ema_weights
 from .ranks import BatchPlan, Ranks, mean_over_ranks
-from .trained import load_trained_state, result_names, save_trained, trained_state
+from .trained import copied_state, load_trained_state, result_names, save_trained
 
 FIGURES = "validation.json"
 
@@ -87,7 +87,7 @@ class Validation:
         """Measure the loss after `step` steps; keep the trained weights if no loss was lower."""
         self.losses[step] = self._loss()
         if is_lowest := self.best == step:
-            self.lowest = {name: tensor.to("cpu", copy=True) for name, tensor in trained_state(self.network).items()}
+            self.lowest = copied_state(self.network, "cpu")
         self._write(is_lowest)
         return self.losses[step]
 
