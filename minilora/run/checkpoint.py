@@ -2,7 +2,7 @@
 
 A new run does not touch the results of a finished run in the same folder until it has finished itself:
 
-    begin      checkpoints/ -> checkpoints.before/, unfinished/ is made        the old LoRA is still in its place
+    make_room  checkpoints/ -> checkpoints.before/, unfinished/ is made        the old LoRA is still in its place
     running    checkpoints/ grows; results go into unfinished/
     publish    unfinished/ -> its place, over the old results; checkpoints.before/ is deleted
 
@@ -16,7 +16,6 @@ import sys
 import tempfile
 from collections.abc import Callable, Collection
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +28,8 @@ from .ranks import decided_by_main
 from .trained import FULL_RESULTS, LORA_RESULTS
 
 RESULTS = LORA_RESULTS[0], FULL_RESULTS[0]  # one of them is there if a run is finished
+Tensors = dict[str, torch.Tensor]  # by name
 UNFINISHED = "unfinished"  # folder of the results so far; while it exists, the run is not finished
-
-
-def under(tensors: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
-    """Return the tensors whose names begin with `prefix`, by the rest of their names."""
-    return {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
 
 
 def path_of(output: Path, step: int) -> Path:
@@ -114,8 +109,8 @@ def refuse_unfinished(output: Path) -> None:
         )
 
 
-def begin(output: Path) -> None:
-    """Begin a run at step 0; a finished run's results stay until `publish`, and its checkpoints are moved aside."""
+def make_room(output: Path) -> None:
+    """Prepare for a new run: move a finished one's checkpoints aside; its results stay until `publish`."""
     shutil.rmtree(output / UNFINISHED, ignore_errors=True)
     if all_in(output):
         shutil.rmtree(_aside(output), ignore_errors=True)
@@ -153,35 +148,21 @@ def _aside(output: Path) -> Path:
     return output / "checkpoints.before"
 
 
-@dataclass(frozen=True)
-class State:
-    """Everything needed to resume a run.  Random draws depend on the position, so no generator state is needed."""
-
-    step: int  # optimizer steps done
-    trained: dict[str, torch.Tensor]  # the LoRA, or with --full the U-Net
-    optimizer: dict[str, torch.Tensor]
-    average: dict[str, torch.Tensor]  # of what is trained, for --ema; else empty
-    objective: dict[str, torch.Tensor]  # the objective's state; mostly empty
-    scaler: dict[str, float]  # of the gradient scaler; empty without one
-    validation: dict  # the losses on held-out pictures, as JSON values; empty without --validation
-    lowest: dict[str, torch.Tensor]  # what was trained where they are lowest
-
-
-# The prefix of each part's tensor names; "lora" is from a time when only a LoRA could be trained.
-PARTS = {"trained": "lora", **{name: name for name in ("optimizer", "average", "objective", "lowest")}}
-
-
-def save_checkpoint(output: Path, state: State, run: dict, kept: int) -> None:
-    """Write a checkpoint and delete all but the newest `kept`; `run` identifies its run, as JSON values."""
-    tensors = {f"{p}.{k}": value.cpu() for part, p in PARTS.items() for k, value in getattr(state, part).items()}
-    about = {"step": state.step, "scaler": state.scaler, "validation": state.validation} | run
-    write_checked(path_of(output, state.step), tensors, {"minilora": json.dumps(about, sort_keys=True)})
+def save_checkpoint(output: Path, parts: dict[str, Tensors], about: dict, kept: int) -> None:
+    """Write a checkpoint, with the tensors of each part and JSON values, and delete all but the newest `kept`."""
+    tensors = {f"{part}.{name}": tensor.cpu() for part, some in parts.items() for name, tensor in some.items()}
+    write_checked(path_of(output, about["step"]), tensors, {"minilora": json.dumps(about, sort_keys=True)})
     for old in all_in(output)[:-kept]:
         old.unlink()
 
 
-def load_newest_checkpoint(output: Path, differences: Callable[[dict], list[str]]) -> State | None:
-    """Return the newest intact checkpoint of a run, or None if there is none at all.
+def under(tensors: Tensors, prefix: str) -> Tensors:
+    """Return the tensors whose names begin with `prefix`, by the rest of their names."""
+    return {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+
+
+def load_newest_checkpoint(output: Path, differences: Callable[[dict], list[str]]) -> tuple[dict, Tensors] | None:
+    """Return the JSON values and all tensors of a run's newest intact checkpoint, or None if there is none at all.
 
     An unreadable checkpoint is skipped with a warning.  Raises UserError if that leaves none, or if the checkpoint
     belongs to another run: `differences` lists what differs, given the run that the checkpoint names.
@@ -204,14 +185,10 @@ def load_newest_checkpoint(output: Path, differences: Callable[[dict], list[str]
         print(f"warning: {complaint}; resuming from {path.name}", file=sys.stderr)
     if different := differences(about):
         raise UserError(f"--resume: {path} belongs to another run: {'; '.join(different)}")
-
-    tensors = {key: torch.from_numpy(array) for key, array in arrays.items()}
-    parts = {part: under(tensors, f"{prefix}.") for part, prefix in PARTS.items()}
-    validation = about.get("validation", {})  # older checkpoints have none
-    return State(step=about["step"], scaler=about["scaler"], validation=validation, **parts)
+    return about, {key: torch.from_numpy(array) for key, array in arrays.items()}
 
 
-def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+def optimizer_tensors(optimizer: torch.optim.Optimizer) -> Tensors:
     """Flatten an optimizer's state into named tensors: `0.exp_avg`, `0.exp_avg_sq`, `0.step`, …
 
     (`state_dict` would do, but that of the 8-bit optimizer is nested for compatibility with other programs.)
@@ -221,7 +198,7 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tenso
     return {f"{i}.{name}": torch.as_tensor(value) for i, state in states.items() for name, value in state.items()}
 
 
-def load_optimizer_tensors(optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Tensor]) -> None:
+def load_optimizer_tensors(optimizer: torch.optim.Optimizer, tensors: Tensors) -> None:
     """Load the result of `optimizer_tensors` into an optimizer over the same parameters."""
     state: dict[int, dict[str, Any]] = {}
     for key, value in tensors.items():
