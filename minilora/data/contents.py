@@ -56,16 +56,11 @@ def told_left_out(left_out: Collection[Path], folder: Path) -> list[str]:
 
 def told_unused(others: Collection[Path], folder: Path) -> list[str]:
     """Return lines about the files that are neither a picture nor the caption of one."""
-    tables, texts, captions, rest = [], [], [], []
-    for path in sorted(others):
-        if path.name in TABLES:
-            tables.append(path)
-        elif path.suffix.lower() == ".txt":
-            texts.append(path)
-        elif path.suffix.lower() == ".caption":
-            captions.append(path)
-        elif path.suffix.lower() != ".md" and path.stem.upper() not in _FOR_PEOPLE:
-            rest.append(path)
+    tables = sorted(path for path in others if path.name in TABLES)
+    texts = sorted(path for path in others if path.suffix.lower() == ".txt")
+    captions = sorted(path for path in others if path.suffix.lower() == ".caption")
+    for_people = {path for path in others if path.suffix.lower() == ".md" or path.stem.upper() in _FOR_PEOPLE}
+    rest = sorted({*others} - {*tables, *texts, *captions} - for_people)
     lines = [
         f"{_names([table], folder)}: not read, because it is in a sub-folder; give {table.parent} itself"
         for table in tables

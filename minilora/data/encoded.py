@@ -10,7 +10,7 @@ import hashlib
 import itertools
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
@@ -209,21 +209,15 @@ class Encoded:
         def crop_mask(view: View) -> dict[str, torch.Tensor]:
             return {"mask": self.mask(view)}
 
-        captions, pictures = dict[Path, partial](), dict[Path, partial]()
-        if not self.config.train_text_encoder:
-            captions = {self._caption_file(caption): partial(encode_caption, caption) for caption in self.captions}
+        views: list[View] = []
         if self.encoders is None:
             ways = (False, True) if self.config.mirror else (False,)
             each = itertools.product((*self.items, *self.class_items), ways, range(self.config.variants or 1))
-            for view in itertools.starmap(self.view, each):
-                pictures[self._picture_file(view)] = partial(encode_picture, view)
-                if view.item.mask:
-                    pictures[self._mask_file(view)] = partial(crop_mask, view)
-
-        def written(jobs: dict[Path, partial]) -> dict[Path, Callable[[], None]]:
-            return {path: partial(_write, path, encode) for path, encode in jobs.items()}
-
-        return written(captions), written(pictures)
+            views = list(itertools.starmap(self.view, each))
+        pictures = _jobs(self._picture_file, encode_picture, views)
+        pictures |= _jobs(self._mask_file, crop_mask, [view for view in views if view.item.mask])
+        captions = [] if self.config.train_text_encoder else self.captions
+        return _jobs(self._caption_file, encode_caption, captions), pictures
 
     def _file(self, *ingredients) -> Path:
         name = hashlib.sha256(json.dumps(ingredients).encode()).hexdigest()
@@ -241,11 +235,16 @@ class Encoded:
         return self._file("text", self.text_encoder, caption)
 
 
-def _write(path: Path, encode: partial) -> None:
-    tensors = encode()
-    if not all(tensor.isfinite().all() for tensor in tensors.values()):
-        raise UserError(f"the base encodes {encode.args[0]} to numbers that are not finite")
-    write_checked(path, tensors, {})
+def _jobs(file_of: Callable, encode: Callable, things: Iterable) -> dict[Path, Callable[[], None]]:
+    """Return the file of each thing, with a function that encodes the thing into its file."""
+
+    def write(thing: View | str) -> None:
+        tensors = encode(thing)
+        if not all(tensor.isfinite().all() for tensor in tensors.values()):
+            raise UserError(f"the base encodes {thing} to numbers that are not finite")
+        write_checked(file_of(thing), tensors, {})
+
+    return {file_of(thing): partial(write, thing) for thing in things}
 
 
 @lru_cache(maxsize=4096)
