@@ -155,17 +155,6 @@ class Encoded:
                 lines.append(f"{item.path} has {width} × {height} pixels; it is enlarged to fill {w} × {h}")
         return lines
 
-    def told(self) -> list[str]:
-        """Return lines about masks and --preserve, if there are any."""
-        count, config, lines = sum(item.mask is not None for item in self.items), self.config, []
-        if count:
-            lines.append(f"masks      {count} of {len(self.items)} pictures")
-        if config.preserve:
-            without = f"captions without {config.trigger!r}" if config.trigger else "the empty prompt"
-            at = repr(config.class_prompt) if config.class_prompt else without
-            lines.append(f"preserve   the base's predictions at {at}")
-        return lines
-
     # ----------------------------------------------------------------------------- encoded
 
     def gaussian(self, view: View) -> tuple[torch.Tensor, torch.Tensor]:

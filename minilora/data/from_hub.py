@@ -74,9 +74,8 @@ def write_pictures(rows: Iterable[dict], folder: Path, title: str, config: Train
     """Write the pictures of rows, and a table of their captions, into a folder; return the number of pictures."""
     captions, count, wrong = [], 0, []
     for number, row in enumerate(tqdm(rows, "fetch", unit="picture", delay=2)):
-        lacking = [name for name in (config.image_column,) if name not in row]
-        lacking += [config.caption_column] if config.caption_column not in row and config.caption is None else []
-        if lacking:
+        needed = [config.image_column, *([config.caption_column] if config.caption is None else [])]
+        if lacking := [name for name in needed if name not in row]:
             raise UserError(
                 f"{title}: it has no column {' and no '.join(lacking)}, but {', '.join(row)}; --image-column and "
                 "--caption-column name others"
@@ -84,12 +83,13 @@ def write_pictures(rows: Iterable[dict], folder: Path, title: str, config: Train
         content, caption = _content(row[config.image_column]), row.get(config.caption_column)
         ending = _ending(content)
         texts = caption if isinstance(caption, list) and caption else [caption]
-        if not ending or not (all(isinstance(text, str) for text in texts) or config.caption is not None):
+        has_text = all(isinstance(text, str) for text in texts)
+        if not ending or not (has_text or config.caption is not None):
             wrong.append(f"row {number}")
             continue
         path = folder / f"{number:06d}{ending}"
         path.write_bytes(content)
-        if all(isinstance(text, str) for text in texts):
+        if has_text:
             captions.append({"file_name": path.name, config.caption_column: caption})
         count += 1
     if wrong or not count:

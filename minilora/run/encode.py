@@ -72,3 +72,15 @@ def sizes_for(base: Base, resolution: int) -> list[Size]:
     if sizes := bucket_sizes(resolution, multiple):
         return sizes
     raise UserError(f"--resolution is {resolution}; --buckets needs at least {multiple} on this base")
+
+
+def notes(examples: Examples) -> list[str]:
+    """Return lines about masks and --preserve, if there are any."""
+    count, config, lines = sum(item.mask is not None for item in examples.items), examples.config, []
+    if count:
+        lines.append(f"masks      {count} of {len(examples.items)} pictures")
+    if config.preserve:
+        without = f"captions without {config.trigger!r}" if config.trigger else "the empty prompt"
+        at = repr(config.class_prompt) if config.class_prompt else without
+        lines.append(f"preserve   the base's predictions at {at}")
+    return lines

@@ -16,7 +16,7 @@ from ..data.sheet import save_picture
 from ..models.device import CPU
 from ..models.text import cut_off
 from ..settings.train import TrainConfig
-from .encode import sizes_for
+from .encode import notes, sizes_for
 from .ranks import Ranks
 from .setup import load_base
 from .validation import read_pictures
@@ -86,7 +86,7 @@ def _counts(
         lines.append(f"validation {len(held_out)} held-out pictures, not shown")
     sizes = [f"{width} × {height} ({len(inside)})" for (width, height), inside in examples.buckets.items()]
     lines.append(f"size       {' and '.join(sizes)} pixels")
-    lines += examples.told()
+    lines += notes(examples)
     lines += [f"enlarged   {line}" for line in examples.enlarged()]
     numbers = range(config.variants or 1)
     captions = {examples.version(text, n) for item in items for text in item.captions for n in numbers}

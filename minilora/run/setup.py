@@ -25,7 +25,7 @@ from ..settings.train import TrainConfig
 from .checkpoint import refuse_unfinished
 from .dreambooth import class_pictures
 from .ema import ema_weights
-from .encode import encode
+from .encode import encode, notes
 from .hub import check_login
 from .memory import tell_memory
 from .objective import Objective
@@ -172,7 +172,7 @@ def introduce(run: Run) -> None:
     on_top = "".join(f" + {lora}" for lora in config.base_lora)
     say(f"base       {run.base.source}{on_top}, {run.base.predicts}, {run.base.computes}")
     say(f"pictures   {len(examples.items)} of {', '.join(config.data)}, at {seen_at} pixels")
-    for line in examples.told():
+    for line in notes(examples):
         say(line)
     if config.validation_share is not None:
         say(f"validation {len(run.validation.held_out.items)} held-out pictures of them")
