@@ -82,22 +82,17 @@ def save_base(base: Base, folder: Path) -> None:
     """Write a base whose U-Net was trained, as a diffusers folder; unchanged files are linked or copied."""
     source = Path(base.source)
     if source.is_dir() and not base.loras and base.vae_parts is base.parts:
-        shutil.copytree(source, folder, copy_function=_link, ignore=_without_unet(source), dirs_exist_ok=True)
+        for part in ("vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"):
+            if (source / part).is_dir():
+                shutil.copytree(source / part, folder / part, copy_function=_link, dirs_exist_ok=True)
+        _link(source / "model_index.json", folder / "model_index.json")
         base.unet.save_pretrained(folder / UNET)
         base.scheduler.save_pretrained(folder / "scheduler")
     else:
         base.pipeline.save_pretrained(folder)
 
 
-def _without_unet(source: Path):
-    def ignored(folder: str, names: list[str]) -> set[str]:
-        parts = {"vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "model_index.json"}
-        return {*names} - parts if Path(folder) == source else set()
-
-    return ignored
-
-
-def _link(source: str, target: str) -> None:
+def _link(source: str | Path, target: str | Path) -> None:
     """Give a file a second name, or copy it if that is impossible, for example to another disk."""
     with suppress(OSError):
         os.link(os.path.realpath(source), target)  # the hub's cache has symbolic links
