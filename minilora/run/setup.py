@@ -124,7 +124,7 @@ def prepare(config: TrainConfig, objective: Objective, ranks: Ranks) -> Run:
 
 
 def check(config: TrainConfig, ranks: Ranks) -> None:
-    """Raise UserError if the run would fail at its end, or would replace an unfinished run."""
+    """Raise UserError if the run would replace an unfinished one, or fail after long work."""
     if not config.resume:
         decided_by_main(lambda: refuse_unfinished(Path(config.output)))
     if config.push_to_hub:
