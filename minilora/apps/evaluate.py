@@ -5,21 +5,16 @@
 PICTURES is a folder of drawn pictures, as from `sample.py --output FOLDER`, and REFERENCE one of real pictures with
 captions.  Four things are measured, with the base's own features unless --features is given:
 
-1. The distance between the two distributions: the kernel distance of KID,
-
-       MMD² = E k(x, x′) + E k(y, y′) − 2 E k(x, y)        k(x, y) = (⟨x, y⟩ / n + 1)³
-
-   estimated without bias, over features x of the pictures and y of the reference, n numbers each.  KID takes the
-   features from an Inception network.  Here they are mean and standard deviation of each channel of the VAE's encoder,
-   divided by their standard deviation over the reference.  So the figure can only be compared for the same base, and
-   is not the KID of publications.  For comparison, the distance between two halves of the reference is printed, too.
+1. The kernel distance of KID between the two distributions (likeness.py).  KID takes the features from an Inception
+   network.  Here they are mean and standard deviation of each channel of the VAE's encoder, divided by their standard
+   deviation over the reference.  So the figure can only be compared for the same base, and is not the KID of
+   publications.  For comparison, the distance between two halves of the reference is printed, too.
 
    --features also takes the features from a vision model, as publications do (vision.py), and prints the Fréchet and
    the kernel distance.  With DINOv2 (facebook/dinov2-base) the first is FD-DINOv2; with CLIP the second is close to
    CMMD, which has another kernel.  The likeness is the mean cosine between the features of a picture and of one in the
    reference; for a subject, with DINOv2, it is the DINO score of DreamBooth.  Compare figures only for the same model,
-   number of pictures and resolution.
-   --classifier prints an Inception Score by an image classifier.
+   number of pictures and resolution.  --classifier prints an Inception Score by an image classifier.
 
 2. The distance of each picture to the nearest one in the reference, by their latents.  A picture is a copy if the
    nearest is less than a third as far away as the next nearest.  If the reference is the training set, the LoRA has
@@ -32,8 +27,7 @@ captions.  Four things are measured, with the base's own features unless --featu
    the same seeds, and the drift is 1 − the mean cosine between the features of each pair.  (The VAE's features are
    first centred on those without the LoRA and divided by their spread; otherwise all pictures would look alike.)
 
-Sources: Bińkowski et al., "Demystifying MMD GANs", 2018; Yoon et al., "Diffusion probabilistic models
-generalize when they fail to memorize", 2023 (the third).
+Source: Yoon et al., "Diffusion probabilistic models generalize when they fail to memorize", 2023 (the third).
 """
 
 if __name__ == "__main__":  # before torch is imported, which takes seconds: --help answers at once
@@ -53,7 +47,7 @@ from PIL import Image
 
 from ..data.folder import Item, read_folder
 from ..data.held_out import held_out_loss
-from ..data.pictures import as_tensor, crop_square
+from ..data.pictures import crop_square
 from ..data.sheet import save_picture, sheet
 from ..models.base import Base
 from ..models.device import this_device
@@ -65,6 +59,7 @@ from ..settings.errors import UserError
 from ..settings.evaluate import EvaluateConfig
 from ..settings.sample import SampleConfig
 from ..settings.train import TrainConfig
+from .likeness import features_of, kernel_distance, latents_of
 from .report import write_figures
 from .vision import frechet_distance, inception_score, shares_of_classes, vectors_of
 
@@ -73,7 +68,6 @@ PROMPTS = (
     *("apple", "pizza", "dog", "cat", "butterfly", "tulip", "house", "car"),
     *("airplane", "umbrella", "guitar", "alarm clock", "castle", "elephant", "mountain", "ship"),
 )
-TOGETHER = 8  # pictures encoded in one pass
 COPY = 1 / 3  # a picture is a copy below this share of the distance to the next nearest
 SHOWN = 8  # pictures on the sheet, with their nearest
 
@@ -99,14 +93,14 @@ def compared(config: EvaluateConfig, base: Base, strengths: dict[str, float]) ->
     for folder, there, least in zip(config.folders, (items, reference), (2, 4), strict=True):
         if len(there) < least:
             raise UserError(f"{folder}: {len(there)} pictures are too few to compare; it needs at least {least}")
-    side = base.resolution
-    drawn, real = ([crop_square(item.open(), side) for item in each] for each in (items, reference))
+    drawn, real = ([crop_square(item.open(), base.resolution) for item in each] for each in (items, reference))
     seen, wanted = features_of(base, drawn), features_of(base, real)
     spread = wanted.std(0).clamp(min=1e-6)  # (width,)
-    figures = {"distance of distributions": kernel_distance(seen / spread, wanted / spread)}
-    figures["distance of distributions; of the halves of the reference"] = kernel_distance(
-        wanted[::2] / spread, wanted[1::2] / spread
-    )
+    seen, wanted = seen / spread, wanted / spread
+    figures = {
+        "distance of distributions": kernel_distance(seen, wanted),
+        "distance of distributions; of the halves of the reference": kernel_distance(wanted[::2], wanted[1::2]),
+    }
     if config.features:
         figures |= distances_by(config.features, drawn, real)
     if config.classifier:
@@ -117,7 +111,7 @@ def compared(config: EvaluateConfig, base: Base, strengths: dict[str, float]) ->
     near, which = far.topk(2, dim=1, largest=False)  # (pictures, 2)
     figures["distance to the nearest in the reference, by their latents"] = near[:, 0].mean().item()
     figures["share of copies"] = (near[:, 0] < COPY * near[:, 1]).float().mean().item()
-    figures |= losses_on(config, base, reference, side, strengths)
+    figures |= losses_on(config, base, reference, strengths)
 
     order = (near[:, 0] / near[:, 1]).argsort().tolist()
     print("nearest in the reference, the most likely copies first:")
@@ -134,8 +128,8 @@ def drift(config: EvaluateConfig, base: Base, strengths: dict[str, float]) -> di
     """Draw PROMPTS without and with the LoRAs, write a sheet of both, and return how far apart they are."""
     print(f"drift on {', '.join(PROMPTS)}")
     drawing, seeds, drawn = SampleConfig(prompt=PROMPTS, model=config.model), range(len(PROMPTS)), []
-    for factor in (0.0, 1.0):
-        with merged_at(base, {name: factor * strength for name, strength in strengths.items()}):
+    for at in (dict.fromkeys(strengths, 0.0), strengths):
+        with merged_at(base, at):
             drawn.append(draw(base, PROMPTS, seeds, base.resolution, drawing))
     rows = [list(pair) for pair in zip(*drawn, strict=True)]
     save_picture(sheet(rows, ["base", "LoRA"], PROMPTS), Path(config.output) / "drift.png")
@@ -148,9 +142,6 @@ def drift(config: EvaluateConfig, base: Base, strengths: dict[str, float]) -> di
         near = F.cosine_similarity(before, after)
         figures[f"drift by {config.features}"] = 1 - near.mean().item()
     return figures
-
-
-# ------------------------------------------------------------------------------------------ features
 
 
 def distances_by(model: str, drawn: Sequence[Image.Image], real: Sequence[Image.Image]) -> dict[str, float]:
@@ -171,75 +162,16 @@ def distances_by(model: str, drawn: Sequence[Image.Image], real: Sequence[Image.
     return figures
 
 
-def losses_on(
-    config: EvaluateConfig, base: Base, items: list[Item], resolution: int, strengths: dict[str, float]
-) -> dict[str, float]:
+def losses_on(config: EvaluateConfig, base: Base, items: list[Item], strengths: dict[str, float]) -> dict[str, float]:
     """Return the denoising loss on pictures, of the base and with the LoRAs, if there are any."""
-    losses, numbers = {}, range(len(items))
+    losses, ways = {}, {"base": dict.fromkeys(strengths, 0.0)} | ({"with LoRA": strengths} if strengths else {})
     with TemporaryDirectory() as cache:
         # A LoRA may also change the text encoders, so captions are encoded each time.
         seen = TrainConfig(data=config.folders[1:], cache=cache, train_text_encoder=True)
-        examples = encoded_examples(items, seen, resolution, base, len(base.schedule), Ranks(0, 1, base.device))
-
-        def loss() -> float:
-            with base.autocast():
+        examples = encoded_examples(items, seen, base.resolution, base, len(base.schedule), Ranks(0, 1, base.device))
+        for name, at in ways.items():
+            with merged_at(base, at), base.autocast():
                 network = UNetWithText(base.unet, base.text_encoders)
-                return held_out_loss(network, examples, base.schedule, numbers).mean().item()
-
-        for name, at in (("base", dict.fromkeys(strengths, 0.0)), ("with LoRA", strengths))[: 1 + bool(strengths)]:
-            with merged_at(base, at):
-                losses[f"denoising loss on the reference; {name}"] = loss()
+                each = held_out_loss(network, examples, base.schedule, range(len(items)))  # (pictures,)
+            losses[f"denoising loss on the reference; {name}"] = each.mean().item()
     return losses
-
-
-@torch.no_grad()
-def encoder_features(base: Base, pixels: torch.Tensor) -> list[torch.Tensor]:
-    """Return the features of pictures, (n, 3, h, w), in each layer of the VAE's encoder; (n, channels, h', w') each."""
-    encoder = base.vae.encoder
-    seen = [encoder.conv_in(pixels.to(base.device, base.dtype))]
-    for block in encoder.down_blocks:
-        seen.append(block(seen[-1]))
-    return seen
-
-
-def pooled(features: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Return each channel's mean and standard deviation over a picture, for all layers; (n, width)."""
-    columns = [pool for layer in features for pool in (layer.float().mean((2, 3)), layer.float().std((2, 3)))]
-    return torch.cat(columns, dim=1).cpu()
-
-
-def apart(one: Sequence[torch.Tensor], other: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Return the perceptual distances between corresponding pictures of two batches, by their features; (n,).
-
-    As in LPIPS with VGG, the features of each pixel are normalized to length 1; their squared distance is averaged over
-    the pixels and summed over the layers.  This returns its square root, because distances add up along a path and
-    squares do not.  Source: Zhang et al., "The unreasonable effectiveness of deep features as a perceptual metric",
-    2018.
-    """
-    units = [(F.normalize(a.float(), dim=1), F.normalize(b.float(), dim=1)) for a, b in zip(one, other, strict=True)]
-    return torch.stack([(a - b).square().sum(1).mean((1, 2)).cpu() for a, b in units]).sum(0).sqrt()
-
-
-def features_of(base: Base, pictures: Sequence[Image.Image]) -> torch.Tensor:
-    """Return the pooled features of pictures, (n, width)."""
-    parts = [pictures[start : start + TOGETHER] for start in range(0, len(pictures), TOGETHER)]
-    return torch.cat([pooled(encoder_features(base, torch.stack([as_tensor(p) for p in part]))) for part in parts])
-
-
-def latents_of(base: Base, pictures: Sequence[Image.Image]) -> torch.Tensor:
-    """Return the latents of pictures as vectors, divided so that distances are root mean squares; (n, numbers)."""
-    latents = torch.stack([base.encode_picture(as_tensor(picture))[0].flatten() for picture in pictures])
-    return latents / latents.shape[1] ** 0.5
-
-
-def kernel_distance(one: torch.Tensor, other: torch.Tensor) -> float:
-    """Return the unbiased MMD² of two sets, (n, width) and (m, width), with KID's kernel; it can be below 0."""
-
-    def kernel(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        return (x.double() @ y.double().T / x.shape[1] + 1) ** 3  # (n, m)
-
-    def within(x: torch.Tensor) -> torch.Tensor:
-        k = kernel(x, x)
-        return (k.sum() - k.trace()) / (len(x) * (len(x) - 1))  # of different pictures
-
-    return (within(one) + within(other) - 2 * kernel(one, other).mean()).item()

@@ -4,7 +4,7 @@ Pictures are compared with those of many steps in two ways:
 
 1. One by one, with the same seed.  (LCMScheduler adds new noise between its steps, so its picture is another one.)
 2. As distributions, with other seeds.  The features of a picture are mean and standard deviation of each channel of the
-   VAE's encoder (evaluate.py).  For each feature, the Wasserstein distance is how far the values of one set must move
+   VAE's encoder (likeness.py).  For each feature, the Wasserstein distance is how far the values of one set must move
    on average to become those of the other; the figure is its mean over the features, in standard deviations.
 """
 
@@ -16,15 +16,14 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from ..data.pictures import as_tensor, open_picture
+from ..data.pictures import open_picture
 from ..data.sheet import sheet
 from ..models.base import Base
 from ..sampling import draw, merged_at, use_scheduler
 from ..settings.sample import SampleConfig
 from .classifier import share_right, train_classifier
-from .drawing import STYLES, TOGETHER
-from .evaluate import apart, encoder_features, pooled
-from .restore import psnr
+from .drawing import STYLES
+from .likeness import TOGETHER, apart, encoder_features, pixels_of, pooled, psnr
 
 MANY, FEW = 50, (4, 2, 1)  # steps
 SEEDS = (0, 1)
@@ -52,7 +51,7 @@ def few_steps(base: Base, captions: Sequence[str], learnt: Path, config) -> tupl
             started = time.perf_counter()
             drawn[name] = [draw(base, caption, SEEDS, base.resolution, how) for caption in captions]
             times[name] = (time.perf_counter() - started) / (len(captions) * len(SEEDS))
-    pixels = {name: torch.stack([as_tensor(p) for row in rows for p in row]) for name, rows in drawn.items()}
+    pixels = {name: pixels_of([picture for row in rows for picture in row]) for name, rows in drawn.items()}
     each = [caption for caption in captions for _ in SEEDS]
     figures = {f"seconds per picture; {name}": value for name, value in times.items()}
     figures |= compared(base, pixels, many) | called_right(pixels, each, learnt)
@@ -73,11 +72,8 @@ def compared(base: Base, pixels: dict[str, torch.Tensor], many: str) -> dict[str
             far[name].append(apart(features, wanted))
             seen[name].append(pooled(features))
     figures = {}
-    for name in pixels:
-        if name == many:
-            continue
-        near = torch.tensor([psnr(one, other) for one, other in zip(pixels[name], pixels[many], strict=True)])
-        figures[f"PSNR to the same seed at {MANY} steps, dB; {name}"] = near.mean().item()
+    for name in [name for name in pixels if name != many]:
+        figures[f"PSNR to the same seed at {MANY} steps, dB; {name}"] = psnr(pixels[name], pixels[many])
         figures[f"perceptual distance to the same seed at {MANY} steps; {name}"] = torch.cat(far[name]).mean().item()
     for name, rows in seen.items():
         what = f"distance of distributions to {MANY} steps with another seed; {name}"
@@ -90,10 +86,8 @@ def crossed(features: torch.Tensor, wanted: torch.Tensor) -> float:
 
     Both are (captions · seeds, width), ordered by caption, then by seed.
     """
-    seeds = len(SEEDS)
-    return sum(
-        wasserstein(features[seed::seeds], wanted[(seed + 1) % seeds :: seeds], wanted) / seeds for seed in range(seeds)
-    )
+    n = len(SEEDS)
+    return sum(wasserstein(features[seed::n], wanted[(seed + 1) % n :: n], wanted) for seed in range(n)) / n
 
 
 def wasserstein(one: torch.Tensor, other: torch.Tensor, reference: torch.Tensor) -> float:
@@ -118,10 +112,9 @@ def called_right(pixels: dict[str, torch.Tensor], captions: Sequence[str], learn
         return {}  # another base, or the pictures are from --data
 
     def kinds(captions: Sequence[str]) -> torch.Tensor:
-        found = [[caption.endswith(style) for style in STYLES[1:]].index(True) for caption in captions]
-        return torch.tensor(found)  # (n,)
+        return torch.tensor([[caption.endswith(style) for style in STYLES[1:]].index(True) for caption in captions])
 
-    seen = torch.stack([as_tensor(open_picture(learnt / row["file_name"])) for row in styled])
+    seen = pixels_of([open_picture(learnt / row["file_name"]) for row in styled])
     classifier = train_classifier(seen, kinds([row["text"] for row in styled]))
     wanted = kinds(captions)
     return {f"style called as asked for; {name}": share_right(classifier, p, wanted) for name, p in pixels.items()}

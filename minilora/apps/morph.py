@@ -30,29 +30,28 @@ if __name__ == "__main__":  # before torch is imported, which takes seconds: --h
     raise SystemExit
 
 import io
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image
 
 from ..data.pictures import as_picture
 from ..data.sheet import picture_format, save_picture, sheet
 from ..files.network import load_lora
 from ..files.tensors import write_whole
-from ..lora import lora_disabled, lora_layers
+from ..lora import lora_disabled
 from ..models.base import Base
 from ..models.device import this_device
 from ..settings.errors import UserError
 from ..settings.morph import MorphConfig
 from .ddim import Levels, ddim_draw, ddim_invert
-from .evaluate import apart, encoder_features
+from .likeness import distances, psnr, through_vae
+from .mixing import adain, between, slerp
 from .report import write_figures
-from .restore import learn, psnr, see
+from .restore import learn, see
 
 EVEN_ROUNDS = 2  # rounds of spacing the frames; the first is rough, because distances are only known at few times
 TOGETHER = 8  # frames drawn in one pass, including the two ends
@@ -94,11 +93,18 @@ def morph(config: MorphConfig) -> dict[str, float]:
             ways["LoRA and options"] = way(base, levels, config, pictures, texts)
 
     figures: dict[str, float] = {}
+    jumps = {}
     for name, frames in ways.items():
-        figures |= {f"{what}; {name}": value for what, value in figures_of(base, frames, pictures).items()}
-    ceilings = [psnr(base.decode_latents(base.encode_picture(p)[0][None])[0], p) for p in pictures]
-    figures |= {f"PSNR through the VAE alone, picture {n}, dB": c for n, c in zip("AB", ceilings, strict=True)}
-    jumps = {name: (list(range(1, config.frames)), distances(base, frames)) for name, frames in ways.items()}
+        steps = distances(base, frames)
+        jumps[name] = list(range(1, config.frames)), steps
+        figures |= {
+            f"PSNR of the first frame to picture A, dB; {name}": psnr(frames[0], pictures[0]),
+            f"PSNR of the last frame to picture B, dB; {name}": psnr(frames[-1], pictures[1]),
+            f"perceptual path length (VAE encoder's features); {name}": sum(steps),
+            f"largest jump between frames over the mean one; {name}": max(steps) * len(steps) / sum(steps),
+        }
+    for name, picture in zip("AB", pictures, strict=True):
+        figures[f"PSNR through the VAE alone, picture {name}, dB"] = psnr(through_vae(base, picture[None]), picture)
     write_figures(config.folder, figures, jumps)
 
     *_, best = ways.values()
@@ -145,118 +151,6 @@ def draw_frames(
         drawn.append(ddim_draw(between(base, part, text, levels, config.attention), noise, levels))
     latents = torch.cat([drawn[0][:1], *(part[1:-1] for part in drawn), drawn[0][-1:]])
     return torch.cat([base.decode_latents(part) for part in latents.split(TOGETHER)])
-
-
-def between(base: Base, times: Sequence[float], text: torch.Tensor, levels: Levels, attention: float):
-    """Return a function that predicts for a batch of frames, each with its own mixture of the two LoRAs."""
-    t = torch.tensor(times, dtype=torch.float32, device=base.device)  # (batch,)
-    mixed = round(attention * len(levels.timesteps))  # steps
-    last_mixed = levels.timesteps[mixed - 1] if mixed else len(base.schedule)
-
-    def predict(x: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
-        attending = nullcontext() if timestep < last_mixed else self_attention_between(base.unet, t)
-        with loras_between(base.unet, t), attending:
-            return base.unet(x, timestep, text).sample
-
-    return predict
-
-
-@contextmanager
-def loras_between(unet, times: torch.Tensor) -> Iterator[None]:
-    """Within the block each picture of a batch has LoRA a at strength 1 − t and b at t; `times` are (batch,)."""
-
-    def times_its_own(strengths: torch.Tensor):
-        return lambda adapter, inputs, y: y * strengths.to(y).view(-1, *[1] * (y.ndim - 1))  # (batch, …, out)
-
-    hooks = [
-        layer.adapters[name].register_forward_hook(times_its_own(strengths))
-        for name, strengths in (("a", 1 - times), ("b", times))
-        for layer in lora_layers(unet).values()
-        if name in layer.adapters
-    ]
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
-class Between:
-    """Self-attention whose keys and values come from a mixture of the first and the last picture of the batch."""
-
-    def __init__(self, ordinary, times: torch.Tensor):
-        self.ordinary = ordinary
-        self.times = times.view(-1, 1, 1)  # (batch, 1, 1)
-
-    def __call__(self, attention, x: torch.Tensor, **more) -> torch.Tensor:
-        """Attend from x, (batch, pixels, channels)."""
-        mixture = torch.lerp(x[:1], x[-1:], self.times.to(x.dtype))
-        return self.ordinary(attention, x, **more | {"encoder_hidden_states": mixture})
-
-
-@contextmanager
-def self_attention_between(unet, times: torch.Tensor) -> Iterator[None]:
-    """Within the block the self-attention of the U-Net's upper half is mixed; afterwards it is restored."""
-    found = unet.attn_processors
-    mixed = {
-        name: Between(ordinary, times) if name.startswith("up_blocks") and ".attn1." in name else ordinary
-        for name, ordinary in found.items()
-    }
-    try:
-        unet.set_attn_processor(mixed)
-        yield
-    finally:
-        unet.set_attn_processor(found)
-
-
-# ---------------------------------------------------------------------------------- interpolation
-
-
-def slerp(a: torch.Tensor, b: torch.Tensor, t: float) -> torch.Tensor:
-    """Interpolate along the great circle from a to b, which keeps the length of gaussian noise.
-
-    Source: Shoemake, "Animating rotation with quaternion curves", 1985.
-    """
-    cosine = F.cosine_similarity(a.flatten(), b.flatten(), dim=0)
-    angle = cosine.clamp(-1, 1).acos()
-    if angle < 1e-4:  # for the same direction the formula would be 0 / 0
-        return torch.lerp(a, b, t)
-    return (torch.sin((1 - t) * angle) * a + torch.sin(t * angle) * b) / torch.sin(angle)
-
-
-def adain(x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, t: float) -> torch.Tensor:
-    """Give each channel of x, (channels, h, w), a mean and a standard deviation between those of a and b.
-
-    Source: Huang & Belongie, "Arbitrary style transfer in real-time with adaptive instance normalization", 2017.
-    """
-    (mean, spread), of_a, of_b = (_mean_and_spread(z) for z in (x, a, b))
-    wanted_mean, wanted_spread = (torch.lerp(one, two, t) for one, two in zip(of_a, of_b, strict=True))
-    return (x - mean) / spread * wanted_spread + wanted_mean
-
-
-def _mean_and_spread(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    return x.mean(dim=(1, 2), keepdim=True), x.std(dim=(1, 2), keepdim=True)  # (channels, 1, 1)
-
-
-# ------------------------------------------------------------------------------------------- figures
-
-
-@torch.no_grad()
-def distances(base: Base, frames: torch.Tensor) -> list[float]:
-    """Return the perceptual distances of neighbouring frames, by the features of the VAE's encoder."""
-    seen = encoder_features(base, frames)
-    return apart([layer[:-1] for layer in seen], [layer[1:] for layer in seen]).tolist()
-
-
-def figures_of(base: Base, frames: torch.Tensor, pictures: Sequence[torch.Tensor]) -> dict[str, float]:
-    """Return how close the ends are to the pictures, and the length and evenness of the path between them."""
-    steps = distances(base, frames)
-    return {
-        "PSNR of the first frame to picture A, dB": psnr(frames[0], pictures[0]),
-        "PSNR of the last frame to picture B, dB": psnr(frames[-1], pictures[1]),
-        "perceptual path length (VAE encoder's features)": sum(steps),
-        "largest jump between frames over the mean one": max(steps) * len(steps) / sum(steps),
-    }
 
 
 # ------------------------------------------------------------------------------------------- output

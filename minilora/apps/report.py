@@ -8,16 +8,19 @@ from pathlib import Path
 
 from ..files.tensors import write_whole
 
-Curves = Mapping[str, tuple[Sequence[float], Sequence[float]]]  # xs and ys by name
 
+def write_figures(
+    folder: Path, figures: Mapping[str, float], curves: Mapping[str, tuple[Sequence[float], Sequence[float]]] = {}
+) -> None:
+    """Print figures, and write them with the command line to `figures.json` in a folder.
 
-def write_figures(folder: Path, figures: Mapping[str, float], curves: Curves | None = None) -> None:
-    """Print figures, and write them with the command line and curves to `figures.json` in a folder."""
+    `curves`, each its xs and its ys, are written with them.
+    """
     for name, value in figures.items():
         print(f"{name}: {value:.4g}")
     program = Path(sys.argv[0])
     module = f"minilora.apps.{program.stem}" if program.parent.name == "apps" else f"minilora.{program.stem}"
     words = ["python", "-m", module] if program.suffix == ".py" else [program.name]
     command = shlex.join([*words, *sys.argv[1:]])
-    content = {"command": command, "figures": figures, "curves": curves or {}}
+    content = {"command": command, "figures": figures, "curves": curves}
     write_whole(folder / "figures.json", (json.dumps(content, indent=2) + "\n").encode())

@@ -34,6 +34,7 @@ from ..settings.restore import RestoreConfig
 from ..settings.train import TrainConfig
 from ..training import train
 from .ddim import Levels, ddim_draw, ddim_invert, guided
+from .likeness import psnr
 from .report import write_figures
 
 
@@ -104,11 +105,6 @@ def learn(path: Path, prompt: str, output: Path, config) -> Path:
     before = json.loads(about.read_text()) if about.exists() else {}
     same = before | {"resume": False} == json.loads(settings.to_json())
     return train(replace(settings, resume=same))
-
-
-def psnr(one: torch.Tensor, two: torch.Tensor) -> float:
-    """Return the peak signal-to-noise ratio of two pictures in [-1, 1], in dB."""
-    return (10 * torch.log10(4 / (one - two).square().mean())).item()  # 4: the square of the range
 
 
 def relative_error(one: torch.Tensor, two: torch.Tensor) -> float:

@@ -23,7 +23,7 @@ if __name__ == "__main__":  # before torch is imported, which takes seconds: --h
     command()
     raise SystemExit
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import diffusers
@@ -31,7 +31,7 @@ import torch
 from PIL import Image
 
 from ..data.folder import Item, read_folder
-from ..data.pictures import as_tensor, crop_square
+from ..data.pictures import crop_square
 from ..data.sheet import save_picture, sheet
 from ..files.read import some
 from ..models.base import Base
@@ -43,6 +43,7 @@ from ..settings.sample import SampleConfig
 from ..settings.train import TrainConfig
 from .canny import canny
 from .classifier import probability, share_right, train_classifier
+from .likeness import pixels_of, through_vae
 from .report import write_figures
 
 SHOWN = 6  # pictures on the sheet
@@ -60,9 +61,8 @@ def restyle(config: RestyleConfig) -> dict[str, float]:
     captions = [item.captions[0] for item in items]
 
     figures: dict[str, float] = {}
-    style = None
     if config.style:
-        style, figures["style recognized in held-out pictures"] = learn_style(base, config)
+        style, figures["style recognized in held-out pictures"] = learn_style(base, strengths, config)
     rows, likely, far = [], [], []
     for factor in config.strengths:
         with merged_at(base, {name: factor * strength for name, strength in strengths.items()}):
@@ -72,14 +72,14 @@ def restyle(config: RestyleConfig) -> dict[str, float]:
         rows.append(drawn)
         far.append(distance(pictures, drawn))
         figures[f"distance to the pictures, in levels of 255; strength {factor:g}"] = far[-1]
-        if style is not None:
+        if config.style:
             likely.append(probability(style, pixels_of(drawn), kind=1).mean().item())
             figures[f"probability of the style; strength {factor:g}"] = likely[-1]
     curves = {"distance to the pictures": (config.strengths, far)}
-    write_figures(
-        output, figures, curves | ({"probability of the style": (config.strengths, likely)} if likely else {})
-    )
-    shown = [row[:SHOWN] for row in ([pictures, *rows])]
+    if config.style:
+        curves["probability of the style"] = config.strengths, likely
+    write_figures(output, figures, curves)
+    shown = [row[:SHOWN] for row in (pictures, *rows)]
     labels = ["the pictures", *(f"strength {factor:g}" for factor in config.strengths)]
     save_picture(sheet(shown, captions[:SHOWN], labels), output / "restyled.png")
     print(f"wrote {output / 'restyled.png'}, and every picture beside it")
@@ -156,26 +156,20 @@ def load_controlnet(folder: str, base: Base) -> diffusers.ControlNetModel:
 # ------------------------------------------------------------------------------------------- figures
 
 
-def pixels_of(pictures: Sequence[Image.Image]) -> torch.Tensor:
-    return torch.stack([as_tensor(picture) for picture in pictures])  # (n, 3, h, w)
-
-
 def distance(pictures: Sequence[Image.Image], drawn: Sequence[Image.Image]) -> float:
     """Return the root mean square difference of pictures, in levels of 255; a mean over the pictures."""
     difference = (pixels_of(pictures) - pixels_of(drawn)) * 127.5
     return difference.square().mean(dim=(1, 2, 3)).sqrt().mean().item()
 
 
-def learn_style(base: Base, config: RestyleConfig) -> tuple[torch.nn.Module, float]:
+def learn_style(base: Base, strengths: Mapping[str, float], config: RestyleConfig) -> tuple[torch.nn.Module, float]:
     """Train a classifier, with kind 1 for the style; return it and how often it is right on held-out pictures."""
     items = read_pictures(config.style, config.prompt, "--style ")
-    seen = pixels_of([crop_square(item.open(), base.resolution) for item in items])
-    latents = [base.encode_picture(picture)[0][None].to(base.device) for picture in seen]
-    ours = torch.cat([base.decode_latents(x) for x in latents])
+    ours = through_vae(base, pixels_of([crop_square(item.open(), base.resolution) for item in items]))
     how = SampleConfig(prompt=("any",), model=config.model)
-    with merged_at(base, {f"lora{number}": 0.0 for number in range(len(config.lora))}):
+    with merged_at(base, dict.fromkeys(strengths, 0.0)):
         theirs = [draw(base, item.captions[0], [n], base.resolution, how)[0] for n, item in enumerate(items)]
-    pixels = torch.cat([pixels_of(theirs), ours.cpu()])
+    pixels = torch.cat([pixels_of(theirs), ours])
     kinds = torch.arange(2).repeat_interleave(len(items))  # 0: the base's, 1: the style
     held_out = torch.arange(len(pixels)) % 5 == 0
     model = train_classifier(pixels[~held_out], kinds[~held_out])

@@ -36,10 +36,11 @@ from ..run.ranks import mean_over_ranks
 from ..settings.sample import SampleConfig
 from ..settings.train import TrainConfig
 from .drawing import draw_from
-from .morph import distances, slerp
+from .likeness import distances
+from .mixing import slerp
 
 DECAY = 0.01  # weight of the newest step in a
-WAYS = 6  # measured ways from one noise to another
+WAYS, SHOWN = 6, 3  # ways from one noise to another: measured, and on the sheet
 FRAMES = 13  # pictures on each way, including the two ends
 
 
@@ -104,7 +105,8 @@ def smoothness(base: Base, captions: Sequence[str], learnt: Path, config) -> tup
     steps = SampleConfig(prompt=("any",), model=config.model).steps
     shape = (base.unet.config.in_channels, *[base.unet.config.sample_size] * 2)
     times = torch.linspace(0, 1, FRAMES).tolist()
-    figures, rows, labels = {}, [], []
+    figures: dict[str, float] = {}
+    shown: dict[tuple[int, float], tuple[str, list[Image.Image]]] = {}  # each row of the sheet with its label
     for name, strength in (("base", 0.0), ("LoRA", 1.0)):
         set_lora_strength(base.unet, strength)
         ways = []
@@ -113,13 +115,11 @@ def smoothness(base: Base, captions: Sequence[str], learnt: Path, config) -> tup
             noise = torch.stack([slerp(a, b, t) for t in times])
             frames = draw_from(base, noise, [caption] * FRAMES, steps, config.middle_guidance)
             ways.append(torch.tensor(distances(base, frames)))
-            if number < 3:
-                rows.append([as_picture(frame) for frame in frames[::2]])
-                labels.append(f"{caption}, {name}")
+            if number < SHOWN:
+                shown[number, strength] = f"{caption}, {name}", [as_picture(frame) for frame in frames[::2]]
         far = torch.stack(ways)  # (ways, frames - 1)
         figures[f"distance between neighbouring frames; {name}"] = far.mean().item()
         figures[f"its standard deviation along the way; {name}"] = far.std(1).mean().item()
         figures[f"largest jump between frames; {name}"] = far.max(1).values.mean().item()
-    order = [row + which for row in range(len(rows) // 2) for which in (0, len(rows) // 2)]
-    columns = [f"frame {number + 1}" for number in range(0, FRAMES, 2)]
-    return figures, sheet([rows[i] for i in order], columns, [labels[i] for i in order])
+    labels, rows = zip(*(shown[key] for key in sorted(shown)), strict=True)
+    return figures, sheet(list(rows), [f"frame {number + 1}" for number in range(0, FRAMES, 2)], labels)

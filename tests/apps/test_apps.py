@@ -12,12 +12,15 @@ from helpers import CPU, random_lora, write_single_file
 from PIL import Image
 
 from minilora import inject_lora, lora_parameters, set_lora_strength
+from minilora.apps import mixing
 from minilora.apps import morph as morphing
 from minilora.apps.ddim import Levels, ddim_draw, ddim_invert, guided
 from minilora.apps.distill import DistillConfig, distill
 from minilora.apps.evaluate import EvaluateConfig, evaluate
-from minilora.apps.morph import MorphConfig, between, distances, draw_frames, loras_between, morph, slerp, way
-from minilora.apps.restore import RestoreConfig, learn, psnr, restore, see
+from minilora.apps.likeness import distances, psnr
+from minilora.apps.mixing import between, loras_between, slerp
+from minilora.apps.morph import MorphConfig, draw_frames, morph, way
+from minilora.apps.restore import RestoreConfig, learn, restore, see
 from minilora.apps.restyle import RestyleConfig, restyle
 from minilora.files.layout import Checkpoint
 from minilora.files.network import save_lora
@@ -167,13 +170,13 @@ def test_mixed_self_attention_is_ordinary_where_both_ends_are_the_same(base, par
 def test_attention_is_mixed_in_the_share_of_the_steps_that_is_asked_for(base, parts, monkeypatch):
     levels, _, texts = parts
     seen = []
-    original = morphing.Between.__call__
+    original = mixing.Between.__call__
 
     def spy(self, *args, **more):
         seen.append(True)
         return original(self, *args, **more)
 
-    monkeypatch.setattr(morphing.Between, "__call__", spy)
+    monkeypatch.setattr(mixing.Between, "__call__", spy)
     x, text = torch.zeros(2, 4, 8, 8), texts[0].expand(2, -1, -1)
     with torch.no_grad():
         counts = []
@@ -194,8 +197,8 @@ def test_slerp_keeps_the_length_and_goes_at_an_even_pace():
 
 def test_adain_gives_the_mean_and_spread_in_between():
     a, b, x = (torch.randn(4, 6, 6, generator=torch.Generator().manual_seed(s)) * (s + 1) + s for s in range(3))
-    torch.testing.assert_close(morphing.adain(a, a, b, 0.0), a)
-    found = morphing.adain(x, a, b, 0.25)
+    torch.testing.assert_close(mixing.adain(a, a, b, 0.0), a)
+    found = mixing.adain(x, a, b, 0.25)
     torch.testing.assert_close(found.mean((1, 2)), 0.75 * a.mean((1, 2)) + 0.25 * b.mean((1, 2)))
     torch.testing.assert_close(found.std((1, 2)), 0.75 * a.std((1, 2)) + 0.25 * b.std((1, 2)))
 

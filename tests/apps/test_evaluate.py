@@ -11,7 +11,8 @@ from helpers import randomize
 from PIL import Image
 
 from minilora import inject_lora, save_lora
-from minilora.apps.evaluate import PROMPTS, EvaluateConfig, evaluate, kernel_distance
+from minilora.apps.evaluate import PROMPTS, EvaluateConfig, evaluate
+from minilora.apps.likeness import kernel_distance
 from minilora.run.validation import FIGURES
 from minilora.settings.command_line import read
 from minilora.settings.errors import UserError
