@@ -137,7 +137,6 @@ class DrawTab:
         self.last = gr.State(None)
 
     def _connect(self) -> None:
-        """Connect buttons and fields to functions."""
         self.folders.follow(SampleConfig, self.fields)
         given, shown = {*self.fields.values(), self.loras, *self.strengths}, [self.picture, self.line, self.last]
         one_at_a_time = {"concurrency_id": "draw", "concurrency_limit": 1}
@@ -145,17 +144,13 @@ class DrawTab:
         self.grid.click(self.draw_grid, given, shown, show_progress_on=self.picture, **one_at_a_time)
         moved = {"show_progress": "hidden", "trigger_mode": "always_last"}
         for slider in self.strengths:
-            slider.input(self.redraw, given, shown, **moved, **one_at_a_time)
+            slider.input(self.draw_one, given, shown, **moved, **one_at_a_time)
         self.save.click(self.keep, self.last)
         self.cancel.click(self.easel.cancel, queue=False)
 
     @telling
     def draw_one(self, values: dict, progress=gr.Progress()):  # noqa: B008
         return self._draw(values, progress)
-
-    @telling
-    def redraw(self, values: dict):
-        return self._draw(values)
 
     @telling
     def draw_grid(self, values: dict, progress=gr.Progress()):  # noqa: B008
@@ -169,7 +164,7 @@ class DrawTab:
         save_picture(picture, Path(path))
         gr.Info(f"wrote {path}", duration=5)
 
-    def _draw(self, values: dict, progress=None, *more: str):
+    def _draw(self, values: dict, progress, *more: str):
         given = by_name(self.fields, values)
         given["lora"] = with_strengths(values[self.loras], [values[slider] for slider in self.strengths])
         words = [*self.folders.words(SampleConfig, given), "--output", str(_next(self.drawn)), *more]

@@ -20,6 +20,7 @@ from pathlib import Path
 
 from tensorboard.backend.event_processing.directory_watcher import DirectoryDeletedError
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tqdm import tqdm
 
 from ...files.tensors import write_whole
 from ...run.checkpoint import RESULTS, UNFINISHED
@@ -138,13 +139,8 @@ class Seen:
             return f"{told} · drawing the last samples"
         if self.seconds is None:
             return told
-        return f"{told} · {self.seconds:.2g} s per step · {in_words(self.seconds * (self.steps - self.step))} left"
-
-
-def in_words(seconds: float) -> str:
-    """Return a time in the form 0:05, 12:30 or 3:00:00."""
-    hours, rest = divmod(round(seconds), 3600)
-    return f"{hours}:{rest // 60:02d}:{rest % 60:02d}" if hours else f"{rest // 60}:{rest % 60:02d}"
+        left = tqdm.format_interval(round(self.seconds * (self.steps - self.step))).removeprefix("0")
+        return f"{told} · {self.seconds:.2g} s per step · {left} left"
 
 
 _events: dict[tuple[Path, float], EventAccumulator] = {}
@@ -168,19 +164,19 @@ def look(output: Path) -> Seen:
         with suppress(DirectoryDeletedError):
             events.Reload()
         scalars = {tag: events.Scalars(tag) for tag in events.Tags()["scalars"] if tag in ("loss", "validation")}
-    loss, validation = (
-        [event for event in scalars.get(tag, []) if event.wall_time >= since] for tag in ("loss", "validation")
+    seen.loss, seen.validation = (
+        {event.step: event.value for event in scalars.get(tag, ()) if event.wall_time >= since}
+        for tag in ("loss", "validation")
     )
-    seen.loss, seen.validation = ({event.step: event.value for event in some} for some in (loss, validation))
-    now = [event for event in loss if event.wall_time >= began]
+    now = [event for event in scalars.get("loss", ()) if event.wall_time >= began]
     seen.step = now[-1].step if now else 0
     recent = now[-50:]
     if len(recent) > 1:
         seen.seconds = (recent[-1].wall_time - recent[0].wall_time) / (len(recent) - 1)
     samples = output / "samples"
     seen.sheets = [path for path in sorted(samples.glob("step-*.png")) if path.stat().st_mtime >= since]
-    if seen.finished and not seen.going and (last := samples / "before_after.png").exists():
-        seen.sheets.append(last)
+    if seen.finished and not seen.going:
+        seen.sheets += samples.glob("before_after.png")
     return seen
 
 

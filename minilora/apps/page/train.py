@@ -71,7 +71,6 @@ class TrainTab:
         self.shown, self.log_of_start = gr.State(("", 0, 0)), gr.State("")
 
     def _connect(self) -> None:
-        """Connect buttons and fields to functions."""
         self.folders.follow(TrainConfig, self.fields)
         deciding = [self.data, self.model, self.fields["recipe"]]
         gr.on([field.input for field in deciding], self.suggest, deciding, self.suggested)
