@@ -51,9 +51,19 @@ def draw(
     `prompt` is one for all pictures, or one for each.  `size` is the side of a square, or width and height, in pixels.
     `on_step` is called after each step.
     """
-    pictures, (width, height) = [], (size, size) if isinstance(size, int) else size
+    width, height = (size, size) if isinstance(size, int) else size
     prompts = [prompt] * len(seeds) if isinstance(prompt, str) else prompt
     inpainting = _inpainting(base, (width, height), config)
+    pictures: list[Image.Image] = []
+    began = time.monotonic()
+
+    def after_step(pipeline, step: int, timestep, tensors: dict) -> dict:
+        if config.compile and not pictures and step == 0:
+            print(f"the first step took {time.monotonic() - began:.1f} s, compiling included", flush=True)
+        if on_step:
+            on_step()
+        return tensors
+
     for start in range(0, len(seeds), TOGETHER):
         generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds[start : start + TOGETHER]]
         some = list(prompts[start : start + TOGETHER])
@@ -67,7 +77,7 @@ def draw(
             guidance_scale=config.guidance,
             generator=generators,
             output_type="np",
-            callback_on_step_end=_after_each_step(config.compile and start == 0, on_step),
+            callback_on_step_end=after_step,
             **inpainting,
         ).images  # (n, h, w, 3)
         if not np.isfinite(drawn).all():
@@ -92,20 +102,6 @@ def draw_each(
     each = [prompt for prompt in prompts for _ in seeds]
     drawn = iter(draw(base, each, [*seeds] * len(prompts), size, config, on_step))
     return [[next(drawn) for _ in seeds] for _ in prompts]
-
-
-def _after_each_step(compiled: bool, on_step: Callable[[], None] | None) -> Callable:
-    """Return the function that the pipeline calls after each step."""
-    began = time.monotonic()
-
-    def after_step(pipeline, step: int, timestep, tensors: dict) -> dict:
-        if compiled and step == 0:
-            print(f"the first step took {time.monotonic() - began:.1f} s, compiling included", flush=True)
-        if on_step:
-            on_step()
-        return tensors
-
-    return after_step
 
 
 def _inpainting(base: Base, size: Size, config: SampleConfig) -> dict:
@@ -135,25 +131,24 @@ def merged_at(base: Base, strengths: dict[str, float], blocks: Mapping[str, floa
     a LoRA, or if a weight would not be finite.
     """
     parts = {part: module for part, module in components(base.pipeline).items() if lora_layers(module)}
-    modules = list(parts.values())
-    layers = {full_name(part, path): at for part in parts for path, at in lora_layers(parts[part]).items()}
-    adapters = [(full, name, adapter) for full, at in layers.items() for name, adapter in at.adapters.items()]
+    layers = {full_name(part, path): layer for part in parts for path, layer in lora_layers(parts[part]).items()}
     factors = block_factors(layers, blocks)
-    found = [adapter.strength for *_, adapter in adapters]
+    before = [(adapter, adapter.strength) for layer in layers.values() for adapter in layer.adapters.values()]
     try:
-        for full, name, adapter in adapters:
-            adapter.strength = strengths.get(name, adapter.strength) * factors[full]
+        for full, layer in layers.items():
+            for name, adapter in layer.adapters.items():
+                adapter.strength = strengths.get(name, adapter.strength) * factors[full]
         try:
-            for module in modules:
+            for module in parts.values():
                 merge_lora(module)
         except ValueError as error:
             raise UserError(f"LoRA at {', '.join(f'{s:g}' for s in strengths.values())}: {error}") from error
         yield
     finally:
-        for module in modules:
+        for module in parts.values():
             if any(layer.merged for layer in lora_layers(module).values()):
                 unmerge_lora(module)
-        for (*_, adapter), strength in zip(adapters, found, strict=True):
+        for adapter, strength in before:
             adapter.strength = strength
 
 
