@@ -13,8 +13,6 @@ It measures:
 A contact sheet shows fifty everyday prompts, with four seeds each.
 """
 
-import argparse
-import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -25,34 +23,22 @@ import torch.nn.functional as F
 from PIL import Image
 
 from minilora.apps.classifier import share_right, train_classifier
-from minilora.data.pictures import as_tensor, crop_square, open_picture
+from minilora.apps.likeness import pixels_of, psnr, through_vae
+from minilora.data.pictures import crop_square, open_picture
 from minilora.data.sheet import sheet
 from minilora.files.network import load_lora
 from minilora.files.tensors import write_whole
 from minilora.lora import remove_lora
 from minilora.models.base import BUNDLED, Base
+from minilora.models.device import CPU
 from minilora.sampling import draw, draw_each, merged_at
 from minilora.settings.sample import SampleConfig
 from minilora.settings.train import TrainConfig
 from minilora.training import train
 
-from .build import as_pixels
-from .pictures import (
-    DATA_HELP,
-    PROMPTS,
-    SEED,
-    SIZE,
-    STYLES,
-    Drawing,
-    Named,
-    fluent_pictures,
-    is_held_out,
-    read_drawings,
-    read_style,
-    refuse_missing,
-    split,
-)
-from .styles import known_things
+from .command_line import command_line, refuse_missing
+from .pictures import SEED, SIZE, STYLES, Drawing, as_pixels, is_held_out, read_drawings, read_style
+from .styles import PROMPTS, Named, fluent_pictures, known_things, split
 
 ASKED = 200  # names to draw in each style
 DRAWING = SampleConfig(prompt=tuple(PROMPTS))  # steps and guidance are those of sample.py
@@ -61,30 +47,17 @@ SHEET = "contact_sheet.jpg"
 Note = Callable[[str, str], None]  # records a figure: its name and its value
 
 
-@torch.no_grad()
-def through_vae(base: Base, pixels: torch.Tensor) -> torch.Tensor:
-    """Return pictures encoded and decoded by the VAE, (n, 3, 128, 128)."""
-    parts = [base.vae.decode(base.vae.encode(part).latent_dist.mean).sample for part in pixels.split(32)]
-    return torch.cat(parts).clamp(-1, 1)
-
-
-def psnr(pixels: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
-    """Return the peak signal-to-noise ratio of each picture, in dB; (n,)."""
-    error = (pixels - wanted).square().mean(dim=(1, 2, 3))  # of a range of 2
-    return 10 * torch.log10(4 / error)
-
-
 def photograph(path: Path) -> torch.Tensor:
-    return as_tensor(crop_square(open_picture(path), SIZE))[None]  # (1, 3, 128, 128)
+    return pixels_of([crop_square(open_picture(path), SIZE)])  # (1, 3, 128, 128)
 
 
 def measure_vae(base: Base, styles: dict, fluent: list[Named], photographs: list[Path], note: Note) -> None:
     held_out = [pixels for drawn in styles.values() for icon, pixels in drawn.items() if is_held_out(icon)]
     kinds = {f"{len(held_out)} held-out drawings": as_pixels(held_out)}
-    kinds[f"{len(fluent)} Fluent pictures"] = torch.stack([as_tensor(picture) for picture, _ in fluent])
+    kinds[f"{len(fluent)} Fluent pictures"] = pixels_of([picture for picture, _ in fluent])
     kinds |= {path.stem: photograph(path) for path in photographs}
     for name, pixels in kinds.items():
-        note(f"VAE reconstruction, {name}", f"{psnr(through_vae(base, pixels), pixels).mean():.1f} dB")
+        note(f"VAE reconstruction, {name}", f"{psnr(through_vae(base, pixels), pixels):.1f} dB")
 
 
 class Nearest:
@@ -92,16 +65,14 @@ class Nearest:
 
     def __init__(self, base: Base, drawings: list[Drawing]):
         self.drawings = drawings
-        shown = as_pixels([drawing.pixels for drawing in drawings])  # (drawings, 3, 128, 128)
-        self.known = self.small(through_vae(base, shown))  # (drawings, 3 · 64 · 64)
+        self.known = self.small(through_vae(base, as_pixels([drawing.pixels for drawing in drawings])))
 
     @staticmethod
     def small(pixels: torch.Tensor) -> torch.Tensor:
-        return F.avg_pool2d(pixels, 2).flatten(1)
+        return F.avg_pool2d(pixels, 2).flatten(1)  # (n, 3 · 64 · 64)
 
     def __call__(self, pictures: Sequence[Image.Image]) -> list[Drawing]:
-        drawn = self.small(torch.stack([as_tensor(picture) for picture in pictures]))
-        nearest = torch.cdist(drawn, self.known).argmin(1)
+        nearest = torch.cdist(self.small(pixels_of(pictures)), self.known).argmin(1)
         return [self.drawings[i] for i in nearest.tolist()]
 
 
@@ -111,7 +82,8 @@ def measure_drawing(base: Base, drawings: list[Drawing], nearest: Nearest, note:
     chosen = [drawing for i in shown for drawing in drawings[i * len(STYLES) : (i + 1) * len(STYLES)]]
     right = {"name": 0, "style": 0}
     for drawing in chosen:
-        for found in nearest(draw(base, drawing.caption(), (0, 1), SIZE, DRAWING)):
+        caption = f"{drawing.thing.names[0]}, {drawing.style} style"
+        for found in nearest(draw(base, caption, (0, 1), SIZE, DRAWING)):
             right["name"] += found.thing == drawing.thing
             right["style"] += found.style == drawing.style
     for what, count in right.items():
@@ -136,10 +108,10 @@ def measure_photograph(base: Base, path: Path, work: Path, note: Note) -> None:
     load_lora(base.unet, lora)
     wanted = through_vae(base, photograph(path))
     with merged_at(base, {"default": 1.0}):
-        drawn = torch.stack([as_tensor(picture) for picture in draw(base, "mountain", range(3), SIZE, DRAWING)])
+        drawn = pixels_of(draw(base, "mountain", range(3), SIZE, DRAWING))
     note(
         "mountain at strength 1, mean of 3 seeds, to the photograph as the VAE gives it",
-        f"{psnr(drawn, wanted).mean():.1f} dB",
+        f"{psnr(drawn, wanted):.1f} dB",
     )
     remove_lora(base.unet)
 
@@ -152,7 +124,7 @@ def measure_style(
     load_lora(base.unet, lora)
     # Decoded by the VAE like drawn pictures, so that the classifier cannot tell them apart by the VAE's blur.
     pictures = as_pixels([drawing.pixels for drawing in drawings])
-    pixels = through_vae(base, torch.cat([pictures, torch.stack([as_tensor(picture) for picture, _ in fluent])]))
+    pixels = through_vae(base, torch.cat([pictures, pixels_of([picture for picture, _ in fluent])]))
     kinds = torch.tensor([STYLES.index(d.style) for d in drawings] + [len(STYLES)] * len(fluent))
     test = torch.arange(len(kinds)) % 5 == 0
     classifier = train_classifier(pixels[~test], kinds[~test], SEED)
@@ -163,9 +135,7 @@ def measure_style(
     for strength in (0.0, 0.5, 1.0):
         with merged_at(base, {"default": strength}):
             drawn = [p for row in draw_each(base, PROMPTS, range(2), SIZE, DRAWING) for p in row]
-        share = share_right(
-            classifier, torch.stack([as_tensor(p) for p in drawn]), torch.full((len(drawn),), len(STYLES))
-        )
+        share = share_right(classifier, pixels_of(drawn), torch.full((len(drawn),), len(STYLES)))
         what = f"{len(drawn)} pictures of {len(PROMPTS)} prompts not learnt, LoRA at {strength:g}"
         note(f"called Fluent, {what}", f"{share:.1%}")
         asked = [prompt for prompt in PROMPTS for _ in range(2)]
@@ -175,22 +145,11 @@ def measure_style(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m minilora.base.measure",
-        description=__doc__.splitlines()[0],
-        epilog=DATA_HELP,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument(
-        "--data", type=Path, metavar="FOLDER", default=Path("base-data"), help="folder of the unpacked data packages"
-    )
-    parser.add_argument(
-        "--dataset", type=Path, metavar="FOLDER", default=Path("dataset"), help="folder of the example datasets"
-    )
-    parser.add_argument(
-        "--work", type=Path, metavar="FOLDER", default=Path(".cache/base"), help="folder of drawings and of the LoRAs"
-    )
-    args = parser.parse_args()
+    folders = {
+        "dataset": (Path("dataset"), "folder of the example datasets"),
+        "work": (Path(".cache/base"), "folder of drawings and of the LoRAs"),
+    }
+    args = command_line("measure", __doc__.splitlines()[0], folders).parse_args()
     refuse_missing(args.data, "fluent-emoji-3d/assets")
     figures: list[str] = []
 
@@ -198,19 +157,17 @@ def main() -> None:
         figures.append(f"| {name} | {value} |\n")
         print(f"{name}: {value}", flush=True)
 
-    base = Base(None, torch.device("cpu"))
-    if base.resolution != SIZE:
-        print(f"error: {BUNDLED} has {base.resolution} pixels; this measures a base of {SIZE}", file=sys.stderr)
-        sys.exit(2)
+    base = Base(None, CPU)
     styles = {style: read_style(args.data, style, args.work) for style in STYLES}
-    drawings, fluent = read_drawings(styles, known_things()), fluent_pictures(args.data, known_things())
+    things = known_things()
+    drawings, fluent = read_drawings(styles, things), fluent_pictures(args.data, things)
     photographs = sorted(args.dataset.glob("mountain*/*.jpg"))
     measure_vae(base, styles, fluent, photographs, note)
     draw_contact_sheet(base)
     nearest = Nearest(base, drawings)
     measure_drawing(base, drawings, nearest, note)
     measure_photograph(base, args.dataset / "mountain" / "mountain.jpg", args.work, note)
-    measure_style(base, drawings, split(fluent, PROMPTS)[1], nearest, args.dataset / "fluent", args.work, note)
+    measure_style(base, drawings, split(fluent)[1], nearest, args.dataset / "fluent", args.work, note)
 
     before, rest = (BUNDLED / "README.md").read_text().split("<!-- figures -->")
     after = rest.split("<!-- end of figures -->")[1]

@@ -8,51 +8,29 @@ only the style is new.  It also writes dataset/robot, one subject: the robot of 
 places, sizes, angles and background colours, and with masks that show where it is.
 """
 
-import argparse
 import colorsys
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps
 
 from minilora.data import draws
+from minilora.data.pictures import crop_square, open_picture
 from minilora.data.sheet import write_captions
 from minilora.settings.setting import BUNDLED
 
-from .pictures import (
-    PRINTED,
-    PROMPTS,
-    SEED,
-    SIZE,
-    Named,
-    fluent_files,
-    fluent_pictures,
-    read_style,
-    read_things,
-    refuse_missing,
-    split,
-)
+from .command_line import command_line, refuse_missing
+from .pictures import SEED, SIZE, Thing, read_style, read_things
 
+Named = tuple[Image.Image, tuple[str, ...]]  # a picture and the names of what it shows
+LEARNT, SUBJECT, PRINTED = 64, 12, 48  # pictures in dataset/fluent, dataset/robot and dataset/cyanotype
 INK, PAPER = (10, 42, 92), (236, 241, 238)  # Prussian blue; paper that is not quite white
 TONES = 64  # steps between the two
-SUBJECT = 12  # pictures of the robot
-MIT = """\
-Permission is hereby granted, free of charge, to any person obtaining a copy of this software and
-associated documentation files (the "Software"), to deal in the Software without restriction,
-including without limitation the rights to use, copy, modify, merge, publish, distribute, sublicense,
-and/or sell copies of the Software, and to permit persons to whom the Software is furnished to do so,
-subject to the following conditions:
-
-The above copyright notice and this permission notice shall be included in all copies or substantial
-portions of the Software.
-
-THE SOFTWARE IS PROVIDED "AS IS", WITHOUT WARRANTY OF ANY KIND, EXPRESS OR IMPLIED, INCLUDING BUT NOT
-LIMITED TO THE WARRANTIES OF MERCHANTABILITY, FITNESS FOR A PARTICULAR PURPOSE AND NONINFRINGEMENT. IN
-NO EVENT SHALL THE AUTHORS OR COPYRIGHT HOLDERS BE LIABLE FOR ANY CLAIM, DAMAGES OR OTHER LIABILITY,
-WHETHER IN AN ACTION OF CONTRACT, TORT OR OTHERWISE, ARISING FROM, OUT OF OR IN CONNECTION WITH THE
-SOFTWARE OR THE USE OR OTHER DEALINGS IN THE SOFTWARE.
-"""
+HERE = Path(__file__).parent
+PROMPTS = (HERE / "prompts.txt").read_text().splitlines()  # what the base is measured on, and in none of the styles
+MIT = (HERE / "mit.txt").read_text()
 LICENSES = {
     "fluent": f"""\
 The pictures are from Microsoft's Fluent Emoji (3D), Copyright (c) Microsoft Corporation, MIT licence,
@@ -69,6 +47,29 @@ The pictures are from Noto Emoji, Copyright Google LLC, Apache-2.0, http://www.a
 packed in `@iconify-json/noto` 1.2.9. Changes: placed on white, brightness printed in one blue ink.
 """,
 }
+
+
+def fluent_files(data: Path) -> dict[str, Path]:
+    """Return the files of Fluent 3D's pictures, by the names in things.txt."""
+    files = {path.stem.replace("-fe0f", ""): path for path in (data / "fluent-emoji-3d" / "assets").glob("*.webp")}
+    names = json.loads((data / "noto" / "chars.json").read_text())  # by code point
+    return {icon: files[plain] for code, icon in names.items() if (plain := code.replace("-fe0f", "")) in files}
+
+
+def fluent_pictures(data: Path, things: Sequence[Thing]) -> list[Named]:
+    """Return Fluent 3D's pictures of things, on white, 128 × 128 pixels."""
+    files = fluent_files(data)
+    named = [(files[thing.icon], thing.names) for thing in things if thing.icon in files]
+    return [(crop_square(open_picture(path), SIZE), names) for path, names in named]
+
+
+def split(named: Sequence[Named]) -> tuple[list[Named], list[Named]]:
+    """Return the pictures for a LoRA's style, and all others, which include those with a name in PROMPTS."""
+    free = [pair for pair in named if not set(pair[1]) & set(PROMPTS)]
+    order = draws.generator(SEED, "fluent", 0).permutation(len(free))
+    learnt = [free[i] for i in sorted(order[:LEARNT])]
+    names = {names for _, names in learnt}
+    return learnt, [pair for pair in named if pair[1] not in names]
 
 
 def print_in_blue(picture: Image.Image) -> Image.Image:
@@ -100,55 +101,49 @@ def subject_pictures(path: Path) -> list[tuple[Image.Image, Image.Image]]:
     return pictures
 
 
-def known_things() -> list:
+def known_things() -> list[Thing]:
     """Return the things that the bundled base has learnt, according to its captions.txt."""
     known = set((BUNDLED / "captions.txt").read_text().splitlines())
     return [thing for thing in read_things() if thing.names[0] in known]
 
 
-def write(folder: Path, named: Sequence[Named], files: Sequence[str] = ()) -> None:
-    """Write a dataset folder: pictures, metadata.jsonl and LICENSE.md; former pictures are deleted.
+def by_file(named: Sequence[Named]) -> dict[str, Named]:
+    """Return pictures in the order of their names, by file names made from the first of these."""
+    in_order = sorted(named, key=lambda pair: pair[1])
+    return {names[0].replace(" ", "_") + ".png": (picture, names) for picture, names in in_order}
 
-    Without `files`, the pictures' files are named after what they show.
-    """
+
+def write(folder: Path, pictures: Mapping[str, Named]) -> None:
+    """Write a dataset folder: pictures by file name, metadata.jsonl and LICENSE.md; former pictures are deleted."""
     folder.mkdir(parents=True, exist_ok=True)
     for path in folder.glob("*.png"):
         path.unlink()
-    named = list(named) if files else sorted(named, key=lambda pair: pair[1])
-    files = files or [names[0].replace(" ", "_") + ".png" for _, names in named]
-    for (picture, _), file_name in zip(named, files, strict=True):
+    for file_name, (picture, _) in pictures.items():
         picture.save(folder / file_name, optimize=True)
-    write_captions(folder, files, [names for _, names in named])
+    write_captions(folder, list(pictures), [names for _, names in pictures.values()])
     (folder / "LICENSE.md").write_text(LICENSES[folder.name])
-    print(f"wrote {len(files)} pictures to {folder}")
+    print(f"wrote {len(pictures)} pictures to {folder}")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m minilora.base.styles", description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--data", type=Path, metavar="FOLDER", default=Path("base-data"), help="folder of the unpacked data packages"
-    )
-    parser.add_argument(
-        "--work", type=Path, metavar="FOLDER", default=Path(".cache/base"), help="folder of the rendered drawings"
-    )
-    parser.add_argument(
-        "--output", type=Path, metavar="FOLDER", default=Path("dataset"), help="folder to write them into"
-    )
-    args = parser.parse_args()
+    folders = {
+        "work": (Path(".cache/base"), "folder of the rendered drawings"),
+        "output": (Path("dataset"), "folder to write them into"),
+    }
+    args = command_line("styles", __doc__.splitlines()[0], folders).parse_args()
     refuse_missing(args.data, "fluent-emoji-3d/assets")
-    write(args.output / "fluent", split(fluent_pictures(args.data, known_things()), PROMPTS)[0])
-    robots = subject_pictures(fluent_files(args.data)["robot"])
-    files = [f"robot_{number:02d}.png" for number in range(1, SUBJECT + 1)]
-    write(args.output / "robot", [(robot, ("sks robot",)) for robot, _ in robots], files)
-    for (_, mask), file in zip(robots, files, strict=True):
-        mask.save(args.output / "robot" / file.replace(".png", ".mask.png"), optimize=True)
+    things = known_things()
+    write(args.output / "fluent", by_file(split(fluent_pictures(args.data, things))[0]))
+    pairs = subject_pictures(fluent_files(args.data)["robot"])
+    robots = {f"robot_{number:02d}": pair for number, pair in enumerate(pairs, start=1)}
+    write(args.output / "robot", {f"{name}.png": (robot, ("sks robot",)) for name, (robot, _) in robots.items()})
+    for name, (_, mask) in robots.items():
+        mask.save(args.output / "robot" / f"{name}.mask.png", optimize=True)
     drawn = read_style(args.data, "noto", args.work)
-    free = [thing for thing in known_things() if not set(thing.names) & set(PROMPTS)]
+    free = [thing for thing in things if not set(thing.names) & set(PROMPTS)]
     order = draws.generator(SEED, "cyanotype", 1).permutation(len(free))[:PRINTED]
-    write(
-        args.output / "cyanotype",
-        [(print_in_blue(Image.fromarray(drawn[t.icon])), t.names) for t in (free[i] for i in order)],
-    )
+    prints = [(print_in_blue(Image.fromarray(drawn[free[i].icon])), free[i].names) for i in order]
+    write(args.output / "cyanotype", by_file(prints))
 
 
 if __name__ == "__main__":

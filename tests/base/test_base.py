@@ -9,7 +9,7 @@ import torch
 from conftest import make_picture
 from diffusers import DDPMScheduler, StableDiffusionPipeline
 
-from minilora.base import build, pictures
+from minilora.base import build, fit, parts, pictures
 from minilora.settings.sample import SAMPLERS
 from minilora.settings.train import TrainConfig
 from minilora.training import train
@@ -55,10 +55,10 @@ def test_what_is_built_is_an_ordinary_pipeline_that_draws(base):
     assert picture.isfinite().all()
 
 
-@pytest.mark.parametrize("schedule", build.SCHEDULES)
+@pytest.mark.parametrize("schedule", parts.SCHEDULES)
 def test_the_noise_levels_are_diffusers_and_every_sampler_draws_by_them(schedule, tmp_path):
-    build.make_scheduler(schedule).save_pretrained(tmp_path)
-    wanted = DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule=build.SCHEDULES[schedule])
+    parts.make_scheduler(schedule).save_pretrained(tmp_path)
+    wanted = DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule=parts.SCHEDULES[schedule])
     for kind in SAMPLERS.values():
         read = getattr(diffusers, kind).from_pretrained(tmp_path)
         assert torch.equal(read.alphas_cumprod, wanted.alphas_cumprod)
@@ -71,7 +71,7 @@ def test_a_lora_is_trained_on_what_is_built(base, tmp_path):
 
 
 def test_a_build_that_is_stopped_anywhere_goes_on_to_the_same_bytes(data, base, tmp_path, monkeypatch):
-    monkeypatch.setattr(build, "SAVE_EVERY", 1)
+    monkeypatch.setattr(fit, "SAVE_EVERY", 1)
     shutil.copytree(base.parent / "work" / "tokenizer", tmp_path / "work" / "tokenizer")  # see build.py: it may vary
     real, steps = torch.optim.AdamW.step, []
 
@@ -105,10 +105,10 @@ def test_a_base_is_trained_further_with_the_vae_that_it_has(data, base, tmp_path
 
 def test_a_vae_is_trained_further_and_its_latents_keep_their_scale(data, base, tmp_path):
     further = build_base(data, tmp_path, "--start", base, "--vae-steps", 2, "--steps", 1)
-    old, new = (build.load_vae(folder) for folder in (base, further))
+    old, new = (parts.load_vae(folder) for folder in (base, further))
     assert old.config.scaling_factor == new.config.scaling_factor
     pixels = torch.rand(1, 3, pictures.SIZE, pictures.SIZE) * 2 - 1
-    latents, moved = (build.encode(vae, pixels) for vae in (old, new))
+    latents, moved = (fit.encode(vae, pixels) for vae in (old, new))
     assert not torch.equal(latents, moved)
     # Two steps of at most 0.02 of the highest rate: near the old latents, and not those of another first VAE.
     assert (moved - latents).std() < 0.1 * latents.std()
@@ -156,14 +156,14 @@ def test_captions_are_names_with_or_without_article_and_style_or_empty(data, tmp
 
 
 def test_the_tokenizer_learns_the_names_and_their_styles():
-    tokenizer = build.train_tokenizer(pictures.read_things(20))
+    tokenizer = parts.train_tokenizer(pictures.read_things(20))
     tokens = tokenizer("apple, noto style").input_ids
     assert tokenizer.decode(tokens, skip_special_tokens=True).replace(" ", "") == "apple,notostyle"
     assert (tokens[0], tokens[-1]) == (tokenizer.bos_token_id, tokenizer.eos_token_id)
 
 
 def test_the_learning_rate_rises_holds_and_falls():
-    rates = [build.learning_rate_at(step, 3000, 1.0) for step in range(3000)]
+    rates = [fit.learning_rate_at(step, 3000, 1.0) for step in range(3000)]
     assert rates[:100] == sorted(rates[:100])
     assert set(rates[100:2001]) == {1.0}
     assert rates[2000:] == sorted(rates[2000:], reverse=True)
