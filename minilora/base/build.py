@@ -20,7 +20,9 @@ import torch
 from diffusers import StableDiffusionPipeline
 from transformers import CLIPTokenizer
 
+from minilora.files.tensors import TensorFile
 from minilora.models.device import this_device
+from minilora.models.fingerprint import hash_of_files
 
 from .command_line import command_line, refuse_missing
 from .fit import train_unet, train_vae
@@ -62,12 +64,19 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(words)
     if not (args.vae_steps or args.start):
         parser.error("--vae-steps 0 needs --start, which has a VAE")
-    if args.start and not (args.start / "model_index.json").is_file():
+    if args.start and not (args.start / "unet").is_dir():
         parser.error(f"--start {args.start}: it is not a diffusers folder")
     refuse_missing(args.data, "lomiri/usr/share/backgrounds")
 
+    # A state in --work must have begun where this build begins.
+    weights = [TensorFile(path) for path in sorted(args.start.glob("*/*.safetensors"))] if args.start else []
+    args.start_content = hash_of_files(weights) if weights else ""
     noise_levels = "" if args.schedule == "scaled_linear" else f"-{args.schedule}"  # other ones are another run
     args.vae_state, args.unet_state = args.work / "vae.safetensors", args.work / f"unet{noise_levels}.safetensors"
+    for path in (args.vae_state, args.unet_state) if args.vae_steps else (args.unet_state,):
+        if path.exists() and TensorFile(path).metadata.get("start", "") != args.start_content:
+            start = f"--start {args.start}" if args.start else "random weights"
+            parser.error(f"{path} holds a build that did not begin from {start}; choose another --work, or delete it")
     return args
 
 

@@ -37,11 +37,12 @@ def learning_rate_at(step: int, steps: int, peak: float) -> float:
 
 
 def fit(
-    modules: torch.nn.ModuleDict, loss_at: Callable, steps: int, learning_rate: float, path: Path
+    modules: torch.nn.ModuleDict, loss_at: Callable, steps: int, learning_rate: float, path: Path, start: str
 ) -> torch.nn.ModuleDict:
     """Train `modules` for `steps` steps of `loss_at(step)` and return their moving average.
 
-    The state is saved in the file `path`, and training resumes from there, even with more `steps`.
+    The state is saved in the file `path`, and training resumes from there, even with more `steps`.  `start` identifies
+    the first weights; it is saved, too, for build.py.
     """
     average = copy.deepcopy(modules).requires_grad_(False)
     parameters = list(modules.parameters())
@@ -72,7 +73,7 @@ def fit(
         if (step + 1) % SAVE_EVERY == 0 or step + 1 == steps:
             parts = {"now": modules.state_dict(), "average": average.state_dict(), "adam": optimizer_tensors(optimizer)}
             state = {f"{part}.{name}": x.cpu() for part, tensors in parts.items() for name, x in tensors.items()}
-            write_tensors(path, state | {"step": torch.tensor(step + 1)}, {})
+            write_tensors(path, state | {"step": torch.tensor(step + 1)}, {"start": start})
     return average
 
 
@@ -131,7 +132,7 @@ def train_vae(
         return loss
 
     learning_rate = 8e-4 if args.start else 1.5e-3
-    vae = fit(modules, loss_at, args.vae_steps, learning_rate, args.vae_state)["vae"].eval()
+    vae = fit(modules, loss_at, args.vae_steps, learning_rate, args.vae_state, args.start_content)["vae"].eval()
     if not args.start:
         # Latents are scaled so that their variance is 1, as in every Stable Diffusion.
         sample = as_pixels(drawn[:: max(1, len(drawn) // 500)]).to(device)
@@ -180,4 +181,4 @@ def train_unet(
             clean = latents[shown]  # (b, 4, 16, 16)
             return denoising_loss(network, clean, text, noise.to(device), timesteps.to(device), schedule).mean()
 
-    return fit(modules, loss_at, args.steps, args.learning_rate, args.unet_state).eval()
+    return fit(modules, loss_at, args.steps, args.learning_rate, args.unet_state, args.start_content).eval()

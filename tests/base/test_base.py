@@ -8,6 +8,7 @@ import pytest
 import torch
 from conftest import make_picture
 from diffusers import DDPMScheduler, StableDiffusionPipeline
+from safetensors.torch import load_file, save_file
 
 from minilora.base import build, fit, parts, pictures
 from minilora.settings.sample import SAMPLERS
@@ -112,6 +113,31 @@ def test_a_vae_is_trained_further_and_its_latents_keep_their_scale(data, base, t
     assert not torch.equal(latents, moved)
     # Two steps of at most 0.02 of the highest rate: near the old latents, and not those of another first VAE.
     assert (moved - latents).std() < 0.1 * latents.std()
+
+
+def test_a_state_is_refused_by_a_build_that_begins_elsewhere(data, base, tmp_path, capsys, monkeypatch):
+    def refusal(work, *more):
+        with pytest.raises(SystemExit) as end:
+            build.main(["--data", str(data), "--work", str(work), *map(str, more)])
+        assert end.value.code == 2
+        return capsys.readouterr().err
+
+    start, last = ("--start", base), ("--vae-steps", 0, "--steps", 1)
+    state = base.parent / "work" / "vae.safetensors"
+    assert f"{state} holds a build that did not begin from --start {base}; choose another" in refusal(
+        state.parent, *start
+    )
+    further = build_base(data, tmp_path, *start, *last)
+    state, unet = tmp_path / "work" / "unet.safetensors", further / "unet" / "diffusion_pytorch_model.safetensors"
+    assert f"{state} holds a build that did not begin from random weights" in refusal(state.parent)
+    said = refusal(state.parent, "--start", further, *last)
+    assert f"{state} holds a build that did not begin from --start {further}" in said
+    trained = unet.read_bytes()
+    monkeypatch.setattr(fit, "learning_rate_at", None)
+    build_base(data, tmp_path, *start, *last)  # its own state is taken up: no step is left
+    assert unet.read_bytes() == trained
+    save_file(load_file(state), state)  # of a build that did not record where it began
+    assert f"{state} holds a build that did not begin from --start {base}" in refusal(state.parent, *start, *last)
 
 
 def test_the_build_says_which_data_it_lacks(tmp_path, capsys):
