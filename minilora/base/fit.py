@@ -22,6 +22,7 @@ from minilora.data import draws
 from minilora.diffusion import Conditioning, Schedule, denoising_loss
 from minilora.files.tensors import write_tensors
 from minilora.run.checkpoint import load_optimizer_tensors, optimizer_tensors, under
+from minilora.run.ema import ema_update
 
 from .parts import load_vae, make_scheduler, make_text_encoder, make_unet, make_vae
 from .pictures import SEED, SIZE, Drawing, as_pixels, caption_at
@@ -65,9 +66,7 @@ def fit(
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        decay = min(0.998, (step + 1) / (step + 10))  # early on, forget the random start quickly
-        for kept, new in zip(average.parameters(), parameters, strict=True):
-            kept.lerp_(new.detach(), 1 - decay)
+        ema_update(modules, average.state_dict(), step, decay=0.998)
         recent = loss.item() if recent is None else 0.98 * recent + 0.02 * loss.item()
         progress.set_postfix(loss=f"{recent:.4f}", refresh=False)
         if (step + 1) % SAVE_EVERY == 0 or step + 1 == steps:
