@@ -66,12 +66,12 @@ def train(config: TrainConfig, objective: Objective | None = None) -> Path:
                     break
                 began = time.monotonic()
                 loss, grad_norm = optimizer_step(run, step, learning_rate_at(step, config))
+                bar.set_postfix(loss=f"{loss:.4f}", lr=f"{run.learning_rate:.1e}", refresh=False)
+                bar.update()
                 lock.refuse_if_gone()
                 if config.compile and step == first_step:
                     bar.clear()
                     ranks.say(f"compiled   in the first step, which took {time.monotonic() - began:.0f} s")
-                bar.set_postfix(loss=f"{loss:.4f}", lr=f"{run.learning_rate:.1e}", refresh=False)
-                bar.update()
                 log.numbers(step + 1, loss=loss, learning_rate=run.learning_rate, grad_norm=grad_norm)
                 if validation and (is_due(config.validate_every, step) or step + 1 == config.steps):
                     log.numbers(step + 1, validation=validation.measure(step + 1))
