@@ -7,8 +7,8 @@ and the less the base knows of a picture, the less comes back.  A LoRA trained o
 back.  From the same noise another prompt then draws another picture with the same layout.  Such an edit uses the LoRA
 at about half strength: at full strength the base draws only this picture.
 
-DragDiffusion (Shi et al., 2023) also trains a LoRA on one picture and inverts it; Imagic (Kawar et al., 2022)
-fine-tunes the whole model.
+With --optimise-text the caption's embedding is adapted to the picture first, and pictures on the way from it to each
+edit are drawn, too (imagic.py).  DragDiffusion (Shi et al., 2023) also trains a LoRA on one picture and inverts it.
 """
 
 if __name__ == "__main__":  # before torch is imported, which takes seconds: --help answers at once
@@ -34,6 +34,7 @@ from ..settings.restore import RestoreConfig
 from ..settings.train import TrainConfig
 from ..training import train
 from .ddim import Levels, ddim_draw, ddim_invert, guided
+from .imagic import SHARES, WithText, find_text, on_the_way
 from .likeness import psnr
 from .report import write_figures
 
@@ -42,7 +43,9 @@ def restore(config: RestoreConfig) -> dict[str, float]:
     """Restore a picture with and without a LoRA of it, draw the edits, and return the figures."""
     path, output = Path(config.picture[0]), Path(config.output)
     picture = see(path, config)
-    lora = config.lora or learn(path, config.prompt, output / "lora", config)
+    optimized = find_text(picture, config) if config.optimise_text else None
+    folder = output / ("lora" if optimized is None else "lora-optimised")
+    lora = config.lora or learn(path, config.prompt, folder, config, optimized)
     base = Base.of(config, this_device(), config.precision)
     base.refuse_inpainting()
     load_lora(base.unet, lora)
@@ -51,14 +54,20 @@ def restore(config: RestoreConfig) -> dict[str, float]:
     latents = base.encode_picture(picture)[0][None].to(base.device)  # (1, channels, h, w)
     texts = [base.encode_text(text)[None].to(base.device) for text in (config.prompt, "", *config.edit)]
     text, empty, *edits = texts  # (1, tokens, width) each
+    text = text if optimized is None else optimized
     predict = guided(base.unet, text)
+
+    def draw_edit(edit: torch.Tensor) -> torch.Tensor:
+        return ddim_draw(guided(base.unet, edit, empty, config.guidance), noise, levels)
+
     with base.autocast():
         with lora_disabled(base.unet):
             without = ddim_draw(predict, ddim_invert(predict, latents, levels), levels)
         restored = ddim_draw(predict, ddim_invert(predict, latents, levels), levels)
         set_lora_strength(base.unet, config.strength)
         noise = ddim_invert(predict, latents, levels)
-        edited = [ddim_draw(guided(base.unet, edit, empty, config.guidance), noise, levels) for edit in edits]
+        edited = [draw_edit(edit) for edit in edits]
+        between = [[draw_edit(text.lerp(edit, share)) for share in SHARES] for edit in edits if config.optimise_text]
 
     pixels = [base.decode_latents(x)[0] for x in (latents, without, restored, *edited)]  # (3, h, w) each
     names = ["the picture", "only through the VAE", "restored by the base", "with the LoRA", *config.edit]
@@ -71,6 +80,13 @@ def restore(config: RestoreConfig) -> dict[str, float]:
         "error of the latents there and back by the base, relative": relative_error(without, latents),
         "error of the latents there and back with the LoRA, relative": relative_error(restored, latents),
     }
+    if between:
+        rows = [[as_picture(base.decode_latents(x)[0]) for x in row] for row in between]
+        columns = [f"{share:.0%} of the edit" for share in SHARES]
+        save_picture(sheet(rows, columns, list(config.edit)), output / "between.png")
+        print(f"wrote {output / 'between.png'}")
+        for edit, row in zip(config.edit, rows, strict=True):
+            figures |= on_the_way(base, picture, edit, row)
     write_figures(output, figures)
     print(f"wrote {output / 'restored.png'}")
     return figures
@@ -85,10 +101,11 @@ def see(path: Path, config) -> torch.Tensor:
     return as_tensor(crop_square(picture, Base.of(config, torch.device("cpu")).resolution))
 
 
-def learn(path: Path, prompt: str, output: Path, config) -> Path:
+def learn(path: Path, prompt: str, output: Path, config, text: torch.Tensor | None = None) -> Path:
     """Train a LoRA on one picture, as `config` says, and return its file.
 
-    An existing LoRA that was trained with the same settings is reused.
+    `text`, (1, tokens, width), is the embedding to train with, if it is not that of the prompt.  An existing LoRA that
+    was trained with the same settings is reused.
     """
     settings = TrainConfig(
         data=(str(path),),
@@ -104,7 +121,7 @@ def learn(path: Path, prompt: str, output: Path, config) -> Path:
     about = output / "config.json"
     before = json.loads(about.read_text()) if about.exists() else {}
     same = before | {"resume": False} == json.loads(settings.to_json())
-    return train(replace(settings, resume=same))
+    return train(replace(settings, resume=same), None if text is None else WithText(text))
 
 
 def relative_error(one: torch.Tensor, two: torch.Tensor) -> float:

@@ -23,6 +23,12 @@ class RestoreConfig(BaseSettings):
     edit: tuple[str, ...] = of_pictures(
         (), "another prompt to draw from the picture's noise; may be repeated", repeat=True, basic=True
     )
+    optimise_text: bool = of_pictures(
+        False,
+        "adapt the caption's embedding to the picture before the LoRA, and draw pictures on the way from it to --edit",
+        needs=("edit", "what to draw on the way to"),
+        basic=True,
+    )
     strength: float = of_pictures(0.4, "strength of the LoRA for --edit", "STRENGTH", AT_LEAST_0, basic=True)
     lora: str | None = of_lora(None, "LoRA of this picture; if not given, one is trained", "LORA", basic=True)
     model: str | None = shared.model()

@@ -12,7 +12,7 @@ from helpers import CPU, random_lora, write_single_file
 from PIL import Image
 
 from minilora import inject_lora, lora_parameters, set_lora_strength
-from minilora.apps import mixing
+from minilora.apps import imagic, mixing
 from minilora.apps import morph as morphing
 from minilora.apps.ddim import Levels, ddim_draw, ddim_invert, guided
 from minilora.apps.distill import DistillConfig, distill
@@ -22,6 +22,7 @@ from minilora.apps.mixing import between, loras_between, slerp
 from minilora.apps.morph import MorphConfig, draw_frames, morph, way
 from minilora.apps.restore import RestoreConfig, learn, restore, see
 from minilora.apps.restyle import RestyleConfig, restyle
+from minilora.diffusion import Conditioning, denoising_loss
 from minilora.files.layout import Checkpoint
 from minilora.files.network import save_lora
 from minilora.files.write import write_lora
@@ -107,6 +108,46 @@ def test_what_was_learnt_before_by_the_same_settings_is_not_learnt_again(config,
         assert learn(path, "red apple", tmp_path / "lora", config).read_bytes() == first
     assert not steps
     assert learn(path, "a dog", tmp_path / "lora", config).read_bytes() != first
+
+
+def test_the_optimized_text_describes_the_picture_better(config, two_pictures):
+    base = Base(config.model, CPU)
+    latents = base.encode_picture(see(Path(two_pictures[0]), config))[0][None]  # (1, channels, h, w)
+    found, given = imagic.optimized_text(base, latents, "red apple"), base.encode_text("red apple")[None]
+    noise = torch.randn(64, *latents.shape[1:], generator=torch.Generator().manual_seed(0))
+    times = torch.arange(64) * 1000 // 64
+
+    def loss(text: torch.Tensor) -> float:
+        seen = latents.expand(64, -1, -1, -1), Conditioning(text.expand(64, -1, -1)), noise, times
+        with torch.no_grad():
+            return denoising_loss(base.unet, *seen, base.schedule).mean().item()
+
+    assert loss(found) < loss(given)
+    assert not any(parameter.requires_grad for parameter in base.unet.parameters())
+
+
+def test_training_with_the_captions_own_embedding_is_ordinary_training(config, two_pictures, tmp_path):
+    path, text = Path(two_pictures[0]), Base(config.model, CPU).encode_text("red apple")[None]
+    given = learn(path, "red apple", tmp_path / "given", config, text)
+    ordinary = learn(path, "red apple", tmp_path / "ordinary", config)
+    assert given.read_bytes() == ordinary.read_bytes()
+    other = learn(path, "red apple", tmp_path / "other", config, text + 1)
+    assert other.read_bytes() != ordinary.read_bytes()
+
+
+def test_pictures_on_the_way_from_the_optimized_text_to_the_edits(tiny_base, two_pictures, tmp_path, monkeypatch):
+    monkeypatch.setattr(imagic, "STEPS", 2)
+    given = {"prompt": "red apple", "model": str(tiny_base), "steps": 2, "rank": 2, "train_steps": 2}
+    given |= {"edit": ("a dog", "a cat"), "output": str(tmp_path / "out")}
+    plain = restore(RestoreConfig((two_pictures[0],), **given))
+    figures = restore(RestoreConfig((two_pictures[0],), **given, optimise_text=True))
+    assert set(plain) < set(figures)
+    for edit in given["edit"]:
+        for share in ("0%", "25%", "50%", "75%", "100%"):
+            assert -1 <= figures[f"likeness to the picture; {share} of {edit!r}"] <= 1
+    with Image.open(tmp_path / "out" / "between.png") as picture:
+        assert json.loads(picture.info["sheet"])["rows"] == ["a dog", "a cat"]
+    assert (tmp_path / "out" / "lora" / "config.json").exists()  # of the run before
 
 
 def test_psnr_is_that_of_numbers_from_0_to_255():
