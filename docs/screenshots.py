@@ -41,9 +41,9 @@ def shoot(browser: Browser, name: str) -> None:
 def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        for dataset in ("robot", "mountain"):
-            shutil.copytree(ROOT / "dataset" / dataset, folder / "dataset" / dataset)
-        with page(folder) as address, Browser(address, f"{SIZE[0]},{SIZE[1]}") as browser:
+        for part in ("dataset/robot", "dataset/mountain", "minilora"):  # as in a clone, so that paths are short
+            shutil.copytree(ROOT / part, folder / part)
+        with page(folder, code=folder) as address, Browser(address, f"{SIZE[0]},{SIZE[1]}") as browser:
             browser.choose("pictures-folder", "dataset/robot")
             wait(lambda: "robot" in browser.text("#captions"))
             shoot(browser, "pictures")

@@ -20,11 +20,11 @@ LACKING = [name for name in ("chromium", "chromedriver") if shutil.which(name) i
 
 
 @contextmanager
-def page(folder: Path, *words: str) -> Iterator[str]:
-    """Start minilora-page in a folder, and yield its address."""
+def page(folder: Path, *words: str, code: Path = ROOT) -> Iterator[str]:
+    """Start minilora-page, with the package that lies in `code`, in a folder, and yield its address."""
     command = [sys.executable, "-m", "minilora.apps.page", *words, "--port", "0"]
     with open(folder / "page.log", "w") as log:
-        env = os.environ | {"PYTHONPATH": str(ROOT)}
+        env = os.environ | {"PYTHONPATH": str(code)}
         process = subprocess.Popen(command, cwd=folder, stdout=log, stderr=subprocess.STDOUT, env=env)
     try:
         yield wait(lambda: re.search(r"http://\S+", (folder / "page.log").read_text()), process)[0]
