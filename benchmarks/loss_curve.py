@@ -23,7 +23,7 @@ from statistics import fmean, stdev
 
 from train_step import ROOT, stand_in_for_torchvision
 
-RESOLUTION = 64  # pixels, of the bundled base
+RESOLUTION = 128  # pixels, of the bundled base
 
 
 def make_pictures(folder: Path, data: Path) -> None:
