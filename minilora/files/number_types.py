@@ -28,29 +28,16 @@ BF16 = np.dtype([("BF16", "<u2")])
 F8_E4M3, F8_E5M2 = np.dtype([("F8_E4M3", "u1")]), np.dtype([("F8_E5M2", "u1")])
 # In the order in which safetensors lays tensors out in a file.
 _IN_NUMPY: dict[str, str | np.dtype] = {
-    "U64": "<u8",
-    "I64": "<i8",
-    "F64": "<f8",
-    "F32": "<f4",
-    "U32": "<u4",
-    "I32": "<i4",
-    "BF16": BF16,
+    **{"U64": "<u8", "I64": "<i8", "F64": "<f8", "F32": "<f4", "U32": "<u4", "I32": "<i4", "BF16": BF16},
+    **{"F16": "<f2", "U16": "<u2", "I16": "<i2", "F8_E4M3": F8_E4M3, "F8_E5M2": F8_E5M2},
+    **{"I8": "i1", "U8": "u1", "BOOL": "?"},
 }
-_IN_NUMPY |= {"F16": "<f2", "U16": "<u2", "I16": "<i2", "F8_E4M3": F8_E4M3, "F8_E5M2": F8_E5M2}
-_IN_NUMPY |= {"I8": "i1", "U8": "u1", "BOOL": "?"}
 DTYPES: dict[str, np.dtype] = {name: np.dtype(dtype) for name, dtype in _IN_NUMPY.items()}
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
-EPSILON = {"F64": 2.0**-52, "F32": 2.0**-23, "F16": 2.0**-10, "BF16": 2.0**-7, "F8_E4M3": 2.0**-3, "F8_E5M2": 2.0**-2}
-WEIGHTS = tuple(EPSILON)  # the types that a weight can have
-_LOWEST = {
-    "F64": -1022,
-    "F32": -126,
-    "F16": -14,
-    "BF16": -126,
-    "F8_E4M3": -6,
-    "F8_E5M2": -14,
-}  # smallest exponent of a normal number
-
+# The bits of the exponent and of the fraction.
+_BITS = {"F64": (11, 52), "F32": (8, 23), "F16": (5, 10), "BF16": (8, 7), "F8_E4M3": (4, 3), "F8_E5M2": (5, 2)}
+EPSILON = {name: 2.0**-fraction for name, (_, fraction) in _BITS.items()}
+WEIGHTS = tuple(_BITS)  # the types that a weight can have
 
 _kept = threading.local()
 
@@ -71,7 +58,7 @@ def widen(stored: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
     if out is None and stored.dtype in (np.float32, np.float64):
         return stored
     if out is None:
-        out = np.empty(stored.shape, np.float64 if stored.dtype == np.float64 else np.float32)
+        out = np.empty(stored.shape, np.float32)
     if stored.dtype == BF16 and out.dtype == np.float32:
         np.left_shift(stored.view(np.uint16), np.uint32(16), out=out.view(np.uint32))
     elif stored.dtype == BF16:
@@ -102,15 +89,15 @@ def narrow(wide: np.ndarray, name: str) -> np.ndarray:
 
 def rounding_error(numbers: np.ndarray, name: str) -> np.ndarray:
     """Return the largest error of rounding each number to the type of that name: half its last place."""
-    sizes = np.maximum(np.abs(numbers), 2.0 ** _LOWEST[name])
+    lowest = 2 - 2 ** (_BITS[name][0] - 1)  # the smallest exponent of a normal number
+    sizes = np.maximum(np.abs(numbers), 2.0**lowest)
     return np.ldexp(EPSILON[name] / 2, np.frexp(sizes)[1] - 1)
 
 
 def _from_f16(stored: np.ndarray, out: np.ndarray) -> None:
     """Move the bits to their places in float32, and multiply by 2^(127 - 15) to correct the exponents."""
-    exponents = np.bitwise_and(
-        stored.view(np.int16), 0x7C00, out=scratch("exponents", stored.shape, np.dtype(np.int16))
-    )
+    exponents = scratch("exponents", stored.shape, np.dtype(np.int16))
+    np.bitwise_and(stored.view(np.int16), 0x7C00, out=exponents)
     if (exponents == 0x7C00).any():  # infinity or NaN, which would become numbers
         out[...] = stored
         return
@@ -175,18 +162,17 @@ def _to_odd(wide: np.ndarray) -> np.ndarray:
     return near
 
 
-def _steps(exponent: int, fraction: int, finite: int) -> np.ndarray:
-    """Return the values of the 128 positive bit patterns, in float64; the first `finite` are finite."""
-    bits = np.arange(128)
+def _steps(name: str, last: list[float]) -> np.ndarray:
+    """Return the values of the 128 positive bit patterns, in float64; those of the last ones are given."""
+    (exponent, fraction), bits = _BITS[name], np.arange(128)
     power, rest = bits >> fraction, bits & (2**fraction - 1)
     implied = np.where(power > 0, 2**fraction, 0)  # the leading 1, which subnormal numbers lack
     values = np.ldexp((implied + rest).astype(np.float64), np.maximum(power, 1) - 2 ** (exponent - 1) + 1 - fraction)
-    values[finite:] = np.nan
+    values[-len(last) :] = last
     return values
 
 
-_STEPS = {F8_E4M3: _steps(4, 3, 127), F8_E5M2: _steps(5, 2, 124)}
-_STEPS[F8_E5M2][124] = np.inf
+_STEPS = {F8_E4M3: _steps("F8_E4M3", [np.nan]), F8_E5M2: _steps("F8_E5M2", [np.inf, np.nan, np.nan, np.nan])}
 
 
 def _to_float8(wide: np.ndarray, dtype: np.dtype) -> np.ndarray:
