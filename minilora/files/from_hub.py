@@ -5,6 +5,8 @@ pytorch_lora_weights.safetensors.  Another file is named with its path: OWNER/NA
 """
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
 
 from ..settings.errors import UserError, first_line
@@ -24,12 +26,10 @@ def lora_path(path: Path) -> Path:
 
     repo, name = found
     name = name or _chosen(repo, _names_in(repo))
-    try:
+    with _reaching(f"LoRA {path}"):
         if PurePosixPath(name).name == PEFT_FILE:  # its scale is in the config
             hf_hub_download(repo, str(PurePosixPath(name).with_name(PEFT_CONFIG)))
         return Path(hf_hub_download(repo, name))
-    except Exception as error:  # no network, no such file, no permission, …
-        raise UserError(f"LoRA {path}: {_nothing(first_line(error))}") from error
 
 
 def base_path(path: Path, revision: str | None = None, variant: str | None = None) -> Path:
@@ -46,11 +46,8 @@ def base_path(path: Path, revision: str | None = None, variant: str | None = Non
     wanted, others = BASE_FILES, VARIANTS
     if variant:
         wanted, others = [*wanted[:-1], f"*/*.{variant}.safetensors", f"*/*.{variant}-*.safetensors"], []
-    try:
-        folder = Path(snapshot_download(str(path), revision=revision, allow_patterns=wanted, ignore_patterns=others))
-    except Exception as error:  # as above
-        raise UserError(f"{path}: {_nothing(first_line(error))}") from error
-    return folder
+    with _reaching(str(path)):
+        return Path(snapshot_download(str(path), revision=revision, allow_patterns=wanted, ignore_patterns=others))
 
 
 def variant_of(path: Path) -> str:
@@ -58,22 +55,28 @@ def variant_of(path: Path) -> str:
     return re.sub(r"-\d+-of-\d+", "", ".".join(path.name.split(".")[1:-1]))
 
 
-def _nothing(reason: str) -> str:
-    return f"there is no such file or folder, and the hub has none that can be reached ({reason})"
+@contextmanager
+def _reaching(what: str) -> Iterator[None]:
+    """Within the block, turn any error of the hub (no network, no such file, no permission, …) into a UserError."""
+    try:
+        yield
+    except Exception as error:
+        reason = "there is no such file or folder, and the hub has none that can be reached"
+        raise UserError(f"{what}: {reason} ({first_line(error)})") from error
 
 
 def _names_in(repo: str) -> list[str]:
     """Return the names of a repository's files; without a network, those fetched before."""
     from huggingface_hub import HfApi, snapshot_download
 
-    try:
-        return HfApi().list_repo_files(repo)
-    except Exception as error:  # as above
+    with _reaching(f"LoRA {repo}"):
         try:
-            folder = Path(snapshot_download(repo, local_files_only=True))
+            return HfApi().list_repo_files(repo)
         except Exception:
-            raise UserError(f"LoRA {repo}: {_nothing(first_line(error))}") from error
-        return [file.relative_to(folder).as_posix() for file in folder.rglob("*")]
+            with suppress(Exception):
+                folder = Path(snapshot_download(repo, local_files_only=True))
+                return [file.relative_to(folder).as_posix() for file in folder.rglob("*")]
+            raise
 
 
 def _chosen(repo: str, names: list[str]) -> str:
