@@ -78,15 +78,14 @@ class Checkpoint:
 
     def type_of(self, name: str) -> str:
         """Return the stored type of a module's weight, under safetensors' name."""
-        place = self._place_of(name)
-        return self.files[place.file].entries[place.key].dtype
+        return self._stored_type(self._place_of(name))
 
     def _place_of(self, name: str) -> Place:
         """Return the variant of the widest type; of equal ones, not the one named non_ema."""
-        return min(self.places[name], key=lambda p: (-self._width(p), "non_ema" in p.file.name))
+        return min(self.places[name], key=lambda p: (-DTYPES[self._stored_type(p)].itemsize, "non_ema" in p.file.name))
 
-    def _width(self, place: Place) -> int:
-        return DTYPES[self.files[place.file].entries[place.key].dtype].itemsize
+    def _stored_type(self, place: Place) -> str:
+        return self.files[place.file].entries[place.key].dtype
 
     def copy_others(self, target: Path) -> None:
         """Copy all files that are not weights into another folder."""
@@ -95,22 +94,18 @@ class Checkpoint:
 
     def _look_through_folder(self) -> None:
         for path in sorted(p.relative_to(self.path) for p in self.path.rglob("*") if p.is_file()):
-            component = path.parts[0] if len(path.parts) == 2 else ""
             if any(part.startswith(".") or part == "__pycache__" for part in path.parts):
                 continue  # a cache or a repository, not the base
-            if path.suffix in (*PICKLES, ".msgpack", ".onnx", ".h5"):
+            wanted = len(path.parts) == 2 and self.variant in (None, "", variant_of(path))
+            if path.suffix in (*PICKLES, ".msgpack", ".onnx", ".h5") or (path.suffix == ".safetensors" and not wanted):
                 self.left_out.append(path)
-            elif path.suffix != ".safetensors" or len(path.parts) != 2 or self._is_other(path):
-                (self.left_out if path.suffix == ".safetensors" else self.others).append(path)
+            elif path.suffix != ".safetensors":
+                self.others.append(path)
             else:
                 self.files[path] = TensorFile(self.path / path)
-                if component in COMPONENTS:
+                if (component := path.parts[0]) in COMPONENTS:
                     for key, entry in self.files[path].entries.items():
                         self._add([full_name(component, key.removesuffix(".weight"))], path, key, entry)
-
-    def _is_other(self, path: Path) -> bool:
-        """Whether weights belong to another variant than the requested one."""
-        return bool(self.variant) and variant_of(path) != self.variant
 
     def _find_original_places(self) -> None:
         prefix, entries = "model.diffusion_model.", self.files[Path()].entries
