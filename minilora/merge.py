@@ -10,13 +10,13 @@ writes a file with the original bytes of the changed weights, from which --resto
 from pathlib import Path
 
 # Before numpy: it sets the number of numpy's threads, which numpy reads when it is imported.
-from .files.fold import Report, fold, read_for  # isort: skip
+from .files.fold import Report, fold  # isort: skip
 
 import numpy as np
 
+from .files.for_base import read_for
 from .files.layout import Checkpoint
 from .files.low_rank import combine, extract, of_type, reduce
-from .files.read import FormatError
 from .files.tensors import refuse_existing
 from .files.undo import restore
 from .files.write import write_lora
@@ -77,10 +77,7 @@ def _write_lora(config: MergeConfig, output: Path) -> Report:
     if modules is None and config.dialect == "kohya":
         raise UserError("--dialect kohya needs --base, to name its modules")
     lora = of_type(lora, DTYPES[config.dtype]) if config.dtype else lora
-    try:
-        padding = write_lora(output, lora, config.dialect, modules)
-    except FormatError as error:
-        raise UserError(str(error)) from error
+    padding = write_lora(output, lora, config.dialect, modules)
     ranks = sorted({delta.rank for delta in lora.deltas.values()})
     notes.append(f"{len(lora.deltas)} modules, rank {ranks[0]}" + (f" to {ranks[-1]}" if len(ranks) > 1 else ""))
     if padding:

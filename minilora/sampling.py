@@ -18,8 +18,8 @@ from PIL import Image
 from .data.buckets import Size
 from .data.pictures import NO_PICTURE, crop, open_picture
 from .data.sheet import SETTINGS, numbered_in, picture_format, save_picture, sheet, write_captions
-from .files.names import block_factors, full_name
-from .files.network import components, load_lora
+from .files.names import block_factors
+from .files.network import carrying_layers, components, load_lora
 from .lora import lora_layers, merge_lora, unmerge_lora
 from .models.base import Base
 from .models.compiling import check_compiler, compile_options
@@ -130,8 +130,8 @@ def merged_at(base: Base, strengths: dict[str, float], blocks: Mapping[str, floa
     `blocks` are factors on the strengths, as `block_factors` takes them.  Raises UserError if a block has no layer of
     a LoRA, or if a weight would not be finite.
     """
-    parts = {part: module for part, module in components(base.pipeline).items() if lora_layers(module)}
-    layers = {full_name(part, path): layer for part in parts for path, layer in lora_layers(parts[part]).items()}
+    modules = [module for module in components(base.pipeline).values() if lora_layers(module)]
+    layers = carrying_layers(base.pipeline)
     factors = block_factors(layers, blocks)
     before = [(adapter, adapter.strength) for layer in layers.values() for adapter in layer.adapters.values()]
     try:
@@ -139,13 +139,13 @@ def merged_at(base: Base, strengths: dict[str, float], blocks: Mapping[str, floa
             for name, adapter in layer.adapters.items():
                 adapter.strength = strengths.get(name, adapter.strength) * factors[full]
         try:
-            for module in parts.values():
+            for module in modules:
                 merge_lora(module)
         except ValueError as error:
             raise UserError(f"LoRA at {', '.join(f'{s:g}' for s in strengths.values())}: {error}") from error
         yield
     finally:
-        for module in parts.values():
+        for module in modules:
             if any(layer.merged for layer in lora_layers(module).values()):
                 unmerge_lora(module)
         for adapter, strength in before:

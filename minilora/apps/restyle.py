@@ -33,11 +33,10 @@ from PIL import Image
 from ..data.folder import Item, read_folder
 from ..data.pictures import crop_square
 from ..data.sheet import save_picture, sheet
-from ..files.read import some
 from ..models.base import Base
 from ..models.device import this_device
 from ..sampling import TOGETHER, draw, load_loras, merged_at
-from ..settings.errors import UserError, first_line
+from ..settings.errors import UserError, first_line, some
 from ..settings.restyle import RestyleConfig
 from ..settings.sample import SampleConfig
 from ..settings.train import TrainConfig

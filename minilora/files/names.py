@@ -15,11 +15,12 @@ name from a file is looked up.
 """
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 
 from ..settings.errors import UserError
 
 COMPONENTS = UNET, TEXT_ENCODER, TEXT_ENCODER_2 = "unet", "text_encoder", "text_encoder_2"
+PEFT_PREFIX = "base_model.model."  # of names in PEFT's files
 
 Modules = Mapping[str, tuple[int, ...]]  # full name -> shape of the weight, (out, in) or (out, in, height, width)
 
@@ -156,7 +157,7 @@ def full_name_of_dotted(name: str) -> str | None:
 
 
 # Where a single file keeps a text encoder, and whether in CLIP's layout or in OpenCLIP's.
-_ORIGINAL_TEXT_ENCODERS = [
+ORIGINAL_TEXT_ENCODERS = [
     ("cond_stage_model.transformer.", TEXT_ENCODER, "clip"),  # Stable Diffusion 1
     ("cond_stage_model.model.", TEXT_ENCODER, "openclip"),  # 2
     ("conditioner.embedders.0.transformer.", TEXT_ENCODER, "clip"),  # XL
@@ -176,7 +177,7 @@ def modules_of_original(key: str) -> list[str]:
     Several modules are stacked, with an equal number of rows each; OpenCLIP's "text_projection" is transposed.  The
     list is empty if the key is not a text encoder's weight.
     """
-    for prefix, component, layout in _ORIGINAL_TEXT_ENCODERS:
+    for prefix, component, layout in ORIGINAL_TEXT_ENCODERS:
         if not key.startswith(prefix):
             continue
         path = key.removeprefix(prefix)
@@ -203,17 +204,21 @@ def is_sdxl(modules: Iterable[str]) -> bool:
     return any(split(name)[0] == TEXT_ENCODER_2 or ".add_embedding." in name for name in modules)
 
 
-def kohya_names(modules: Iterable[str]) -> dict[str, str]:
+def _originals(modules: Iterable[str]) -> dict[str, str]:
+    """Return the original path of each module that is a U-Net's, by its full name."""
+    paths = original_unet_paths(path for component, path in map(split, modules) if component == UNET)
+    return {f"{UNET}.{path}": original for path, original in paths.items()}
+
+
+def kohya_names(modules: Collection[str]) -> dict[str, str]:
     """Return the name that kohya's trainer gives each module; for SDXL's U-Net it is the original one."""
-    modules = list(modules)
     sdxl = is_sdxl(modules)
-    originals = original_unet_paths(path for component, path in map(split, modules) if component == UNET)
+    originals = _originals(modules) if sdxl else {}
     result = {}
     for name in modules:
         component, path = split(name)
-        prefix = _KOHYA.get(component, ("",))[1 if sdxl and component == TEXT_ENCODER else 0]
-        path = originals.get(path, path) if sdxl and component == UNET else path
-        result[name] = f"{prefix}_{path.replace('.', '_')}"
+        prefix = "lora_te1" if sdxl and component == TEXT_ENCODER else _KOHYA.get(component, ("",))[0]
+        result[name] = f"{prefix}_{originals.get(name, path).replace('.', '_')}"
     return result
 
 
@@ -226,24 +231,19 @@ def older_paths(path: str) -> list[str]:
     return []
 
 
-def known_by(modules: Iterable[str]) -> dict[str, set[str]]:
+def known_by(modules: Collection[str]) -> dict[str, set[str]]:
     """Return every name that LoRA files use for the modules, each with the full names it may mean."""
-    modules = list(modules)
-    originals = original_unet_paths(path for component, path in map(split, modules) if component == UNET)
+    originals = _originals(modules)
     result: dict[str, set[str]] = {}
     for name in modules:
         component, path = split(name)
         paths = {path, path.removeprefix("text_model.")}
-        names = {f"{prefix}{p}" for p in paths for prefix in ("", "base_model.model.")}  # bare, and PEFT's
+        names = {*paths, *(f"{PEFT_PREFIX}{p}" for p in paths), *older_paths(path)}  # bare, PEFT's, older ones
         names |= {f"{component}.{n}" for n in names}
-        for older in older_paths(path):
-            names |= {older, f"{component}.{older}"}
-        if component == UNET and path in originals:
-            paths |= {originals[path]}
-            prefixes = ["", "unet.", "diffusion_model.", "model.diffusion_model."]
-        else:
-            prefixes = [f"text_encoders.{clip}.transformer." for clip in _COMFY.get(component, ())]
-        names |= {f"{prefix}{originals.get(path, path)}" for prefix in prefixes}
+        names |= {f"text_encoders.{clip}.transformer.{path}" for clip in _COMFY.get(component, ())}
+        if original := originals.get(name):
+            paths.add(original)
+            names |= {f"{prefix}{original}" for prefix in ("", "unet.", "diffusion_model.", "model.diffusion_model.")}
         for prefix in (*_KOHYA.get(component, ()), "lycoris"):  # LyCORIS' own does not name the component
             names |= {f"{prefix}_{p.replace('.', '_')}" for p in paths}
         for each in names:
@@ -256,43 +256,3 @@ def last_layer(modules: Iterable[str]) -> str:
     layers = f"{TEXT_ENCODER}.text_model.encoder.layers."
     numbers = (name.removeprefix(layers).split(".")[0] for name in modules if name.startswith(layers))
     return f"{layers}{max(map(int, numbers), default=0)}."
-
-
-# ------------------------------------------------------------------------- cloneofsimo: modules by number
-
-
-_IN_ATTENTION = [f"attn{n}.to_{leaf}" for n in (1, 2) for leaf in ("q", "k", "v", "out.0")]
-# The layers in a module of each class, in the order in which a model lists its modules.
-_LEAVES = {
-    "CrossAttention": _IN_ATTENTION,
-    "Attention": _IN_ATTENTION,
-    "GEGLU": ["ff.net.0.proj"],
-    "CLIPAttention": [f"self_attn.{leaf}_proj" for leaf in ("k", "v", "q", "out")],
-}
-
-
-def numbered(modules: Iterable[str], component: str, classes: Iterable[str]) -> list[list[str]]:
-    """Return the modules in the given classes, once in each possible order of counting.
-
-    Raises KeyError for a class whose modules are not known.
-    """
-    leaves = list(dict.fromkeys(leaf for name in sorted(classes) for leaf in _LEAVES[name]))
-    attn1, ff, attn2 = (
-        [leaf for leaf in leaves if leaf.startswith(part)] for part in (("attn1", "self_attn"), "ff", "attn2")
-    )
-
-    def place(name: str) -> tuple:
-        # Down, up, then the middle block, which is created last; within these by number.
-        block = re.search(r"\.(down|up|mid)_block", name)
-        numbers = [int(n) for n in re.findall(r"(?<=\.)\d+(?=\.)", name)]
-        return ("down", "up", "mid").index(block[1]) if block else 0, numbers
-
-    orders = []
-    for order in (attn1 + attn2 + ff, attn1 + ff + attn2):  # diffusers' today, and that before 0.12
-        owners: dict[str, dict[str, str]] = {}
-        for name in modules:
-            for leaf in order:
-                if name.startswith(f"{component}.") and name.endswith(f".{leaf}"):
-                    owners.setdefault(name.removesuffix(leaf), {})[leaf] = name
-        orders.append([owners[o][leaf] for o in sorted(owners, key=place) for leaf in order if leaf in owners[o]])
-    return orders

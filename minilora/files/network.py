@@ -11,11 +11,12 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from ..lora import Layer, LoRALinear, inject_lora, layers_with, original_layers, remove_lora, set_lora_strength
-from ..settings.errors import UserError, refuse
-from .fold import Folded, Report, read_for
+from ..lora import Layer, LoRALinear, inject_lora, layers_with, lora_layers, original_layers, remove_lora
+from ..settings.errors import UserError, refuse, some
+from .deltas import Delta, LoRA, Word
+from .fold import Folded, Report
+from .for_base import read_for
 from .names import COMPONENTS, TEXT_ENCODER, TEXT_ENCODER_2, UNET, full_name
-from .read import Delta, LoRA, Word, some
 from .write import write_lora
 
 
@@ -38,6 +39,12 @@ def live_modules(target) -> dict[str, tuple[str, str, tuple[int, ...]]]:
     return result
 
 
+def carrying_layers(target) -> dict[str, LoRALinear]:
+    """Return the layers that carry LoRA, by full name."""
+    parts = components(target).items()
+    return {full_name(part, path): layer for part, module in parts for path, layer in lora_layers(module).items()}
+
+
 def save_lora(target, path: str | Path, name: str = "default", dialect: str = "diffusers") -> int:
     """Write the LoRA called `name` of a module or a diffusers pipeline; the same LoRA gives the same bytes.
 
@@ -45,17 +52,15 @@ def save_lora(target, path: str | Path, name: str = "default", dialect: str = "d
     scale alpha / rank is folded into B, because not every program reads it.  Returns the number of bytes that pad
     several ranks with zeros (docs/merging.md).
     """
-    live, modules = live_modules(target), components(target)
     deltas = {}
-    for full, (component, path_there, _) in live.items():
-        layer = modules[component].get_submodule(path_there)
-        if isinstance(layer, LoRALinear) and name in layer.adapters:
+    for full, layer in carrying_layers(target).items():
+        if name in layer.adapters:
             adapter = layer.adapters[name]
             a, b = (matrix.detach().cpu().numpy() for matrix in (adapter.lora_A, adapter.lora_B))
             deltas[full] = Delta(a, b, adapter.scale)
     if not deltas:
         raise ValueError(f"this {type(target).__name__} carries no LoRA named {name!r}; inject_lora or load_lora first")
-    shapes = {full: shape for full, (_, _, shape) in live.items()}
+    shapes = {full: shape for full, (_, _, shape) in live_modules(target).items()}
     return write_lora(Path(path), LoRA(deltas), dialect, shapes)
 
 
@@ -85,6 +90,7 @@ def load_lora(
     return report
 
 
+@torch.no_grad()
 def attach_lora(target, lora: LoRA, name: str, strength: float, path: str | Path) -> list[Folded]:
     """Put a LoRA that was read from `path` into a module or a diffusers pipeline; return its effect on each part.
 
@@ -94,26 +100,24 @@ def attach_lora(target, lora: LoRA, name: str, strength: float, path: str | Path
     live, modules = live_modules(target), components(target)
     done: list[Folded] = []
     for component, module in modules.items():
-        there = [full for full in lora.deltas if full in live and live[full][0] == component]
-        mine = {live[full][1]: lora.deltas[full] for full in there}
+        mine = {live[full][1]: d for full, d in lora.deltas.items() if full in live and live[full][0] == component}
         if not mine:
             continue
         try:
-            inject_lora(module, {path: delta.rank for path, delta in mine.items()}, name=name, fitting=False)
+            layers = inject_lora(module, {at: delta.rank for at, delta in mine.items()}, name=name, fitting=False)
         except ValueError as error:
             for folded in done:
                 remove_lora(modules[folded.component], name)
             raise UserError(f"LoRA {path}: {error}") from error
-        state = {}
-        for path_there, delta in mine.items():
-            state[f"{path_there}.lora_A.weight"] = torch.from_numpy(delta.A)
-            state[f"{path_there}.lora_B.weight"] = torch.from_numpy(delta.B).float() * delta.scale
-        load_lora_state_dict(module, state, name)
-        set_lora_strength(module, strength, name)
-        layers = layers_with(module, name)
-        weights = {path_there: layers[path_there].base.weight for path_there in mine}
-        relative = {p: abs(strength) * mine[p].norm() / max(weights[p].float().norm().item(), 1e-30) for p in mine}
-        done.append(Folded(f"{path} at {strength:g}", component, relative))
+        effect = Folded(f"{path} at {strength:g}", component)
+        for at, delta in mine.items():
+            adapter = layers[at].adapters[name]
+            adapter.lora_A.copy_(torch.from_numpy(delta.A))
+            adapter.lora_B.copy_(torch.from_numpy(delta.B).float() * delta.scale)
+            adapter.strength = strength
+            weight = layers[at].base.weight.float().norm().item()
+            effect.sizes[at] = abs(strength) * delta.norm() / max(weight, 1e-30)
+        done.append(effect)
     return done
 
 

@@ -8,22 +8,18 @@ place of each tensor), and the tensors' bytes.  So some tensors of a file can be
 memory use does not grow with the file.
 """
 
-import errno
 import hashlib
 import json
 import math
 import os
 import shutil
 import struct
-import sys
-from collections.abc import Callable, Collection, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from operator import index
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 
@@ -32,9 +28,6 @@ from ..settings.shared import WEIGHT_FILES
 from ..settings.strict_json import parse_json
 from .number_types import DTYPES, NAMES
 
-CHUNK = 1 << 20  # bytes processed at a time: few enough for a processor's cache
-COMPUTING = 2  # threads that change tensors, besides the one that copies
-UNCACHED = 0x80 if sys.platform == "linux" else 0  # RWF_DONTCACHE of Linux 6.14, which Python has no name for yet
 PICKLES = WEIGHT_FILES[1:]
 PICKLE_HELP = (
     "a pickle, which can run code when it is opened, is not read; if you trust it, convert it with "
@@ -47,21 +40,58 @@ PICKLE_HELP = (
 
 def write_whole(path: Path, content: bytes) -> None:
     """Write a file that gets its name only after all of it is on the disk."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        with open(temporary, "wb") as file:
+        with staging(path, 0, overwrite=True) as new, open(new, "wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
     except OSError as error:
         raise UserError(
             f"{path}: it cannot be written ({error.strerror}); what was there before is unchanged"
         ) from error
+
+
+def refuse_existing(output: Path, overwrite: bool) -> None:
+    """Raise UserError if there is something at `output` that may not be overwritten."""
+    if output.exists() and not overwrite:
+        raise UserError(f"{output}: it already exists; choose another name, or give --overwrite")
+
+
+@contextmanager
+def staging(output: Path, size: int, overwrite: bool, content: Collection[Path] = ()) -> Iterator[Path]:
+    """Yield a temporary path to write to; it is renamed to `output` after the block, or deleted if the block fails.
+
+    Raises UserError if `output` exists and may not be overwritten, or if the disk has no room for `size` bytes.  A
+    folder is overwritten only if `content`, the files of the new one, has all its files, so that nothing else is lost.
+    """
+    refuse_existing(output, overwrite)
+    if output.is_dir():
+        there = {path.relative_to(output) for path in output.rglob("*") if path.is_file()}
+        if lost := sorted(there - set(content)):
+            raise UserError(f"{output}: the folder holds {lost[0]}, so it is not overwritten; choose another name")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(output.parent).free
+    if free < size:
+        raise UserError(f"{output}: it needs {size:,} bytes and the disk has {free:,} left")
+    new = output.with_name(f".{output.name}.{os.getpid()}.part")
+    old = output.with_name(f".{output.name}.{os.getpid()}.old")
+    try:
+        yield new
+        if output.is_dir():
+            output.rename(old)
+        try:
+            os.replace(new, output)
+        except OSError:
+            if old.exists():
+                old.rename(output)
+            raise
+        sync_folder(output.parent)
     finally:
-        temporary.unlink(missing_ok=True)  # already renamed, unless something went wrong
-    sync_folder(path.parent)
+        for path in (new, old):
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
 
 
 def sync_folder(folder: Path) -> None:
@@ -71,6 +101,9 @@ def sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+# --------------------------------------------------------------------------------- safetensors
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Any], metadata: Mapping[str, str]) -> None:
@@ -119,52 +152,6 @@ def read_checked(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
 
 def _checksum(tensors: Mapping[str, Any], metadata: Mapping[str, str]) -> str:
     return hashlib.sha256(tensor_bytes(tensors, metadata)).hexdigest()
-
-
-def refuse_existing(output: Path, overwrite: bool) -> None:
-    """Raise UserError if there is something at `output` that may not be overwritten."""
-    if output.exists() and not overwrite:
-        raise UserError(f"{output}: it already exists; choose another name, or give --overwrite")
-
-
-@contextmanager
-def staging(output: Path, size: int, overwrite: bool, content: Collection[Path] = ()) -> Iterator[Path]:
-    """Yield a temporary path to write to; it is renamed to `output` after the block, or deleted if the block fails.
-
-    Raises UserError if `output` exists and may not be overwritten, or if the disk has no room for `size` bytes.  A
-    folder is overwritten only if `content`, the files of the new one, has all its files, so that nothing else is lost.
-    """
-    refuse_existing(output, overwrite)
-    if output.is_dir():
-        there = {path.relative_to(output) for path in output.rglob("*") if path.is_file()}
-        if lost := sorted(there - set(content)):
-            raise UserError(f"{output}: the folder holds {lost[0]}, so it is not overwritten; choose another name")
-    output.parent.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(output.parent).free
-    if free < size:
-        raise UserError(f"{output}: it needs {size:,} bytes and the disk has {free:,} left")
-    new = output.with_name(f".{output.name}.{os.getpid()}.part")
-    old = output.with_name(f".{output.name}.{os.getpid()}.old")
-    try:
-        yield new
-        if output.is_dir():
-            output.rename(old)
-        try:
-            os.replace(new, output)
-        except OSError:
-            if old.exists():
-                old.rename(output)
-            raise
-        sync_folder(output.parent)
-    finally:
-        for path in (new, old):
-            if path.is_dir() and not path.is_symlink():
-                shutil.rmtree(path)
-            else:
-                path.unlink(missing_ok=True)
-
-
-# ------------------------------------------------------------------------- tensor by tensor
 
 
 @dataclass(frozen=True)
@@ -227,11 +214,11 @@ class TensorFile:
     def read(self, key: str) -> np.ndarray:
         """Return one tensor as it is stored."""
         entry = self.entries[key]
-        content = bytearray(entry.end - entry.begin)
-        with open(self.path, "rb", buffering=0) as file:
-            file.seek(entry.begin)
-            read_exactly(file, memoryview(content), self.path)
-        return np.frombuffer(content, DTYPES[entry.dtype]).reshape(entry.shape)
+        count = math.prod(entry.shape)
+        stored = np.fromfile(self.path, DTYPES[entry.dtype], count, offset=entry.begin)
+        if len(stored) < count:
+            raise UserError(f"{self.path}: it became shorter while it was read")
+        return stored.reshape(entry.shape)
 
 
 def free_memory() -> int | None:
@@ -248,101 +235,3 @@ def refuse_more_than_memory(numbers: int, bytes_of_a_number: int) -> None:
     needed, free = numbers * bytes_of_a_number, free_memory()
     if free is not None and needed > free:
         raise UserError(f"its numbers need {needed / 1e9:,.1f} GB of memory, and {free / 1e9:,.1f} GB are free")
-
-
-def rewrite(
-    file: TensorFile,
-    target: Path,
-    changes: Mapping[str, Callable[[BinaryIO], Iterator]],
-    types: Mapping[str, str] | None = None,
-) -> None:
-    """Write a checkpoint file with new bytes for the tensors in `changes`; the others are copied.
-
-    Each function in `changes` is called in one of a few threads, with the open file at the tensor's first byte; it
-    reads the whole tensor and yields the new bytes.  `types` maps tensors to their new types; if it is not empty, the
-    file gets a new header, with the tensors in the order of `file_header`.
-    """
-    places = {key: entry.begin for key, entry in file.entries.items()}
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with open(file.path, "rb", buffering=0) as source, open(target, "wb", buffering=0) as out:
-        if types:
-            tensors = {key: (types.get(key, entry.dtype), entry.shape) for key, entry in file.entries.items()}
-            header, places = file_header(tensors, file.metadata)
-            write_at(out.fileno(), header, 0)
-            changes = {key: partial(_as_it_is, file, key) for key in file.entries} | dict(changes)
-        pool = ThreadPoolExecutor(1 + COMPUTING)  # copying and computing do not wait for each other
-        try:
-            jobs = [] if types else [pool.submit(_copy_unchanged, file, changes.keys(), source.fileno(), out.fileno())]
-            jobs += [pool.submit(_write_change, file, k, c, places[k], out.fileno()) for k, c in changes.items()]
-            for job in as_completed(jobs):
-                job.result()
-        finally:
-            pool.shutdown(cancel_futures=True)
-        os.fsync(out.fileno())
-
-
-def _write_change(file: TensorFile, key: str, change: Callable[[BinaryIO], Iterator], place: int, out: int) -> None:
-    """Write the new bytes of a tensor to their place."""
-    with open(file.path, "rb", buffering=0) as source:
-        source.seek(file.entries[key].begin)
-        for piece in change(source):
-            write_at(out, piece, place)
-            place += len(piece)
-
-
-def _as_it_is(file: TensorFile, key: str, source: BinaryIO) -> Iterator[memoryview]:
-    """Yield the bytes of an unchanged tensor."""
-    left = file.entries[key].end - file.entries[key].begin
-    piece = memoryview(bytearray(min(CHUNK, left)))
-    while left:
-        piece = piece[:left]
-        read_exactly(source, piece, file.path)
-        yield piece
-        left -= len(piece)
-
-
-def _copy_unchanged(file: TensorFile, changed: Collection[str], source: int, out: int) -> None:
-    """Copy all bytes of a file, except those of the changed tensors, to the same places of another."""
-    begin = 0
-    for key, entry in file.entries.items():
-        if key in changed:
-            copy_bytes(source, out, begin, entry.begin, file.path)
-            begin = entry.end
-    copy_bytes(source, out, begin, file.size, file.path)
-
-
-def copy_bytes(source: int, out: int, begin: int, end: int, path: Path) -> None:
-    """Copy the bytes from `begin` to `end` of one open file to the same place of another."""
-    buffer = memoryview(bytearray(min(CHUNK, end - begin)))
-    while begin < end:
-        count = os.preadv(source, [buffer[: end - begin]], begin)
-        if not count:
-            raise UserError(f"{path}: it became shorter while it was read")
-        write_at(out, buffer[:count], begin)
-        begin += count
-
-
-def read_exactly(source: Any, piece: memoryview | np.ndarray, path: Path) -> None:
-    """Fill `piece` from an unbuffered file; raise UserError if the file ends too soon."""
-    done = 0
-    while done < len(piece):
-        count = source.readinto(piece[done:])
-        if not count:
-            raise UserError(f"{path}: it became shorter while it was read")
-        done += count
-
-
-def write_at(out: int, piece, place: int) -> None:
-    """Write bytes to a place in an open file, bypassing the page cache if the system can do that.
-
-    They are not read again soon, and allocating pages for them would take longer than everything else.
-    """
-    done = 0
-    while done < len(piece):
-        rest = [piece[done:]]
-        try:
-            done += os.pwritev(out, rest, place + done, UNCACHED)
-        except OSError as error:
-            if not UNCACHED or error.errno != errno.EOPNOTSUPP:  # an older system, or another file system
-                raise
-            done += os.pwritev(out, rest, place + done)

@@ -1,6 +1,5 @@
 """Undo a merge: a file keeps the original bytes of the changed tensors, which `restore` puts back, byte for byte."""
 
-import json
 import os
 import struct
 import zlib
@@ -12,7 +11,8 @@ from typing import BinaryIO
 
 from ..settings.errors import UserError
 from .layout import Checkpoint
-from .tensors import CHUNK, Entry, TensorFile, read_exactly, rewrite, staging, write_at
+from .rewrite import CHUNK, read_exactly, rewrite, write_at
+from .tensors import Entry, TensorFile, file_header, staging
 
 CHECKSUMS = "checksums"
 
@@ -24,32 +24,23 @@ class Undo:
     the CRC-32 of each changed tensor, in their order.  Tensors may be kept in any order.
     """
 
-    def __init__(self, path: Path, changed: Mapping[str, Entry]):
-        self.out = open(path, "wb", buffering=0)  # noqa: SIM115  closed by `keeping`
-        self.checksums = dict.fromkeys(changed, 0)
-        header: dict[str, dict] = {}
-        position = 0
-        for name, entry in changed.items():
-            size = entry.end - entry.begin
-            header[name] = {"dtype": entry.dtype, "shape": entry.shape, "data_offsets": [position, position + size]}
-            position += size
-        offsets = [position, position + 4 * len(changed)]
-        header[CHECKSUMS] = {"dtype": "U32", "shape": [len(changed)], "data_offsets": offsets}
-        text = json.dumps(header).encode()
-        text += b" " * (-len(text) % 8)
-        write_at(self.out.fileno(), struct.pack("<Q", len(text)) + text, 0)
-        self.places = {name: 8 + len(text) + about["data_offsets"][0] for name, about in header.items()}
+    def __init__(self, out: int, changed: Mapping[str, Entry]):
+        tensors = {name: (entry.dtype, entry.shape) for name, entry in changed.items()}
+        header, self.places = file_header(tensors | {CHECKSUMS: ("U32", (len(changed),))}, {})
+        self.checksums = {name: 0 for name in self.places if name != CHECKSUMS}
+        self.out = out
+        write_at(out, header, 0)
 
     def keep(self, name: str, begin: int, original, new) -> None:
         """Store original bytes of a tensor from `begin` on, and add the new bytes to its checksum; call in order."""
-        write_at(self.out.fileno(), original, self.places[name] + begin)
+        write_at(self.out, original, self.places[name] + begin)
         self.checksums[name] = zlib.crc32(new, self.checksums[name])
 
     def finish(self) -> None:
-        """Write the checksums at the end of the file."""
+        """Write the checksums."""
         checksums = struct.pack(f"<{len(self.checksums)}I", *self.checksums.values())
-        write_at(self.out.fileno(), checksums, self.places[CHECKSUMS])
-        os.fsync(self.out.fileno())
+        write_at(self.out, checksums, self.places[CHECKSUMS])
+        os.fsync(self.out)
 
 
 def name_of(path: Path, key: str) -> str:
@@ -63,19 +54,12 @@ def keeping(path: Path | None, checkpoint: Checkpoint, plan: Mapping[Path, Colle
     if path is None:
         yield None
         return
-    changed = {
-        name_of(rel, key): entry
-        for rel, file in checkpoint.files.items()
-        for key, entry in file.entries.items()
-        if key in plan.get(rel, {})
-    }
-    with staging(path, sum(entry.end - entry.begin for entry in changed.values()), overwrite=False) as new:
-        undo = Undo(new, changed)
-        try:
-            yield undo
-            undo.finish()
-        finally:
-            undo.out.close()
+    changed = {name_of(rel, key): checkpoint.files[rel].entries[key] for rel, keys in plan.items() for key in keys}
+    size = sum(entry.end - entry.begin for entry in changed.values())
+    with staging(path, size, overwrite=False) as new, open(new, "wb", buffering=0) as out:
+        undo = Undo(out.fileno(), changed)
+        yield undo
+        undo.finish()
 
 
 def restore(merged: Path, undo: Path, output: Path, *, overwrite: bool = False) -> int:
@@ -84,34 +68,36 @@ def restore(merged: Path, undo: Path, output: Path, *, overwrite: bool = False) 
     Raises UserError if `merged` is not the result of the merge that wrote `undo`.
     """
     checkpoint, kept = Checkpoint(merged), TensorFile(undo)
-    if CHECKSUMS not in kept.entries or kept.entries[CHECKSUMS].shape != (len(kept.entries) - 1,):
+    originals = {name: entry for name, entry in kept.entries.items() if name != CHECKSUMS}
+    if CHECKSUMS not in kept.entries or kept.entries[CHECKSUMS].shape != (len(originals),):
         raise UserError(f"{undo}: it is not the undo file of a merge")
-    names = [name for name in kept.entries if name != CHECKSUMS]
-    checksums = dict(zip(names, kept.read(CHECKSUMS).tolist(), strict=True))
+    checksums = dict(zip(originals, kept.read(CHECKSUMS).tolist(), strict=True))
 
     def put_back(file: TensorFile, key: str, name: str, source: BinaryIO) -> Iterator[memoryview]:
-        entry, checksum = file.entries[key], 0
-        with open(undo, "rb", buffering=0) as originals:
-            originals.seek(kept.entries[name].begin)
-            for begin in range(0, entry.end - entry.begin, CHUNK):
-                piece = memoryview(bytearray(min(CHUNK, entry.end - entry.begin - begin)))
+        size, checksum = originals[name].end - originals[name].begin, 0
+        buffer = memoryview(bytearray(min(CHUNK, size)))
+        with open(undo, "rb", buffering=0) as original:
+            original.seek(originals[name].begin)
+            for begin in range(0, size, CHUNK):
+                piece = buffer[: size - begin]
                 read_exactly(source, piece, file.path)
                 checksum = zlib.crc32(piece, checksum)
-                read_exactly(originals, piece, undo)
+                read_exactly(original, piece, undo)
                 yield piece
         if checksum != checksums[name]:
             raise UserError(f"{file.path}: {key} was changed after the merge that {undo} undoes")
 
+    left = set(originals)
     with staging(output, checkpoint.size, overwrite, checkpoint.content) as new:
         for path, file in checkpoint.files.items():
             prefix = name_of(path, "")
-            mine = {name.removeprefix(prefix): name for name in names if name.startswith(prefix)}
+            mine = {name.removeprefix(prefix): name for name in originals if name.startswith(prefix)}
             for key, name in mine.items():
-                if key not in file.entries or file.entries[key].shape != kept.entries[name].shape:
-                    raise UserError(f"{file.path}: it has no {key} of {kept.entries[name].shape}, which {undo} undoes")
-                names.remove(name)
+                if key not in file.entries or file.entries[key].shape != originals[name].shape:
+                    raise UserError(f"{file.path}: it has no {key} of {originals[name].shape}, which {undo} undoes")
+            left.difference_update(mine.values())
             rewrite(file, new / path, {key: partial(put_back, file, key, name) for key, name in mine.items()})
-        if names:
-            raise UserError(f"{merged}: it has no {names[0]}, which {undo} undoes")
+        if left:
+            raise UserError(f"{merged}: it has no {min(left)}, which {undo} undoes")
         checkpoint.copy_others(new)
-    return len(checksums)
+    return len(originals)

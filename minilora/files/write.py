@@ -11,9 +11,11 @@ from pathlib import Path
 
 import numpy as np
 
-from .names import TEXT_ENCODER, Modules, is_sdxl, kohya_names, split
+from .deltas import Delta, FormatError, LoRA
+from .from_hub import FILE_NAME, PEFT_CONFIG, PEFT_FILE
+from .names import PEFT_PREFIX, TEXT_ENCODER, Modules, is_sdxl, kohya_names, split
 from .number_types import DTYPES, EPSILON, NAMES, narrow, widen
-from .read import FILE_NAME, PEFT_CONFIG, PEFT_FILE, Delta, FormatError, LoRA, Tensors, read_lora
+from .read import Tensors, read_lora
 from .tensors import staging, tensor_bytes, write_tensors, write_whole
 
 DIALECTS = ("diffusers", "kohya", "peft")
@@ -39,7 +41,13 @@ def write_lora(path: Path, lora: LoRA, dialect: str, modules: Modules | None) ->
                 write_tensors(new, tensors, about)
         if (apart := difference(lora, read_lora(new, modules))) > 1:
             raise FormatError(f"{path}: read back, it differs by {apart:.2g} times the rounding error")
-    return 0 if dialect == "peft" else sum(_padding(delta, rank) for delta, rank in _with_file_ranks(lora).values())
+    if dialect == "peft":
+        return 0
+    padding = 0
+    for delta, rank in _with_file_ranks(lora).values():
+        a, b = (DTYPES[name].itemsize for name in delta.stored)
+        padding += (rank - delta.rank) * (a * delta.A[0].size + b * len(delta.B))
+    return padding
 
 
 def difference(one: LoRA, two: LoRA) -> float:
@@ -89,12 +97,6 @@ def _with_file_ranks(lora: LoRA) -> dict[str, tuple[Delta, int]]:
         component = split(name)[0]
         most[component] = max(most.get(component, 0), delta.rank)
     return {name: (delta, most[split(name)[0]]) for name, delta in lora.deltas.items()}
-
-
-def _padding(delta: Delta, rank: int) -> int:
-    """Return the number of bytes that pad a ΔW to a rank."""
-    sizes = [DTYPES[name].itemsize for name in delta.stored]
-    return (rank - delta.rank) * (delta.A[0].size * sizes[0] + len(delta.B) * sizes[1])
 
 
 def as_kohya(lora: LoRA, modules: Modules) -> dict[str, tuple[Tensors, dict[str, str]]]:
@@ -154,18 +156,17 @@ def as_peft(lora: LoRA) -> dict[str, tuple[Tensors, dict]]:
     from importlib.metadata import version  # here: it takes as long to import as half of numpy
 
     flat_text_encoder = tuple(map(int, version("transformers").split(".")[:2])) >= (5, 6)
+    parts: dict[str, tuple[Tensors, dict[str, int]]] = {}  # component -> tensors, and ranks by path
+    for name, delta in lora.deltas.items():
+        component, path = split(name)
+        if component == TEXT_ENCODER and flat_text_encoder:
+            path = path.removeprefix("text_model.")
+        tensors, ranks = parts.setdefault(component, ({}, {}))
+        ours = f"{PEFT_PREFIX}{path}"
+        tensors[f"{ours}.lora_A.weight"], tensors[f"{ours}.lora_B.weight"] = _stored(name, delta, delta.rank)
+        ranks[path] = delta.rank
     files: dict[str, tuple[Tensors, dict]] = {}
-    for component in dict.fromkeys(split(name)[0] for name in lora.deltas):
-        tensors, ranks = {}, {}
-        for name, delta in lora.deltas.items():
-            owner, path = split(name)
-            if owner != component:
-                continue
-            if owner == TEXT_ENCODER and flat_text_encoder:
-                path = path.removeprefix("text_model.")
-            ours = f"base_model.model.{path}"
-            tensors[f"{ours}.lora_A.weight"], tensors[f"{ours}.lora_B.weight"] = _stored(name, delta, delta.rank)
-            ranks[path] = delta.rank
+    for component, (tensors, ranks) in parts.items():
         most = max(ranks.values())
         pattern = {f"^{re.escape(path)}": rank for path, rank in ranks.items() if rank != most}
         config = {"peft_type": "LORA", "r": most, "lora_alpha": most, "target_modules": sorted(ranks), "bias": "none"}

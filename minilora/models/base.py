@@ -34,10 +34,10 @@ from torch import nn
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from ..diffusion import Conditioning, Schedule
-from ..files.fold import read_for
+from ..files.deltas import LoRA
+from ..files.for_base import read_for
 from ..files.names import TEXT_ENCODER, TEXT_ENCODER_2, UNET
 from ..files.network import attach_lora, live_modules
-from ..files.read import LoRA
 from ..lora import lora_layers
 from ..settings.base import named_base
 from ..settings.errors import UserError

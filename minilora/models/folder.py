@@ -21,9 +21,8 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokeniz
 
 from ..files.from_hub import variant_of
 from ..files.names import TEXT_ENCODER, TEXT_ENCODER_2, UNET
-from ..files.read import some
 from ..files.tensors import TensorFile, refuse_more_than_memory
-from ..settings.errors import UserError, first_line
+from ..settings.errors import UserError, first_line, some
 from ..settings.strict_json import parse_json
 
 transformers.logging.disable_progress_bar()

@@ -21,7 +21,7 @@ from safetensors import safe_open
 from torch import nn
 from transformers import CLIPTokenizer
 
-from ..files.names import TEXT_ENCODER, TEXT_ENCODER_2, UNET, full_name, original_unet_paths
+from ..files.names import ORIGINAL_TEXT_ENCODERS, TEXT_ENCODER, TEXT_ENCODER_2, UNET, full_name, original_unet_paths
 from ..files.tensors import PICKLE_HELP, PICKLES, TensorFile, refuse_more_than_memory
 from ..settings.errors import UserError
 from .families import Family
@@ -169,20 +169,12 @@ def ways(part: str, keys: Iterable[str]) -> Iterator[tuple[str, dict[str, Place]
         yield _at("", {key: _renamed(key, _OLDER_VAE) for key in keys})
     else:
         clip = {key: full_name(part, key).removeprefix(f"{part}.") for key in keys}
-        in_clip, in_openclip = _TEXT[part]
-        for prefix in in_clip:
-            yield _at(prefix, clip)
-            yield _at(prefix, {key: name.removeprefix("text_model.") for key, name in clip.items()})
-        yield in_openclip, {key: _in_openclip(in_openclip, name) for key, name in clip.items()}
-
-
-_TEXT: dict[str, tuple[tuple[str, ...], str]] = {  # prefixes of text encoders, with CLIP's names and with OpenCLIP's
-    TEXT_ENCODER: (
-        ("cond_stage_model.transformer.", "conditioner.embedders.0.transformer."),
-        "cond_stage_model.model.",
-    ),
-    TEXT_ENCODER_2: ((), "conditioner.embedders.1.model."),
-}
+        for prefix, component, layout in ORIGINAL_TEXT_ENCODERS:
+            if component == part and layout == "clip":
+                yield _at(prefix, clip)
+                yield _at(prefix, {key: name.removeprefix("text_model.") for key, name in clip.items()})
+            elif component == part:
+                yield prefix, {key: _in_openclip(prefix, name) for key, name in clip.items()}
 
 
 def _at(prefix: str, names: Mapping[str, str]) -> tuple[str, dict[str, Place]]:

@@ -1,7 +1,7 @@
 """The exception for a user's mistake, and how to read the errors of libraries."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 
 class UserError(Exception):
@@ -11,8 +11,14 @@ class UserError(Exception):
 def refuse(what: str, problems: Sequence[str]) -> None:
     """Raise ValueError with the first five problems, if there are any: "cannot inject LoRA: …; …"."""
     if problems:
-        more = f"; and {len(problems) - 5} more" if len(problems) > 5 else ""
-        raise ValueError(f"cannot {what}: " + "; ".join(problems[:5]) + more)
+        raise ValueError(f"cannot {what}: {some(problems)}")
+
+
+def some(problems: Iterable[str], most: int = 5) -> str:
+    """Return the first problems in one line, and the number of the others."""
+    problems = list(problems)
+    more = f"; and {len(problems) - most} more" if len(problems) > most else ""
+    return "; ".join(problems[:most]) + more
 
 
 def first_line(error: Exception) -> str:

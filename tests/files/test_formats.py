@@ -15,7 +15,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from minilora.files.fold import read_for
+from minilora.files.for_base import read_for
 from minilora.files.names import full_name, kohya_names, original_unet_paths
 from minilora.files.network import components, live_modules
 from minilora.files.number_types import EPSILON
