@@ -13,6 +13,7 @@ import numpy as np
 from ..settings.strict_json import parse_json
 from .deltas import FormatError
 from .names import TEXT_ENCODER, Modules, last_layer
+from .tensors import Tensors
 
 COUNTED = re.compile(r"(unet|text_encoder):(\d+):(up|down)")
 _IN_ATTENTION = [f"attn{n}.to_{leaf}" for n in (1, 2) for leaf in ("q", "k", "v", "out.0")]
@@ -29,13 +30,13 @@ _ORDERS = [("self_attn", "attn1", "attn2", "ff"), ("self_attn", "attn1", "ff", "
 Parts = dict[tuple[int, str], np.ndarray]  # by a module's number, and "up" or "down"
 
 
-def named(
-    path: Path, tensors: dict[str, np.ndarray], metadata: dict[str, str], modules: Modules | None
-) -> tuple[dict[str, np.ndarray], list[str]]:
+def with_names(
+    path: Path, tensors: Tensors, metadata: dict[str, str], modules: Modules | None
+) -> tuple[Tensors, list[str]]:
     """Return the tensors of a file under diffusers' names, and the unmatched keys."""
     if modules is None:
         raise FormatError(f"{path}: it numbers its modules without naming them; give the base it was trained for")
-    result: dict[str, np.ndarray] = {}
+    result: Tensors = {}
     unmatched: list[str] = []
     counted: dict[str, Parts] = {}
     for key, tensor in tensors.items():

@@ -1,7 +1,7 @@
 """A LoRA in memory, the same for all file dialects: a ΔW = scale · B A for each module, by its full name (names.py)."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -65,16 +65,13 @@ class LoRA:
     words: dict[str, Word] = field(default_factory=dict)
 
 
-def by_module(
-    loras: Sequence[tuple[LoRA, float]], blocks: Mapping[str, float]
-) -> dict[str, list[tuple[int, Delta, float]]]:
-    """Return, for each module, its ΔW in each LoRA that has one: the LoRA's number, ΔW and its strength.
+def at_strengths(loras: Sequence[tuple[LoRA, float]], blocks: Mapping[str, float]) -> list[dict[str, Delta]]:
+    """Return the ΔW of each LoRA by module, with its strength in the scale.
 
-    `blocks` are factors on the strengths of the LoRAs, as `block_factors` takes them.
+    `blocks` are factors on the strengths, as `block_factors` takes them.
     """
     factors = block_factors([name for lora, _ in loras for name in lora.deltas], blocks)
-    result: dict[str, list[tuple[int, Delta, float]]] = {}
-    for number, (lora, strength) in enumerate(loras):
-        for name, delta in lora.deltas.items():
-            result.setdefault(name, []).append((number, delta, strength * factors[name]))
-    return result
+    return [
+        {name: replace(delta, scale=delta.scale * (strength * factors[name])) for name, delta in lora.deltas.items()}
+        for lora, strength in loras
+    ]

@@ -22,7 +22,7 @@ import numpy as np
 
 from ..settings.errors import UserError
 from .addition import Addition, Part, survived
-from .deltas import by_module
+from .deltas import Delta, at_strengths
 from .for_base import read_for
 from .layout import Checkpoint
 from .names import split
@@ -89,7 +89,7 @@ def fold(
         raise UserError(f"--undo {undo}: it is inside --output {output}; choose another folder")
     checkpoint = Checkpoint(base, revision, variant)
     read = [(read_for(path, checkpoint.modules, str(base), allow_unmatched), strength) for path, strength in loras]
-    deltas = by_module(read, blocks)
+    deltas = at_strengths(read, blocks)
     plan = _plan(checkpoint, deltas, dtype)
     types = {path: _types(file, written) for path, file in checkpoint.files.items()}
     room = checkpoint.size * (1 if undo is None else 2) + sum(
@@ -114,16 +114,8 @@ def fold(
     notes += [f"changed {sum(map(len, plan.values()))} of {tensors} tensors", *survived(additions)]
     ema = sum(key.startswith("model_ema.") for file in checkpoint.files.values() for key in file.entries)
     notes += [f"note: the {ema} tensors of the moving average (model_ema.) are unchanged"] if ema else []
-    norms = {module: math.sqrt(square) for addition in additions for module, square in addition.squares.items()}
-    effects: dict[tuple[int, str], Folded] = {}
-    for module in filter(deltas.get, checkpoint.places):
-        for number, delta, strength in deltas[module]:
-            component, (path, given) = split(module)[0], loras[number]
-            effect = effects.setdefault((number, component), Folded(f"{path} at {given:g}", component))
-            effect.sizes[module] = abs(strength) * delta.norm() / norms[module] if norms[module] else math.inf
-    folded = [effects[key] for key in sorted(effects, key=lambda key: key[0])]
     unmatched = {str(path): lora.unmatched for (path, _), (lora, _) in zip(loras, read, strict=True) if lora.unmatched}
-    return Report(folded, unmatched, notes)
+    return Report(_effects(loras, deltas, additions), unmatched, notes)
 
 
 def _types(file: TensorFile, written: str | None) -> dict[str, str]:
@@ -135,16 +127,32 @@ def _types(file: TensorFile, written: str | None) -> dict[str, str]:
     return {key: written for key in weights if file.entries[key].dtype != written}
 
 
-def _plan(checkpoint: Checkpoint, deltas: Mapping[str, list], dtype: type) -> dict[Path, dict[str, list[Part]]]:
+def _plan(checkpoint: Checkpoint, deltas: list[dict[str, Delta]], dtype: type) -> dict[Path, dict[str, list[Part]]]:
     """Return the parts to add to tensors, by file and key."""
     plan: dict[Path, dict[str, list[Part]]] = {}
-    for module, several in deltas.items():
-        a = np.concatenate([delta.A.reshape(delta.rank, -1).astype(dtype, copy=False) for _, delta, _ in several])
-        scaled = [delta.B.astype(dtype, copy=False) * (delta.scale * strength) for _, delta, strength in several]
-        b = np.concatenate(scaled, axis=1)  # (rows, ranks); a is (ranks, columns)
+    for module in dict.fromkeys(name for each in deltas for name in each):
+        several = [each[module] for each in deltas if module in each]
+        a = np.concatenate([delta.A.reshape(delta.rank, -1).astype(dtype, copy=False) for delta in several])
+        b = np.concatenate([delta.B.astype(dtype, copy=False) * delta.scale for delta in several], axis=1)
         for place in checkpoint.places[module]:
             if place.shape != checkpoint.places[module][0].shape:
                 raise UserError(f"{checkpoint.path / place.file}: {place.key} has another shape in another variant")
             parts = plan.setdefault(place.file, {}).setdefault(place.key, [])
             parts.append(Part(module, place.first_row, *((b.T, a.T) if place.transposed else (a, b))))  # (B A)ᵀ = Aᵀ Bᵀ
     return plan
+
+
+def _effects(
+    loras: list[tuple[Path, float]], deltas: list[dict[str, Delta]], additions: list[Addition]
+) -> list[Folded]:
+    """Return the effect of each LoRA on each component."""
+    norms = {module: math.sqrt(square) for addition in additions for module, square in addition.squares.items()}
+    effects: list[Folded] = []
+    for (path, strength), each in zip(loras, deltas, strict=True):
+        mine: dict[str, Folded] = {}
+        for module, delta in each.items():
+            component = split(module)[0]
+            effect = mine.setdefault(component, Folded(f"{path} at {strength:g}", component))
+            effect.sizes[module] = delta.norm() / norms[module] if norms[module] else math.inf
+        effects += mine.values()
+    return effects

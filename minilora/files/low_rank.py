@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from ..settings.errors import UserError
-from .deltas import Delta, LoRA, by_module
+from .deltas import Delta, LoRA, at_strengths
 from .layout import Checkpoint
 from .names import last_layer
 from .number_types import WEIGHTS, narrow, rounding_error, widen
@@ -50,19 +50,21 @@ def combine(loras: Sequence[tuple[LoRA, float]], blocks: Mapping[str, float] = {
     `blocks` are factors on the strengths, as `block_factors` takes them.  Raises UserError if two LoRAs have ΔW of
     different shapes for a module.
     """
+    deltas = at_strengths(loras, blocks)
     result = {}
-    for name, several in by_module(loras, blocks).items():
+    for name in dict.fromkeys(name for each in deltas for name in each):
+        several = [each[name] for each in deltas if name in each]
         # (A linear layer and a convolution of 1 × 1 are the same.)
-        shapes = {(len(delta.B), delta.A[0].size) for _, delta, _ in several}
+        shapes = {(len(delta.B), delta.A[0].size) for delta in several}
         if len(shapes) > 1:
             raise UserError(f"{name} is {' and '.join(map(str, sorted(shapes)))}: these LoRAs are for different bases")
-        kernel = max((delta.A.shape[1:] for _, delta, _ in several), key=len)
-        a = [narrow(delta.A.reshape(delta.rank, *kernel), "F32") for _, delta, _ in several]
-        b = [narrow(delta.B * np.float64(delta.scale * strength), "F32") for _, delta, strength in several]
-        A, B = np.concatenate(a), np.concatenate(b, axis=1)  # (ranks, in), (out, ranks)
-        stored = tuple(_widest([delta.stored[i] for _, delta, _ in several]) for i in (0, 1))
+        kernel = max((delta.A.shape[1:] for delta in several), key=len)
+        A = np.concatenate([narrow(delta.A.reshape(delta.rank, *kernel), "F32") for delta in several])  # (ranks, in)
+        B = np.concatenate([narrow(delta.B * np.float64(delta.scale), "F32") for delta in several], axis=1)
+        stored = tuple(_widest([delta.stored[i] for delta in several]) for i in (0, 1))
         if not np.isfinite(B).all():
-            raise UserError(f"{name}: at strength {', '.join(f'{s:g}' for *_, s in several)} it is not finite")
+            strengths = ", ".join(f"{strength:g}" for lora, strength in loras if name in lora.deltas)
+            raise UserError(f"{name}: at strength {strengths} it is not finite")
         result[name] = Delta(A, B, stored=stored)
     return LoRA(result)
 

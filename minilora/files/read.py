@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 
 from ..settings.errors import UserError, some
-from .counted import COUNTED, named
+from .counted import COUNTED, with_names
 from .deltas import Delta, FormatError, LoRA, Word
 from .from_hub import FILE_NAME, PEFT_CONFIG, PEFT_FILE, lora_path
 from .names import (
@@ -40,11 +40,9 @@ from .names import (
 )
 from .number_types import NAMES, WEIGHTS, widen
 from .peft_config import config_in, configs_in_header, peft_scale
-from .tensors import PICKLE_HELP, PICKLES, TensorFile, refuse_more_than_memory
+from .tensors import PICKLE_HELP, PICKLES, TensorFile, Tensors, refuse_more_than_memory
 
 AVERAGE_NAME = "pytorch_lora_weights_ema.safetensors"  # of --ema, beside it
-
-Tensors = dict[str, np.ndarray]  # as they are stored (number_types.py)
 
 _DOWN = [".lora_A.weight", ".lora_A.default.weight", ".lora.down.weight", ".lora_down.weight"]
 _DOWN += [".lora_linear_layer.down.weight", "_lora.down.weight", ".lora_A"]
@@ -105,7 +103,7 @@ def _read_file(path: Path, modules: Modules | None, lora: LoRA) -> None:
     else:
         configs = configs_in_header(path, metadata)
         if any(COUNTED.fullmatch(key) for key in tensors):
-            tensors, counted = named(path, tensors, metadata, modules)
+            tensors, counted = with_names(path, tensors, metadata, modules)
 
     def scale_of(name: str, rank: int) -> float:
         component, module = split(name)

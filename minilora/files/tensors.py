@@ -34,6 +34,8 @@ PICKLE_HELP = (
     "safetensors.torch.save_file(torch.load(file, weights_only=True), 'new.safetensors')"
 )
 
+Tensors = dict[str, np.ndarray]  # as they are stored (number_types.py)
+
 
 # --------------------------------------------------------------------------------- written whole
 
@@ -141,7 +143,7 @@ def write_checked(path: Path, tensors: Mapping[str, Any], metadata: Mapping[str,
     write_tensors(path, tensors, {**metadata, "checksum": _checksum(tensors, metadata)})
 
 
-def read_checked(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+def read_checked(path: Path) -> tuple[Tensors, dict[str, str]]:
     """Return the tensors and the metadata that `write_checked` wrote; UserError if any bit of them has changed."""
     file = TensorFile(path)
     tensors, metadata = {key: file.read(key) for key in file.entries}, file.metadata

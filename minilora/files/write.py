@@ -15,8 +15,8 @@ from .deltas import Delta, FormatError, LoRA
 from .from_hub import FILE_NAME, PEFT_CONFIG, PEFT_FILE
 from .names import PEFT_PREFIX, TEXT_ENCODER, Modules, is_sdxl, kohya_names, split
 from .number_types import DTYPES, EPSILON, NAMES, narrow, widen
-from .read import Tensors, read_lora
-from .tensors import staging, tensor_bytes, write_tensors, write_whole
+from .read import read_lora
+from .tensors import Tensors, staging, tensor_bytes, write_tensors, write_whole
 
 DIALECTS = ("diffusers", "kohya", "peft")
 
