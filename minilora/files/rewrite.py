@@ -43,7 +43,9 @@ def rewrite(
         try:
             moves = {key: None if key in changes else places[key] - e.begin for key, e in file.entries.items()}
             jobs = [pool.submit(_copy_unchanged, file, moves, source, out.fileno())]
-            jobs += [pool.submit(_write_change, file, k, c, places[k], out.fileno()) for k, c in changes.items()]
+            for key in file.entries:  # in the order of the file, so that it grows evenly
+                if key in changes:
+                    jobs.append(pool.submit(_write_change, file, key, changes[key], places[key], out.fileno()))
             for job in as_completed(jobs):
                 job.result()
         finally:
