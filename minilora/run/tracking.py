@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import json
 import threading
+from typing import Any
 
 import numpy as np
 from torch.utils.tensorboard import SummaryWriter
@@ -22,7 +23,7 @@ class Log:
         folder, purged = str(run.output / "tensorboard"), first_step + 1
         # (TensorBoard shows numbers that are at most two seconds old.)
         self.writer = SummaryWriter(folder, purge_step=purged, flush_secs=2) if run.ranks.is_main else None
-        self.wandb = None
+        self.wandb: Any = None  # its run
         if run.config.wandb:
             decided_by_main(lambda: self._join_wandb(first_step > 0))
 
