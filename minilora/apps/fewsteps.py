@@ -28,8 +28,8 @@ from .likeness import TOGETHER, apart, encoder_features, pixels_of, pooled, psnr
 MANY, FEW = 50, (4, 2, 1)  # steps
 SEEDS = (0, 1)
 SHOWN = 6  # captions on the sheet
-ROWS = {  # of the sheet: the best of the base and the LoRA at equal passes of the U-Net; guidance needs two a step
-    f"{MANY} steps": f"base, {MANY} steps",
+# Rows of the sheet below that of many steps: base and LoRA at equal passes of the U-Net; guidance needs two a step.
+ROWS = {
     "4 passes, base": "base, 2 steps",
     "4 passes, LoRA": "LCM-LoRA, 4 steps",
     "2 passes, base": "base, 1 step",
@@ -64,8 +64,9 @@ def few_steps(base: Base, captions: Sequence[str], learnt: Path, config) -> tupl
     each = [caption for caption in captions for _ in SEEDS]
     figures = {f"seconds per picture; {name}": value for name, value in times.items()}
     figures |= compared(base, pixels, many) | called_right(pixels, each, learnt)
-    rows = [[pictures[0] for pictures in drawn[name][:SHOWN]] for name in ROWS.values()]
-    return figures, sheet(rows, captions[:SHOWN], list(ROWS))
+    shown = {f"{MANY} steps": many} | ROWS
+    rows = [[pictures[0] for pictures in drawn[name][:SHOWN]] for name in shown.values()]
+    return figures, sheet(rows, captions[:SHOWN], list(shown))
 
 
 @torch.no_grad()
