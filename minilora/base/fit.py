@@ -8,6 +8,7 @@ import argparse
 import copy
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -131,12 +132,13 @@ def train_vae(
         return loss
 
     learning_rate = 8e-4 if args.start else 1.5e-3
-    vae = fit(modules, loss_at, args.vae_steps, learning_rate, args.vae_state, args.start_content)["vae"].eval()
+    average = fit(modules, loss_at, args.vae_steps, learning_rate, args.vae_state, args.start_content)
+    trained: Any = average["vae"].eval()
     if not args.start:
         # Latents are scaled so that their variance is 1, as in every Stable Diffusion.
         sample = as_pixels(drawn[:: max(1, len(drawn) // 500)]).to(device)
-        vae.register_to_config(scaling_factor=round(1 / encode(vae, sample).std().item(), 5))
-    return vae
+        trained.register_to_config(scaling_factor=round(1 / encode(trained, sample).std().item(), 5))
+    return trained
 
 
 @torch.no_grad()
