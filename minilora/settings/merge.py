@@ -9,6 +9,16 @@ from .setting import AT_LEAST_1, Within, option, setting
 
 DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}  # of --dtype, as safetensors files call them
 
+USES = {  # what each use of the command takes, and the settings that have no effect on it
+    "a merge": ("BASE LORA[:STRENGTH] …", "rank energy base dialect"),
+    "--loras-only": ("LORA[:STRENGTH] …", "undo float64"),
+    "--extract": ("BASE TUNED", "base undo float64 allow_unmatched lora_blocks"),
+    "--restore": (
+        "MERGED UNDO",
+        "rank energy base dialect undo float64 allow_unmatched lora_blocks dtype revision variant",
+    ),
+}
+
 MERGING = "merging into a base"
 of_merge = partial(setting, group=MERGING)
 of_other = partial(setting, group="instead of merging into a base")
@@ -60,28 +70,19 @@ class MergeConfig(VersionSettings):
     def problems(self) -> list[str]:
         chosen = [option(name) for name in ("loras_only", "extract", "restore") if getattr(self, name)]
         what = chosen[0] if chosen else "a merge"
-        needed = {"--loras-only": 1}.get(what, 2)
-        exact = what in ("--extract", "--restore")
+        takes, without_effect = USES[what]
         wrong = [f"{' and '.join(chosen)} cannot be combined"] if len(chosen) > 1 else []
-        if len(self.files) < needed or (exact and len(self.files) > 2):
-            names = {"--loras-only": "LORA[:STRENGTH] …", "--extract": "BASE TUNED", "--restore": "MERGED UNDO"}
-            wrong.append(
-                f"{what} takes {names.get(what, 'BASE LORA[:STRENGTH] …')}, not {' '.join(self.files) or 'nothing'}"
-            )
+        if len(self.files) < (1 if what == "--loras-only" else 2) or ("…" not in takes and len(self.files) > 2):
+            wrong.append(f"{what} takes {takes}, not {' '.join(self.files) or 'nothing'}")
         if self.output is None:
             wrong.append("--output is needed: the file or folder to write")
         if self.rank is not None and self.energy is not None:
             wrong.append("--rank and --energy cannot be combined")
         if what == "--extract" and self.rank is None and self.energy is None:
             wrong.append("--extract needs a --rank or an --energy")
-        only = {"rank": "--loras-only --extract", "energy": "--loras-only --extract", "base": "--loras-only"}
-        only |= {"undo": "a merge", "float64": "a merge"}
-        only |= dict.fromkeys(("allow_unmatched", "lora_blocks"), "a merge --loras-only")
-        only |= dict.fromkeys(("dtype", "revision", "variant"), "a merge --loras-only --extract")
-        wrong += [f"{option(k)} has no effect on {what}" for k, w in only.items() if getattr(self, k) and what not in w]
+        given = [name for name in without_effect.split() if getattr(self, name) != getattr(MergeConfig, name)]
+        wrong += [f"{option(name)} has no effect on {what}" for name in given]
         wrong += shared.wrong_blocks(self.lora_blocks)
         if self.dtype and self.undo:
             wrong.append("--undo and --dtype cannot be combined: --undo stores bytes of the original type")
-        if self.dialect != "diffusers" and what in ("a merge", "--restore"):
-            wrong.append(f"--dialect has no effect on {what}")
         return wrong

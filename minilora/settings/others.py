@@ -12,44 +12,41 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-RENAMED = {
-    "pretrained_model_name_or_path": "model",
-    **dict.fromkeys(("data_dir", "train_data_dir", "instance_data_dir", "dataset_name"), "data"),
-    "instance_prompt": "caption",
-    "class_data_dir": "class_data",
-    "num_class_images": "class_pictures",
-    "prior_loss_weight": "prior_weight",
-    "max_train_samples": "max_pictures",
-    "random_flip": "mirror",
-    "flip_aug": "mirror",
-    "enable_bucket": "buckets",
-    "caption_dropout_rate": "caption_dropout",
-    "network_dim": "rank",
-    "lora_alpha": "alpha",
-    "network_alpha": "alpha",
-    "network_weights": "init_from",
-    **dict.fromkeys(("n_epochs", "num_train_epochs", "max_train_epochs"), "epochs"),
-    "max_train_steps": "steps",
-    "unet_lr": "learning_rate",
-    "text_encoder_lr": "text_encoder_learning_rate",
-    **dict.fromkeys(("lr_scheduler", "lr_scheduler_name"), "lr_schedule"),
-    "lr_num_cycles": "lr_cycles",
-    "lr_scheduler_num_cycles": "lr_cycles",
-    "lr_scheduler_power": "lr_power",
-    "lr_warmup_steps": "warmup_steps",
-    "adam_weight_decay": "weight_decay",
-    "optimizer_type": "optimizer",
-    "min_snr_gamma": "snr_gamma",
-    "mixed_precision": "precision",
-    "train_batch_size": "micro_batch_size",
-    "output_dir": "output",
-    "checkpointing_steps": "checkpoint_every",
-    "save_every_n_steps": "checkpoint_every",
-    "checkpoints_total_limit": "checkpoints_kept",
-    "resume_from_checkpoint": "resume",
-    "validation_prompt": "sample_prompt",
-    "hub_model_id": "push_to_hub",
+_THEIRS = {  # our names, and theirs for the same setting
+    "model": "pretrained_model_name_or_path",
+    "data": "data_dir train_data_dir instance_data_dir dataset_name",
+    "caption": "instance_prompt",
+    "class_data": "class_data_dir",
+    "class_pictures": "num_class_images",
+    "prior_weight": "prior_loss_weight",
+    "max_pictures": "max_train_samples",
+    "mirror": "random_flip flip_aug",
+    "buckets": "enable_bucket",
+    "caption_dropout": "caption_dropout_rate",
+    "rank": "network_dim",
+    "alpha": "lora_alpha network_alpha",
+    "init_from": "network_weights",
+    "epochs": "n_epochs num_train_epochs max_train_epochs",
+    "steps": "max_train_steps",
+    "learning_rate": "unet_lr",
+    "text_encoder_learning_rate": "text_encoder_lr",
+    "lr_schedule": "lr_scheduler lr_scheduler_name",
+    "lr_cycles": "lr_num_cycles lr_scheduler_num_cycles",
+    "lr_power": "lr_scheduler_power",
+    "warmup_steps": "lr_warmup_steps",
+    "weight_decay": "adam_weight_decay",
+    "optimizer": "optimizer_type",
+    "snr_gamma": "min_snr_gamma",
+    "precision": "mixed_precision",
+    "micro_batch_size": "train_batch_size",
+    "output": "output_dir",
+    "checkpoint_every": "checkpointing_steps save_every_n_steps",
+    "checkpoints_kept": "checkpoints_total_limit",
+    "resume": "resume_from_checkpoint",
+    "sample_prompt": "validation_prompt",
+    "push_to_hub": "hub_model_id",
 }
+RENAMED = {theirs: ours for ours, names in _THEIRS.items() for theirs in names.split()}
 # Settings that belong together, or have another form here: `translated` reads these one by one.
 READ = {"gradient_accumulation_steps", "adam_beta1", "adam_beta2", "center_crop", "random_crop", "use_8bit_adam"}
 READ |= {"v_parameterization", "network_train_unet_only", "with_prior_preservation", "push_to_hub"}
@@ -98,31 +95,28 @@ def translated(values: Mapping[str, Any], ours: Collection[str]) -> tuple[dict[s
         else:
             wrong.append(f"{name} = {json.dumps(value, default=str)} has no counterpart, and may change what is learnt")
 
-    def first(*names: str, default: Any = None) -> Any:
-        return next((given[name] for name in names if name in given), default)
-
-    batch = [first("train_batch_size", default=1), first("gradient_accumulation_steps", default=1)]
+    batch = [given.get("train_batch_size", 1), given.get("gradient_accumulation_steps", 1)]
     if not all(type(number) is int and number > 0 for number in batch):
         wrong.append("train_batch_size and gradient_accumulation_steps should be whole numbers above 0")
-    elif {"train_batch_size", "gradient_accumulation_steps"} & {*given}:
+    elif {"train_batch_size", "gradient_accumulation_steps"} & given.keys():
         result["batch_size"] = math.prod(batch) * int(os.environ.get("WORLD_SIZE", "1"))
-    if {"adam_beta1", "adam_beta2"} & {*given}:
-        result["adam_betas"] = [first("adam_beta1", default=0.9), first("adam_beta2", default=0.999)]
-    if {"center_crop", "random_crop"} & {*given}:
-        result["crop"] = "center" if first("center_crop", default=not first("random_crop")) else "random"
-    if first("use_8bit_adam"):
+    if {"adam_beta1", "adam_beta2"} & given.keys():
+        result["adam_betas"] = [given.get("adam_beta1", 0.9), given.get("adam_beta2", 0.999)]
+    if {"center_crop", "random_crop"} & given.keys():
+        result["crop"] = "center" if given.get("center_crop", not given.get("random_crop")) else "random"
+    if given.get("use_8bit_adam"):
         result["optimizer"] = "adamw8bit"
-    if first("v_parameterization"):
+    if given.get("v_parameterization"):
         result["prediction_type"] = "v_prediction"
-    if {"network_module", "network_dim"} & {*given}:  # kohya's, with kohya's defaults
+    if {"network_module", "network_dim"} & given.keys():  # kohya's, with kohya's defaults
         result = {"rank": 4, "alpha": 1.0} | result
-        result["learning_rate"] = first("unet_lr", "learning_rate", default=2e-6)
-        result["train_text_encoder"] = not first("network_train_unet_only") and first("text_encoder_lr") != 0
+        result["learning_rate"] = given.get("unet_lr", given.get("learning_rate", 2e-6))
+        result["train_text_encoder"] = not given.get("network_train_unet_only") and given.get("text_encoder_lr") != 0
         if not result["train_text_encoder"]:
             result.pop("text_encoder_learning_rate", None)
-    if first("with_prior_preservation") is False:
+    if given.get("with_prior_preservation") is False:
         result = {name: value for name, value in result.items() if not name.startswith(("class_", "prior_"))}
-    if not first("push_to_hub"):
+    if not given.get("push_to_hub"):
         result.pop("push_to_hub", None)
     elif "push_to_hub" not in result:
         wrong.append("push_to_hub needs hub_model_id, as OWNER/NAME")
