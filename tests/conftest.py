@@ -19,7 +19,7 @@ from PIL import Image
 from stand_in import hub  # noqa: F401 (a fixture)
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from minilora.models.base import BUNDLED
+from minilora.settings.setting import BUNDLED
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -10,7 +10,7 @@ from helpers import ROOT, randomize
 
 from minilora import inject_lora, merge_lora
 from minilora.files.network import load_lora_state_dict, lora_state_dict
-from minilora.models.base import BUNDLED
+from minilora.settings.setting import BUNDLED
 
 sys.path.insert(0, str(ROOT / "docs" / "from_scratch"))
 sys.path.insert(0, str(ROOT / "benchmarks"))

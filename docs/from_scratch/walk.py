@@ -14,7 +14,8 @@ from unet import UNet
 from minilora.data.pictures import as_picture, as_tensor, crop_square, open_picture
 from minilora.data.sheet import save_picture, sheet
 from minilora.diffusion import add_noise, clean_and_noise
-from minilora.models.base import BUNDLED, Base
+from minilora.models.base import Base
+from minilora.settings.setting import BUNDLED
 
 TIMESTEPS = (200, 500, 800)  # of 1000: a little noise, much, hardly anything else
 BLOCKS = {  # what is shown of the U-Net: after which residual block

@@ -29,10 +29,11 @@ from minilora.data.sheet import sheet
 from minilora.files.network import load_lora
 from minilora.files.tensors import write_whole
 from minilora.lora import remove_lora
-from minilora.models.base import BUNDLED, Base
+from minilora.models.base import Base
 from minilora.models.device import CPU
 from minilora.sampling import draw, draw_each, merged_at
 from minilora.settings.sample import SampleConfig
+from minilora.settings.setting import BUNDLED
 from minilora.settings.train import TrainConfig
 from minilora.training import train
 

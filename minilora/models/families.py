@@ -15,7 +15,7 @@ from transformers import CLIPTokenizer
 
 from ..files.names import TEXT_ENCODER, TEXT_ENCODER_2, UNET, diffusers_unet_paths
 from ..settings.errors import UserError
-from .folder import SCHEDULER, VAE, Marks
+from .folder import SCHEDULER, VAE
 
 
 def _clip(width: int, layers: int, heads: int, activation: str, projection: int) -> dict:
@@ -51,14 +51,12 @@ NOISE_LEVELS: dict = {
 
 
 class Family:
-    """The settings of a base by the shapes of its single file, with the interface of a folder.
+    """The settings of a base by the shapes of its single file, asked for as those of a folder are.
 
     `shapes` are those of the tensors by key, `prediction_type` is what the U-Net predicts, if known.  Raises UserError,
     which begins with `title`, for shapes of no known family, and for a Stable Diffusion 2 if `prediction_type` is
     missing.
     """
-
-    marks, commit = Marks(), ""
 
     def __init__(self, shapes: Mapping[str, tuple[int, ...]], title: str, prediction_type: str | None = None):
         self.title = title

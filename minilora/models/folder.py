@@ -4,12 +4,8 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
-
-# Set before diffusers is imported: otherwise transformers warns about parts that are not used here.
-os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 import diffusers
 import torch
@@ -37,14 +33,6 @@ KINDS = {
 }
 
 
-@dataclass(frozen=True)
-class Marks:
-    """What marks in a base's file say, besides its settings: what its U-Net predicts, and whether ᾱ ends at 0."""
-
-    prediction_type: str | None = None
-    zero_terminal_snr: bool = False
-
-
 class Folder:
     """A diffusers folder or hub id; `title` is its name in messages.
 
@@ -52,7 +40,9 @@ class Folder:
     `variant` that of the weights, which is found if it is not given.
     """
 
-    marks = Marks()
+    # What marks say that only single files have: what the U-Net predicts, and whether ᾱ ends at 0.
+    marked_prediction_type: str | None = None
+    marked_zero_terminal_snr = False
 
     def __init__(
         self,
@@ -65,13 +55,13 @@ class Folder:
         self.name = name
         self.title = title
         self.subfolders = subfolders or {}
-        self.revision: dict = {"revision": revision} if revision else {}
+        self.revision = revision
         self.variant = variant
 
     def index(self) -> dict:
         """Return the content of model_index.json: the pipeline and its parts."""
         try:
-            return DiffusionPipeline.load_config(self.name, **self.revision)
+            return DiffusionPipeline.load_config(self.name, revision=self.revision)
         except Exception as error:  # as in loading
             raise UserError(
                 f"{self.title}: neither a diffusers folder (with model_index.json) nor a hub id that can be reached "
@@ -81,7 +71,7 @@ class Folder:
     def config(self, part: str) -> dict:
         """Return the settings of the U-Net, the VAE, a text encoder or the scheduler."""
         with loading(self.title, part):
-            where = {"subfolder": self._subfolder(part), **self.revision}
+            where = {"subfolder": self._subfolder(part), "revision": self.revision}
             if part in (UNET, VAE, SCHEDULER):
                 config = KINDS.get(part, DDIMScheduler).load_config(self.name, **where)
                 if not isinstance(config, dict):
@@ -92,15 +82,15 @@ class Folder:
 
     def tokenizer(self, part: str) -> CLIPTokenizer:
         with loading(self.title, part):
-            return CLIPTokenizer.from_pretrained(self.name, subfolder=self._subfolder(part), **self.revision)
+            return CLIPTokenizer.from_pretrained(self.name, subfolder=self._subfolder(part), revision=self.revision)
 
     def module(self, part: str, dtype: torch.dtype) -> nn.Module:
         """Load a part, with its numbers in `dtype`.  Raises UserError for weights that lack a tensor, by its name."""
+        options = {"subfolder": self._subfolder(part), "revision": self.revision, "torch_dtype": dtype}
+        options |= {"use_safetensors": True, "output_loading_info": True}
         # Without low_cpu_mem_usage=False, diffusers would use accelerate; transformers never does.
-        options: dict = {"low_cpu_mem_usage": False} if part in (UNET, VAE) else {}
-        options |= {"subfolder": self._subfolder(part), "torch_dtype": dtype, "output_loading_info": True}
-        options |= self.revision
-        kind = KINDS[part]
+        options |= {"low_cpu_mem_usage": False} if part in (UNET, VAE) else {}
+        load = partial(KINDS[part].from_pretrained, self.name, **options)
         with loading(self.title, part):
             variant = self._variant(part)
             refuse_more_than_memory(sum(file.numbers for file in self.files(part)), dtype.itemsize)
@@ -108,13 +98,13 @@ class Folder:
                 if any(Path(name).name != name for name in parse_json(index.read_bytes())["weight_map"].values()):
                     raise ValueError(f"{index.name} leads outside its folder")
             try:
-                module, about = kind.from_pretrained(self.name, variant=variant, use_safetensors=True, **options)
+                module, about = load(variant=variant)
             except OSError as error:
                 if Path(self.name).is_dir() or self.variant:
                     raise
                 variant = "fp16"  # the variants of a hub id are not known in advance
                 try:
-                    module, about = kind.from_pretrained(self.name, variant=variant, use_safetensors=True, **options)
+                    module, about = load(variant=variant)
                 except OSError:
                     raise error from None  # the first error says what is wrong
         if variant and not self.variant:
@@ -125,20 +115,19 @@ class Folder:
 
     def files(self, part: str) -> list[TensorFile]:
         """Return the files of a part's weights; none for a hub id."""
-        ending = f".{variant}" if (variant := self._variant(part)) else ""
-        inside = sorted(path for path in self._place(part).glob("*.safetensors") if variant_of(path) == ending[1:])
-        return [TensorFile(path) for path in inside]
+        variant = self._variant(part) or ""
+        inside = sorted(self._place(part).glob("*.safetensors"))
+        return [TensorFile(path) for path in inside if variant_of(path) == variant]
 
     @property
     def commit(self) -> str:
         """The name and commit of a hub id in the cache; "" for a folder, which is identified by its files."""
         if Path(self.name).is_dir():
             return ""
-        cached = [
-            try_to_load_from_cache(self.name, name, **self.revision) for name in ("model_index.json", "config.json")
-        ]
-        named = [self.name, *([self.variant] if self.variant else [])]
-        return "@".join([*named, *(Path(path).parent.name for path in cached if isinstance(path, str))])
+        files = ("model_index.json", "config.json")
+        cached = [try_to_load_from_cache(self.name, name, revision=self.revision) for name in files]
+        commits = [Path(path).parent.name for path in cached if isinstance(path, str)]
+        return "@".join(filter(None, [self.name, self.variant, *commits]))
 
     def _variant(self, part: str) -> str | None:
         """Return the variant of a part's weights to load: None, unless only variants exist."""

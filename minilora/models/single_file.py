@@ -25,7 +25,7 @@ from ..files.names import ORIGINAL_TEXT_ENCODERS, TEXT_ENCODER, TEXT_ENCODER_2, 
 from ..files.tensors import PICKLE_HELP, PICKLES, TensorFile, refuse_more_than_memory
 from ..settings.errors import UserError
 from .families import Family
-from .folder import KINDS, VAE, Folder, Marks, empty_module, loading, refuse_missing, warn_of_more
+from .folder import KINDS, VAE, Folder, empty_module, loading, refuse_missing, warn_of_more
 
 CALLED = {UNET: "U-Net", VAE: "VAE", TEXT_ENCODER: "text encoder", TEXT_ENCODER_2: "second text encoder"}
 EDM = {"edm_mean", "edm_std", "edm_vpred.sigma_max", "edm_vpred.sigma_min"}
@@ -86,6 +86,8 @@ class SingleFile:
     from `prediction_type`.  Raises UserError for an invalid safetensors file.
     """
 
+    commit = ""  # a file is identified by its content
+
     def __init__(
         self, name: str, title: str, configs: "Folder | SingleFile | Family | None", prediction_type: str | None = None
     ):
@@ -100,15 +102,12 @@ class SingleFile:
         self.title = title
         if marked := sorted(self.file.entries.keys() & EDM):
             raise UserError(f"{title}: {marked[0]} marks a base with the noise levels of EDM, which are not supported")
+        # Marks are empty tensors, as in ComfyUI and Forge, or kohya's metadata.
+        said = {"v": "v_prediction", "epsilon": "epsilon"}.get(self.file.metadata.get("modelspec.prediction_type"))
+        self.marked_prediction_type = "v_prediction" if "v_pred" in self.file.entries else said
+        self.marked_zero_terminal_snr = "ztsnr" in self.file.entries
         shapes = {key: entry.shape for key, entry in self.file.entries.items()}
-        self.configs = configs or Family(shapes, title, prediction_type or self.marks.prediction_type)
-
-    @property
-    def marks(self) -> Marks:
-        """The file's marks: empty tensors, as in ComfyUI and Forge, or kohya's metadata."""
-        entries, said = self.file.entries, self.file.metadata.get("modelspec.prediction_type")
-        kind = "v_prediction" if "v_pred" in entries else {"v": "v_prediction", "epsilon": "epsilon"}.get(said)
-        return Marks(kind, "ztsnr" in entries)
+        self.configs = configs or Family(shapes, title, prediction_type or self.marked_prediction_type)
 
     def index(self) -> dict:
         return self.configs.index()
@@ -126,12 +125,12 @@ class SingleFile:
         there = self.file.entries
         # Of all ways to name the tensors, the one that the file uses.
         prefix, found = max(ways(part, shapes), key=lambda way: sum(place.key in there for place in way[1].values()))
-        missing = {place.key for place in found.values()} - there.keys()
-        if missing.issuperset(place.key for place in found.values()):
+        used = {place.key for place in found.values()}
+        missing = used - there.keys()
+        if missing == used:
             hint = "; give one with --vae (folder, hub id or file)" if part == VAE else ""
             raise UserError(f"{self.title}: it holds no {CALLED[part]}{hint}")
         refuse_missing(self.title, part, missing)
-        used = {place.key for place in found.values()}
         beside = (key.removeprefix(prefix) for key in there if prefix and key.startswith(prefix) and key not in used)
         warn_of_more(self.title, part, [key for key in beside if not IDLE.search(key)])
         with loading(self.title, part):
@@ -144,8 +143,6 @@ class SingleFile:
             # A text encoder also has its positions, which are not in its state: transformers fills them in.
             about = {"config": empty.config, "state_dict": state, "torch_dtype": dtype}
             return KINDS[part].from_pretrained(None, use_safetensors=True, **about)
-
-    commit = ""  # a file is identified by its content
 
     def files(self, part: str) -> list[TensorFile]:
         return [self.file]

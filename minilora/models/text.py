@@ -1,4 +1,4 @@
-"""Text: prompts to tokens, tokens to the U-Net's conditioning, and training of the text encoders."""
+"""Text: tokens to the U-Net's conditioning, prompts that are too long, and training of the text encoders."""
 
 import sys
 from collections.abc import Iterable, Sequence
@@ -11,12 +11,6 @@ from transformers import CLIPTokenizer
 from ..diffusion import Conditioning
 from ..files.names import TEXT_ENCODER, TEXT_ENCODER_2, UNET
 from ..lora import inject_lora, lora_layers, remove_lora
-
-
-def tokenize(tokenizers: Sequence[CLIPTokenizer], prompt: str) -> torch.Tensor:
-    """Return the token ids of a prompt for each text encoder, (encoders, tokens)."""
-    options = {"padding": "max_length", "truncation": True, "return_tensors": "pt"}
-    return torch.cat([tokenizer(prompt, **options).input_ids for tokenizer in tokenizers])
 
 
 def encode_tokens(text_encoders: Sequence[nn.Module], tokens: torch.Tensor, sizes=None) -> Conditioning:
@@ -45,12 +39,11 @@ def warn_of_cuts(tokenizers: Sequence[CLIPTokenizer], texts: Iterable[str], what
     """Print one warning for all texts that are too long for a text encoder, with the words that it ignores."""
     if ends := [end for text in texts if (end := cut_off(tokenizers, text))]:
         shown = ends[0] if len(ends[0]) <= 60 else f"{ends[0][:60]}…"
-        these = f"{len(ends)} {what}s" if len(ends) > 1 else f"a {what}"
-        print(
-            f"warning: {these} {'are' if len(ends) > 1 else 'is'} too long for the text encoder, which ignores the "
-            f"end{', in the first of them' if len(ends) > 1 else ''}: “…{shown}”",
-            file=sys.stderr,
-        )
+        these, where = f"a {what} is", ""
+        if len(ends) > 1:
+            these, where = f"{len(ends)} {what}s are", ", in the first of them"
+        warning = f"{these} too long for the text encoder, which ignores the end{where}: “…{shown}”"
+        print(f"warning: {warning}", file=sys.stderr)
 
 
 # ------------------------------------------------------------------------- text encoders that are trained

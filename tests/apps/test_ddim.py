@@ -6,7 +6,8 @@ from diffusers import DDIMInverseScheduler, DDIMScheduler
 from helpers import CPU
 
 from minilora.apps.ddim import Levels, ddim_draw, ddim_invert, guided
-from minilora.models.base import BUNDLED, Base
+from minilora.models.base import Base
+from minilora.settings.setting import BUNDLED
 
 SETTINGS = [
     {"timestep_spacing": "leading", "steps_offset": 1, "set_alpha_to_one": False},  # Stable Diffusion's own

@@ -22,8 +22,8 @@ from minilora.files.number_types import EPSILON
 from minilora.files.read import FILE_NAME, Delta, FormatError, LoRA, read_lora
 from minilora.files.tensors import TensorFile, tensor_bytes
 from minilora.files.write import DIALECTS, as_kohya, difference, write_lora
-from minilora.models.base import BUNDLED
 from minilora.settings.errors import UserError
+from minilora.settings.setting import BUNDLED
 
 FAMILIES = ("sd1", "sd2", "sdxl")
 

@@ -11,9 +11,10 @@ from safetensors.torch import load_file, save_file
 from minilora import inject_lora, load_lora, lora_state_dict, merge_lora, save_lora
 from minilora.files.fold import fold
 from minilora.lora import lora_layers
-from minilora.models.base import BUNDLED, Base
+from minilora.models.base import Base
 from minilora.models.fingerprint import fingerprint
 from minilora.settings.errors import UserError
+from minilora.settings.setting import BUNDLED
 
 
 @pytest.fixture
