@@ -80,12 +80,12 @@ class DistillConfig(BaseSettings):
         steps = {"lcm": 500, "smooth": 150}.get(objective)
         return super().following(values) | {"output": f"out/{objective}", "train_steps": steps}
 
-    def problems(self) -> list[str]:
+    def problems(self, given: set[str]) -> list[str]:
         wrong = []
         if len(self.guidance) != 2 or not 1 <= self.guidance[0] <= self.guidance[-1] < math.inf:
             given = ",".join(map(str, self.guidance))
             wrong.append(f"--guidance is {given}; it takes the lowest, at least 1, and the highest number")
         other = {"lcm": "weight", "smooth": "skip"}.get(self.objective)
-        if other and getattr(self, other) is not None:
+        if other in given:
             wrong.append(f"--{other} has no effect on --objective {self.objective}")
         return wrong

@@ -55,7 +55,7 @@ class EvaluateConfig(BaseSettings):
     )
     precision: str = shared.precision()
 
-    def problems(self) -> list[str]:
+    def problems(self, given: set[str]) -> list[str]:
         if len(self.folders) != 2 and (self.folders or not self.drift):
             return [f"evaluate takes two folders, PICTURES REFERENCE, not {' '.join(self.folders) or 'nothing'}"]
         return []

@@ -67,7 +67,7 @@ class MergeConfig(VersionSettings):
     )
     dialect: str = of_other("diffusers", "dialect of the LoRA file to write", choices=("diffusers", "kohya", "peft"))
 
-    def problems(self) -> list[str]:
+    def problems(self, given: set[str]) -> list[str]:
         chosen = [option(name) for name in ("loras_only", "extract", "restore") if getattr(self, name)]
         what = chosen[0] if chosen else "a merge"
         takes, without_effect = USES[what]
@@ -80,8 +80,7 @@ class MergeConfig(VersionSettings):
             wrong.append("--rank and --energy cannot be combined")
         if what == "--extract" and self.rank is None and self.energy is None:
             wrong.append("--extract needs a --rank or an --energy")
-        given = [name for name in without_effect.split() if getattr(self, name) != getattr(MergeConfig, name)]
-        wrong += [f"{option(name)} has no effect on {what}" for name in given]
+        wrong += [f"{option(name)} has no effect on {what}" for name in without_effect.split() if name in given]
         wrong += shared.wrong_blocks(self.lora_blocks)
         if self.dtype and self.undo:
             wrong.append("--undo and --dtype cannot be combined: --undo stores bytes of the original type")

@@ -47,7 +47,7 @@ class MorphConfig(BaseSettings):
         """The folder for the LoRAs, the sheet and the figures."""
         return folder_for("morph", self.pictures)
 
-    def problems(self) -> list[str]:
+    def problems(self, given: set[str]) -> list[str]:
         wrong = [] if len(self.pictures) == 2 else [f"morph takes two pictures, not {len(self.pictures)}"]
         if self.prompt_a is None or self.prompt_b is None:
             wrong.append("--prompt-a and --prompt-b are needed: what the pictures show")

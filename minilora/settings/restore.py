@@ -49,7 +49,7 @@ class RestoreConfig(BaseSettings):
         names = values.get("picture", ())
         return super().following(values) | {"output": str(folder_for("restore", names[:1])) if names else None}
 
-    def problems(self) -> list[str]:
+    def problems(self, given: set[str]) -> list[str]:
         wrong = [] if len(self.picture) == 1 else [f"restore takes one picture, not {len(self.picture)}"]
         if self.prompt is None:
             wrong.append("--prompt is needed: what the picture shows")

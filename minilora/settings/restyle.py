@@ -57,7 +57,7 @@ class RestyleConfig(BaseSettings):
         names = values.get("data", ())
         return super().following(values) | {"output": str(folder_for("restyle", names[:1])) if names else None}
 
-    def problems(self) -> list[str]:
+    def problems(self, given: set[str]) -> list[str]:
         wrong = [] if len(self.data) == 1 else [f"restyle takes one picture or folder, not {len(self.data)}"]
         wrong += [] if self.lora else ["--lora is needed: the style"]
         if 0 < self.strength * self.steps < 1:

@@ -79,7 +79,7 @@ class SampleConfig(BaseSettings):
         basic=True,
     )
 
-    def problems(self) -> list[str]:
+    def problems(self, given: set[str]) -> list[str]:
         wrong = [] if self.prompt else ["--prompt is needed: what to draw, for example --prompt 'red apple'"]
         wrong += shared.wrong_blocks(self.lora_blocks)
         if self.grid and len(self.lora) != 2:

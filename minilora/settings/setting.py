@@ -9,7 +9,7 @@ import json
 import math
 import re
 import shlex
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -136,12 +136,12 @@ class Settings:
         defaults = {field.name: follows.get(field.name, field.default) for field in dataclasses.fields(self)}
         given = {name for name, default in defaults.items() if getattr(self, name) != default}
         problems = [problem for field in dataclasses.fields(self) for problem in self._problems_of(field, given)]
-        problems += self.problems()
+        problems += self.problems(given)
         if problems:
             raise UserError("; ".join(problems))
 
-    def _problems_of(self, field: dataclasses.Field, given: Collection[str]) -> list[str]:
-        """Check one setting against its declaration; `given` are the settings that differ from their defaults."""
+    def _problems_of(self, field: dataclasses.Field, given: set[str]) -> list[str]:
+        """Check one setting against its declaration."""
         value, about, name = getattr(self, field.name), field.metadata, option(field.name)
         values = () if value is None else value if isinstance(value, tuple) else (value,)
         wrong = []
@@ -178,8 +178,8 @@ class Settings:
             for name, default in defaults.items()
         }
 
-    def problems(self) -> list[str]:
-        """Return what is wrong with the settings beyond what their declarations say."""
+    def problems(self, given: set[str]) -> list[str]:
+        """Return what is wrong beyond what the declarations say; `given` are the settings that are not at a default."""
         return []
 
     def to_json(self) -> str:

@@ -72,8 +72,8 @@ class TrainConfig(OutputSettings, LossSettings, OptimizerSettings, LoraSettings,
         settings = {name: getattr(self, name) for name in names}
         return json.loads(json.dumps(settings))  # tuples become lists, as in a checkpoint
 
-    def problems(self) -> list[str]:
-        wrong = super().problems()
+    def problems(self, given: set[str]) -> list[str]:
+        wrong = super().problems(given)
         if self.compile and self.buckets:
             wrong.append("--compile and --buckets cannot be combined: compiling takes minutes for each size")
         return wrong

@@ -164,8 +164,8 @@ class DataSettings(Settings):
         """Whether every other training picture is a class picture; --preserve needs none."""
         return bool(self.class_prompt) and not self.preserve
 
-    def problems(self) -> list[str]:
-        wrong = super().problems()
+    def problems(self, given: set[str]) -> list[str]:
+        wrong = super().problems(given)
         wrong += [] if self.data else ["--data is needed: a folder of pictures, for example dataset/mountain"]
         wrong += [
             f"--data {path}: the weight {weight:g} is not a whole number of at least 1"
@@ -176,10 +176,9 @@ class DataSettings(Settings):
         if share is not None and not 0 < share < 1:
             wrong.append(f"--validation {self.validation}: there is no such folder, and a share is between 0 and 1")
         if self.preserve:
-            defaults = self.following(vars(self)) | {"prior_weight": 1.0}
+            why = "has no effect with --preserve, which needs no class pictures"
             names = ("class_data", "class_pictures", "prior_weight")
-            given = [name for name in names if getattr(self, name) != defaults.get(name)]
-            wrong += [f"{option(name)} has no effect with --preserve, which needs no class pictures" for name in given]
+            wrong += [f"{option(name)} {why}" for name in names if name in given]
         if self.variants and not (self.crop == "random" or any(getattr(self, name) for name in VARIED)):
             wrong.append(f"--variants has no effect without --crop random or one of {', '.join(map(option, VARIED))}")
         if self.keep_tags and not (self.shuffle_tags or self.tag_dropout):

@@ -62,8 +62,8 @@ class LoraSettings(BaseSettings):
         """Return --rank-for and --alpha-for as mappings, as `inject_lora` takes them."""
         return {"rank_for": shared.by_name(self.rank_for, int), "alpha_for": shared.by_name(self.alpha_for)}
 
-    def problems(self) -> list[str]:
-        wrong = super().problems()
+    def problems(self, given: set[str]) -> list[str]:
+        wrong = super().problems(given)
         wrong += [f"{option(name)} is empty" for name in ("targets", "text_encoder_targets") if not getattr(self, name)]
         for name, number, example in (
             ("rank_for", r"[1-9]\d*", "a rank, such as attn2=16"),
@@ -74,18 +74,12 @@ class LoraSettings(BaseSettings):
                 for text in getattr(self, name)
                 if not re.fullmatch(rf"[\w.]+={number}", text)
             ]
-        follows = self.following(vars(self) | {"rank": None})
-        defaults = {"rank": follows["rank"], "alpha": follows["alpha"]}
-        defaults |= {"targets": ("attention",), "rank_for": (), "alpha_for": ()}
-        given = [name for name, default in defaults.items() if getattr(self, name) != default]
+        of_new_lora = ("rank", "alpha", "targets", "rank_for", "alpha_for")
         if self.init_from:
             why = "has no effect with --init-from, which takes layers and ranks from the file"
-            wrong += [f"{option(name)} {why}" for name in given]
+            wrong += [f"{option(name)} {why}" for name in of_new_lora if name in given]
         if self.full:
-            given += [
-                name
-                for name in ("init_from", "dropout", "train_text_encoder", "also", "preserve")
-                if getattr(self, name)
-            ]
-            wrong += [f"{option(name)} has no effect with --full, which trains no LoRA" for name in given]
+            why = "has no effect with --full, which trains no LoRA"
+            names = (*of_new_lora, "init_from", "dropout", "train_text_encoder", "also", "preserve")
+            wrong += [f"{option(name)} {why}" for name in names if name in given]
         return wrong

@@ -34,8 +34,8 @@ class LossSettings(Settings):
         None, "timesteps to train on, FROM included and TO excluded: 0,500; if not given, all", "FROM,TO"
     )
 
-    def problems(self) -> list[str]:
-        wrong, range_ = super().problems(), self.timestep_range
+    def problems(self, given: set[str]) -> list[str]:
+        wrong, range_ = super().problems(given), self.timestep_range
         if range_ is not None and not (len(range_) == 2 and 0 <= range_[0] < range_[1]):
             given = ",".join(map(str, range_))
             wrong.append(f"--timestep-range is {given}; it takes two numbers, the lowest and one above the highest")

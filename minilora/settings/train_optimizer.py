@@ -69,20 +69,20 @@ class OptimizerSettings(Settings):
     )
     seed: int = of_training(0, "seed of every random draw", "SEED", SEED)
 
-    def problems(self) -> list[str]:
-        wrong = super().problems()
+    def problems(self, given: set[str]) -> list[str]:
+        wrong = super().problems(given)
         if self.warmup_steps > self.steps:
             wrong.append(
                 f"--warmup-steps is {self.warmup_steps} and --steps {self.steps}: the warm-up must not be longer than "
                 "the run"
             )
-        if self.epochs and self.steps != self.following(vars(self))["steps"]:
+        if self.epochs and "steps" in given:
             wrong.append("--epochs and --steps cannot be combined: both say how long the run is")
         if len(self.adam_betas) != 2 or not all(0 <= beta < 1 for beta in self.adam_betas):
             given = ",".join(map(str, self.adam_betas))
             wrong.append(f"--adam-betas is {given}; it takes two numbers, each at least 0 and below 1")
-        for name, schedule, none in (("lr_cycles", "cosine_with_restarts", 1), ("lr_power", "polynomial", 1.0)):
-            if getattr(self, name) != none and self.lr_schedule != schedule:
+        for name, schedule in (("lr_cycles", "cosine_with_restarts"), ("lr_power", "polynomial")):
+            if name in given and self.lr_schedule != schedule:
                 wrong.append(f"{option(name)} needs --lr-schedule {schedule}")
         if self.optimizer == "adamw8bit" and not is_installed("bitsandbytes"):
             wrong.append("--optimizer adamw8bit needs the package bitsandbytes; run: pip install -e '.[8bit]'")

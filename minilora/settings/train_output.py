@@ -63,8 +63,8 @@ class OutputSettings(Settings):
     push_to_hub: str | None = of_output(None, "Hugging Face hub repository to push the results to", "OWNER/NAME")
     wandb: str | None = of_output(None, "Weights & Biases project to also log to", "PROJECT")
 
-    def problems(self) -> list[str]:
-        wrong = super().problems()
+    def problems(self, given: set[str]) -> list[str]:
+        wrong = super().problems(given)
         if self.push_to_hub is not None and not re.fullmatch("[^/]+/[^/]+", self.push_to_hub):
             wrong.append(f"--push-to-hub is {self.push_to_hub!r}; it takes OWNER/NAME, the name of a repository")
         if self.wandb is not None and not is_installed("wandb"):
