@@ -107,11 +107,9 @@ class LoadedParts:
     @cached_property
     def vae(self) -> AutoencoderKL:
         vae: AutoencoderKL = self._load(VAE)
-        channels = self.parts.config(UNET).get("out_channels", 4)
-        if vae.config.latent_channels != channels:
-            what = (
-                f"its latents have {vae.config.latent_channels} channels, and those of --model {self.source} {channels}"
-            )
+        own, wanted = vae.config.latent_channels, self.parts.config(UNET).get("out_channels", 4)
+        if own != wanted:
+            what = f"its latents have {own} channels, and those of --model {self.source} {wanted}"
             raise UserError(f"{self.vae_parts.title}: {what}")
         return vae
 

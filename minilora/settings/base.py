@@ -9,7 +9,7 @@ The first of these that exists names a LoRA's base:
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -53,7 +53,7 @@ class BaseSettings(VersionSettings):
     @classmethod
     def following(cls, values: dict) -> dict:
         named = named_base(values.get("lora")) if values.get("model") is None else None
-        found = dict(named.settings) if named else {}
+        found = named.settings if named else {}
         return super().following(values | found) | found
 
     def base_settings(self) -> dict:
@@ -69,7 +69,7 @@ class NamedBase:
     """A base that a LoRA names; without settings it is the bundled one."""
 
     by: str  # what names it: "config.json of out/mountain"
-    settings: Mapping[str, Any] = field(default_factory=dict)  # the settings in HOW that differ from their defaults
+    settings: dict[str, Any]  # the settings in HOW that differ from their defaults
 
 
 def named_base(loras: str | Sequence[str] | None) -> NamedBase | None:
@@ -79,8 +79,8 @@ def named_base(loras: str | Sequence[str] | None) -> NamedBase | None:
     """
     for text in (loras,) if isinstance(loras, str) else loras or ():
         path, _ = path_and_number(text)
-        repo = hub_name(path)
-        for by, settings in _on_hub(repo[0]) if repo else _beside(Path(path)):
+        sources = [("the card", _on_hub(repo[0]))] if (repo := hub_name(path)) else _beside(Path(path))
+        for by, settings in sources:
             if settings is not None:
                 return NamedBase(f"{by} of {path}", settings)
     return None
@@ -100,15 +100,14 @@ def _beside(path: Path) -> Iterator[tuple[str, dict | None]]:
 
 
 @cache  # the page asks at every move of a slider
-def _on_hub(repo: str) -> tuple[tuple[str, dict | None]]:
+def _on_hub(repo: str) -> dict | None:
     from huggingface_hub import hf_hub_download, try_to_load_from_cache
 
     try:
         here = try_to_load_from_cache(repo, "README.md")
-        card = _card(Path(here if isinstance(here, str) else hf_hub_download(repo, "README.md")))
+        return _model(_card(Path(here if isinstance(here, str) else hf_hub_download(repo, "README.md"))))
     except Exception:  # no network, no card, no such repository, …
-        card = None
-    return (("the card", _model(card)),)
+        return None
 
 
 def _model(name: Any) -> dict | None:

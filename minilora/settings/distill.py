@@ -20,7 +20,6 @@ ALL_LAYERS = (
 class DistillConfig(BaseSettings):
     """Every setting of minilora.apps.distill."""
 
-    usage = ""
     examples = (
         "python -m minilora.apps.distill",
         "python -m minilora.apps.distill --objective smooth --output out/smooth",

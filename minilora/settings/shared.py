@@ -91,14 +91,9 @@ def by_name(texts: Sequence[str], kind: type = float) -> dict[str, Any]:
 def wrong_blocks(texts: Sequence[str]) -> list[str]:
     """Return what is wrong with --lora-blocks."""
     names = [text.partition("=")[0] for text in texts]
-    return [
-        *(
-            f"--lora-blocks {text}: it takes a block and a factor, as up=0.5"
-            for text in texts
-            if not re.fullmatch(r"[\w.]+=-?\d*\.?\d+", text)
-        ),
-        *(f"--lora-blocks names {name} twice" for name in dict.fromkeys(names) if names.count(name) > 1),
-    ]
+    bad = [text for text in texts if not re.fullmatch(r"[\w.]+=-?\d*\.?\d+", text)]
+    wrong = [f"--lora-blocks {text}: it takes a block and a factor, as up=0.5" for text in bad]
+    return wrong + [f"--lora-blocks names {name} twice" for name in dict.fromkeys(names) if names.count(name) > 1]
 
 
 def is_mask(path: Path) -> bool:
@@ -113,9 +108,10 @@ def hub_name(path: str | Path) -> tuple[str, str | None] | None:
     local), and weight files.
     """
     path = Path(path)
+    if not path.parts or path.exists() or Path(path.parts[0]).is_dir():
+        return None
     found = re.fullmatch(r"(\w[\w.-]*/[\w.-]+?)(?:/(.+\.safetensors))?", path.as_posix())
-    here = path.exists() or Path(path.parts[0]).is_dir() if path.parts else True
-    return None if here or not found or (not found[2] and path.suffix in WEIGHT_FILES) else (found[1], found[2])
+    return None if not found or (not found[2] and path.suffix in WEIGHT_FILES) else (found[1], found[2])
 
 
 def folder_for(application: str, names: Sequence[str]) -> Path:
