@@ -82,8 +82,8 @@ class DistillConfig(BaseSettings):
     def problems(self, given: set[str]) -> list[str]:
         wrong = []
         if len(self.guidance) != 2 or not 1 <= self.guidance[0] <= self.guidance[-1] < math.inf:
-            given = ",".join(map(str, self.guidance))
-            wrong.append(f"--guidance is {given}; it takes the lowest, at least 1, and the highest number")
+            typed = ",".join(map(str, self.guidance))
+            wrong.append(f"--guidance is {typed}; it takes the lowest, at least 1, and the highest number")
         other = {"lcm": "weight", "smooth": "skip"}.get(self.objective)
         if other in given:
             wrong.append(f"--{other} has no effect on --objective {self.objective}")

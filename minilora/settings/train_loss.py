@@ -37,6 +37,6 @@ class LossSettings(Settings):
     def problems(self, given: set[str]) -> list[str]:
         wrong, range_ = super().problems(given), self.timestep_range
         if range_ is not None and not (len(range_) == 2 and 0 <= range_[0] < range_[1]):
-            given = ",".join(map(str, range_))
-            wrong.append(f"--timestep-range is {given}; it takes two numbers, the lowest and one above the highest")
+            typed = ",".join(map(str, range_))
+            wrong.append(f"--timestep-range is {typed}; it takes two numbers, the lowest and one above the highest")
         return wrong

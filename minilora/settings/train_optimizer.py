@@ -79,8 +79,8 @@ class OptimizerSettings(Settings):
         if self.epochs and "steps" in given:
             wrong.append("--epochs and --steps cannot be combined: both say how long the run is")
         if len(self.adam_betas) != 2 or not all(0 <= beta < 1 for beta in self.adam_betas):
-            given = ",".join(map(str, self.adam_betas))
-            wrong.append(f"--adam-betas is {given}; it takes two numbers, each at least 0 and below 1")
+            typed = ",".join(map(str, self.adam_betas))
+            wrong.append(f"--adam-betas is {typed}; it takes two numbers, each at least 0 and below 1")
         for name, schedule in (("lr_cycles", "cosine_with_restarts"), ("lr_power", "polynomial")):
             if name in given and self.lr_schedule != schedule:
                 wrong.append(f"{option(name)} needs --lr-schedule {schedule}")
