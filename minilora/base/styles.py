@@ -19,7 +19,6 @@ from PIL import Image, ImageOps
 from minilora.data import draws
 from minilora.data.pictures import crop_square, open_picture
 from minilora.data.sheet import write_captions
-from minilora.settings.setting import BUNDLED
 
 from .command_line import command_line, refuse_missing
 from .pictures import SEED, SIZE, Thing, read_style, read_things
@@ -102,9 +101,8 @@ def subject_pictures(path: Path) -> list[tuple[Image.Image, Image.Image]]:
 
 
 def known_things() -> list[Thing]:
-    """Return the things that the bundled base has learnt, according to its captions.txt."""
-    known = set((BUNDLED / "captions.txt").read_text().splitlines())
-    return [thing for thing in read_things() if thing.names[0] in known]
+    """Return the things that the data sets and the figures show; the bundled base has learnt them, and others since."""
+    return read_things(240)
 
 
 def by_file(named: Sequence[Named]) -> dict[str, Named]:
