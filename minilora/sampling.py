@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import TypeVar
 
 import diffusers
 import numpy as np
@@ -28,6 +29,8 @@ from .models.text import warn_of_cuts
 from .settings.errors import UserError
 from .settings.sample import SAMPLERS, SampleConfig
 from .settings.shared import by_name, path_and_number
+
+T = TypeVar("T")  # a picture, or another thing that is drawn
 
 TOGETHER = 4  # pictures drawn in one pass; more are faster and need more memory
 
@@ -192,12 +195,17 @@ def load(config: SampleConfig) -> tuple[Base, dict[str, float]]:
     if config.compile:
         check_compiler(device)
     base = Base.of(config, device, config.precision)
-    print(f"base       {base.source}, {base.predicts}, {base.computes}")
-    size_of(base, config)  # refuses a wrong size before the U-Net is loaded
-    strengths = load_loras(base, config.lora, config.allow_unmatched)
+    strengths = prepare(base, config)
     if config.compile:
         base.unet.compile(**compile_options(device))
     return base, strengths
+
+
+def prepare(base: Base, config: SampleConfig) -> dict[str, float]:
+    """Put the LoRAs of `config` into a base; return their strengths by adapter name."""
+    print(f"base       {base.source}, {base.predicts}, {base.computes}")
+    size_of(base, config)  # refuses a wrong size before the U-Net is loaded
+    return load_loras(base, config.lora, config.allow_unmatched)
 
 
 def size_of(base: Base, config: SampleConfig) -> Size:
@@ -217,35 +225,59 @@ def draw_all(
     file.
     """
     size, drawing = size_of(base, config), config
+
+    def draw_pictures(seeds: Sequence[int]) -> list[list[Image.Image]]:
+        nonlocal drawing
+        rows = draw_each(base, config.prompt, seeds, size, drawing, on_step)
+        drawing = replace(config, compile=False)  # the U-Net is compiled now; the time is printed only once
+        return rows
+
+    rows, columns, labels = draw_rows(base, strengths, config, draw_pictures)
+    result = arrange(config, rows, columns, labels)
+    for picture in (result, *(picture for row in rows for picture in row)):
+        picture.info[SETTINGS] = config.to_json()
+    return result, rows
+
+
+def draw_rows(
+    base: Base,
+    strengths: dict[str, float],
+    config: SampleConfig,
+    draw_prompts: Callable[[Sequence[int]], list[list[T]]],
+) -> tuple[list[list[T]], list[str], list[str]]:
+    """Draw all that `config` asks for; return it in rows, with the labels of the columns and of the rows.
+
+    `draw_prompts` gets the seeds, and draws each prompt once for each, a row for each prompt.  It is called with the
+    LoRAs merged, once for each mixture of them.
+    """
     warn_of_cuts(base.tokenizers, dict.fromkeys((*config.prompt, config.negative)), "prompt")
     use_scheduler(base, config.scheduler)
     seeds = [config.seed + i for i in range(config.count)]
 
-    def draw_at(*factors: float) -> list[list[Image.Image]]:
+    def draw_at(*factors: float) -> list[list[T]]:
         """Draw every prompt with every seed, with the LoRAs merged at their strengths times these factors."""
-        nonlocal drawing
         at = {name: strengths[name] * factor for name, factor in zip(strengths, factors, strict=True)}
         with merged_at(base, at, by_name(config.lora_blocks)):
-            rows = draw_each(base, config.prompt, seeds, size, drawing, on_step)
-        drawing = replace(config, compile=False)  # the U-Net is compiled now; the time is printed only once
-        return rows
+            return draw_prompts(seeds)
 
     if config.strengths:
         columns = [[p for row in draw_at(*[factor] * len(strengths)) for p in row] for factor in config.strengths]
         rows = [list(row) for row in zip(*columns, strict=True)]
         labels = [f"{prompt}, seed {seed}" for prompt in config.prompt for seed in seeds]
-        result = sheet(rows, [f"strength {factor:g}" for factor in config.strengths], labels)
-    elif config.grid:
+        return rows, [f"strength {factor:g}" for factor in config.strengths], labels
+    if config.grid:
         first, second = (Path(path_and_number(text)[0]).name for text in config.lora)
         rows = [[draw_at(one, other)[0][0] for other in config.grid] for one in config.grid]
-        result = sheet(rows, [f"{second} {f:g}" for f in config.grid], [f"{first} {f:g}" for f in config.grid])
-    else:
-        rows = draw_at(*[1.0] * len(strengths))
-        single = len(rows) == len(seeds) == 1
-        result = rows[0][0] if single else sheet(rows, [f"seed {seed}" for seed in seeds], list(config.prompt))
-    for picture in (result, *(picture for row in rows for picture in row)):
-        picture.info[SETTINGS] = config.to_json()
-    return result, rows
+        return rows, [f"{second} {f:g}" for f in config.grid], [f"{first} {f:g}" for f in config.grid]
+    return draw_at(*[1.0] * len(strengths)), [f"seed {seed}" for seed in seeds], list(config.prompt)
+
+
+def arrange(
+    config: SampleConfig, rows: list[list[Image.Image]], columns: Sequence[str], labels: Sequence[str]
+) -> Image.Image:
+    """Return the pictures that `config` asks for on a sheet; a single picture as it is."""
+    compared = config.strengths or config.grid
+    return sheet(rows, columns, labels) if compared or len(config.prompt) * config.count > 1 else rows[0][0]
 
 
 def load_loras(base: Base, texts: Sequence[str], allow_unmatched: bool = False) -> dict[str, float]:

@@ -14,7 +14,7 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from diffusers import AutoencoderKL, DDIMScheduler, MotionAdapter, UNet2DConditionModel
 from PIL import Image
 from stand_in import hub  # noqa: F401 (a fixture)
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
@@ -160,6 +160,28 @@ def family_base(tmp_path_factory, tokenizer):
         return save_base(tmp_path_factory.mktemp("base"), tokenizer, unet, kind, prediction_type=prediction_type)
 
     return make
+
+
+def make_adapter(base: Path, **more) -> MotionAdapter:
+    """Make a motion adapter of random weights that fits a base."""
+    unet = json.loads((base / "unet" / "config.json").read_text())
+    torch.manual_seed(0)
+    shape = {
+        "block_out_channels": unet["block_out_channels"],
+        "motion_layers_per_block": unet["layers_per_block"],
+        "motion_norm_num_groups": unet["norm_num_groups"],
+        "motion_num_attention_heads": 2,
+        "motion_max_seq_length": 8,
+    }
+    return MotionAdapter(**shape | more)
+
+
+@pytest.fixture(scope="session")
+def motion_adapter(tmp_path_factory, tiny_base) -> Path:
+    """A folder with a motion adapter for the tiny base."""
+    folder = tmp_path_factory.mktemp("adapter")
+    make_adapter(tiny_base).save_pretrained(folder)
+    return folder
 
 
 def make_picture(seed: int, width: int = 24, height: int = 20) -> Image.Image:

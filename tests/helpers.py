@@ -13,6 +13,7 @@ from torch import nn
 
 from minilora import inject_lora, lora_parameters, save_lora
 from minilora.files import names
+from minilora.files.layout import Checkpoint
 from minilora.files.low_rank import Delta
 from minilora.files.number_types import narrow, widen
 from minilora.files.read import FILE_NAME, LoRA
@@ -64,6 +65,17 @@ def random_lora(modules, seed: int, share: float = 0.5, stored="F32", ranks=(1, 
             a, b = (widen(narrow(matrix, stored)) for matrix in (a, b))
             deltas[name] = Delta(a, b, float(random.choice([1.0, 0.5, 2.0, 0.3])), (stored, stored))
     return LoRA(deltas)
+
+
+def write_motion_lora(path: Path, adapter: Path) -> None:
+    """Write a LoRA of an adapter's attention by the names in guoyww/animatediff-motion-lora-… on the hub."""
+    attention = {name: shape for name, shape in Checkpoint(adapter).modules.items() if ".attn" in name}
+    tensors = {}
+    for name, delta in random_lora(attention, 2, share=1.0, ranks=(4, 5)).deltas.items():
+        start, _, leaf = name.removesuffix(".0").rpartition(".")
+        tensors[f"{start}.processor.{leaf}_lora.down.weight"] = torch.from_numpy(delta.A)
+        tensors[f"{start}.processor.{leaf}_lora.up.weight"] = torch.from_numpy(delta.B * np.float32(delta.scale))
+    save_file(tensors, path)
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:

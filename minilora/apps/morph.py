@@ -29,7 +29,6 @@ if __name__ == "__main__":  # before torch is imported, which takes seconds: --h
     command()
     raise SystemExit
 
-import io
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -38,14 +37,13 @@ import numpy as np
 import torch
 from PIL import Image
 
+from ..data.animation import animation_format, save_animation
 from ..data.pictures import as_picture
-from ..data.sheet import picture_format, save_picture, sheet
+from ..data.sheet import save_picture, sheet
 from ..files.network import load_lora
-from ..files.tensors import write_whole
 from ..lora import lora_disabled
 from ..models.base import Base
 from ..models.device import this_device
-from ..settings.errors import UserError
 from ..settings.morph import MorphConfig
 from .ddim import Levels, ddim_draw, ddim_invert
 from .likeness import distances, psnr, through_vae
@@ -156,14 +154,6 @@ def draw_frames(
 # ------------------------------------------------------------------------------------------- output
 
 
-def animation_format(path: Path) -> str:
-    """Return the format of an animation by its file's name; UserError if Pillow cannot animate it."""
-    name = picture_format(path)
-    if name not in Image.SAVE_ALL or name in ("PDF", "TIFF"):
-        raise UserError(f"--output {path}: {name} holds one picture; give a .gif, .webp or .png, or a folder")
-    return name
-
-
 def save_frames(frames: list[Image.Image], path: Path) -> None:
     """Write an animation that pauses at both ends, or, in a folder, one picture for each frame."""
     if not path.suffix:
@@ -172,9 +162,4 @@ def save_frames(frames: list[Image.Image], path: Path) -> None:
         return
     times = max(1, 256 // frames[0].width)  # small ones are enlarged
     large = [frame.resize([n * times for n in frame.size], Image.Resampling.BICUBIC) for frame in frames]
-    content, middle = io.BytesIO(), [80] * (len(frames) - 2)  # milliseconds
-    first, *others = large
-    first.save(
-        content, animation_format(path), save_all=True, append_images=others, duration=[600, *middle, 600], loop=0
-    )
-    write_whole(path, content.getvalue())
+    save_animation(large, path, [600, *[80] * (len(frames) - 2), 600])

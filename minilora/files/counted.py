@@ -81,7 +81,7 @@ def _orders(modules: Iterable[str], classes: Iterable[str]) -> list[list[str]]:
     owners: dict[str, dict[str, str]] = {}
     for name in modules:
         for leaf in leaves:
-            if name.endswith(f".{leaf}"):
+            if name.endswith(f".{leaf}") and ".motion_modules." not in name:
                 owners.setdefault(name.removesuffix(leaf), {})[leaf] = name
     orders = []
     for parts in _ORDERS:

@@ -1,7 +1,7 @@
 """A base on disk: its files, and where they hold the weight of each module.
 
 There are two layouts: a diffusers folder, with a sub-folder for each component, and the single file in which Stable
-Diffusion was published ("original").
+Diffusion was published ("original").  The folder of a motion adapter (AnimateDiff's) is a part of a U-Net.
 """
 
 from dataclasses import dataclass
@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from ..settings.errors import UserError
+from ..settings.strict_json import parse_json
 from .from_hub import base_path, variant_of
 from .names import COMPONENTS, UNET, diffusers_unet_paths, full_name, modules_of_original
 from .number_types import DTYPES, WEIGHTS, widen
@@ -93,17 +94,18 @@ class Checkpoint:
             write_whole(target / path, (self.path / path).read_bytes())
 
     def _look_through_folder(self) -> None:
+        depth = 1 if _is_motion_adapter(self.path) else 2
         for path in sorted(p.relative_to(self.path) for p in self.path.rglob("*") if p.is_file()):
             if any(part.startswith(".") or part == "__pycache__" for part in path.parts):
                 continue  # a cache or a repository, not the base
-            wanted = len(path.parts) == 2 and self.variant in (None, "", variant_of(path))
+            wanted = len(path.parts) == depth and self.variant in (None, "", variant_of(path))
             if path.suffix in (*PICKLES, ".msgpack", ".onnx", ".h5") or (path.suffix == ".safetensors" and not wanted):
                 self.left_out.append(path)
             elif path.suffix != ".safetensors":
                 self.others.append(path)
             else:
                 self.files[path] = TensorFile(self.path / path)
-                if (component := path.parts[0]) in COMPONENTS:
+                if (component := UNET if depth == 1 else path.parts[0]) in COMPONENTS:
                     for key, entry in self.files[path].entries.items():
                         self._add([full_name(component, key.removesuffix(".weight"))], path, key, entry)
 
@@ -129,3 +131,12 @@ class Checkpoint:
             shape = entry.shape[::-1] if transposed else (rows, *entry.shape[1:])
             place = Place(file, key, number * rows, shape, transposed)
             self.places.setdefault(name, []).append(place)
+
+
+def _is_motion_adapter(folder: Path) -> bool:
+    """Whether a folder is that of a motion adapter, by its settings."""
+    try:
+        config = parse_json((folder / "config.json").read_bytes())
+    except (OSError, ValueError):
+        return False
+    return isinstance(config, dict) and config.get("_class_name") == "MotionAdapter"

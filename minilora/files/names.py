@@ -231,6 +231,14 @@ def older_paths(path: str) -> list[str]:
     return []
 
 
+def motion_name(name: str) -> str:
+    """Return diffusers' name for AnimateDiff's own name of a motion module's layer; any other name unchanged."""
+    if ".temporal_transformer." not in name:
+        return name
+    name = name.replace(".temporal_transformer.", ".")
+    return name.replace(".attention_blocks.0.", ".attn1.").replace(".attention_blocks.1.", ".attn2.")
+
+
 def known_by(modules: Collection[str]) -> dict[str, set[str]]:
     """Return every name that LoRA files use for the modules, each with the full names it may mean."""
     originals = _originals(modules)

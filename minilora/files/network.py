@@ -25,7 +25,8 @@ def components(target) -> dict[str, nn.Module]:
     parts = {name: getattr(target, name, None) for name in COMPONENTS}
     if not isinstance(target, nn.Module) or parts[UNET] is not None:
         return {name: part for name, part in parts.items() if part is not None}
-    kinds = {"UNet2DConditionModel": UNET, "CLIPTextModel": TEXT_ENCODER, "CLIPTextModelWithProjection": TEXT_ENCODER_2}
+    kinds = {"UNet2DConditionModel": UNET, "UNetMotionModel": UNET}
+    kinds |= {"CLIPTextModel": TEXT_ENCODER, "CLIPTextModelWithProjection": TEXT_ENCODER_2}
     return {next((kinds[c.__name__] for c in type(target).__mro__ if c.__name__ in kinds), "model"): target}
 
 

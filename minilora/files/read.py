@@ -8,6 +8,7 @@ The dialects differ in names, and in where the scale is:
     ComfyUI        diffusion_model.input_blocks.….to_q and kohya's or PEFT's endings; the same for OneTrainer
     LyCORIS        lycoris_…_to_q and kohya's endings
     PEFT           adapter_model.safetensors, and the scale in adapter_config.json beside it
+    AnimateDiff    ….motion_modules.0.temporal_transformer.….attention_blocks.0.processor.to_q_lora.down.weight
     cloneofsimo    unet:7:down, unet:7:up, counted in the order of the modules; no scale (counted.py)
 
 Only LoRA is read; its relatives (LoHa, DoRA, …) are refused by name.  Sources: the code that writes these files in
@@ -36,6 +37,7 @@ from .names import (
     full_name,
     full_name_of_dotted,
     known_by,
+    motion_name,
     split,
 )
 from .number_types import NAMES, WEIGHTS, widen
@@ -166,6 +168,7 @@ def _gather(
         if part is None:
             problems.append(f"{key} is not a key of a LoRA")
             continue
+        name = motion_name(name)
         meant = _spelt_out(name) if known is None else known.get(name, set())
         if len(meant) > 1:
             problems.append(f"{key} may mean any of {', '.join(sorted(meant))}; put its component before its name")

@@ -12,6 +12,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from functools import cached_property
+from typing import Self
 
 import diffusers
 import torch
@@ -33,7 +34,7 @@ class Base(LoadedParts):
     """A base by name, as LoadedParts takes it: its parts, and what they make of pictures and prompts."""
 
     @classmethod
-    def of(cls, config, device: torch.device, precision: str = "fp32", loras: Sequence[str] = ()) -> "Base":
+    def of(cls, config, device: torch.device, precision: str = "fp32", loras: Sequence[str] = ()) -> Self:
         """Return the base that a command's settings name; print which one if a LoRA names it."""
         options = config.base_settings()
         name, settings = options.pop("model"), options.pop("model_config")

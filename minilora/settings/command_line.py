@@ -48,12 +48,17 @@ def _named(what):
     return getattr(importlib.import_module(f"minilora.{module}"), name)
 
 
-def _command(name: str, work: str, description: str) -> Callable[[], None]:
+def _command(name: str, work: str | Callable, description: str) -> Callable[[], None]:
     return partial(run, f"settings.{name}:{name.title()}Config", work, description)
 
 
+def _sample(config) -> None:
+    """Draw pictures or clips."""
+    _named("apps.motion:sample_clips" if config.motion else "sampling:sample")(config)
+
+
 train = _command("train", "training:train", "Train a LoRA on a folder of pictures.")
-sample = _command("sample", "sampling:sample", "Draw pictures with a base and any mix of LoRAs.")
+sample = _command("sample", _sample, "Draw pictures with a base and any mix of LoRAs.")
 merge = _command("merge", "merge:merge", "Fold LoRA files into a base; or merge, resize, convert and extract LoRAs.")
 restore = _command(
     "restore",

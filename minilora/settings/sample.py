@@ -54,6 +54,13 @@ class SampleConfig(BaseSettings):
         needs=("image", "the picture to repaint"),
     )
 
+    motion: str | None = of_model(
+        None,
+        "AnimateDiff motion adapter: diffusers folder or hub id; it draws clips instead of pictures",
+        "ADAPTER",
+    )
+    frames: int = of_pictures(16, "frames of a clip", "FRAMES", AT_LEAST_1, needs=("motion", "which draws clips"))
+
     model: str | None = shared.model_of_lora()
     lora: tuple[str, ...] = shared.lora()
     allow_unmatched: bool = of_model(False, "leave out keys and learnt words of a LoRA that have no place in the base")
@@ -74,7 +81,8 @@ class SampleConfig(BaseSettings):
 
     output: str = of_output(
         "out/sample.png",
-        "file to write, several pictures on one sheet; or folder for single pictures, with their prompts as captions",
+        "file to write, several pictures on one sheet; or folder for single pictures, with their prompts as captions; "
+        "of clips, a .gif, .webp or animated .png, or folder for a folder of frames each",
         "FILE|FOLDER",
         basic=True,
     )
@@ -97,6 +105,11 @@ class SampleConfig(BaseSettings):
             wrong.append(
                 f"--output {self.output}: --strengths and --grid write one picture; name a file, such as sheet.png"
             )
+        wrong += [
+            f"--motion and --{name} cannot be combined"
+            for name in ("image", "compile")
+            if self.motion and getattr(self, name)
+        ]
         if self.negative and self.guidance == 1:
             wrong.append("--negative has no effect at --guidance 1, which turns guidance off")
         return wrong

@@ -197,6 +197,8 @@ SHOWN = {  # which test shows what a setting does, but for the CHANGES of test_t
         "vae": "test_single_file.py::test_the_vae_is_taken_from_a_folder_or_a_file_of_a_base_or_of_its_own",
         "prediction_type": "test_single_file.py::test_the_option_overrules_a_mark_and_what_is_used_is_printed",
         "lora": "test_sampling.py::test_several_loras_add_up",
+        "motion": "test_motion.py::test_the_clip_is_the_one_diffusers_draws",
+        "frames": "test_motion.py::test_the_clip_is_the_one_diffusers_draws",
         "allow_unmatched": "test_sampling.py::test_a_word_that_does_not_fit_is_said_and_can_be_left_out",
         "strengths": "test_sampling.py::test_strengths_make_one_row_per_seed_and_one_column_per_strength",
         "lora_blocks": "test_sampling.py::test_drawn_with_blocks_is_drawn_on_the_base_merged_with_blocks",

@@ -113,7 +113,7 @@ class DrawTab:
             with gr.Column(scale=3):
                 self.loras, self.strengths = sliders(found["loras"], "draw")
                 self.model = base_chooser(found, first["model"], "draw")
-                without = ("prompt", "model", "lora", "strengths", "grid", "output", "compile")
+                without = ("prompt", "model", "lora", "strengths", "grid", "output", "compile", "motion", "frames")
                 self.fields = form(SampleConfig, without=without)
             with gr.Column(scale=4):
                 self._make_view()

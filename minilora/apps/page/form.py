@@ -132,7 +132,7 @@ class Folders:
         settings = read(cls, words, "")
         problems = []
         for field in dataclasses.fields(cls):
-            kinds = re.findall(r"\b(FOLDER|FILE|BASE|VAE|LORA|OUT)\b", field.metadata["metavar"])
+            kinds = re.findall(r"\b(FOLDER|FILE|BASE|VAE|LORA|ADAPTER|OUT)\b", field.metadata["metavar"])
             value = getattr(settings, field.name)
             if kinds and value != field.default:
                 hub = bool({"BASE", "VAE", "LORA"} & {*kinds}) or "hub id" in field.metadata["help"]
