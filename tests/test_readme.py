@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
-from helpers import ROOT
+from helpers import ROOT, write_motion_lora
 
 from minilora import remove_lora
 
@@ -22,6 +22,10 @@ README = (ROOT / "README.md").read_text()
 PAGES = {page.stem: page.read_text() for page in sorted((ROOT / "docs").glob("*.md"))}
 NOT_RUN = ("pip ", "pytest", "tensorboard ", "minilora-page")  # .ci/run does the first two; the others do not end
 HUB_ID_XL = "stabilityai/stable-diffusion-xl-base-1.0"
+MOTION = {  # on the hub: their stand-ins in the folder of a test
+    "guoyww/animatediff-motion-adapter-v1-5-2": "adapter",
+    "guoyww/animatediff-motion-lora-zoom-in": "zoom.safetensors",
+}
 HUB_ID = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 
 
@@ -34,6 +38,9 @@ def commands(text: str) -> list[str]:
 def small(command: str, tiny_base: Path, tiny_xl: str = "") -> str:
     """Make a command small: few steps, two processes, tiny bases on disk for those on the hub."""
     command = command.replace(HUB_ID, str(tiny_base)).replace(HUB_ID_XL, str(tiny_xl))
+    for name, stand_in in MOTION.items():
+        command = command.replace(name, stand_in)
+    command += " --frames 2" if "--motion" in command else ""
     command = command.replace("--nproc-per-node 8", "--nproc-per-node 2")
     command = re.sub(r"--(checkpoint|sample)-every \d+", r"--\1-every 1", command)
     if "train.py" in command:
@@ -163,10 +170,12 @@ def test_every_recipe_runs(command, folder, family_base):
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_every_command_of_a_page_runs(page, folder, tiny_base, family_base):
+def test_every_command_of_a_page_runs(page, folder, tiny_base, family_base, motion_adapter):
     for name in "ab":
         shutil.copy(ROOT / "dataset" / "mountain" / "mountain.jpg", folder / f"{name}.jpg")
     (folder / "prompts.txt").write_text("apple\nbanana\n")
+    shutil.copytree(motion_adapter, folder / "adapter")
+    write_motion_lora(folder / "zoom.safetensors", motion_adapter)
     for command in commands(PAGES[page].replace("minilora/base", str(tiny_base))):
         if not command.startswith(NOT_RUN):
             command = small(command, tiny_base, family_base("sdxl"))
