@@ -60,7 +60,7 @@ class MotionBase(Base):
             raise UserError(f"{title}: it holds a {kind} and should hold a MotionAdapter")
         with torch.device("meta"), loading(title, PART):
             theirs = MotionAdapter.from_config(config).config
-        ours = self.empty(UNET).config
+        ours: Any = self.empty(UNET).config
         if theirs.conv_in_channels:
             raise UserError(f"{title}: made for PIA, which also needs a picture; give one of AnimateDiff")
         for key, name in (
