@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 
 from minilora import load_lora, save_lora
 from minilora.apps.motion import draw_clip, draw_clips, sample_clips
+from minilora.files.counted import _orders
 from minilora.files.layout import Checkpoint
-from minilora.files.names import numbered
 from minilora.files.network import live_modules
 from minilora.files.read import read_lora
 from minilora.files.write import write_lora
@@ -217,8 +217,8 @@ def test_a_motion_lora_is_merged_with_others_and_into_an_adapter(
 def test_modules_that_are_only_counted_are_those_of_pictures(tiny_base, motion_adapter):
     pictures = Checkpoint(tiny_base).modules
     classes = ["CrossAttention", "Attention", "GEGLU"]
-    both = numbered([*Checkpoint(motion_adapter).modules, *pictures], "unet", classes)
-    assert both == numbered(pictures, "unet", classes)
+    both = _orders([*Checkpoint(motion_adapter).modules, *pictures], classes)
+    assert both == _orders(pictures, classes)
 
 
 # -------------------------------------------------------------------------------------------- mistakes
