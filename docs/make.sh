@@ -16,6 +16,9 @@ python sample.py --prompt "tomato" --prompt "heart" --prompt "mushroom" --lora o
 python -m minilora.apps.restore dataset/mountain/mountain.jpg --prompt "mountain" \
     --edit "volcano" --edit "night" --edit "sunrise over mountains"
 cp out/restore-mountain/restored.png $pictures/restore.png
+python -m minilora.apps.restore dataset/mountain/mountain.jpg --prompt "mountain" --edit "volcano" --edit "night" \
+    --edit "sunrise over mountains" --optimise-text --output out/imagic
+cp out/imagic/between.png $pictures/between.png
 
 # docs/morph.md
 python -m minilora.apps.morph dataset/mountain/mountain.jpg dataset/mountain_autumn/mountain_autumn.jpg \

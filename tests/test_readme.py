@@ -56,6 +56,7 @@ def small(command: str, tiny_base: Path, tiny_xl: str = "") -> str:
         command += " --steps 2"
         command += " --frames 3" if "morph" in command else ""
         command += "" if "restyle" in command else " --train-steps 2 --rank 2"
+        command += " --text-steps 2" if "--optimise-text" in command else ""
     return command
 
 

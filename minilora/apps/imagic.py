@@ -32,8 +32,7 @@ from ..settings.sample import SampleConfig
 from ..settings.train import TrainConfig
 from .likeness import encoder_features, pixels_of, pooled
 
-STEPS, BATCH = 100, 8  # of the embedding, and noises per step
-LEARNING_RATE = 2e-3
+BATCH, LEARNING_RATE = 8, 2e-3  # noises per step of the embedding, and its rate
 SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)  # η of the pictures on the way
 
 
@@ -41,10 +40,10 @@ def find_text(picture: torch.Tensor, config) -> torch.Tensor:
     """Return the embedding with which the base denoises the picture best, (1, tokens, width)."""
     base = Base.of(config, this_device(), config.precision)
     base.refuse_inpainting()
-    return optimized_text(base, base.encode_picture(picture)[0][None].to(base.device), config.prompt)
+    return optimized_text(base, base.encode_picture(picture)[0][None].to(base.device), config.prompt, config.text_steps)
 
 
-def optimized_text(base: Base, latents: torch.Tensor, prompt: str) -> torch.Tensor:
+def optimized_text(base: Base, latents: torch.Tensor, prompt: str, steps: int) -> torch.Tensor:
     """Return the embedding with which the base denoises a picture best, (1, tokens, width).
 
     `latents` is the picture, (1, channels, h, w).  Adam starts from the embedding of `prompt`.
@@ -52,7 +51,7 @@ def optimized_text(base: Base, latents: torch.Tensor, prompt: str) -> torch.Tens
     text = base.encode_text(prompt)[None].to(base.device).float().requires_grad_()  # (1, tokens, width)
     optimizer = torch.optim.Adam([text], LEARNING_RATE)
     base.unet.requires_grad_(False)
-    for step in tqdm(range(STEPS), desc="text", unit="step"):
+    for step in tqdm(range(steps), desc="text", unit="step"):
         positions = range(step * BATCH, (step + 1) * BATCH)
         noise = torch.stack([draws.gaussian(0, "text noise", p, tuple(latents.shape[1:])) for p in positions])
         times = [draws.integer(0, "text timestep", p, 0, len(base.schedule)) for p in positions]

@@ -42,6 +42,13 @@ class RestoreConfig(BaseSettings):
     steps: int = of_pictures(50, "DDIM steps from the picture to its noise, and again back", "STEPS", AT_LEAST_1)
     rank: int = of_lora(16, "rank of the trained LoRA", "RANK", AT_LEAST_1)
     train_steps: int = of_lora(ByBase(500, 400), "optimizer steps for the LoRA", "STEPS", AT_LEAST_1)
+    text_steps: int = of_lora(
+        100,
+        "optimizer steps for the caption's embedding",
+        "STEPS",
+        AT_LEAST_1,
+        needs=("optimise_text", "which adapts it"),
+    )
     precision: str = shared.precision()
 
     @classmethod

@@ -113,7 +113,7 @@ def test_what_was_learnt_before_by_the_same_settings_is_not_learnt_again(config,
 def test_the_optimized_text_describes_the_picture_better(config, two_pictures):
     base = Base(config.model, CPU)
     latents = base.encode_picture(see(Path(two_pictures[0]), config))[0][None]  # (1, channels, h, w)
-    found, given = imagic.optimized_text(base, latents, "red apple"), base.encode_text("red apple")[None]
+    found, given = imagic.optimized_text(base, latents, "red apple", 100), base.encode_text("red apple")[None]
     noise = torch.randn(64, *latents.shape[1:], generator=torch.Generator().manual_seed(0))
     times = torch.arange(64) * 1000 // 64
 
@@ -135,12 +135,11 @@ def test_training_with_the_captions_own_embedding_is_ordinary_training(config, t
     assert other.read_bytes() != ordinary.read_bytes()
 
 
-def test_pictures_on_the_way_from_the_optimized_text_to_the_edits(tiny_base, two_pictures, tmp_path, monkeypatch):
-    monkeypatch.setattr(imagic, "STEPS", 2)
+def test_pictures_on_the_way_from_the_optimized_text_to_the_edits(tiny_base, two_pictures, tmp_path):
     given = {"prompt": "red apple", "model": str(tiny_base), "steps": 2, "rank": 2, "train_steps": 2}
     given |= {"edit": ("a dog", "a cat"), "output": str(tmp_path / "out")}
     plain = restore(RestoreConfig((two_pictures[0],), **given))
-    figures = restore(RestoreConfig((two_pictures[0],), **given, optimise_text=True))
+    figures = restore(RestoreConfig((two_pictures[0],), **given, optimise_text=True, text_steps=2))
     assert set(plain) < set(figures)
     for edit in given["edit"]:
         for share in ("0%", "25%", "50%", "75%", "100%"):
