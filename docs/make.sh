@@ -39,11 +39,10 @@ python sample.py --prompt "mountain" --lora out/mountain --lora out/cyanotype --
 python docs/from_scratch/walk.py dataset/mountain/mountain.jpg --prompt mountain --output $pictures/from_scratch.png
 
 # docs/distill.md
-torchrun train.py --data dataset/fluent
 python -m minilora.apps.distill
 cp out/lcm/lcm.png $pictures/lcm.png
-python sample.py --prompt "tomato" --prompt "smile" --prompt "sunflower" --count 4 --lora out/lcm \
-    --lora out/fluent:0.8 --scheduler lcm --steps 4 --guidance 1 --output $pictures/lcm_fluent.png
+python sample.py --prompt "tomato" --prompt "heart" --prompt "umbrella" --count 4 --lora out/lcm \
+    --lora out/cyanotype --scheduler lcm --steps 4 --guidance 1 --output $pictures/lcm_style.png
 python -m minilora.apps.distill --objective smooth --data out/lcm/pictures
 cp out/smooth/smooth.png $pictures/smooth.png
 
