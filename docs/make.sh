@@ -8,8 +8,8 @@ pictures=docs/pictures
 # README
 torchrun train.py --data dataset/mountain
 cp out/mountain/samples/before_after.png $pictures/mountain.png
-torchrun train.py --data dataset/cyanotype
-python sample.py --prompt "tomato" --prompt "heart" --prompt "mushroom" --lora out/cyanotype \
+torchrun train.py --data dataset/cyanotype --targets attention+ff --learning-rate 4e-3
+python sample.py --prompt "heart" --prompt "guitar" --prompt "mushroom" --lora out/cyanotype \
     --strengths 0,0.25,0.5,0.75,1 --output $pictures/cyanotype.png
 
 # docs/restore.md
@@ -26,10 +26,10 @@ python -m minilora.apps.morph dataset/mountain/mountain.jpg dataset/mountain_aut
 cp out/morph-mountain-mountain_autumn/morph.{gif,png} $pictures/
 
 # docs/restyle.md
-python sample.py --prompt "apple" --prompt "dog" --prompt "cat" --prompt "house" --prompt "car" --prompt "rocket" \
-    --prompt "mushroom" --prompt "guitar" --prompt "heart" --prompt "penguin" --prompt "tulip" --prompt "hamburger" \
+python sample.py --prompt "heart" --prompt "guitar" --prompt "cat" --prompt "dog" --prompt "mushroom" --prompt "house" \
+    --prompt "car" --prompt "rocket" --prompt "penguin" --prompt "tulip" --prompt "apple" --prompt "hamburger" \
     --count 2 --output out/things
-python -m minilora.apps.restyle out/things --lora out/cyanotype --strengths 0,0.25,0.5,0.75,1 --strength 0.6 \
+python -m minilora.apps.restyle out/things --lora out/cyanotype --strengths 0,0.25,0.5,0.75,1 --strength 0.8 \
     --style dataset/cyanotype
 cp out/restyle-things/restyled.png $pictures/restyle.png
 python sample.py --prompt "mountain" --lora out/mountain --lora out/cyanotype --grid 0,0.25,0.5,0.75,1 \
@@ -39,32 +39,20 @@ python sample.py --prompt "mountain" --lora out/mountain --lora out/cyanotype --
 python docs/from_scratch/walk.py dataset/mountain/mountain.jpg --prompt mountain --output $pictures/from_scratch.png
 
 # docs/distill.md
+python train.py --data dataset/cyanotype --output out/steps_400
 python -m minilora.apps.distill
 cp out/lcm/lcm.png $pictures/lcm.png
 python sample.py --prompt "tomato" --prompt "heart" --prompt "umbrella" --count 4 --lora out/lcm \
-    --lora out/cyanotype --scheduler lcm --steps 4 --guidance 1 --output $pictures/lcm_style.png
+    --lora out/steps_400 --scheduler lcm --steps 4 --guidance 1 --output $pictures/lcm_style.png
 python -m minilora.apps.distill --objective smooth --data out/lcm/pictures
 cp out/smooth/smooth.png $pictures/smooth.png
 
-# docs/your_pictures.md: too few, enough and too many steps; with and without masks
-for steps in 25 400 1600; do
+# docs/your_pictures.md: too few, enough and too many steps
+for steps in 25 1600; do  # out/steps_400 is above
     python train.py --data dataset/cyanotype --steps $steps --output out/steps_$steps
 done
 python docs/side_by_side.py --prompt "dog" --prompt "tomato" --prompt "guitar" --lora "25 steps" out/steps_25 \
     --lora "400 steps" out/steps_400 --lora "1,600 steps" out/steps_1600 --output $pictures/steps.png
-python train.py --data dataset/robot --outside 1 --output out/whole
-python train.py --data dataset/robot --output out/robot
-python docs/side_by_side.py --prompt "sks robot" --count 3 --lora "whole pictures" out/whole --lora "masks" out/robot \
-    --output $pictures/masks.png
-
-# docs/recipes.md: the style only with its trigger; one photograph in variants
-python train.py --data dataset/cyanotype --trigger sks --output out/trigger
-python train.py --data dataset/cyanotype --trigger sks --preserve 1 --output out/preserve
-python docs/side_by_side.py --prompt "dog" --prompt "sks dog" --prompt "guitar" --prompt "sks guitar" \
-    --lora "--trigger" out/trigger --lora "--preserve 1" out/preserve --output $pictures/preserve.png
-python train.py --data dataset/mountain --crop random --variants 8 --output out/variants
-python docs/side_by_side.py --prompt "mountain" --count 3 --lora "one crop" out/mountain \
-    --lora "--variants 8" out/variants --output $pictures/variants.png
 
 # docs/page.md
 python docs/screenshots.py
