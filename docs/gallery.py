@@ -60,6 +60,13 @@ SHOWS = [
         {"--x": "what is shown"},
     ),
     Show(
+        "An edit, step by step",
+        "The text goes from the one that describes the picture best to that of the edit.",
+        "restore.md",
+        "between.png",
+        {"--x": "how much of the edit"},
+    ),
+    Show(
         "Morph between two pictures",
         "Noise, text and ΔW are mixed; three ways of doing it.",
         "morph.md",
@@ -86,13 +93,6 @@ SHOWS = [
         "distill.md",
         "lcm.png",
         {"--y": "drawn by"},
-    ),
-    Show(
-        "Pictures that change as evenly as their noise",
-        "A third objective: Smooth Diffusion. Go from one noise to another, without and with the LoRA.",
-        "distill.md",
-        "smooth.png",
-        {"--x": "place on the way"},
     ),
 ]
 

@@ -45,7 +45,6 @@ cp out/lcm/lcm.png $pictures/lcm.png
 python sample.py --prompt "tomato" --prompt "heart" --prompt "umbrella" --count 4 --lora out/lcm \
     --lora out/steps_400 --scheduler lcm --steps 4 --guidance 1 --output $pictures/lcm_style.png
 python -m minilora.apps.distill --objective smooth --data out/lcm/pictures
-cp out/smooth/smooth.png $pictures/smooth.png
 
 # docs/your_pictures.md: too few, enough and too many steps
 for steps in 25 1600; do  # out/steps_400 is above

@@ -85,7 +85,7 @@ def on_the_way(base: Base, picture: torch.Tensor, edit: str, row: Sequence[Image
     figures, seen = {}, pooled(encoder_features(base, pixels_of(row)))  # (shares, width)
     ends = {
         "likeness to the picture": pooled(encoder_features(base, picture[None])),  # (1, width)
-        f"likeness to what the base draws for {edit!r}": pooled(encoder_features(base, pixels_of(drawn))).mean(0)[None],
+        "likeness to what the base draws for the edit": pooled(encoder_features(base, pixels_of(drawn))).mean(0)[None],
     }
     for what, end in ends.items():
         for share, cosine in zip(SHARES, torch.cosine_similarity(seen, end).tolist(), strict=True):
