@@ -129,6 +129,8 @@ def _read_tensors(path: Path) -> tuple[Tensors, dict[str, str]]:
         file = TensorFile(path)
         refuse_more_than_memory(file.numbers, 8)  # bytes: as stored, and in float32
         return {key: file.read(key) for key in sorted(file.entries)}, file.metadata
+    except FileNotFoundError as error:
+        raise FormatError(f"{path}: there is no such file or folder") from error
     except (OSError, UserError) as error:
         reason = str(error).removeprefix(f"{path}: ")
         raise FormatError(f"{path}: not a safetensors file that can be read ({reason})") from error

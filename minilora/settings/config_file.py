@@ -21,6 +21,8 @@ def read_file(cls: type[Settings], path: Path) -> dict:
     reads = tomllib.loads if path.suffix == ".toml" else parse_json
     try:
         values = reads(path.read_text(encoding="utf-8-sig"))
+    except FileNotFoundError as error:
+        raise UserError(f"--config {path}: there is no such file") from error
     except (OSError, ValueError) as error:
         raise UserError(f"--config {path}: {error}") from error
     if not isinstance(values, dict):

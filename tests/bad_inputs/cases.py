@@ -369,7 +369,7 @@ def config(place: Place, content: bytes | str | None) -> list[str]:
 
 
 CONFIGS = [
-    ("is not there", None, "c.json: [Errno 2] No such file or directory"),
+    ("is not there", None, "c.json: there is no such file"),
     ("is empty", "", "c.json: Expecting value"),
     ("is not JSON", "{rank: 8}", "c.json: Expecting property name"),
     ("is cut off", '{"rank": 8', "c.json: Expecting ',' delimiter"),

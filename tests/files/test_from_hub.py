@@ -76,7 +76,7 @@ def test_what_cannot_be_had_from_the_hub_is_said(hub, tmp_path):
         "someone/several": "it has 2 .safetensors files; name one, for example someone/several/a.safetensors",
         "someone/none": "LoRA someone/none: it has no .safetensors file of a LoRA",
         "someone/none/b.safetensors": "LoRA someone/none/b.safetensors: there is no such file or folder, and the hub",
-        "here.safetensors": "here.safetensors: not a safetensors file that can be read",
+        "here.safetensors": "here.safetensors: there is no such file or folder",
         "folder/here.bin": "folder/here.bin: a pickle, which can run code",
     }.items():
         with pytest.raises(UserError, match=re.escape(said)) as error:
