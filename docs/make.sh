@@ -47,11 +47,11 @@ python sample.py --prompt "tomato" --prompt "heart" --prompt "umbrella" --count 
 python -m minilora.apps.distill --objective smooth --data out/lcm/pictures
 
 # docs/your_pictures.md: too few, enough and too many steps
-for steps in 25 1600; do  # out/steps_400 is above
-    python train.py --data dataset/cyanotype --steps $steps --output out/steps_$steps
+for steps in 25 100; do
+    python train.py --data dataset/mountain --steps $steps --output out/steps_$steps
 done
-python docs/side_by_side.py --prompt "dog" --prompt "tomato" --prompt "guitar" --lora "25 steps" out/steps_25 \
-    --lora "400 steps" out/steps_400 --lora "1,600 steps" out/steps_1600 --output $pictures/steps.png
+python docs/side_by_side.py --prompt "mountain" --prompt "house" --prompt "cat" --lora "25 steps" out/steps_25 \
+    --lora "100 steps" out/steps_100 --lora "400 steps" out/mountain --output $pictures/steps.png
 
 # docs/page.md
 python docs/screenshots.py
