@@ -310,7 +310,7 @@ def test_a_lora_for_another_base_is_refused_with_keys_and_shapes(command, lora, 
     [
         ({"size": (20,)}, "--size is 20x20; this base needs multiples of 8"),
         ({"size": (24, 20)}, "--size is 24x20; this base needs multiples of 8"),
-        ({"lora": ("nowhere",)}, "nowhere: not a safetensors file"),
+        ({"lora": ("nowhere",)}, "nowhere: there is no such file or folder"),
         ({"lora": ("x.pt",)}, "a pickle, which can run code"),
         ({"output": "out/picture.xyz"}, "needs a picture's extension"),
         ({"model": "nowhere"}, "nowhere: neither a diffusers folder"),

@@ -736,7 +736,7 @@ LORAS = [
     ("has an alpha that is a text", of({}, {"lora_adapter_metadata": '{"unet.lora_alpha": "8"}'}), "is '8'"),
     ("is a pickle (.pt)", pickled, "a pickle, which can run code when it is opened, is not read"),
     ("is missing, but a pickle of the same name is there", pickle_beside, "a pickle, which can run code"),
-    ("is not there", lambda place: place.folder / "gone.safetensors", "gone.safetensors: not a safetensors file"),
+    ("is not there", lambda place: place.folder / "gone.safetensors", "gone.safetensors: there is no such file"),
     ("is a folder without a LoRA", folder_without, "it holds neither pytorch_lora_weights.safetensors nor"),
     ("is a PEFT folder whose settings are no JSON", partial(peft_folder, text="{"), "adapter_config.json: Expecting"),
     ("is a PEFT folder whose settings are a list", partial(peft_folder, text="[]"), "settings are not a JSON object"),

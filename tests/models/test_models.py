@@ -190,9 +190,10 @@ def test_a_base_with_loras_is_the_one_that_they_were_merged_into(family, family_
 
 def test_files_that_cannot_be_read_are_named(tmp_path):
     (tmp_path / "text.safetensors").write_text("no")
-    for name in ("text.safetensors", "gone.safetensors"):
-        with pytest.raises(UserError, match=rf"{name}: not a safetensors file"):
-            load_lora(make_tiny_unet(), tmp_path / name)
+    wrong = {"text": "not a safetensors file", "gone": "there is no such file or folder"}
+    for name, said in wrong.items():
+        with pytest.raises(UserError, match=rf"{name}\.safetensors: {said}"):
+            load_lora(make_tiny_unet(), tmp_path / f"{name}.safetensors")
 
 
 def test_a_base_that_is_not_there_is_named(tmp_path):
