@@ -50,7 +50,6 @@ def optimized_text(base: Base, latents: torch.Tensor, prompt: str, steps: int) -
     """
     text = base.encode_text(prompt)[None].to(base.device).float().requires_grad_()  # (1, tokens, width)
     optimizer = torch.optim.Adam([text], LEARNING_RATE)
-    base.unet.requires_grad_(False)
     for step in tqdm(range(steps), desc="text", unit="step"):
         positions = range(step * BATCH, (step + 1) * BATCH)
         noise = torch.stack([draws.gaussian(0, "text noise", p, tuple(latents.shape[1:])) for p in positions])
@@ -78,10 +77,10 @@ class WithText(Denoising):
         return super().loss(network, replace(batch, conditioning=Conditioning(text)), schedule, config)
 
 
-def on_the_way(base: Base, picture: torch.Tensor, edit: str, row: Sequence[Image.Image]) -> dict[str, float]:
+def on_the_way(base: Base, picture: torch.Tensor, edit: str, row: Sequence[Image.Image], config) -> dict[str, float]:
     """Return how far the pictures on the way to an edit are from the picture, and from what the base draws for it."""
     with lora_disabled(base.unet):
-        drawn = draw(base, edit, range(4), base.resolution, SampleConfig(prompt=(edit,)))
+        drawn = draw(base, edit, range(4), base.resolution, SampleConfig(prompt=(edit,), model=config.model))
     figures, seen = {}, pooled(encoder_features(base, pixels_of(row)))  # (shares, width)
     ends = {
         "likeness to the picture": pooled(encoder_features(base, picture[None])),  # (1, width)

@@ -66,10 +66,11 @@ def restore(config: RestoreConfig) -> dict[str, float]:
         restored = ddim_draw(predict, ddim_invert(predict, latents, levels), levels)
         set_lora_strength(base.unet, config.strength)
         noise = ddim_invert(predict, latents, levels)
-        edited = [draw_edit(edit) for edit in edits]
-        between = [[draw_edit(text.lerp(edit, share)) for share in SHARES] for edit in edits if config.optimise_text]
+        shares = SHARES if config.optimise_text else SHARES[-1:]
+        between = [[draw_edit(text.lerp(edit, share)) for share in shares] for edit in edits]  # the last is the edit
 
-    pixels = [base.decode_latents(x)[0] for x in (latents, without, restored, *edited)]  # (3, h, w) each
+    ends = [row[-1] for row in between]
+    pixels = [base.decode_latents(x)[0] for x in (latents, without, restored, *ends)]  # (3, h, w) each
     names = ["the picture", "only through the VAE", "restored by the base", "with the LoRA", *config.edit]
     row = [as_picture(p) for p in (picture, *pixels)]
     save_picture(sheet([row], names, [path.stem]), output / "restored.png")
@@ -80,13 +81,13 @@ def restore(config: RestoreConfig) -> dict[str, float]:
         "error of the latents there and back by the base, relative": relative_error(without, latents),
         "error of the latents there and back with the LoRA, relative": relative_error(restored, latents),
     }
-    if between:
+    if config.optimise_text:
         rows = [[as_picture(base.decode_latents(x)[0]) for x in row] for row in between]
         columns = [f"{share:.0%} of the edit" for share in SHARES]
         save_picture(sheet(rows, columns, list(config.edit)), output / "between.png")
         print(f"wrote {output / 'between.png'}")
         for edit, row in zip(config.edit, rows, strict=True):
-            figures |= on_the_way(base, picture, edit, row)
+            figures |= on_the_way(base, picture, edit, row, config)
     write_figures(output, figures)
     print(f"wrote {output / 'restored.png'}")
     return figures
