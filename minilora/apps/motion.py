@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 
 from ..data.animation import animation_format, save_animation
-from ..data.sheet import SETTINGS, save_picture
+from ..data.sheet import SETTINGS, refuse_others, save_picture
 from ..models.device import this_device
 from ..models.motion import MotionBase
 from ..sampling import arrange, draw_rows, prepare, size_of
@@ -38,8 +38,10 @@ def sample_clips(config: SampleConfig) -> Path:
     names = [f"{clip:04d}/{frame:04d}.png" for clip in range(1, count + 1) for frame in range(1, config.frames + 1)]
     if path.suffix:
         animation_format(path)  # both before the work, not after it
-    elif others := {file.relative_to(path).as_posix() for file in path.rglob("*") if file.is_file()} - {*names}:
-        raise UserError(f"--output {path}: {min(others)} already exists there; choose another folder, or delete it")
+    else:
+        refuse_others(
+            path, {file.relative_to(path).as_posix() for file in path.rglob("*") if file.is_file()} - {*names}
+        )
     base = MotionBase.of(config, this_device(), config.precision)
     frames, clips = draw_clips(base, prepare(base, config), config)
     if path.suffix:

@@ -52,10 +52,14 @@ def save_picture(picture: Image.Image, path: Path) -> None:
 def numbered_in(folder: Path, count: int) -> list[str]:
     """Return names for `count` pictures; UserError if the folder has other files, which would have no captions."""
     names = [f"{number:04d}.png" for number in range(1, count + 1)]
-    others = {path.name for path in folder.glob("*")} - {*names, "metadata.jsonl"}
+    refuse_others(folder, {path.name for path in folder.glob("*")} - {*names, "metadata.jsonl"})
+    return names
+
+
+def refuse_others(folder: Path, others: set[str]) -> None:
+    """Raise UserError if there are other files in a folder that is to be written."""
     if others:
         raise UserError(f"--output {folder}: {min(others)} already exists there; choose another folder, or delete it")
-    return names
 
 
 def write_captions(folder: Path, names: Sequence[str], captions: Sequence[str | Sequence[str]]) -> None:
