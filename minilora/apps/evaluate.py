@@ -26,6 +26,7 @@ captions.  Four things are measured, with the base's own features unless --featu
 4. With --drift, how far the LoRA moves pictures that it should leave alone: PROMPTS are drawn without and with it, from
    the same seeds, and the drift is 1 − the mean cosine between the features of each pair.  (The VAE's features are
    first centred on those without the LoRA and divided by their spread; otherwise all pictures would look alike.)
+   With PICTURES and REFERENCE, the likeness of the two by the same features is printed, too.
 
 Source: Yoon et al., "Diffusion probabilistic models generalize when they fail to memorize", 2023 (the third).
 """
@@ -77,15 +78,23 @@ def evaluate(config: EvaluateConfig) -> dict[str, float]:
     base = Base.of(config, this_device(), config.precision)
     base.refuse_inpainting()
     strengths = load_loras(base, config.lora)
-    figures = compared(config, base, strengths) if config.folders else {}
+    items, reference = read_pictures(config) if config.folders else ([], [])
+    drawn, real = ([crop_square(item.open(), base.resolution) for item in each] for each in (items, reference))
+    figures: dict[str, float] = {}
+    if config.folders:
+        figures |= compared(config, base, drawn, real)
+        figures |= nearest(
+            config, base, drawn, real, [[item.path.name for item in each] for each in (items, reference)]
+        )
+        figures |= losses_on(config, base, reference, strengths)
     if config.drift:
-        figures |= drift(config, base, strengths)
+        figures |= drift(config, base, strengths, drawn, real)
     write_figures(Path(config.output), figures)
     return figures
 
 
-def compared(config: EvaluateConfig, base: Base, strengths: dict[str, float]) -> dict[str, float]:
-    """Compare the pictures of two folders, write a sheet of nearest ones, and return the figures."""
+def read_pictures(config: EvaluateConfig) -> tuple[list[Item], list[Item]]:
+    """Return the drawn pictures and the reference.  Raises UserError if they are too few to compare."""
     items, reference = (
         read_folder(folder, TrainConfig(data=(folder,), caption=caption), "evaluate")
         for folder, caption in zip(config.folders, ("", config.caption), strict=True)
@@ -93,7 +102,13 @@ def compared(config: EvaluateConfig, base: Base, strengths: dict[str, float]) ->
     for folder, there, least in zip(config.folders, (items, reference), (2, 4), strict=True):
         if len(there) < least:
             raise UserError(f"{folder}: {len(there)} pictures are too few to compare; it needs at least {least}")
-    drawn, real = ([crop_square(item.open(), base.resolution) for item in each] for each in (items, reference))
+    return items, reference
+
+
+def compared(
+    config: EvaluateConfig, base: Base, drawn: Sequence[Image.Image], real: Sequence[Image.Image]
+) -> dict[str, float]:
+    """Return how far the drawn pictures are from the real ones, as distributions."""
     seen, wanted = features_of(base, drawn), features_of(base, real)
     spread = wanted.std(0).clamp(min=1e-6)  # (width,)
     seen, wanted = seen / spread, wanted / spread
@@ -107,25 +122,48 @@ def compared(config: EvaluateConfig, base: Base, strengths: dict[str, float]) ->
         for what, shown in (("", drawn), ("; of the reference", real)):
             shares = shares_of_classes(config.classifier, shown, this_device())
             figures[f"Inception Score by {config.classifier}{what}"] = inception_score(shares)
-    far = torch.cdist(latents_of(base, drawn), latents_of(base, real))  # (pictures, reference)
-    near, which = far.topk(2, dim=1, largest=False)  # (pictures, 2)
-    figures["distance to the nearest in the reference, by their latents"] = near[:, 0].mean().item()
-    figures["share of copies"] = (near[:, 0] < COPY * near[:, 1]).float().mean().item()
-    figures |= losses_on(config, base, reference, strengths)
-
-    order = (near[:, 0] / near[:, 1]).argsort().tolist()
-    print("nearest in the reference, the most likely copies first:")
-    for i in order:
-        first, second = (reference[number].path.name for number in which[i])
-        print(f"  {items[i].path.name} is {near[i, 0]:.3f} from {first}, {near[i, 1]:.3f} from {second}")
-    rows = [[drawn[i] for i in order[:SHOWN]], [real[which[i, 0]] for i in order[:SHOWN]]]
-    columns = [f"{near[i, 0]:.3f}" for i in order[:SHOWN]]
-    save_picture(sheet(rows, columns, ["picture", "nearest"]), Path(config.output) / "nearest.png")
     return figures
 
 
-def drift(config: EvaluateConfig, base: Base, strengths: dict[str, float]) -> dict[str, float]:
-    """Draw PROMPTS without and with the LoRAs, write a sheet of both, and return how far apart they are."""
+def nearest(
+    config: EvaluateConfig,
+    base: Base,
+    drawn: Sequence[Image.Image],
+    real: Sequence[Image.Image],
+    names: Sequence[Sequence[str]],
+) -> dict[str, float]:
+    """Find each drawn picture's nearest real one, write a sheet of both, and return how near and how many are copies.
+
+    `names` are the names of the files of the drawn and of the real pictures.
+    """
+    far = torch.cdist(latents_of(base, drawn), latents_of(base, real))  # (pictures, reference)
+    near, which = far.topk(2, dim=1, largest=False)  # (pictures, 2)
+    order = (near[:, 0] / near[:, 1]).argsort().tolist()
+    print("nearest in the reference, the most likely copies first:")
+    for i in order:
+        first, second = (names[1][number] for number in which[i])
+        print(f"  {names[0][i]} is {near[i, 0]:.3f} from {first}, {near[i, 1]:.3f} from {second}")
+    shown = order[:SHOWN]
+    rows = [[drawn[i] for i in shown], [real[int(which[i, 0])] for i in shown]]
+    columns = [f"{near[i, 0]:.3f}" for i in shown]
+    save_picture(sheet(rows, columns, ["picture", "nearest"]), Path(config.output) / "nearest.png")
+    return {
+        "distance to the nearest in the reference, by their latents": near[:, 0].mean().item(),
+        "share of copies": (near[:, 0] < COPY * near[:, 1]).float().mean().item(),
+    }
+
+
+def drift(
+    config: EvaluateConfig,
+    base: Base,
+    strengths: dict[str, float],
+    subject: Sequence[Image.Image],
+    real: Sequence[Image.Image],
+) -> dict[str, float]:
+    """Draw PROMPTS without and with the LoRAs, write a sheet of both, and return how far apart they are.
+
+    Also returns the likeness of drawn pictures of a subject to real ones, unless there are none.
+    """
     print(f"drift on {', '.join(PROMPTS)}")
     drawing, seeds, drawn = SampleConfig(prompt=PROMPTS, model=config.model), range(len(PROMPTS)), []
     for at in (dict.fromkeys(strengths, 0.0), strengths):
@@ -133,10 +171,16 @@ def drift(config: EvaluateConfig, base: Base, strengths: dict[str, float]) -> di
             drawn.append(draw(base, PROMPTS, seeds, base.resolution, drawing))
     rows = [list(pair) for pair in zip(*drawn, strict=True)]
     save_picture(sheet(rows, ["base", "LoRA"], PROMPTS), Path(config.output) / "drift.png")
-    before, after = features_of(base, drawn[0]), features_of(base, drawn[1])
-    centre, spread = before.mean(0), before.std(0).clamp(min=1e-6)  # (width,)
-    near = F.cosine_similarity((before - centre) / spread, (after - centre) / spread)  # (pictures,)
+    world = features_of(base, drawn[0])  # (prompts, width)
+
+    def centred(pictures: Sequence[Image.Image]) -> torch.Tensor:
+        """Return the features of pictures, of length 1, relative to those that the base draws; (n, width)."""
+        return F.normalize((features_of(base, pictures) - world.mean(0)) / world.std(0).clamp(min=1e-6), dim=1)
+
+    near = (centred(drawn[0]) * centred(drawn[1])).sum(1)  # (prompts,)
     figures = {"drift by the VAE's features": 1 - near.mean().item()}
+    if subject:
+        figures["likeness by the VAE's features"] = (centred(subject) @ centred(real).T).mean().item()
     if config.features:
         before, after = vectors_of(config.features, drawn, base.device)
         near = F.cosine_similarity(before, after)

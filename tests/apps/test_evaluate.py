@@ -102,6 +102,25 @@ def test_drift_is_0_without_a_change_and_grows_with_it(config, tmp_path, monkeyp
         EvaluateConfig(drift=True)
 
 
+def test_likeness_is_highest_of_a_set_with_itself(config, tmp_path, monkeypatch):
+    monkeypatch.setattr("minilora.apps.evaluate.PROMPTS", PROMPTS[:3])
+    unet = UNet2DConditionModel.from_pretrained(config.model, subfolder="unet")
+    inject_lora(unet, rank=2)
+    save_lora(unet, tmp_path / "lora")
+    same, other = tmp_path / "same", tmp_path / "other"
+    for number, folder in enumerate((same, other)):
+        folder.mkdir()
+        for name in "abcd":
+            make_picture(number).save(folder / f"{name}.png")
+
+    def likeness(folder) -> float:
+        given = {"folders": (str(folder), str(same)), "caption": "a", "lora": (str(tmp_path / "lora"),), "drift": True}
+        return evaluate(EvaluateConfig(**vars(config) | given))["likeness by the VAE's features"]
+
+    assert likeness(same) == pytest.approx(1)  # of four equal pictures
+    assert likeness(other) < likeness(same)
+
+
 def test_mistakes_are_said(config, tmp_path):
     with pytest.raises(UserError, match="takes two folders, PICTURES REFERENCE, not a"):
         read(EvaluateConfig, ["a"], "")
