@@ -8,7 +8,7 @@ pictures=docs/pictures
 # README
 torchrun train.py --data dataset/mountain
 cp out/mountain/samples/before_after.png $pictures/mountain.png
-torchrun train.py --data dataset/cyanotype --targets attention+ff --learning-rate 4e-3
+torchrun train.py --data dataset/cyanotype --recipe style
 python sample.py --prompt "heart" --prompt "guitar" --prompt "mushroom" --lora out/cyanotype \
     --strengths 0,0.25,0.5,0.75,1 --output $pictures/cyanotype.png
 

@@ -2,14 +2,15 @@ r"""Train the bundled miniature Stable Diffusion from scratch.
 
     python -m minilora.base.build --data base-data --work .cache/base
 
-It makes four parts, in this order:
+It trains four parts, in this order:
 
     tokenizer      byte-pair encoding of the things' names, learnt in a second
     VAE            128 × 128 pixels <-> 16 × 16 latents; learns from drawings and photographs
     text encoder   names -> vectors  \  trained together on the latents of a few hundred
     U-Net          denoises latents  /  things, each drawn in three styles
+    VAE's decoder  once more, against a critic, so that pictures are crisp
 
-parts.py makes them and fit.py trains them.  The result is an ordinary diffusers folder in half precision.
+parts.py makes them; fit.py and decoder.py train them.  The result is an ordinary diffusers folder in half precision.
 """
 
 import argparse
@@ -25,6 +26,7 @@ from minilora.models.device import this_device
 from minilora.models.fingerprint import hash_of_files
 
 from .command_line import command_line, refuse_missing
+from .decoder import train_decoder
 from .fit import train_unet, train_vae
 from .parts import SCHEDULES, load_vae, make_scheduler, train_tokenizer
 from .pictures import STYLES, is_held_out, read_drawings, read_photographs, read_style, read_things
@@ -48,6 +50,7 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
         ("vae-steps", "STEPS", 5400, "steps of 16 patches or 4 whole pictures; 0 takes the VAE of --start as it is"),
         ("steps", "STEPS", 12000, "steps of 32 pictures for U-Net and text encoder"),
         ("learning-rate", "RATE", 6e-4, "highest learning rate of those steps"),
+        ("decoder-steps", "STEPS", 3600, "steps of 6 pictures or 20 patches for the decoder against its critic"),
     ):
         parser.add_argument(
             f"--{name}", type=type(default), metavar=metavar, default=default, help=f"{text} (default {default})"
@@ -73,7 +76,10 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
     args.start_content = hash_of_files(weights) if weights else ""
     noise_levels = "" if args.schedule == "scaled_linear" else f"-{args.schedule}"  # other ones are another run
     args.vae_state, args.unet_state = args.work / "vae.safetensors", args.work / f"unet{noise_levels}.safetensors"
-    for path in (args.vae_state, args.unet_state) if args.vae_steps else (args.unet_state,):
+    args.redrawn_state = args.work / f"redrawn{noise_levels}-{args.steps}.safetensors"
+    args.decoder_state = args.work / f"decoder{noise_levels}.safetensors"
+    later = (args.unet_state, args.redrawn_state, args.decoder_state)
+    for path in (args.vae_state, *later) if args.vae_steps else later:
         if path.exists() and TensorFile(path).metadata.get("start", "") != args.start_content:
             start = f"--start {args.start}" if args.start else "random weights"
             parser.error(f"{path} holds a build that did not begin from {start}; choose another --work, or delete it")
@@ -93,11 +99,14 @@ def main(words: list[str] | None = None) -> None:
     if not kept.exists():
         train_tokenizer(read_things()).save_pretrained(kept)
     tokenizer = CLIPTokenizer.from_pretrained(kept)
+    photographs = read_photographs(args.data)
     if args.vae_steps:
-        vae = train_vae(drawn, read_photographs(args.data), device, args)
+        vae = train_vae(drawn, photographs, device, args)
     else:
         vae = load_vae(args.start).requires_grad_(False).to(device)
     trained = train_unet(drawings, tokenizer, vae, device, args)
+    if args.decoder_steps:
+        vae = train_decoder(vae, trained, drawings, drawn, photographs, tokenizer, device, args)
     StableDiffusionPipeline(
         vae=vae,
         text_encoder=trained["text_encoder"],

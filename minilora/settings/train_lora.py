@@ -41,6 +41,7 @@ class LoraSettings(BaseSettings):
         "layers of the U-Net to adapt: attention, ff, linear, conv, joined by +, or name endings: to_q,to_v; in one "
         "block: up_blocks.1:attention; on XL also subject or style, the block that holds it",
         "LAYERS",
+        by_recipe=True,
     )
     rank_for: tuple[str, ...] = of_model(
         (),

@@ -10,7 +10,7 @@ from conftest import make_picture
 from diffusers import DDPMScheduler, StableDiffusionPipeline
 from safetensors.torch import load_file, save_file
 
-from minilora.base import build, fit, parts, pictures
+from minilora.base import build, decoder, fit, parts, pictures
 from minilora.settings.sample import SAMPLERS
 from minilora.settings.train import TrainConfig
 from minilora.training import train
@@ -38,7 +38,7 @@ def data(tmp_path_factory):
 
 def build_base(data, folder, *more):
     words = ["--data", data, "--work", folder / "work", "--output", folder / "base", "--things", 4]
-    words += ["--vae-steps", 3, "--steps", 3, "--no-compile", "--no-bf16", *more]
+    words += ["--vae-steps", 3, "--steps", 3, "--decoder-steps", 2, "--no-compile", "--no-bf16", *more]
     build.main([str(word) for word in words])
     return folder / "base"
 
@@ -78,12 +78,12 @@ def test_a_build_that_is_stopped_anywhere_goes_on_to_the_same_bytes(data, base, 
 
     def step(optimizer):
         steps.append(optimizer)
-        if len(steps) in (2, 6):  # in the VAE's training, and in the U-Net's
+        if len(steps) in (2, 6, 10):  # in the VAE's training, in the U-Net's, and in the decoder's
             raise KeyboardInterrupt
         return real(optimizer)
 
     monkeypatch.setattr(torch.optim.AdamW, "step", step)
-    for _ in range(2):
+    for _ in range(3):
         with pytest.raises(KeyboardInterrupt):
             build_base(data, tmp_path)
     again = build_base(data, tmp_path)
@@ -94,7 +94,7 @@ def test_a_build_that_is_stopped_anywhere_goes_on_to_the_same_bytes(data, base, 
 
 
 def test_a_base_is_trained_further_with_the_vae_that_it_has(data, base, tmp_path):
-    further = build_base(data, tmp_path, "--start", base, "--vae-steps", 0, "--steps", 1)
+    further = build_base(data, tmp_path, "--start", base, "--vae-steps", 0, "--steps", 1, "--decoder-steps", 0)
     vae, unet = (f"{part}/diffusion_pytorch_model.safetensors" for part in ("vae", "unet"))
     assert (further / vae).read_bytes() == (base / vae).read_bytes()
     assert (further / "vae" / "config.json").read_bytes() == (base / "vae" / "config.json").read_bytes()  # no path
@@ -115,6 +115,23 @@ def test_a_vae_is_trained_further_and_its_latents_keep_their_scale(data, base, t
     assert (moved - latents).std() < 0.1 * latents.std()
 
 
+def test_the_decoder_is_trained_alone_and_nothing_that_knows_the_latents_changes(data, base, tmp_path):
+    further = build_base(data, tmp_path, "--start", base, "--vae-steps", 0, "--steps", 0)
+    for part in ("unet/diffusion_pytorch_model", "text_encoder/model"):
+        assert (further / f"{part}.safetensors").read_bytes() == (base / f"{part}.safetensors").read_bytes()
+    old, new = (load_file(folder / "vae" / "diffusion_pytorch_model.safetensors") for folder in (base, further))
+    changed = {name.split(".")[0] for name in old if not torch.equal(old[name], new[name])}
+    assert "decoder" in changed <= {"decoder", "post_quant_conv"}  # the second so little that half precision hides it
+
+
+def test_a_critic_judges_patches_and_an_edge_in_its_place_costs_nothing():
+    judged, seen = decoder.Critic()(torch.rand(2, 3, 64, 64))
+    assert judged.shape == (2, 1, 16, 16)
+    assert [layer.shape[-1] for layer in seen] == [32, 16, 16]
+    assert decoder.edges(torch.full((1, 3, 8, 8), 0.3)) == 0  # a wrong colour, but no wrong edge
+    assert decoder.edges(torch.eye(8).expand(1, 3, 8, 8)) > 0
+
+
 def test_a_state_is_refused_by_a_build_that_begins_elsewhere(data, base, tmp_path, capsys, monkeypatch):
     def refusal(work, *more):
         with pytest.raises(SystemExit) as end:
@@ -122,7 +139,7 @@ def test_a_state_is_refused_by_a_build_that_begins_elsewhere(data, base, tmp_pat
         assert end.value.code == 2
         return capsys.readouterr().err
 
-    start, last = ("--start", base), ("--vae-steps", 0, "--steps", 1)
+    start, last = ("--start", base), ("--vae-steps", 0, "--steps", 1, "--decoder-steps", 0)
     state = base.parent / "work" / "vae.safetensors"
     assert f"{state} holds a build that did not begin from --start {base}; choose another" in refusal(
         state.parent, *start

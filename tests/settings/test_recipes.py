@@ -9,6 +9,7 @@ from PIL import Image
 from minilora.files.read import FILE_NAME
 from minilora.settings.command_line import read
 from minilora.settings.recipes import RECIPES
+from minilora.settings.setting import BUNDLED
 from minilora.settings.train import TrainConfig
 from minilora.training import train
 
@@ -28,7 +29,8 @@ def photos(folder, count: int):
 def test_a_recipe_is_nothing_but_the_settings_that_it_stands_for(tmp_path, recipe):
     """Typed in full, its words give the same settings, on each family."""
     data = photos(tmp_path / "photos", 15)
-    for model in ("stable-diffusion-v1-5/stable-diffusion-v1-5", "stabilityai/stable-diffusion-xl-base-1.0"):
+    hub = ("stable-diffusion-v1-5/stable-diffusion-v1-5", "stabilityai/stable-diffusion-xl-base-1.0")
+    for model in (*hub, str(BUNDLED)):
         for more in ([], ["--class-prompt", "a dog"]):
             by_recipe = parse("--data", data, "--model", model, "--recipe", recipe, *more)
             typed = parse("--data", data, "--model", model, *by_recipe.recipe_as_typed().split(), *more)
