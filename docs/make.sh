@@ -9,7 +9,7 @@ pictures=docs/pictures
 torchrun train.py --data dataset/mountain
 cp out/mountain/samples/before_after.png $pictures/mountain.png
 torchrun train.py --data dataset/cyanotype --recipe style
-python sample.py --prompt "heart" --prompt "guitar" --prompt "mushroom" --lora out/cyanotype \
+python sample.py --prompt "apple" --prompt "car" --prompt "penguin" --lora out/cyanotype \
     --strengths 0,0.25,0.5,0.75,1 --output $pictures/cyanotype.png
 
 # docs/restore.md

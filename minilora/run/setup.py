@@ -180,7 +180,7 @@ def introduce(run: Run) -> None:
         count = len(examples.class_items)
         say(f"class      {count} pictures of {config.class_prompt!r}; every other training picture is one of them")
     if config.recipe:
-        say(f"recipe     {config.recipe}: {config.recipe_as_typed()}")
+        say(f"recipe     {config.recipe}: {config.recipe_as_typed() or 'the defaults'}")
     if layers := lora_layers(run.network):
         each = zip(*((a.rank, a.alpha) for layer in layers.values() for a in layer.adapters.values()), strict=True)
         rank, alpha = (f"{min(some):g}" + f" to {max(some):g}" * (len({*some}) > 1) for some in each)

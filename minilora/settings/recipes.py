@@ -21,13 +21,13 @@ def recipe_settings(recipe: str, values: dict) -> dict:
     """Return the settings that a recipe stands for, by name; `values` are the known settings."""
     model, style = values.get("model"), recipe == "style"
     class_pictures = values.get("class_prompt") and not values.get("preserve")
-    mirror = {"mirror": recipe != "face"}  # a mirrored face is another face
     if is_miniature(model):  # it has its own defaults, but its styles are in the convolutions
-        return mirror | ({"targets": ("conv",)} if style and not values.get("full") else {})
+        return {"targets": ("conv",)} if style and not values.get("full") else {}
     each, least, most = _STEPS[recipe]
     rate = 1.0 if values.get("optimizer") == "prodigy" else 1e-4  # Prodigy finds the rate; this is a factor of it
     steps = min(max(each * _count(values.get("data") or (), values.get("max_pictures") or 1), least), most)
-    settings = mirror | {
+    settings = {
+        "mirror": recipe != "face",  # a mirrored face is another face
         "rank": 32 if recipe == "face" else 16,
         "steps": steps * (2 if class_pictures else 1),  # half of the examples are class pictures
         "learning_rate": rate,
