@@ -39,7 +39,7 @@ python sample.py --prompt "mountain" --lora out/mountain --lora out/cyanotype --
 python docs/from_scratch/walk.py dataset/mountain/mountain.jpg --prompt mountain --output $pictures/from_scratch.png
 
 # docs/distill.md
-python train.py --data dataset/cyanotype --output out/steps_400
+python train.py --data dataset/cyanotype --targets attention --steps 400 --output out/steps_400
 python -m minilora.apps.distill
 cp out/lcm/lcm.png $pictures/lcm.png
 python sample.py --prompt "tomato" --prompt "heart" --prompt "umbrella" --count 4 --lora out/lcm \
@@ -51,7 +51,7 @@ for steps in 25 100; do
     python train.py --data dataset/mountain --steps $steps --output out/steps_$steps
 done
 python docs/side_by_side.py --prompt "mountain" --prompt "house" --prompt "cat" --lora "25 steps" out/steps_25 \
-    --lora "100 steps" out/steps_100 --lora "400 steps" out/mountain --output $pictures/steps.png
+    --lora "100 steps" out/steps_100 --lora "300 steps" out/mountain --output $pictures/steps.png
 
 # docs/page.md
 python docs/screenshots.py

@@ -114,6 +114,7 @@ def learn(path: Path, prompt: str, output: Path, config, text: torch.Tensor | No
         caption_dropout=0.0,  # guidance is low here, so the empty prompt hardly matters
         **config.base_settings(),
         rank=config.rank,
+        targets=("attention",),  # the other layers would hold on to what an edit is to change
         steps=config.train_steps,
         checkpoint_every=config.train_steps,  # one at the end; it knows the picture, so --resume notices another one
         precision=Base.of(config, this_device(), config.precision).precision,  # as config.json has it

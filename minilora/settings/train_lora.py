@@ -6,7 +6,7 @@ from typing import Any
 
 from . import shared
 from .base import BaseSettings
-from .setting import ABOVE_0, AT_LEAST_1, option
+from .setting import ABOVE_0, AT_LEAST_1, ByBase, option
 from .shared import TEXT_ATTENTION, TEXT_ENCODERS, of_model, of_source
 
 
@@ -37,7 +37,7 @@ class LoraSettings(BaseSettings):
     )
     alpha: float | None = of_model(None, "ΔW is multiplied by alpha / rank; if not given, the rank", "ALPHA", ABOVE_0)
     targets: tuple[str, ...] = of_model(
-        ("attention",),
+        ByBase(("attention",), ("linear", "conv")),
         "layers of the U-Net to adapt: attention, ff, linear, conv, joined by +, or name endings: to_q,to_v; in one "
         "block: up_blocks.1:attention; on XL also subject or style, the block that holds it",
         "LAYERS",

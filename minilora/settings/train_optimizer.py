@@ -10,7 +10,7 @@ from .shared import TEXT_ENCODERS, of_training
 class OptimizerSettings(Settings):
     """How the weights follow the gradient."""
 
-    steps: int = of_training(ByBase(1000, 400), "total number of optimizer steps", "STEPS", AT_LEAST_1, basic=True)
+    steps: int = of_training(ByBase(1000, 300), "total number of optimizer steps", "STEPS", AT_LEAST_1, basic=True)
     epochs: int | None = of_training(
         None, "instead of --steps: how often to use each picture", "N", AT_LEAST_1, in_identity=False
     )

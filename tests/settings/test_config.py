@@ -249,7 +249,7 @@ def test_settings_are_frozen():
         (["--data", "a", "--data", "b:0"], "--data b: the weight 0 is not a whole number of at least 1"),
         (["--data", "a:1.5"], "--data a: the weight 1.5 is not a whole number of at least 1"),
         (["--data", "a", "--warmup-steps", "9", "--steps", "8"], "--warmup-steps is 9 and --steps 8: the warm-up must"),
-        (["--data", "a", "--warmup-steps", "401"], "--warmup-steps is 401 and --steps 400: the warm-up must not be"),
+        (["--data", "a", "--warmup-steps", "301"], "--warmup-steps is 301 and --steps 300: the warm-up must not be"),
         (["--data", "a", "--timestep-range", "1-9"], "--timestep-range: '1-9' is not FROM,TO, in whole numbers"),
         (["--data", "a", "--epochs", "2", "--steps", "9"], "--epochs and --steps cannot be combined"),
         (["--data", "a", "--adam-betas", "0.9,1"], "--adam-betas is 0.9,1.0; it takes two numbers"),
