@@ -26,8 +26,8 @@ python -m minilora.apps.morph dataset/mountain/mountain.jpg dataset/mountain_aut
 cp out/morph-mountain-mountain_autumn/morph.{gif,png} $pictures/
 
 # docs/restyle.md
-python sample.py --prompt "heart" --prompt "guitar" --prompt "cat" --prompt "dog" --prompt "mushroom" --prompt "house" \
-    --prompt "car" --prompt "rocket" --prompt "penguin" --prompt "tulip" --prompt "apple" --prompt "hamburger" \
+python sample.py --prompt "heart" --prompt "car" --prompt "penguin" --prompt "dog" --prompt "mushroom" --prompt "house" \
+    --prompt "guitar" --prompt "rocket" --prompt "cat" --prompt "tulip" --prompt "apple" --prompt "hamburger" \
     --count 2 --output out/things
 python -m minilora.apps.restyle out/things --lora out/cyanotype --strengths 0,0.25,0.5,0.75,1 --strength 0.8 \
     --style dataset/cyanotype
