@@ -24,7 +24,6 @@ from ..files.tensors import write_whole
 from ..models.base import Base
 from ..run.ranks import Ranks, processes, wait_for_all
 from ..settings.distill import DistillConfig
-from ..settings.setting import is_miniature
 from ..settings.train import TrainConfig
 from ..training import train
 from .consistency import LatentConsistency
@@ -82,5 +81,5 @@ def about_the_same(config: DistillConfig, about: Path, ranks: Ranks) -> bool:
 def objective_of(config: DistillConfig) -> LatentConsistency | SmoothDenoising:
     """Return the objective that the settings name."""
     if config.objective == "lcm":
-        return LatentConsistency(config.guidance, config.skip or (5 if is_miniature(config.model) else 1))
-    return SmoothDenoising(config.weight or 1.0)
+        return LatentConsistency(config.guidance, config.skip)
+    return SmoothDenoising(config.weight)

@@ -1,8 +1,8 @@
-"""The settings of every command that takes a base; and, if no base is given, the base that a LoRA names.
+"""The settings of every command that takes a base; if --model is not given, a LoRA may name its base.
 
-The first of these that exists names a LoRA's base:
+The first of these that exists names it:
 
-    config.json            of a training run here: the base, and how it is read
+    config.json            of our training run: the base, and how it is read
     README.md              a model card, on disk or on the hub: its base_model
     adapter_config.json    PEFT's: base_model_name_or_path
     the file's metadata    kohya's ss_sd_model_name: a hub id, or a file's name without its folder
@@ -21,7 +21,7 @@ from .strict_json import parse_json
 
 @dataclass(frozen=True, kw_only=True)
 class VersionSettings(Settings):
-    """Which version of a base it is."""
+    """Which version of a base to load."""
 
     revision: str | None = of_source(None, "branch, tag or commit of a base on the hub", "REVISION")
     variant: str | None = of_source(None, "variant of a base's weights: fp16 reads model.fp16.safetensors", "VARIANT")
@@ -29,7 +29,7 @@ class VersionSettings(Settings):
 
 @dataclass(frozen=True, kw_only=True)
 class BaseSettings(VersionSettings):
-    """The settings shared by the commands that load a base, besides --model."""
+    """The settings, besides --model, of the commands that load a base."""
 
     model_config: str | None = of_source(
         None, "diffusers folder or hub id with the config and tokenizer that a single-file --model lacks", "FOLDER"
@@ -57,7 +57,7 @@ class BaseSettings(VersionSettings):
         return super().following(values | found) | found
 
     def base_settings(self) -> dict:
-        """Return the settings that tell which base it is, for use in other commands."""
+        """Return the settings that say which base it is, for use in other commands."""
         return {name: getattr(self, name) for name in HOW}
 
 

@@ -32,7 +32,7 @@ def run(settings: str | type, work: str | Callable, description: str) -> None:
     except KeyboardInterrupt:
         sys.exit(130)  # the exit code that shells use for Ctrl-C; everything is saved by now
     except Exception as error:
-        line = told(error)
+        line = message_for(error)
         if line is None:
             raise
         rank = int(os.environ.get("RANK", 0))
@@ -74,7 +74,7 @@ page = _command(
 )
 
 
-def told(error: Exception) -> str | None:
+def message_for(error: Exception) -> str | None:
     """Return the message for a user's mistake or a machine that is too small; None for any other error."""
     if isinstance(error, (UserError, OSError)):  # OSError: a full disk, a folder without permission
         return str(error)
@@ -100,7 +100,7 @@ def read(cls: type[Settings], argv: list[str], description: str):
         options = {option(field.name) for field in dataclasses.fields(cls)} | {"--config", "--print-config"}
         wrong = [word for word in unknown if word.startswith("-")] or unknown
         raise UserError("; ".join(unknown_setting(word, options) for word in wrong))
-    # (Without any values, a setting without an option is an empty list.)
+    # A setting whose values are typed without an option is an empty list if there are none.
     given: dict[str, typing.Any] = {
         name: tuple(value) if isinstance(value, list) else value for name, value in vars(typed).items() if value != []
     }

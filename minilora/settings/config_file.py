@@ -36,9 +36,9 @@ def read_file(cls: type[Settings], path: Path) -> dict:
             continue
         kind, is_tuple, optional = kind_of(cls, name)
         parts = value if is_tuple and isinstance(value, list) else [value]
-        # (JSON's whole numbers have no end, but floats have.)
+        # A whole number in JSON may be too large for a float.
         right = all(type(part) is kind or (kind is float and type(part) is int and abs(part) < 1e300) for part in parts)
-        # A repeatable setting may be a single value without a list, and a size the side of a square.
+        # A single value needs no list if the setting may be repeated, or is a size: the side of a square.
         once = fields[name].metadata["repeat"] or fields[name].metadata["separator"] == "x"
         if right and (once or is_tuple == isinstance(value, list)):
             result[name] = tuple(kind(part) for part in parts) if is_tuple else kind(value)

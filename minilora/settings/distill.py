@@ -1,4 +1,4 @@
-"""The settings of minilora.apps.distill, declared once."""
+"""The settings of minilora.apps.distill."""
 
 import math
 from dataclasses import dataclass
@@ -49,15 +49,10 @@ class DistillConfig(BaseSettings):
         "range of guidance that lcm learns to replace; training pictures are drawn with its middle",
         "LOWEST,HIGHEST",
     )
-    skip: int | None = of_training(
-        None,
-        "how many of 50 levels one step of lcm's teacher takes; if not given, 1, or 5 on the bundled base",
-        "LEVELS",
-        AT_LEAST_1,
+    skip: int = of_training(
+        ByBase(1, 5), "how many of 50 levels one step of lcm's teacher goes down", "LEVELS", AT_LEAST_1
     )
-    weight: float | None = of_training(
-        None, "weight of the variation in smooth's loss; if not given, 1", "WEIGHT", ABOVE_0
-    )
+    weight: float = of_training(1.0, "weight of the variation in smooth's loss", "WEIGHT", ABOVE_0)
     batch_size: int = of_training(8, "pictures per optimizer step", "PICTURES", AT_LEAST_1)
     learning_rate: float = of_training(
         ByBase(1e-4, 1e-3), "highest learning rate, from which it falls to 0", "RATE", ABOVE_0

@@ -1,4 +1,4 @@
-"""The settings of minilora.apps.evaluate, declared once."""
+"""The settings of minilora.apps.evaluate."""
 
 from dataclasses import dataclass
 
@@ -27,15 +27,13 @@ class EvaluateConfig(BaseSettings):
     )
     lora: tuple[str, ...] = of_model(
         (),
-        "LoRA whose denoising loss is measured; with a strength: out/fluent:0.8; may be repeated",
+        "LoRA to measure; with a strength: out/fluent:0.8; may be repeated",
         "LORA[:STRENGTH]",
         repeat=True,
         basic=True,
     )
     model: str | None = shared.model_of_lora()
-    output: str = of_output(
-        "out/evaluate", "folder for the figures and a sheet of nearest pictures", "FOLDER", basic=True
-    )
+    output: str = of_output("out/evaluate", "folder for the figures and the sheets of pictures", "FOLDER", basic=True)
 
     caption: str | None = of_data(None, "caption for pictures of REFERENCE that have none")
     drift: bool = of_data(
@@ -46,7 +44,7 @@ class EvaluateConfig(BaseSettings):
     )
     features: str | None = of_data(
         None,
-        "vision model (folder or hub id) for the distances of publications: facebook/dinov2-base, "
+        "vision model (folder or hub id) for the distances that publications report: facebook/dinov2-base, "
         "openai/clip-vit-base-patch32",
         "MODEL",
     )

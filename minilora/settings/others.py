@@ -1,7 +1,7 @@
 """Translate the settings of other programs to train.py's: diffusers' scripts, kohya's, and articles that follow them.
 
-Most of their names agree, so one table holds all of them.  A setting without a counterpart is named and ignored if it
-only affects speed or logging.  If it changes the result it is an error, unless it is off.
+Most of their names agree, so one table holds all of them.  A setting without a counterpart is ignored, and named, if
+it only affects speed or logging.  If it would change the result, it is an error, unless it is off.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""The settings of minilora.apps.page, declared once."""
+"""The settings of minilora.apps.page."""
 
 from dataclasses import dataclass
 
@@ -16,7 +16,7 @@ class PageConfig(Settings):
 
     folders: tuple[str, ...] = of_data(
         (".",),
-        "folders whose pictures, LoRAs and bases the page may read and write; if not given, the current one",
+        "folders whose pictures, LoRAs and bases the page may read and write",
         "FOLDER …",
         basic=True,
         bare=True,

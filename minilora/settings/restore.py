@@ -1,4 +1,4 @@
-"""The settings of minilora.apps.restore, declared once."""
+"""The settings of minilora.apps.restore."""
 
 from dataclasses import dataclass
 

@@ -1,4 +1,4 @@
-"""The settings of minilora.apps.restyle, declared once."""
+"""The settings of minilora.apps.restyle."""
 
 from dataclasses import dataclass
 

@@ -82,7 +82,7 @@ class SampleConfig(BaseSettings):
     output: str = of_output(
         "out/sample.png",
         "file to write, several pictures on one sheet; or folder for single pictures, with their prompts as captions; "
-        "of clips, a .gif, .webp or animated .png, or folder for a folder of frames each",
+        "for clips a .gif, .webp or .png, or folder with a folder of frames for each clip",
         "FILE|FOLDER",
         basic=True,
     )

@@ -45,7 +45,7 @@ def is_miniature(model: str | None) -> bool:
 
 @dataclass(frozen=True)
 class Within:
-    """The range of a setting's numbers: from `low` to `high`, without `low` if `above` is true."""
+    """The range of a setting's numbers: from `low` to `high`; if `above`, `low` itself is not allowed."""
 
     low: float
     high: float = math.inf
@@ -84,17 +84,17 @@ def setting(
     """Declare one setting.
 
     `text` is its sentence of help, and `metavar` stands for its value there.  `within` is the range of its numbers.
-    Help lists `basic` settings first, and the others under their `group`.  `choices` are the allowed values.  `needs`
-    is another setting without which it has no effect, and what that one is.  `repeat`: its option may be given
-    several times.  `bare`: its values come without an option.  `separator` separates several values of one option.
-    `alias` is another option for it.  `by_recipe`: its default may come from --recipe, or from the run of a --lora.
-    `in_identity`: the result of training depends on it.
+    --help lists `basic` settings first, and the others under their `group`.  `choices` are the allowed values.
+    `needs` names another setting, without which this one has no effect, and says what that one is.  `repeat`: its
+    option may be given several times.  `bare`: its values are typed without an option.  `separator` separates several
+    values of one option.  `alias` is a second option for it.  `by_recipe`: its default may come from --recipe, or from
+    the run that made a --lora.  `in_identity`: the result of training depends on it.
     """
     metadata = {"help": text, "group": group, "metavar": metavar, "basic": basic, "default": default}
     metadata |= {"choices": choices, "within": within, "needs": needs, "separator": separator}
     metadata |= {"repeat": repeat, "bare": bare, "alias": alias, "in_identity": in_identity}
     follows = metadata["follows"] = by_recipe or isinstance(default, ByBase)
-    return dataclasses.field(default=None if follows else default, metadata=metadata)  # None: not given
+    return dataclasses.field(default=None if follows else default, metadata=metadata)  # None means: not given
 
 
 def option(name: str) -> str:
@@ -121,7 +121,7 @@ def as_words(settings: Mapping[str, Any]) -> str:
 
 @dataclass(frozen=True)
 class Settings:
-    """What the settings of every command share: defaults that follow other settings, and checks."""
+    """What the settings of every command share: defaults that depend on other settings, and checks."""
 
     usage: ClassVar[str] = ""  # the required arguments, for the first line of its help
     examples: ClassVar[tuple[str, ...]] = ()  # whole commands, for its help
@@ -179,7 +179,7 @@ class Settings:
         }
 
     def problems(self, given: set[str]) -> list[str]:
-        """Return what is wrong beyond what the declarations say; `given` are the settings that are not at a default."""
+        """Return the problems that no declaration finds; `given` are the settings that are not at their default."""
         return []
 
     def to_json(self) -> str:

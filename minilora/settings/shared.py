@@ -12,11 +12,11 @@ from .errors import UserError
 from .setting import AT_LEAST_1, SEED, setting
 
 TEXT_ATTENTION = ("q_proj", "k_proj", "v_proj", "out_proj")  # the attention projections of CLIP's text encoders
-TEXT_ENCODERS = ("train_text_encoder", "which puts a LoRA there")  # what settings need, as `setting` takes it
+TEXT_ENCODERS = ("train_text_encoder", "which puts a LoRA there")  # for `needs` of `setting`
 WEIGHT = "the weight"  # what error messages call the number behind a folder of pictures
 FILE_NAME = "pytorch_lora_weights.safetensors"  # of a LoRA, as diffusers calls it
 WEIGHT_FILES = (".safetensors", ".pt", ".pth", ".ckpt", ".bin")  # endings; all but the first are pickles
-TIMEOUT = 30.0  # minutes that a process waits for another
+TIMEOUT = 30.0  # minutes that a process waits for another one
 
 # The groups of settings: a command declares one with `rank: int = of_lora(16, "rank of the LoRA")`.
 of_data = partial(setting, group="data")
@@ -44,8 +44,8 @@ lora = partial(
 lora_blocks = partial(
     of_model,
     (),
-    "factors on the strength of the LoRAs by block: down=0.2,mid=1,up=1; text is the text encoders, and the beginning "
-    "of a layer's name is a block, too: up_blocks.1=0.5; the longest counts, and without one the factor is 1",
+    "factors on the strength of the LoRAs by block: down=0.2,mid=1,up=1; a block is down, mid, up, text (the text "
+    "encoders) or the beginning of layers' names (up_blocks.1); the longest match counts; the other layers keep 1",
     "BLOCK=FACTOR,…",
 )
 guidance = partial(
@@ -68,8 +68,8 @@ compile_unet = partial(of_speed, False, "compile the U-Net: the first step takes
 def path_and_number(text: str, what: str = "the strength") -> tuple[str, float]:
     """Split "out/fluent:0.8" into path and number.
 
-    The number defaults to 1.  If the whole text is an existing path, it is not split.  Raises UserError, which calls
-    the number `what`, if the number is not finite.
+    Without a number it is 1.  A text that is an existing path is not split.  Raises UserError, which calls the number
+    `what`, if it is not finite.
     """
     path, _, last = text.rpartition(":")
     try:

@@ -8,9 +8,10 @@ from .recipes import RECIPES
 from .setting import ABOVE_0, AT_LEAST_0, AT_LEAST_1, SHARE, ByBase, Settings, option, setting
 from .shared import WEIGHT, of_data, of_training, path_and_number
 
-CLASS = ("class_prompt", "what the class pictures show")  # what others need, as `setting` takes it
+# These two are for `needs` of `setting`.
+CLASS = ("class_prompt", "what the class pictures show")
 VARIANTS = ("variants", "how many there are")
-VARIED = ("colour_jitter", "shuffle_tags", "tag_dropout")  # what variants of a picture differ in, besides their crops
+VARIED = ("colour_jitter", "shuffle_tags", "tag_dropout")  # besides the crop, what variants differ in
 
 of_source = partial(of_data, in_identity=False)  # the content of the pictures counts, not its source
 of_validation = partial(setting, group="validation", in_identity=False)

@@ -1,4 +1,4 @@
-"""The settings of memory, speed and output; of these, the result of training depends only on the precision."""
+"""The settings of memory, speed and output; only one of them, the precision, changes what is learnt."""
 
 import re
 from dataclasses import dataclass

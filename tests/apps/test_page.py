@@ -24,7 +24,7 @@ from starlette.websockets import WebSocketDisconnect  # noqa: E402
 from minilora.apps.page import runs  # noqa: E402
 from minilora.apps.page.curve import drawing, means  # noqa: E402
 from minilora.apps.page.draw import Easel, with_strengths  # noqa: E402
-from minilora.apps.page.form import Folders, form, telling, words_of  # noqa: E402
+from minilora.apps.page.form import Folders, form, shows_mistakes, words_of  # noqa: E402
 from minilora.apps.page.merge import Merging  # noqa: E402
 from minilora.apps.page.pictures import caption_rows  # noqa: E402
 from minilora.apps.page.server import build, guarded  # noqa: E402
@@ -170,7 +170,7 @@ def test_what_a_form_says_is_what_the_command_line_says(given):
 
 
 def test_a_mistake_is_shown_as_the_commands_line_and_another_error_is_not_hidden():
-    @telling
+    @shows_mistakes
     def work(error):
         raise error
 

@@ -21,7 +21,7 @@ from ...settings.base import HOW
 from ...settings.errors import UserError
 from ...settings.sample import SampleConfig
 from ...settings.shared import path_and_number
-from .form import Folders, base_chooser, by_name, form, telling
+from .form import Folders, base_chooser, by_name, form, shows_mistakes
 from .pictures import caption_rows
 
 LORAS = 6  # number of sliders
@@ -148,15 +148,15 @@ class DrawTab:
         self.save.click(self.keep, self.last)
         self.cancel.click(self.easel.cancel, queue=False)
 
-    @telling
+    @shows_mistakes
     def draw_one(self, values: dict, progress=gr.Progress()):  # noqa: B008
         return self._draw(values, progress)
 
-    @telling
+    @shows_mistakes
     def draw_grid(self, values: dict, progress=gr.Progress()):  # noqa: B008
         return self._draw(values, progress, "--grid", GRID)
 
-    @telling
+    @shows_mistakes
     def keep(self, last: tuple[Image.Image, str] | None):
         if last is None:
             raise UserError("nothing has been drawn yet")

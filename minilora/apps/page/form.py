@@ -17,7 +17,7 @@ import gradio as gr
 
 from ...data.kinds import is_picture
 from ...files.read import FILE_NAME
-from ...settings.command_line import kind_of, read, told
+from ...settings.command_line import kind_of, message_for, read
 from ...settings.errors import UserError
 from ...settings.setting import BUNDLED, Settings, as_typed, option
 from ...settings.shared import path_and_number
@@ -233,7 +233,7 @@ def by_name(fields: Mapping[str, Any], values: Mapping[Any, Any]) -> dict[str, A
     return {name: values[field] for name, field in fields.items()}
 
 
-def telling(work: Callable) -> Callable:
+def shows_mistakes(work: Callable) -> Callable:
     """Make a user's mistake appear in the page, as the line that the command would print."""
 
     @wraps(work)
@@ -241,7 +241,7 @@ def telling(work: Callable) -> Callable:
         try:
             return work(*args, **more)
         except Exception as error:
-            line = told(error)
+            line = message_for(error)
             if line is None:
                 raise
             raise gr.Error(escape(line), duration=60, title="", print_exception=False) from error

@@ -17,7 +17,7 @@ from ...settings.merge import MergeConfig
 from ...settings.setting import BUNDLED
 from . import runs
 from .draw import sliders, with_strengths
-from .form import Folders, as_shown, base_chooser, by_name, form, telling, words_of
+from .form import Folders, as_shown, base_chooser, by_name, form, shows_mistakes, words_of
 
 OTHER_WORK = ("loras_only", "extract", "restore", "rank", "energy", "base", "dialect")  # not merging into a base
 
@@ -81,7 +81,7 @@ class MergeTab:
         start.click(self.merge, given, [report, line], show_progress_on=report, concurrency_limit=1)
         cancel.click(self.merging.cancel, queue=False)
 
-    @telling
+    @shows_mistakes
     def merge(self, values: dict, progress=gr.Progress()):  # noqa: B008
         loras = with_strengths(values[self.loras], [values[slider] for slider in self.strengths])
         files = [values[self.base] or as_shown(BUNDLED), *loras]

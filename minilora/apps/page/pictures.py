@@ -11,7 +11,7 @@ from ...data.folder import read_folder
 from ...run.preview import look_at
 from ...settings.errors import UserError
 from ...settings.train import TrainConfig
-from .form import Folders, chooser, telling
+from .form import Folders, chooser, shows_mistakes
 
 
 class PicturesTab:
@@ -39,7 +39,7 @@ class PicturesTab:
         self.table = gr.Dataframe(label="captions", elem_id="captions", **columns)
         self.save = gr.Button("Save captions", visible=False, elem_id="save-captions")
 
-    @telling
+    @shows_mistakes
     def look(self, name: str):
         if not name:
             return [gr.skip()] * 4
@@ -57,7 +57,7 @@ class PicturesTab:
             gr.update(visible=True),
         )
 
-    @telling
+    @shows_mistakes
     def write(self, name: str, rows: list[list[str]]):
         path = self.folders.use(name or "", "folder")
         captions: dict[str, list[str]] = {picture: [] for picture, _ in caption_rows(str(path))}

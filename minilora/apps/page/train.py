@@ -14,7 +14,7 @@ from ...settings.errors import UserError
 from ...settings.train import TrainConfig
 from . import runs
 from .curve import drawing
-from .form import Folders, as_shown, base_chooser, by_name, chooser, form, telling
+from .form import Folders, as_shown, base_chooser, by_name, chooser, form, shows_mistakes
 from .pictures import caption_rows
 
 EVERY = 1.5  # seconds between two looks at a run
@@ -87,7 +87,7 @@ class TrainTab:
 
     # The actions.
 
-    @telling
+    @shows_mistakes
     def suggest(self, data: str, model: str, recipe: str) -> tuple[str, str, str]:
         """Suggest a prompt to draw during training (the first caption), how often (8 times), and an output folder."""
         known = self.folders.known({"data": data, "model": model, "recipe": recipe})
@@ -95,25 +95,25 @@ class TrainTab:
         every = str(TrainConfig.following(known)["steps"] // 8) if prompt else ""
         return prompt, every, suggested_output(self.output, data)
 
-    @telling
+    @shows_mistakes
     def start_new(self, values: dict):
         given = by_name(self.fields, values)
         given["output"] = given["output"] or suggested_output(self.output, given["data"] or "")
         return self._begin(self.folders.words(TrainConfig, given))
 
-    @telling
+    @shows_mistakes
     def start_again(self, name: str):
         settings = self._chosen(name) / "config.json"
         if not settings.exists():
             raise UserError(f"{name}: the run has not begun yet, so it cannot continue; press Start")
         return self._begin(["--config", str(settings), "--resume"])
 
-    @telling
+    @shows_mistakes
     def save_now(self, name: str):
         runs.tell(self._chosen(name), signal.SIGUSR1)
         gr.Info("The run saves and draws after its step.", duration=5)
 
-    @telling
+    @shows_mistakes
     def end(self, name: str):
         runs.tell(self._chosen(name), signal.SIGTERM)
         gr.Info("The run saves after its step, and stops.", duration=5)
@@ -135,7 +135,7 @@ class TrainTab:
                 slider = gr.update(maximum=max(2, last), visible=last > 1, value=last)
         return headline_of(seen, runs.refused(Path(name), log_of_start)), lines, picture, slider, seen.log, shown
 
-    @telling
+    @shows_mistakes
     def turn_to(self, name: str, at: int):
         sheets = runs.look(self._chosen(name)).sheets
         return Image.open(sheets[min(at, len(sheets)) - 1]) if sheets else None
