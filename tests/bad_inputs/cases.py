@@ -1,7 +1,7 @@
 """Bad inputs: every case with how it is made and what comes of it.
 
-Each case makes files in an empty folder and gives a command over them.  It *works*, and something is
-seen, or the command ends with exit code 2 and a message that names what is wrong.  tests/bad_inputs/test_bad_inputs.py
+Each case makes files in an empty folder and gives a command for them.  It *works* and prints
+something, or ends with exit code 2 and a message that names what is wrong.  tests/bad_inputs/test_bad_inputs.py
 runs them all; `python tests/bad_inputs/cases.py` writes the table of them, docs/bad_input.md.
 """
 
@@ -158,7 +158,7 @@ Image.new("L", (20, 10), "white").save(WHITE, "PNG")
 FOLDERS = [
     ("a folder that does not exist", no_folder, "data: there is no such folder or picture"),
     ("an empty folder", empty_folder, "data: there is no picture in it"),
-    ("a file that is no picture", text_as_data, "data: it cannot be opened as a picture"),
+    ("a file that is not a picture", text_as_data, "data: it cannot be opened as a picture"),
     ("a folder that cannot be read", partial(unreadable, name="loop"), "loop: there is no such folder or picture"),
     ("a picture that cannot be read", partial(unreadable, name="data/b.png"), "b.png cannot be opened"),
     ("a link to a folder", partial(linked, folder=True), "more is a link to a folder, which is not followed"),
@@ -189,7 +189,7 @@ FOLDERS = [
         True,
     ),
     (
-        "a picture below the folder, of a name that one at its top has, too",
+        "a picture in a sub-folder, of the same name as one above",
         partial(beside, {"masks/a.png": png()}),
         "masks/a.png has no caption",
     ),
@@ -204,14 +204,14 @@ FOLDERS = [
         "a.mask.png has 20 × 10 pixels, another shape than a.png with 20 × 20",
     ),
     ("a mask that is all black", partial(beside, {"a.mask.png": png("L")}), "a.mask.png is all black"),
-    ("a mask that is no picture", partial(beside, {"a.mask.png": "x"}), "a.mask.png cannot be opened as a picture"),
+    ("a mask that is not a picture", partial(beside, {"a.mask.png": "x"}), "a.mask.png cannot be opened as a picture"),
     (
         "a table that leaves out a picture with a .txt beside it",
         partial(beside, {"b.png": png(), "b.txt": "x", "metadata.csv": "file_name,text\na.png,x\n"}),
         "b.png has no caption in metadata.csv; b.txt beside: not read, because there is a table",
     ),
     (
-        "a table in a folder below",
+        "a table in a sub-folder",
         partial(below, name="metadata.jsonl"),
         "train/metadata.jsonl: not read, because it is in a sub-folder; give",
     ),
@@ -221,7 +221,7 @@ FOLDERS = [
         "train/a.caption: not read; name captions .txt",
     ),
     (
-        "a table that writes a name in another Unicode form",
+        "a table with a name in another Unicode form",
         partial(beside, {"a.png": png(), "\u00e9.png": png(), "metadata.jsonl": rows_of("a.png", "e\u0301.png")}),
         "pictures   2 of",
         True,
@@ -241,12 +241,12 @@ ROW = '{"file_name": "a.png", "text": "x"}'
 TABLES = [
     ("ends in the middle of a line", ROW[:-9], "metadata.jsonl line 1 is not JSON"),
     ("is not JSON", "a.png: x", "metadata.jsonl line 1 is not JSON"),
-    ("has a line that is no object", f"[]\n{ROW}", "metadata.jsonl line 1 has no file_name"),
+    ("has a line that is not an object", f"[]\n{ROW}", "metadata.jsonl line 1 has no file_name"),
     ("has a line without file_name", '{"text": "x"}', "metadata.jsonl line 1 has no file_name"),
     ("has a file_name that is a number", '{"file_name": 1}', "metadata.jsonl line 1 has no file_name"),
     ("has another key", '{"file_name": "a.png", "title": "x"}', "'text' holds no text; the line has title"),
     ("has half a character", '{"file_name": "a.png", "text": "\\ud800"}', "surrogates not allowed"),
-    ("has null for a text", '{"file_name": "a.png", "text": null}', "'text' holds no text"),
+    ("has null instead of a text", '{"file_name": "a.png", "text": null}', "'text' holds no text"),
     ("has an empty list of texts", '{"file_name": "a.png", "text": []}', "'text' holds no text"),
     ("names a picture twice", f"{ROW}\n{ROW}", "metadata.jsonl line 2: a.png occurs twice"),
     ("leaves a picture out", "", "a.png has no caption"),
@@ -337,7 +337,7 @@ PICTURES = [
     ("a PNG of 0 × 0 pixels", png_of(0, 0), "a.png cannot be opened"),
     ("a picture of floating-point numbers", png("F", kind="TIFF"), "whose white is not defined"),
     ("JPEG XL named .png", b"\xff\x0a", "a.png cannot be read (JPEG XL); save it as .png or .jpg"),
-    ("one with a colour profile that is none", png(icc_profile=b"x"), "a.png: its colour profile cannot be used", True),
+    ("one with a false colour profile", png(icc_profile=b"x"), "a.png: its colour profile cannot be used", True),
     ("one with a colour profile cut in half", png(icc_profile=PROFILE[:300]), "profile cannot be used", True),
     ("grey with a colour profile of colours", png("L", icc_profile=PROFILE), "trained", True),
     ("CMYK with a colour profile of colours", png("CMYK", kind="TIFF", icc_profile=PROFILE), "it is for RGB", True),
@@ -351,8 +351,8 @@ PICTURES = [
     ("1 bit", png("1"), "trained", True),
     ("an animated GIF", frames("GIF"), "trained", True),
     ("an animated WebP", frames("WEBP"), "trained", True),
-    ("EXIF that says it lies on its side", turned(6), "trained", True),
-    ("EXIF of a turn that does not exist", turned(99), "trained", True),
+    ("one that EXIF turns on its side", turned(6), "trained", True),
+    ("one with an EXIF orientation that does not exist", turned(99), "trained", True),
     ("1 × 1 pixels", png(size=(1, 1)), "it is enlarged to fill 16 × 16", True),
     ("5,000 × 1 pixels", png(size=(5000, 1)), "it is enlarged to fill 16 × 16", True),
 ]
@@ -379,8 +379,8 @@ CONFIGS = [
     ("has an unknown key", '{"sead": 8}', "c.json: unknown setting sead; did you mean seed?"),
     ("has half a character", '{"caption": "\\ud800"}', "surrogates not allowed"),
     ("has a key twice", '{"seed": 8, "seed": 9}', "seed occurs twice"),
-    ("has a text for a number", '{"seed": "8"}', 'c.json: seed is "8" and should be int'),
-    ("has null for a number", '{"seed": null}', "c.json: seed is null and should be int"),
+    ("has a text instead of a number", '{"seed": "8"}', 'c.json: seed is "8" and should be int'),
+    ("has null instead of a number", '{"seed": null}', "c.json: seed is null and should be int"),
     ("has NaN", '{"learning_rate": NaN}', "--learning-rate is nan; it must be"),
     ("has infinity", '{"learning_rate": 1e999}', "--learning-rate is inf; it must be"),
     ("has a seed of 40 digits", f'{{"seed": {"9" * 40}}}', "--seed is 99999"),
@@ -392,8 +392,8 @@ CONFIGS = [
         '{"network_dim": 2, "clip_skip": 2}',
         "c.json: clip_skip = 2 has no counterpart, and may change what is learnt",
     ),
-    ("is diffusers', of sides that differ", '{"lr_scheduler": "linear", "resolution": "8,16"}', 'resolution is "8,16"'),
-    ("is diffusers', with what has no effect here", '{"random_flip": true, "allow_tf32": true}', "trained", True),
+    ("is diffusers', and not square", '{"lr_scheduler": "linear", "resolution": "8,16"}', 'resolution is "8,16"'),
+    ("is diffusers', with a setting without effect", '{"random_flip": true, "allow_tf32": true}', "trained", True),
     ("begins with a byte order mark", '\ufeff{"seed": 8}', "trained", True),
 ]
 
@@ -522,7 +522,7 @@ BASES = [
     ("has a model_index.json that is a list", with_bytes(INDEX, "[]"), "it holds a None; supported are"),
     ("has a model_index.json that is cut off", with_bytes(INDEX, "", keep=30), "model_index.json"),
     ("is an unknown pipeline", with_json(INDEX, _class_name="Flux"), "it holds a Flux; supported are"),
-    ("has a list for its pipeline", with_json(INDEX, _class_name=["a", "b"]), "it holds a ['a', 'b']"),
+    ("has a list instead of its pipeline's name", with_json(INDEX, _class_name=["a", "b"]), "it holds a ['a', 'b']"),
     ("names code of its own in model_index.json", with_json(INDEX, unet=["evil", "Unet"]), "wrote", True),
     ("lacks its U-Net", without("unet"), NO_UNET),
     ("lacks its VAE", without("vae"), "its vae does not load"),
@@ -534,9 +534,13 @@ BASES = [
     ("has a U-Net's weights without config", without("unet/config.json"), NO_UNET),
     ("has a config that is cut off", with_bytes("unet/config.json", "", keep=40), NO_UNET),
     ("has a config that is a list", with_bytes("unet/config.json", "[]"), NO_UNET),
-    ("has a text for a list in a config", with_json("unet/config.json", block_out_channels="x"), NO_UNET),
+    ("has a text instead of a list in a config", with_json("unet/config.json", block_out_channels="x"), NO_UNET),
     ("has a size of 0 in a config", with_json("unet/config.json", norm_num_groups=0), NO_UNET),
-    ("has no side in a config", with_json("unet/config.json", sample_size=None), "sample_size in its unet's config is"),
+    (
+        "has no sample_size in a config",
+        with_json("unet/config.json", sample_size=None),
+        "sample_size in its unet's config is",
+    ),
     ("has a VAE's config that is a list", with_bytes("vae/config.json", "[]"), "its vae does not load"),
     ("has a text encoder of another width", with_json("text_encoder/config.json", hidden_size=24), "does not load"),
     ("has a tokenizer that is cut off", with_bytes("tokenizer/tokenizer.json", "", keep=99), "its tokenizer does not"),
@@ -552,24 +556,24 @@ BASES = [
     ("has only pickles of the U-Net (.bin)", only_pickle, NO_UNET),
     ("has only an fp16 variant of the U-Net", only_half, "its unet has only the variant fp16", True),
     ("is sharded", sharded(), "wrote", True),
-    ("is sharded, of which one is missing", sharded("3.safetensors"), NO_UNET),
+    ("is sharded, and one file is missing", sharded("3.safetensors"), NO_UNET),
     ("is sharded, and the index leads outside by ..", sharded("../1.safetensors"), "leads outside its folder"),
     (
-        "is in parts, and the index leads outside by an absolute path",
+        "is sharded, and the index leads outside by an absolute path",
         sharded("/1.safetensors"),
         "leads outside its folder",
     ),
-    ("is sharded, its text encoder, too", sharded(weights=TEXT), "wrote", True),
+    ("has a sharded text encoder", sharded(weights=TEXT), "wrote", True),
     (
-        "is in parts, and its text encoder's index leads outside",
+        "has a text encoder whose index leads outside by ..",
         sharded("../1.safetensors", weights=TEXT),
         "leads outside its folder",
     ),
-    ("has a text encoder's index that leads to /", sharded("/1.safetensors", weights=TEXT), "leads outside its folder"),
-    ("is sharded, and the index is no JSON", sharded(index="x"), NO_UNET),
+    ("has a text encoder whose index leads to /", sharded("/1.safetensors", weights=TEXT), "leads outside its folder"),
+    ("is sharded, and the index is not JSON", sharded(index="x"), NO_UNET),
     ("is sharded, and the index lists nothing", sharded(index="{}"), NO_UNET),
     (
-        "predicts what is not known",
+        "has an unknown prediction type",
         with_json("scheduler/scheduler_config.json", prediction_type="x"),
         "prediction_type is 'x'; known are",
     ),
@@ -676,7 +680,7 @@ LORAS = [
     ("has metadata of numbers", raw({"__metadata__": {"lora_adapter_metadata": 1}}), HEADER),
     ("has an entry that is a list", headers([]), HEADER),
     ("has an entry without a type", headers({"shape": [2, 2], "data_offsets": [0, 16]}), HEADER),
-    ("has a type that is not known", headers(entry(dtype="F99")), "unknown type or shape: F99"),
+    ("has an unknown type", headers(entry(dtype="F99")), "unknown type or shape: F99"),
     ("has a shape of texts", headers(entry(shape=("2", "2"))), "has an unknown type or shape"),
     ("has a negative shape", headers(entry(shape=(-2, -2))), "has an unknown type or shape"),
     ("has a shape of true and false", headers(entry(shape=(True, 4))), "has an unknown type or shape"),
@@ -738,9 +742,9 @@ LORAS = [
     ("is missing, but a pickle of the same name is there", pickle_beside, "a pickle, which can run code"),
     ("is not there", lambda place: place.folder / "gone.safetensors", "gone.safetensors: there is no such file"),
     ("is a folder without a LoRA", folder_without, "it holds neither pytorch_lora_weights.safetensors nor"),
-    ("is a PEFT folder whose settings are no JSON", partial(peft_folder, text="{"), "adapter_config.json: Expecting"),
+    ("is a PEFT folder whose settings are not JSON", partial(peft_folder, text="{"), "adapter_config.json: Expecting"),
     ("is a PEFT folder whose settings are a list", partial(peft_folder, text="[]"), "settings are not a JSON object"),
-    ("is a PEFT folder whose pattern has no end", partial(peft_folder, text=SLOW), "could take forever to match"),
+    ("is a PEFT folder with a pattern without end", partial(peft_folder, text=SLOW), "could take forever to match"),
     ("is a PEFT file without its settings", peft_file_alone, "its scale is in adapter_config.json"),
     ("is the file in a PEFT folder", lambda place: peft_folder(place) / "adapter_model.safetensors", "wrote", True),
     ("is a PEFT folder", peft_folder, "wrote", True),
@@ -750,7 +754,7 @@ LORAS = [
 # ---------------------------------------------------------------------------------------- prompts
 
 PROMPTS = [
-    ("names a LoRA as A1111 reads it", "a dog <lora:film:0.8>", "take it out and give --lora film.safetensors:0.8"),
+    ("names a LoRA in the way of A1111", "a dog <lora:film:0.8>", "take it out and give --lora film.safetensors:0.8"),
     ("is empty", "", "wrote", True),
     ("is only spaces", "  ", "wrote", True),
     ("has 10,000 words", LONG, "a prompt is too long for the text encoder, which ignores the end: “…word", True),
@@ -764,7 +768,7 @@ PROMPTS = [
 
 
 def resumed(place: Place, spoil: Callable[[Path], list[str] | None]) -> list[str]:
-    """Go on with a copy of the run whose last checkpoint `spoil` has spoilt; it may give other settings."""
+    """Resume a copy of the run after `spoil` has spoilt its checkpoints; `spoil` may return more settings."""
     out = place.copy(place.run, "out")
     more = spoil(out) or []
     words = json.loads((place.run / "words.json").read_text())
@@ -829,8 +833,8 @@ CHECKPOINTS = [
 ]
 
 VERSIONS = [
-    ("a --variant that it has not", ("--variant", "fp8"), "its unet does not load"),
-    ("a --revision", ("--revision", "old"), "--revision old: --model"),
+    ("--variant, which it does not have", ("--variant", "fp8"), "its unet does not load"),
+    ("--revision, which only the hub has", ("--revision", "old"), "--revision old: --model"),
 ]
 
 SIZES = [
@@ -856,7 +860,7 @@ BLOCKS = [
 
 TARGETS = [
     (
-        "is a block that there is not",
+        "is a block that does not exist",
         "up_blocks.9:attention",
         "the blocks are down_blocks.0, down_blocks.1, mid_block,",
     ),
@@ -865,7 +869,7 @@ TARGETS = [
         "down_blocks.1:attention",
         "attention is in down_blocks.0, mid_block, up_blocks",
     ),
-    ("is a block without an end", "mid_block:", "target 'mid_block:' matches no layer"),
+    ("is a block without layers after the colon", "mid_block:", "target 'mid_block:' matches no layer"),
     (
         "is a block of another family",
         "style",
@@ -888,7 +892,7 @@ ROOMS = {
     "Pictures": ("a picture is", picture, PICTURES),
     "Config files": ("the file of `--config`", config, CONFIGS),
     "Bases": ("the folder of `--model`", base, BASES),
-    "Versions of bases": ("of a base in a folder is asked", lambda place, words: sample(place, *words), VERSIONS),
+    "Versions of bases": ("given with a base in a folder", lambda place, words: sample(place, *words), VERSIONS),
     "Bases in a single file": ("the file of `--model`", single, SINGLES),
     "LoRA files": ("the file of `--lora`", lora, LORAS),
     "Prompts": ("`--prompt` of sample.py", lambda place, text: sample(place, prompt=text), PROMPTS),
