@@ -20,10 +20,10 @@ def animation_format(path: Path) -> str:
 
 
 def save_animation(frames: Sequence[Image.Image], path: Path, milliseconds: int | list[int]) -> None:
-    """Write an animation that starts again at its end, completely or not at all.
+    """Write an animation that repeats forever, completely or not at all.
 
-    `milliseconds` is the time of each frame, or a list of these.  The settings that the first frame carries are
-    written, too, as a comment in a GIF.
+    `milliseconds` is the time of each frame, or a list of these.  If the first frame carries settings, they are
+    written, too; in a GIF, as a comment.
     """
     content, about = io.BytesIO(), PngImagePlugin.PngInfo()
     options: dict = {"save_all": True, "append_images": frames[1:], "duration": milliseconds, "loop": 0}

@@ -37,7 +37,7 @@ def beside(pictures: Iterable[Path], exact: Mapping[Path, Path]) -> dict[Path, P
 
 
 def read_text(path: Path, name: str, problems: list[str]) -> str:
-    """Return the text of a file, which `problems` call `name`; what is wrong with it is added there."""
+    """Return the text of a file; if it cannot be read, "", after adding that to `problems` with the file's `name`."""
     try:
         text = path.read_text(encoding="utf-8-sig")
         if "\0" in text:
@@ -79,7 +79,7 @@ def read_table(table: Path, column: str, files: Iterable[Path], problems: list[s
     return captions
 
 
-def edit_captions(folder: Path, captions: Mapping[str, Sequence[str]], column: str = "text") -> str:
+def edit_captions(folder: Path, captions: Mapping[str, Sequence[str]]) -> str:
     """Write captions, given by picture name, into a folder's metadata.jsonl; return a message about the result.
 
     Unchanged lines keep their bytes.  A changed line keeps its other keys and their order, and a picture without a line
@@ -97,16 +97,15 @@ def edit_captions(folder: Path, captions: Mapping[str, Sequence[str]], column: s
     left, changed = {spelling(Path(name)): (name, tuple(texts)) for name, texts in captions.items()}, 0
     for row, line in zip(rows, written, strict=True):
         name, new = left.pop(spelling(Path(os.path.normpath(row.get("file_name", "")))), ("", None))
-        old = row.get(column)
+        old = row.get("text")
         if new and new != (tuple(old) if isinstance(old, list) else (old,)):
-            row[column] = list(new) if isinstance(old, list) or len(new) > 1 else new[0]
+            row["text"] = list(new) if isinstance(old, list) or len(new) > 1 else new[0]
             line, changed = json.dumps(row, ensure_ascii=False), changed + 1
         lines.append(line)
     for name, texts in left.values():
         if any(texts):
-            lines.append(
-                json.dumps({"file_name": name, column: texts[0] if len(texts) == 1 else texts}, ensure_ascii=False)
-            )
+            row = {"file_name": name, "text": texts[0] if len(texts) == 1 else texts}
+            lines.append(json.dumps(row, ensure_ascii=False))
             changed += 1
     if changed:
         write_whole(table, "".join(f"{line}\n" for line in lines).encode())

@@ -55,7 +55,7 @@ def told_left_out(left_out: Collection[Path], folder: Path) -> list[str]:
 
 
 def told_unused(others: Collection[Path], folder: Path) -> list[str]:
-    """Return lines about the files that are neither a picture nor the caption of one."""
+    """Return lines about the files that are neither pictures nor their captions."""
     tables = sorted(path for path in others if path.name in TABLES)
     texts = sorted(path for path in others if path.suffix.lower() == ".txt")
     captions = sorted(path for path in others if path.suffix.lower() == ".caption")

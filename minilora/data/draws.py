@@ -2,8 +2,7 @@
 
 A training run goes through an endless stream of positions 0, 1, 2, …  The picture at a position, its mirroring, its
 timestep and its noise are each computed here from the seed, the name of the purpose and the position, and from nothing
-else.  No generator has a state, so it does not matter which process computes a draw, in which order, or whether the run
-was stopped in between.
+else.  So it does not matter which process computes a draw, in which order, or whether the run was stopped in between.
 
 The generator is Philox, which works like a block cipher: it turns (key, counter) into random bits (Salmon et al.,
 "Parallel random numbers: as easy as 1, 2, 3", 2011).  The key holds the seed and the purpose, the counter the position.

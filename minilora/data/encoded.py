@@ -1,9 +1,9 @@
 """The pictures and captions of a run, each encoded once.
 
-A picture has --variants, with different crops and colours, and so has a caption.  The VAE turns a picture into a
-gaussian over latents.  Its mean and standard deviation are stored, and each use draws a new sample.  They are in a
-cache, with the encoded captions.  The name of a file there is a hash of everything that it depends on, so another
-picture, size or base has another file, and no file can be out of date.
+With --variants, a picture is encoded several times, with different crops and colours, and so is a caption, with its
+tags in different orders.  The VAE turns a picture into a gaussian over latents.  Its mean and standard deviation are
+stored, and each use draws a new sample.  They are in a cache, with the encoded captions.  The name of a file there is a
+hash of all that it depends on: another picture, size or base has another file, so no file can be out of date.
 """
 
 import hashlib
@@ -106,7 +106,7 @@ class Encoded:
         return View(item, mirrored, place, tuple(1 + jitter * (2 * drawn(what) - 1) for what in colours if jitter))
 
     def version(self, caption: str, variant: int) -> str:
-        """Return a variant of a caption: its tags, except the first --keep-tags, are shuffled or left out."""
+        """Return a variant of a caption: tags after the first --keep-tags are shuffled or left out."""
         config = self.config
         if not (config.shuffle_tags or config.tag_dropout):
             return caption
@@ -118,14 +118,14 @@ class Encoded:
         return with_trigger(", ".join([*kept, *(rest[place] for place in order)]), config)
 
     def kept_caption(self, caption: str) -> str:
-        """Return the caption at which --preserve keeps the base's prediction: class, without trigger, or empty."""
+        """Return the caption at which --preserve keeps the base's prediction: --class-prompt, else without trigger."""
         return self.config.class_prompt or without_trigger(caption, self.config)
 
     def pixels(self, view: View) -> torch.Tensor:
         """Return a picture's pixels as training sees them, in [-1, 1], (3, h, w)."""
         try:
             picture = crop(view.item.open(), self.size_of(view.item), view.place)
-        except ChangedError:  # perhaps without a change of its file's times, so the next run must read all files again
+        except ChangedError:  # perhaps not visible in the file's times, so the next run must read all files again
             forget(self.config.cache)
             raise
         kinds = ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color
@@ -158,7 +158,7 @@ class Encoded:
     # ----------------------------------------------------------------------------- encoded
 
     def gaussian(self, view: View) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return mean and standard deviation of a picture's latents, (channels, h, w) each."""
+        """Return the mean and standard deviation of a picture's latents, (channels, h, w) each."""
         if self.encoders:
             return self.encoders.encode_picture(self.pixels(view))
         encoded = _load(self._picture_file(view))
@@ -186,7 +186,7 @@ class Encoded:
         return conditioning | {"sizes": torch.tensor(sizes, dtype=torch.float32)}
 
     def to_encode(self, encoders: Base) -> tuple[dict[Path, Callable[[], None]], dict[Path, Callable[[], None]]]:
-        """Return all files that the cache must hold, each with a function that writes it: captions, then pictures."""
+        """Return the files that the cache must hold, each with a function that writes it: captions, then pictures."""
 
         def encode_caption(caption: str) -> dict[str, torch.Tensor]:
             fields = vars(encoders.encode_prompt(caption))

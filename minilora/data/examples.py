@@ -1,7 +1,7 @@
 """Training examples: what belongs to each position of the endless stream 0, 1, 2, …
 
-`Examples` returns the batch for any positions: picture, mirroring, caption and noise, all drawn by draws.py, from the
-pictures and captions that encoded.py has encoded.
+`Examples` returns the batch for any positions.  draws.py draws picture, mirroring, caption and noise; encoded.py has
+encoded the pictures and captions.
 """
 
 from collections.abc import Sequence
@@ -63,7 +63,7 @@ class Examples(Encoded):
         return self.items[draws.picture_at(self.config.seed, position, len(self.items))]
 
     def view_at(self, position: int) -> View:
-        """Return the view at a position: of the picture's variant or, without --variants, with a newly drawn crop."""
+        """Return the view at a position: a variant of the picture or, without --variants, a newly drawn crop."""
         seed, item = self.config.seed, self.picture_at(position)
         mirrored = self.config.mirror and draws.uniform(seed, "mirror", position) < 0.5
         if self.config.variants or self.config.crop != "random":

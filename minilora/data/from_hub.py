@@ -102,7 +102,7 @@ def write_pictures(rows: Iterable[dict], folder: Path, title: str, config: Train
 
 
 def _content(cell: object) -> bytes:
-    """Return the file of an undecoded picture; b"" if it is neither in the row nor on the hub."""
+    """Return the bytes of an undecoded picture; b"" if it is neither in the row nor on the hub."""
     if not isinstance(cell, dict):
         return b""
     if cell.get("bytes"):

@@ -1,6 +1,6 @@
-"""Held-out pictures, which are not trained on, and the loss on them: when it rises again, the LoRA is overfitting.
+"""Held-out pictures, which are not trained on, and the loss on them: if it rises again, the LoRA is overfitting.
 
-Each picture always gets the same noise at the same timesteps, so two figures differ only by the network:
+Each picture always gets the same noise at the same timesteps, so two measurements differ only by the network:
 
     (1 / n·T) Σ_pictures Σ_t loss(x₀, ε, t)        T timesteps, evenly spaced; ε fixed per picture and t
 

@@ -1,8 +1,8 @@
 """Look at each picture of a folder: its hash and size, or what is wrong with it.
 
 Looks are remembered, so that a folder of photographs is read only once.  A picture is known as long as its file has the
-same size, times of change (mtime and ctime, which no program can set) and inode.  When it is read again for encoding,
-its content must have the remembered hash.
+same size, mtime, ctime (which no program can set) and inode.  When it is read again for encoding, its content must have
+the remembered hash.
 """
 
 import hashlib
@@ -24,7 +24,7 @@ from ..settings.train import TrainConfig
 from .kinds import kind_of_bytes, unread_kind
 from .pictures import BOMB, NO_PICTURE, look_at, open_mask, pixels_claimed, pixels_limited
 
-SETTLED = 2.0  # seconds since the last change: two changes within one tick of the disk's clock have the same time
+SETTLED = 2.0  # seconds since a file's last change; two changes within one tick of the disk's clock have the same time
 _VERSION = 2  # increase this when the rules for refusals or warnings change
 
 

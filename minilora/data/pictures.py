@@ -21,7 +21,7 @@ with suppress(ImportError):  # an optional package
 # What Pillow raises for a file that is not a picture, is truncated, has damaged EXIF, or is a decompression bomb.
 BOMB = (Image.DecompressionBombError, Image.DecompressionBombWarning)
 NO_PICTURE = (OSError, SyntaxError, ValueError, struct.error, *BOMB)
-CENTRE = (0.5, 0.5)  # the default place of a crop
+CENTRE = (0.5, 0.5)  # the place of a crop, see `crop`
 _TURNED = (5, 6, 7, 8)  # the EXIF orientations that swap width and height
 # The picture modes that a profile's colour space fits; pictures are converted to the first of them.
 _MODES = {"RGB": ("RGB", "RGBX", "P", "L", "YCbCr"), "GRAY": ("L",), "CMYK": ("CMYK",)}
@@ -66,9 +66,9 @@ def open_mask(source: io.BytesIO, of_alpha: bool) -> Image.Image | None:
 
 
 def look_at(source: io.BytesIO) -> tuple[tuple[int, int], str]:
-    """Return the width and height that `open_picture` gives, and what is wrong with the colour profile, if anything.
+    """Return the width and height that `open_picture` gives, and what is wrong with the colour profile, else "".
 
-    Decodes the whole picture, to find damage.  Several threads may call this at once; the caller sets the limit with
+    Decodes the whole picture, to find damage.  Several threads may call this at once, so the caller sets the limit with
     `pixels_limited`.
     """
     try:
@@ -141,7 +141,7 @@ def _profile_of(file: Image.Image) -> bytes | None:
 
 @cache
 def adobe_rgb() -> bytes:
-    """Return an ICC profile of Adobe RGB: a header, a table of tags, the tags (ICC.1:2001-04, 6)."""
+    """Return an ICC profile of Adobe RGB: a header, a table of tags, then the tags (ICC.1:2001-04, 6)."""
     tags = {name: struct.pack(">4s4x3i", b"XYZ ", *(round(n * 65536) for n in xyz)) for name, xyz in _ADOBE.items()}
     curve = struct.pack(">4s4xIHxx", b"curv", 1, _ADOBE_GAMMA)
     tags |= dict.fromkeys((b"rTRC", b"gTRC", b"bTRC"), curve)
@@ -192,15 +192,15 @@ def _transform(profile: bytes, mode: str) -> tuple[str, ImageCms.ImageCmsTransfo
     return takes, None if same else transform
 
 
-def crop_square(picture: Image.Image, side: int, place: tuple[float, float] = CENTRE) -> Image.Image:
-    """Resize the short side to `side` pixels and crop the square at `place`, as `crop` does."""
-    return crop(picture, (side, side), place)
+def crop_square(picture: Image.Image, side: int) -> Image.Image:
+    """Resize the short side to `side` pixels and crop the square in the centre."""
+    return crop(picture, (side, side))
 
 
 def crop(picture: Image.Image, size: tuple[int, int], place: tuple[float, float] = CENTRE) -> Image.Image:
-    """Resize a picture until it just fills a size, width and height in pixels, and crop it to that at `place`.
+    """Resize a picture until it just fills a size, width and height in pixels, and crop it to that size.
 
-    `place` is 0 for left or top, 1 for right or bottom, 0.5 for the centre.
+    `place` says where to crop: 0 is left or top, 1 right or bottom, 0.5 the centre.
     """
     resized, left, top = crop_at(picture.size, size, place)
     return picture.resize(resized, Image.Resampling.LANCZOS).crop((left, top, left + size[0], top + size[1]))
@@ -209,7 +209,7 @@ def crop(picture: Image.Image, size: tuple[int, int], place: tuple[float, float]
 def crop_at(
     picture: tuple[int, int], size: tuple[int, int], place: tuple[float, float]
 ) -> tuple[tuple[int, int], int, int]:
-    """Return the size to resize a picture to before cropping it to `size`, and left and top of the crop."""
+    """Return the size to resize a picture to before `crop` crops it to `size`, and the left and top of that crop."""
     factor = max(wanted / n for wanted, n in zip(size, picture, strict=True))
     width, height = (max(wanted, round(n * factor)) for wanted, n in zip(size, picture, strict=True))
     return (width, height), round((width - size[0]) * place[0]), round((height - size[1]) * place[1])

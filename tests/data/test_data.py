@@ -16,7 +16,7 @@ from minilora.data import encoded as data
 from minilora.data.captions import edit_captions
 from minilora.data.examples import Batch
 from minilora.data.folder import read_folders
-from minilora.data.pictures import as_tensor, crop_square, open_picture
+from minilora.data.pictures import as_tensor, crop, crop_square, open_picture
 from minilora.models.base import Base
 from minilora.models.text import cut_off
 from minilora.run.encode import encoded_examples
@@ -72,7 +72,7 @@ def test_every_mode_becomes_rgb(mode, tmp_path):
 
 def test_a_square_is_cut_out_at_its_place():
     picture = Image.fromarray(np.arange(40, dtype=np.uint8)[None].repeat(20, 0)).convert("RGB")  # 40 wide, 20 high
-    columns = {p: as_tensor(crop_square(picture, 20, (p, 0.5)))[0, 0] for p in (0.0, 0.5, 1.0)}
+    columns = {p: as_tensor(crop(picture, (20, 20), (p, 0.5)))[0, 0] for p in (0.0, 0.5, 1.0)}
     for place, first in [(0.0, 0), (0.5, 10), (1.0, 20)]:
         torch.testing.assert_close(columns[place], torch.arange(first, first + 20) / 127.5 - 1)
     assert crop_square(make_picture(0, 31, 17), 8).size == (8, 8)
