@@ -1,6 +1,6 @@
 """A base and its parts: found by name, loaded part by part.
 
-May import files, settings and lora.py and diffusion.py.
+May import files, settings, lora.py and diffusion.py.
 """
 
 import logging

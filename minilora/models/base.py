@@ -1,6 +1,7 @@
 """A base: a Stable Diffusion of any family, and what it does with its parts (parts.py).
 
-The families differ in what the U-Net predicts (1.x the noise, 2.x at 768 pixels v) and in its conditioning:
+The families differ in what the U-Net predicts (v in 2.x for 768 pixels, the noise in the others) and in its
+conditioning:
 
     1.x, 2.x       the output of the last layer of one text encoder
     XL             the outputs of the last layer but one of two text encoders, side by side; one vector for the whole
@@ -31,11 +32,11 @@ _NO_CHECKER = {"safety_checker": None, "feature_extractor": None, "requires_safe
 
 
 class Base(LoadedParts):
-    """A base by name, as LoadedParts takes it: its parts, and what they make of pictures and prompts."""
+    """The base of a name, as LoadedParts takes it: it encodes pictures and prompts, and decodes latents."""
 
     @classmethod
     def of(cls, config, device: torch.device, precision: str = "fp32", loras: Sequence[str] = ()) -> Self:
-        """Return the base that a command's settings name; print which one if a LoRA names it."""
+        """Return the base that a command's settings name; if they leave that to a LoRA, print its name."""
         options = config.base_settings()
         name, settings = options.pop("model"), options.pop("model_config")
         named = named_base(getattr(config, "lora", None))
@@ -90,7 +91,7 @@ class Base(LoadedParts):
 
     @cached_property
     def encoder_fingerprints(self) -> tuple[str, str]:
-        """Return hashes of the VAE, and of the text encoders with their tokenizers: everything encoding depends on."""
+        """Return a hash of the VAE, and one of the text encoders and tokenizers: all that encoding depends on."""
         of_text = []
         for tokenizer, encoder in zip(self.tokenizers, self.text_encoders, strict=True):
             words = json.loads(tokenizer.backend_tokenizer.to_str())
@@ -100,7 +101,7 @@ class Base(LoadedParts):
 
     @cached_property
     def content(self) -> str:
-        """A hash of everything its pictures depend on: files, or name and commit on the hub; schedule; LoRAs."""
+        """A hash of all that its pictures depend on: its files, or name and commit on the hub; schedule; LoRAs."""
         sources = [(self._source(part), part) for part in (UNET, VAE, *self.text_parts)]
         files = {file.path: file for source, part in sources for file in source.files(part)}
         more = [source.commit for source, _ in sources]
@@ -139,7 +140,7 @@ class Base(LoadedParts):
 
     @torch.no_grad()
     def encode_picture(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return mean and standard deviation of a picture's latents, scaled so that their variance is about 1.
+        """Return the mean and standard deviation of a picture's latents, scaled so that their variance is about 1.
 
         `pixels` is (3, h, w) in [-1, 1]; both results are (channels, h', w'), float32, on the CPU.
         """

@@ -1,4 +1,4 @@
-"""torch.compile: code for one network and one input shape, instead of one operation after the other.
+"""torch.compile: makes code for one network and one input shape, instead of one operation after the other.
 
 The results are the same up to rounding: several operations are fused into one, so values in between are not rounded.
 Compiling takes minutes, on the first pass and again for each new shape.  The code is stored on disk (in
@@ -17,7 +17,7 @@ def compile_options(device: torch.device) -> dict:
     if device.type == "cpu":
         # The compiler would give convolutions channels-last inputs, which is slower on a CPU.
         options["layout_optimization"] = False
-    # With code for any shape (`dynamic`) torch 2.13 failed on a small U-Net, so each shape gets its own code.
+    # Each shape gets its own code: with `dynamic`, code for any shape, torch 2.13 failed on a small U-Net.
     return {"dynamic": False, "options": options}
 
 

@@ -1,7 +1,7 @@
 """The device that a process computes on: the CPU, or what torch calls an accelerator.
 
-An accelerator is a CUDA GPU.  Apple's GPUs and others are used in the same way, but this was not tried.  The
-environment variable MINILORA_DEVICE=cpu makes a process use the CPU.
+That is a CUDA GPU.  Apple's GPUs and others are used in the same way, but nobody has tried.  The environment variable
+MINILORA_DEVICE=cpu makes a process use the CPU.
 """
 
 import os
@@ -14,7 +14,7 @@ CPU = torch.device("cpu")
 
 
 def this_device() -> torch.device:
-    """Return this process's own accelerator if the machine has any, else the CPU.
+    """Return an accelerator for this process alone if the machine has any, else the CPU.
 
     Raises UserError if the machine has fewer accelerators than processes, or none of the kind in MINILORA_DEVICE.
     """

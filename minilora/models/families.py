@@ -53,9 +53,9 @@ NOISE_LEVELS: dict = {
 class Family:
     """The settings of a base by the shapes of its single file, asked for as those of a folder are.
 
-    `shapes` are those of the tensors by key, `prediction_type` is what the U-Net predicts, if known.  Raises UserError,
-    which begins with `title`, for shapes of no known family, and for a Stable Diffusion 2 if `prediction_type` is
-    missing.
+    `shapes` are those of the tensors, by key; `prediction_type` is what the U-Net predicts, if known.  Raises a
+    UserError that begins with `title` for shapes of no known family, and for a Stable Diffusion 2 without
+    `prediction_type`.
     """
 
     def __init__(self, shapes: Mapping[str, tuple[int, ...]], title: str, prediction_type: str | None = None):
@@ -142,8 +142,8 @@ def clip_tokenizer(pad: str) -> CLIPTokenizer:
     """Return CLIP's tokenizer for 77 tokens; `pad` is the token that pads short prompts."""
     lines = Path(__file__).parent.joinpath("clip", "merges.txt").read_text(encoding="utf-8").strip().split("\n")
     merges = [tuple(line.split(" ")) for line in lines[1:]]
-    # Each byte is a word, and ends one; then comes what each merge makes.  (Bytes that cannot be printed stand as
-    # characters from 256 on.)
+    # The vocabulary: each byte within a word and at its end, then what each merge makes.  Bytes that cannot be printed
+    # are written as characters from 256 on.
     printed = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     single = [chr(byte) for byte in printed] + [chr(256 + number) for number in range(256 - len(printed))]
     words = [*single, *(f"{each}</w>" for each in single), *("".join(pair) for pair in merges)]

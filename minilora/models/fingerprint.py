@@ -19,7 +19,7 @@ def fingerprint(module: nn.Module, *more: str) -> str:
     """Return a hash of a module's config, of its state (names, types, shapes, numbers), and of `more`."""
     config: Any = module.config
     config = config if isinstance(config, dict) else config.to_dict()
-    # Folder, version and loaded type are left out, because they do not change the results.
+    # Its folder, version and number type are left out, because they do not change the results.
     computing = {key: value for key, value in config.items() if not key.startswith("_") and key not in _ABOUT_THE_FILE}
     digest = hashlib.sha256("\0".join((json.dumps(computing, sort_keys=True, default=str), *more)).encode())
 

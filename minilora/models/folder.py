@@ -36,11 +36,11 @@ KINDS = {
 class Folder:
     """A diffusers folder or hub id; `title` is its name in messages.
 
-    `subfolders` locates parts that are not in the sub-folder of their own name.  `revision` is that of a hub id, and
-    `variant` that of the weights, which is found if it is not given.
+    `subfolders` locates parts that are not in the sub-folder of their own name.  `revision` is the branch, tag or
+    commit of a hub id.  `variant` is that of the weights; without it, one is chosen if there are only variants.
     """
 
-    # What marks say that only single files have: what the U-Net predicts, and whether ᾱ ends at 0.
+    # Only single files have marks; they say what the U-Net predicts, and whether ᾱ ends at 0.
     marked_prediction_type: str | None = None
     marked_zero_terminal_snr = False
 
@@ -154,7 +154,7 @@ def empty_module(part: str, config: dict, title: str) -> nn.Module:
 
 @contextmanager
 def loading(title: str, part: str) -> Iterator[None]:
-    """Within the block, turn any error of diffusers and transformers, such as for a broken file, into a UserError."""
+    """Within the block, turn any error, such as diffusers' about a broken file, into a UserError."""
     try:
         yield
     except Exception as error:
@@ -175,6 +175,6 @@ def warn_of_more(title: str, part: str, more) -> None:
 
 @cache
 def say_once(text: str) -> None:
-    """Print a line on stderr only once, even if a part is loaded several times, and by only one process."""
+    """Print a line on stderr once, even if a part is loaded several times or by several processes."""
     if int(os.environ.get("RANK", 0)) == 0:
         print(text, file=sys.stderr)

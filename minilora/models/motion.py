@@ -3,8 +3,8 @@
 A motion adapter holds one motion module for each layer of each block of a U-Net.  A motion module is a small
 transformer.  It sees one place of the latents at a time, in all frames, so it moves what the U-Net draws.
 
-The U-Net is diffusers' UNetMotionModel.  It has the names of the ordinary U-Net, and in each block `motion_modules`, so
-LoRA is put into it and found in it as in any network.
+The U-Net is diffusers' UNetMotionModel.  It has the names of the ordinary U-Net and, in each block, `motion_modules`.
+So a LoRA is put into it as into any network.
 
 Source: Guo et al., "AnimateDiff: animate your personalized text-to-image diffusion models without specific tuning",
 2023.
@@ -36,7 +36,7 @@ class MotionBase(Base):
 
     @classmethod
     def of(cls, config, device: torch.device, *others, **more) -> Self:
-        """Return the base and the adapter that a command's settings name; the adapter's settings are checked."""
+        """Return the base with the adapter that a command's settings name, after checking the adapter's settings."""
         base = super().of(config, device, *others, **more)
         base.motion = config.motion
         base.refuse_inpainting()
@@ -103,5 +103,5 @@ class MotionBase(Base):
 
 
 def _each(value: Any, blocks: int) -> list:
-    """Return a setting that may be one number for all blocks as a list of one for each."""
+    """Return a setting as a list with a number for each block; it may be one number for all."""
     return list(value) if isinstance(value, list | tuple) else [value] * blocks

@@ -47,14 +47,14 @@ class LoadedParts:
     may lack weights) or hub id; without it, they follow from the file's shapes.  `vae` is another base or VAE to take
     the VAE from.
 
-    The U-Net predicts `prediction_type`, or if that is None, what a single file is marked with or the base's settings
-    say.  `zero_terminal_snr`, or a file's mark, rescales the noise levels so that the last one is pure noise, ᾱ = 0,
-    and drawing starts there.
+    The U-Net predicts `prediction_type`; if that is None, what the mark in a single file says, else what the base's
+    settings say.  `zero_terminal_snr`, or a file's mark, rescales the noise levels so that the last one is pure noise,
+    ᾱ = 0, and drawing starts there.
     Source: Lin et al., "Common diffusion noise schedules and sample steps are flawed", 2023.
 
-    `revision` is that of a hub id, `variant` that of a hub id or a folder.
+    `revision` is the branch, tag or commit of a hub id; `variant` is the variant of the weights there or in a folder.
 
-    `precision` is fp32, bf16, fp16, or auto for the choice of precision.py.
+    `precision` is fp32, bf16, fp16, or auto, which lets precision.py choose.
 
     `loras`, each "path" or "path:strength", are folded into the weights of each part as it is loaded.
 
@@ -132,13 +132,14 @@ class LoadedParts:
     def _tokenizer(self, part: str) -> CLIPTokenizer:
         tokenizer = self.parts.tokenizer(part)
         # If files are missing, transformers makes a tokenizer without words and without a maximum length.
-        if tokenizer.vocab_size < 512 or tokenizer.model_max_length > 100_000:  # 512: every byte, alone and at an end
+        # A vocabulary has at least 512 words: each byte, within a word and at its end.
+        if tokenizer.vocab_size < 512 or tokenizer.model_max_length > 100_000:
             raise UserError(f"--model {self.source}: its {part} does not load (no vocabulary, or no model_max_length)")
         return tokenizer
 
     @cached_property
     def scheduler_options(self) -> dict:
-        """How the scheduler differs from the base's settings, by the user's settings or the file's marks."""
+        """What the user's settings, or the marks in a file, change in the base's scheduler."""
         predicts = self.prediction_type or self.parts.marked_prediction_type
         options: dict = {"prediction_type": predicts} if predicts else {}
         predicts = predicts or self.parts.config(SCHEDULER).get("prediction_type", "epsilon")

@@ -1,8 +1,8 @@
 """The number format to compute in: what --precision auto chooses.
 
-bf16 and fp16 need half the memory of float32.  They are also faster if the hardware supports them.  If it does not,
-each number is converted back and forth, and a step can take fifty times as long.  bf16 has float32's range with fewer
-digits; fp16 has more digits but overflows, so its gradients need a scaler.
+bf16 and fp16 need half the memory of float32.  They are also faster if the hardware supports them; if not, each number
+is converted back and forth, and a step can take fifty times as long.  bf16 has float32's range with fewer digits; fp16
+has more digits than bf16 but a small range, so its gradients need a scaler.
 """
 
 import time
@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-SMALL = 100_000_000  # parameters: a smaller U-Net needs neither less memory nor a faster step
+SMALL = 100_000_000  # parameters; a smaller U-Net has no need to save memory or time
 
 
 def choose(device: torch.device, parameters: int) -> tuple[str, str]:

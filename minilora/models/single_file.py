@@ -6,8 +6,8 @@
                        cond_stage_model.model.…           2.x: OpenCLIP's names; query, key and value in one matrix
                        conditioner.embedders.0 and 1      XL: one of each
 
-A part is made empty from its settings, and each of its tensors is looked up under its name in the file.  So missing
-tensors are known before anything is read, and tensors of other parts are never read.
+A part is first made empty from its settings.  Then each of its tensors is looked up under its name in the file.  So
+missing tensors are known before anything is read, and tensors of other parts are never read.
 """
 
 import re
@@ -43,7 +43,7 @@ class Place:
     transposed: bool = False
 
     def read(self, source, shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
-        """Return a copy of the tensor in a shape and type.  Raises ValueError if its size is another."""
+        """Return a copy of the tensor in a shape and type.  Raises ValueError if it has another size."""
         tensor = source.get_tensor(self.key)
         if self.transposed:
             tensor = tensor.T
@@ -152,7 +152,7 @@ class SingleFile:
 
 
 def ways(part: str, keys: Iterable[str]) -> Iterator[tuple[str, dict[str, Place]]]:
-    """Yield each way in which a file may name the tensors of a part: their common prefix, and their places by key."""
+    """Yield each way in which a file may name a part's tensors: their common prefix, and the place of each key."""
     if part == UNET:
         paths = original_unet_paths(dict.fromkeys(key.rpartition(".")[0] for key in keys))
         names = {key: f"{paths.get(path, path)}.{leaf}" for key in keys for path, _, leaf in [key.rpartition(".")]}

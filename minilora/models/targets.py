@@ -8,7 +8,7 @@
     up_blocks.1:ff    those in one block, which is the beginning of their names
     subject, style    the attention in one block of Stable Diffusion XL each
 
-No group contains the layers before and after the blocks, which are nearly the same in all bases of a family.
+No group contains the layers before and after the blocks, which hardly differ between the bases of a family.
 """
 
 from collections.abc import Mapping, Sequence
@@ -54,7 +54,7 @@ def named_targets(module: nn.Module, targets: Sequence[str]) -> list[str]:
 
 
 def _names(layers: Mapping[str, nn.Module], what: str) -> list[str]:
-    """Return the ends of names that groups, joined by +, stand for; of a kind of layers, their full names."""
+    """Return the name endings that groups, joined by +, stand for; for a kind of layers, their full names."""
     parts = what.split("+")
     kinds = tuple(KINDS[part] for part in parts if part in KINDS)
     found = [

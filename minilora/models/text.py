@@ -1,4 +1,4 @@
-"""Text: tokens to the U-Net's conditioning, prompts that are too long, and training of the text encoders."""
+"""Text: from tokens to the U-Net's conditioning, prompts that are too long, text encoders that are trained."""
 
 import sys
 from collections.abc import Iterable, Sequence
