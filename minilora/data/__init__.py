@@ -1,4 +1,4 @@
 """Training data: pictures and captions, found, checked and cropped, and the random draws that order them.
 
-May import models, files and settings.
+May import models, files, settings and diffusion.py.
 """

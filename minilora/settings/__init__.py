@@ -1,4 +1,4 @@
 """User input: every setting, declared once; the command line and JSON files that give them; the user's mistakes.
 
-Imports nothing of ours.
+Imports no other folder of ours.
 """

@@ -25,7 +25,7 @@ class RestoreConfig(BaseSettings):
     )
     optimise_text: bool = of_pictures(
         False,
-        "adapt the caption's embedding to the picture before the LoRA, and draw pictures on the way from it to --edit",
+        "first adapt the caption's embedding to the picture; also draw pictures on the way from it to --edit",
         needs=("edit", "what to draw on the way to"),
         basic=True,
     )
@@ -39,7 +39,7 @@ class RestoreConfig(BaseSettings):
     guidance: float = of_pictures(
         ByBase(4.0, 1.5), "classifier-free guidance of --edit; at least 1, which turns it off", "FACTOR", AT_LEAST_1
     )
-    steps: int = of_pictures(50, "DDIM steps from the picture to its noise, and again back", "STEPS", AT_LEAST_1)
+    steps: int = of_pictures(50, "DDIM steps from the picture to its noise, and back again", "STEPS", AT_LEAST_1)
     rank: int = of_lora(16, "rank of the trained LoRA", "RANK", AT_LEAST_1)
     train_steps: int = of_lora(ByBase(500, 400), "optimizer steps for the LoRA", "STEPS", AT_LEAST_1)
     text_steps: int = of_lora(
