@@ -1,4 +1,4 @@
-"""Applications of LoRA, each a command: restore, morph, restyle, distill, evaluate.
+"""What LoRA is used for: restore, morph, restyle, distill, evaluate, clips (motion.py), and the page in the browser.
 
 May import all other folders.  Only base/ imports it, to measure the bundled base.
 """

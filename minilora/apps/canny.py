@@ -2,10 +2,10 @@
 
     1. gradient       of the brightness, (gx, gy); its size here is |gx| + |gy|
     2. thinning       across an edge only the steepest pixel stays
-    3. two limits     above `high` a pixel is an edge; between `low` and `high` it may be one
+    3. two limits     above HIGH a pixel is an edge; between LOW and HIGH it may be one
     4. linking        a pixel that may be an edge is one if it touches an edge
 
-Sizes and limits are those of OpenCV's `Canny(picture, 100, 200)`, which does not blur the picture first either: the
+Sizes and limits are those of OpenCV's `Canny(picture, 100, 200)`, which does not blur the picture first.  The
 ControlNets for Stable Diffusion were trained on such edges.
 
 Source: Canny, "A computational approach to edge detection", 1986.
@@ -14,14 +14,16 @@ Source: Canny, "A computational approach to edge detection", 1986.
 import numpy as np
 from PIL import Image, ImageFilter
 
+LOW, HIGH = 100, 200  # in levels of 255
 
-def canny(picture: Image.Image, low: float = 100, high: float = 200) -> Image.Image:
-    """Return the edges of a picture, white on black, in RGB and of the same size; the limits are in levels of 255."""
+
+def canny(picture: Image.Image) -> Image.Image:
+    """Return the edges of a picture, white on black, in RGB and of the same size."""
     grey = np.asarray(picture.convert("L"), dtype=np.float32)  # (h, w)
     gx, gy = sobel(grey)
     size = np.abs(gx) + np.abs(gy)
     size = np.where(steepest(size, gx, gy), size, 0)
-    edges = link(size > high, size > low)
+    edges = link(size > HIGH, size > LOW)
     return Image.fromarray(edges.astype(np.uint8) * 255).convert("RGB")
 
 

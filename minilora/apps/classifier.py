@@ -30,7 +30,7 @@ def train_classifier(pixels: torch.Tensor, kinds: torch.Tensor, seed: int = 0) -
         chosen = torch.from_numpy(random.integers(len(pixels), size=TOGETHER))
         batch = pixels[chosen]
         batch = batch.flip(-1) if random.random() < 0.5 else batch
-        # Noise and shifts make it learn the drawing, not single pixels.
+        # With noise and shifts it learns shapes, not single pixels.
         batch = torch.roll(batch, tuple(random.integers(-4, 5, size=2)), dims=(2, 3))
         batch = batch + 0.05 * draws.gaussian(seed, "classifier noise", step, tuple(batch.shape))
         F.cross_entropy(model(batch), kinds[chosen]).backward()

@@ -2,7 +2,7 @@
 
 Denoising without randomness is a path: x_T, …, x_t, …, x_0 (ddim.py).  A consistency function f(x_t, t) maps every
 point of a path to its end, x_0.  So f has the same value everywhere on a path, and it can be learnt from pairs of
-points: one at t, one of N levels, and one at t′, k levels below, which a solver computes from the first.
+points.  The first is at t, one of N levels; a solver computes the second from it, at t′, k levels below.
 
     x_t  = √ᾱ_t · x₀ + √(1 − ᾱ_t) · ε                     a picture with noise, diffusion.py (1)
     x_t′ = ddim_step(x_t, teacher_g(x_t, t), ᾱ_t, ᾱ_t′)    one step of the teacher
@@ -10,14 +10,14 @@ points: one at t, one of N levels, and one at t′, k levels below, which a solv
 
 The teacher is the same U-Net with its LoRA switched off.  Its guidance g is drawn at random for each picture.  So f
 learns guided pictures, and drawing with f needs no guidance.  (The paper writes w for g − 1.)  θ⁻ is a moving average
-of θ: θ⁻ ← μ θ⁻ + (1 − μ) θ.  d is the pseudo-Huber distance √(z² + c²) − c, about |z|.
+of θ: θ⁻ ← μ θ⁻ + (1 − μ) θ.  d is the pseudo-Huber distance √(z² + c²) − c, about |z|, for each number z.
 
-f must satisfy f(x, 0) = x.  It is built from the U-Net's x̂₀ so that it does,
+f must satisfy f(x, 0) = x.  So it is built from the U-Net's x̂₀ as
 
     f(x, t) = c_skip(t) · x + c_out(t) · x̂₀(x, t)
     c_skip(t) = σ² / ((10 t)² + σ²)        c_out(t) = 10 t / √((10 t)² + σ²)        σ = 0.5
 
-and diffusers' LCMScheduler draws with the same f: f, new noise, f, …, at a few of the N levels.
+diffusers' LCMScheduler draws with the same f: f, new noise, f, …, at a few of the N levels.
 
 Sources: Luo et al., "Latent consistency models", 2023, and "LCM-LoRA: a universal Stable-Diffusion
 acceleration module", 2023; Song et al., "Consistency models", 2023.
@@ -40,7 +40,7 @@ from .ddim import ddim_step, guided
 
 SIGMA = 0.5  # about the spread of the pictures' latents
 TIME_SCALING = 10.0
-HUBER = 1e-3  # differences below this count squared, others linearly
+HUBER = 1e-3  # c: smaller differences count squared, larger ones linearly
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""Other objectives: train a LoRA on the base's own pictures for something other than denoising.
+"""Other objectives: train a LoRA on the base's own pictures to draw in few steps, or evenly.
 
     python -m minilora.apps.distill                       # four steps instead of fifty: consistency.py
     python -m minilora.apps.distill --objective smooth    # pictures that change evenly: smooth.py
@@ -53,7 +53,7 @@ def distill(config: DistillConfig) -> dict[str, float] | None:
             seed=config.seed,
             output=str(output),
             checkpoint_every=min(100, config.train_steps),
-            resume=about_the_same(config, output / "distill.json", ranks),
+            resume=repeats_last_run(config, output / "distill.json", ranks),
         )
         lora = train(settings, objective_of(config))
     if not ranks.is_main:
@@ -68,8 +68,8 @@ def distill(config: DistillConfig) -> dict[str, float] | None:
     return figures
 
 
-def about_the_same(config: DistillConfig, about: Path, ranks: Ranks) -> bool:
-    """Record the settings of this run, and return whether the last run had the same."""
+def repeats_last_run(config: DistillConfig, about: Path, ranks: Ranks) -> bool:
+    """Return whether the last run had the same settings as this one, and record these in `about`."""
     settings = json.dumps(asdict(config), indent=2) + "\n"
     same = about.exists() and about.read_text() == settings
     wait_for_all()  # all processes read it before it is written

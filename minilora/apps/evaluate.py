@@ -1,24 +1,25 @@
-"""Measure drawn pictures: whether they look like a reference, and whether they are only copies of it.
+"""Measure drawn pictures: whether they look like a reference, and whether they are mere copies of it.
 
     python -m minilora.apps.evaluate PICTURES REFERENCE [--lora LORA]
 
 PICTURES is a folder of drawn pictures, as from `sample.py --output FOLDER`, and REFERENCE one of real pictures with
-captions.  Four things are measured, with the base's own features unless --features is given:
+captions.  Four things are measured:
 
-1. The kernel distance of KID between the two distributions (likeness.py).  KID takes the features from an Inception
-   network.  Here they are mean and standard deviation of each channel of the VAE's encoder, divided by their standard
-   deviation over the reference.  So the figure can only be compared for the same base, and is not the KID of
-   publications.  For comparison, the distance between two halves of the reference is printed, too.
+1. The kernel distance between the two distributions, as in KID (likeness.py).  KID takes the features from an Inception
+   network; here they are the mean and standard deviation of each channel of the VAE's encoder, divided by their
+   standard deviation over the reference.  So figures can be compared only for the same base, and are not the KIDs of
+   publications.  The distance between two halves of the reference is printed, too, for comparison.
 
-   --features also takes the features from a vision model, as publications do (vision.py), and prints the Fréchet and
-   the kernel distance.  With DINOv2 (facebook/dinov2-base) the first is FD-DINOv2; with CLIP the second is close to
-   CMMD, which has another kernel.  The likeness is the mean cosine between the features of a picture and of one in the
-   reference; for a subject, with DINOv2, it is the DINO score of DreamBooth.  Compare figures only for the same model,
-   number of pictures and resolution.  --classifier prints an Inception Score by an image classifier.
+   With --features, a vision model gives features, too, as in publications (vision.py), and the Fréchet and the kernel
+   distance by these are printed.  With DINOv2 (facebook/dinov2-base) the first is FD-DINOv2; with CLIP the second is
+   close to CMMD, which has another kernel.  The likeness is the mean cosine between the features of a drawn and of a
+   real picture, over all pairs; for a subject, with DINOv2, it is the DINO score of DreamBooth.  Compare figures only
+   for the same model, number of pictures and resolution.  With --classifier, an image classifier gives an Inception
+   Score.
 
 2. The distance of each picture to the nearest one in the reference, by their latents.  A picture is a copy if the
-   nearest is less than a third as far away as the next nearest.  If the reference is the training set, the LoRA has
-   memorized such pictures.
+   nearest is less than a third as far away as the next nearest (Yoon et al., "Diffusion probabilistic models generalize
+   when they fail to memorize", 2023).  If the reference is the training set, the LoRA has memorized such pictures.
 
 3. The denoising loss on the reference, at fixed timesteps and noises, without and with --lora.  On held-out pictures
    it falls while the LoRA generalizes, and rises again when the LoRA memorizes its training set.
@@ -27,8 +28,6 @@ captions.  Four things are measured, with the base's own features unless --featu
    the same seeds, and the drift is 1 − the mean cosine between the features of each pair.  (The VAE's features are
    first centred on those without the LoRA and divided by their spread; otherwise all pictures would look alike.)
    With PICTURES and REFERENCE, the likeness of the two by the same features is printed, too.
-
-Source: Yoon et al., "Diffusion probabilistic models generalize when they fail to memorize", 2023 (the third).
 """
 
 if __name__ == "__main__":  # before torch is imported, which takes seconds: --help answers at once
@@ -189,7 +188,7 @@ def drift(
 
 
 def distances_by(model: str, drawn: Sequence[Image.Image], real: Sequence[Image.Image]) -> dict[str, float]:
-    """Return the distances by a vision model: pictures to reference, and one half of the reference to the other."""
+    """Return likeness and distances by a vision model: of pictures and reference, and of halves of the reference."""
     seen, wanted = vectors_of(model, [drawn, real], this_device())
     if min(len(seen), len(wanted)) <= seen.shape[1]:
         print(

@@ -3,9 +3,9 @@
 Pictures are compared with those of many steps in two ways:
 
 1. One by one, with the same seed.  (LCMScheduler adds new noise between its steps, so its picture is another one.)
-2. As distributions, with other seeds.  The features of a picture are mean and standard deviation of each channel of the
-   VAE's encoder (likeness.py).  For each feature, the Wasserstein distance is how far the values of one set must move
-   on average to become those of the other; the figure is its mean over the features, in standard deviations.
+2. As distributions, with other seeds.  The features of a picture are the mean and standard deviation of each channel of
+   the VAE's encoder (likeness.py).  For each feature, the Wasserstein distance is how far the values of one set must
+   move on average to become those of the other; the figure is its mean over the features, in standard deviations.
 """
 
 import json
@@ -28,7 +28,7 @@ from .likeness import TOGETHER, apart, encoder_features, pixels_of, pooled, psnr
 MANY, FEW = 50, (4, 2, 1)  # steps
 SEEDS = (0, 1)
 SHOWN = 6  # captions on the sheet
-# Rows of the sheet below that of many steps: base and LoRA at equal passes of the U-Net; guidance needs two a step.
+# The sheet's rows below that of many steps: base and LoRA at equal passes of the U-Net; guidance needs two per step.
 ROWS = {
     "4 passes, base": "base, 2 steps",
     "4 passes, LoRA": "LCM-LoRA, 4 steps",

@@ -1,7 +1,7 @@
 """Imagic: edit a picture on the way between two texts, the one that describes it best and the one that is wanted.
 
-1. The caption's embedding e is optimized until the base denoises the picture with it as well as it can.  Its weights
-   stay as they are.  e starts from the caption and stays near it.
+1. The caption's embedding is optimized so that the base, whose weights stay as they are, denoises the picture well
+   with it.  The result e stays near the caption.
 2. A LoRA is trained on the picture with that embedding, so that together they draw exactly this picture.
 3. Pictures are drawn with (1 − η) · e + η · e′, where e′ is the embedding of the edit.  At η = 0 it is the picture.
    The larger η, the more of the edit comes, and the less of the picture is left.
@@ -37,7 +37,7 @@ SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)  # η of the pictures on the way
 
 
 def find_text(picture: torch.Tensor, config) -> torch.Tensor:
-    """Return the embedding with which the base denoises the picture best, (1, tokens, width)."""
+    """Load the base that `config` names, and return `optimized_text` of a picture, (3, h, w)."""
     base = Base.of(config, this_device(), config.precision)
     base.refuse_inpainting()
     return optimized_text(base, base.encode_picture(picture)[0][None].to(base.device), config.prompt, config.text_steps)

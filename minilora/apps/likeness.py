@@ -1,4 +1,4 @@
-"""How alike pictures are: number by number, by features of the VAE's encoder, and as distributions."""
+"""How alike pictures are: by their pixels, by features of the VAE's encoder, and as distributions."""
 
 from collections.abc import Sequence
 
@@ -75,7 +75,7 @@ def latents_of(base: Base, pictures: Sequence[Image.Image]) -> torch.Tensor:
 
 
 def kernel_distance(one: torch.Tensor, other: torch.Tensor) -> float:
-    """Return the kernel distance of KID of two sets of features, (n, width) and (m, width).
+    """Return the kernel distance, as in KID, of two sets of features, (n, width) and (m, width).
 
         MMD² = E k(x, x′) + E k(y, y′) − 2 E k(x, y)        k(x, y) = (⟨x, y⟩ / width + 1)³
 

@@ -3,9 +3,9 @@
     python sample.py --motion ADAPTER --prompt TEXT [--frames 16] [--lora zoom-in.safetensors] --output cat.gif
 
 A LoRA of pictures changes the layers that the U-Net has without the adapter; a motion LoRA changes the motion modules.
-Both are read, mixed and merged as everywhere: the names are those of the U-Net's modules (models/motion.py).
+Both are read, mixed and merged like any LoRA: the names are those of the U-Net's modules (models/motion.py).
 
-Every clip has its own seed, used as in diffusers.  One clip is drawn at a time, because it is a batch of its frames.
+Every clip has its own seed, used as in diffusers.  One clip is drawn at a time: its frames are one batch.
 """
 
 from collections.abc import Sequence

@@ -12,7 +12,7 @@ from ..files.tensors import write_whole
 def write_figures(
     folder: Path, figures: Mapping[str, float], curves: Mapping[str, tuple[Sequence[float], Sequence[float]]] = {}
 ) -> None:
-    """Print figures, and write them to `figures.json` in a folder, with the command line and curves (xs and ys)."""
+    """Print figures, and write them with curves (xs and ys) and the command line to `figures.json` in a folder."""
     for name, value in figures.items():
         print(f"{name}: {value:.4g}")
     program = Path(sys.argv[0])

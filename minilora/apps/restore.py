@@ -4,11 +4,11 @@
 
 DDIM works in both directions (ddim.py), so every picture has a noise.  From picture to noise it is only approximate,
 and the less the base knows of a picture, the less comes back.  A LoRA trained on this one picture brings more of it
-back.  From the same noise another prompt then draws another picture with the same layout.  Such an edit uses the LoRA
-at about half strength: at full strength the base draws only this picture.
+back.  From the same noise, another prompt then draws another picture with the same layout.  Such an edit uses the LoRA
+at less than half strength: at full strength the base draws only this picture.
 
 With --optimise-text the caption's embedding is adapted to the picture first, and pictures on the way from it to each
-edit are drawn, too (imagic.py).  DragDiffusion (Shi et al., 2023) also trains a LoRA on one picture and inverts it.
+edit are drawn, too (imagic.py).  DragDiffusion (Shi et al., 2023) trains a LoRA on one picture, too.
 """
 
 if __name__ == "__main__":  # before torch is imported, which takes seconds: --help answers at once
@@ -116,7 +116,7 @@ def learn(path: Path, prompt: str, output: Path, config, text: torch.Tensor | No
         rank=config.rank,
         targets=("attention",),  # the other layers would hold on to what an edit is to change
         steps=config.train_steps,
-        checkpoint_every=config.train_steps,  # one at the end; it knows the picture, so --resume notices another one
+        checkpoint_every=config.train_steps,  # one at the end; it identifies the picture, so another one is noticed
         precision=Base.of(config, this_device(), config.precision).precision,  # as config.json has it
         output=str(output),
     )

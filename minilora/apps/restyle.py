@@ -13,8 +13,10 @@ picture; a higher strength s of the LoRA gives more of its style.  A ControlNet 
 With --style, a folder of pictures in the style, a classifier (classifier.py) measures the style in the results.  It
 learns to tell the style from the base's own pictures of the same captions, all decoded by the VAE.
 
+diffusers' image-to-image pipelines do the denoising.
+
 Sources: Meng et al., "SDEdit", 2021; Zhang et al., "Adding conditional control to text-to-image diffusion
-models", 2023.  The denoising itself is diffusers' image-to-image pipelines.
+models", 2023.
 """
 
 if __name__ == "__main__":  # before torch is imported, which takes seconds: --help answers at once
@@ -35,8 +37,9 @@ from ..data.pictures import crop_square
 from ..data.sheet import save_picture, sheet
 from ..models.base import Base
 from ..models.device import this_device
+from ..models.folder import loading, refuse_missing
 from ..sampling import TOGETHER, draw, load_loras, merged_at
-from ..settings.errors import UserError, first_line, some
+from ..settings.errors import UserError
 from ..settings.restyle import RestyleConfig
 from ..settings.sample import SampleConfig
 from ..settings.train import TrainConfig
@@ -127,28 +130,25 @@ def pipeline_for(base: Base, config: RestyleConfig):
 
 def load_controlnet(folder: str, base: Base) -> diffusers.ControlNetModel:
     """Load a ControlNet; UserError if there is none or it was made for another base."""
+    title, part = f"--controlnet {folder}", "ControlNet"
     if not Path(folder).is_dir():
-        raise UserError(f"--controlnet {folder}: there is no such folder")
-    options = {"torch_dtype": base.dtype, "low_cpu_mem_usage": False, "output_loading_info": True}
-    try:
+        raise UserError(f"{title}: there is no such folder")
+    with loading(title, part):
         kind = diffusers.ControlNetModel.load_config(folder).get("_class_name")
-        if kind != "ControlNetModel":
-            raise UserError(f"--controlnet {folder}: it holds a {kind} and should hold a ControlNetModel")
-        controlnet, info = diffusers.ControlNetModel.from_pretrained(folder, use_safetensors=True, **options)
-    except UserError:
-        raise
-    except Exception as error:  # a broken file can make diffusers raise anything
-        raise UserError(f"--controlnet {folder}: it does not load ({first_line(error)})") from error
-    if info["missing_keys"]:
-        raise UserError(f"--controlnet {folder}: its weights lack {some(info['missing_keys'], 1)}")
+    if kind != "ControlNetModel":
+        raise UserError(f"{title}: it holds a {kind} and should hold a ControlNetModel")
+    options = {"torch_dtype": base.dtype, "low_cpu_mem_usage": False, "output_loading_info": True}
+    with loading(title, part):
+        controlnet, about = diffusers.ControlNetModel.from_pretrained(folder, use_safetensors=True, **options)
+    refuse_missing(title, part, about["missing_keys"])
     for key in ("in_channels", "block_out_channels", "cross_attention_dim"):
         theirs, ours = getattr(controlnet.config, key), getattr(base.unet.config, key)
         if theirs != ours:
-            raise UserError(f"--controlnet {folder}: made for another base; its {key} is {theirs}, the base's {ours}")
+            raise UserError(f"{title}: made for another base; its {key} is {theirs}, the base's {ours}")
     pixels = 2 ** (len(controlnet.config.conditioning_embedding_out_channels) - 1)
     if pixels != base.pixels_per_latent:
-        wanted = f"the base has {base.pixels_per_latent}"
-        raise UserError(f"--controlnet {folder}: made for another base; it has {pixels} pixels per latent, {wanted}")
+        wanted = base.pixels_per_latent
+        raise UserError(f"{title}: made for another base; it has {pixels} pixels per latent, the base has {wanted}")
     return controlnet.requires_grad_(False).eval().to(base.device)
 
 

@@ -5,7 +5,7 @@ distance treats each set of vectors, with mean μ and covariance S, as a gaussia
 
     d² = ‖μ₁ − μ₂‖² + tr(S₁ + S₂ − 2 (S₁ S₂)^½)
 
-With the features of Inception it is FID; with those of DINOv2 it is FD-DINOv2, which agrees better with people.
+With the features of Inception it is FID; with those of DINOv2 it is FD-DINOv2, which agrees better with human judges.
 
 The Inception Score needs a classifier: it is high if each picture x clearly has one class y, and all classes occur,
 
@@ -38,7 +38,7 @@ def vectors_of(name: str, sets: Sequence[Sequence[Image.Image]], device: torch.d
     Raises UserError if the model cannot be loaded.
     """
     processor, model, has_pooler = _load(AutoModel, f"--features {name}", name, device)
-    look = getattr(model, "get_image_features", model)  # CLIP looks at texts, too
+    look = getattr(model, "get_image_features", model)  # CLIP itself also wants texts
 
     def see(pictures: Sequence[Image.Image]) -> torch.Tensor:
         seen = look(pixel_values=processor(images=list(pictures), return_tensors="pt").pixel_values.to(device))

@@ -146,7 +146,7 @@ def test_a_controlnet_that_does_not_fit_is_refused(command, tiny_base, tmp_path)
         command(controlnet=str(tmp_path / "other"))
     weights = tmp_path / "net" / "diffusion_pytorch_model.safetensors"
     save_file({k: v for k, v in load_file(weights).items() if k != "conv_in.bias"}, weights)
-    with pytest.raises(UserError, match=r"its weights lack conv_in\.bias"):
+    with pytest.raises(UserError, match=r"the weights of its ControlNet lack conv_in\.bias"):
         command(controlnet=str(tmp_path / "net"))
     longer = {"conditioning_embedding_out_channels": (4, 8, 8)}
     ControlNetModel.from_config(config | longer).save_pretrained(tmp_path / "longer")
