@@ -47,14 +47,14 @@ def _left_out(path: Path, folder: Path) -> Path | None:
     return None
 
 
-def told_left_out(left_out: Collection[Path], folder: Path) -> list[str]:
+def about_left_out(left_out: Collection[Path], folder: Path) -> list[str]:
     """Return a line about pictures that are hidden or copies, if there are any."""
     counts = Counter(_left_out(path, folder) for path in left_out if is_picture(path))
     names = [f"{top} (holding {n})" if (folder / top).is_dir() else str(top) for top, n in sorted(counts.items())]
     return [f"{named(names, 'places')}: hidden pictures and copies there are left out"] if names else []
 
 
-def told_unused(others: Collection[Path], folder: Path) -> list[str]:
+def about_unused(others: Collection[Path], folder: Path) -> list[str]:
     """Return lines about the files that are neither pictures nor their captions."""
     tables = sorted(path for path in others if path.name in TABLES)
     texts = sorted(path for path in others if path.suffix.lower() == ".txt")

@@ -1,7 +1,7 @@
 """A folder of pictures with captions: the pictures to train on, and everything that is wrong with it.
 
-No file is skipped silently.  A picture that cannot be used is an error.  A copy, a text without a picture or a file of
-another kind is named in a printed line.
+Nothing that may be meant for training is skipped silently.  A picture that cannot be used is an error.  Hidden pictures
+and copies made by programs, texts without a picture and files of other kinds are named in printed lines.
 """
 
 import hashlib
@@ -18,7 +18,7 @@ from ..settings.errors import UserError
 from ..settings.shared import WEIGHT, hub_name, is_mask, path_and_number
 from ..settings.train import TrainConfig
 from .captions import TABLES, beside, read_table, read_text, spelling
-from .contents import files_in, told_left_out, told_unused
+from .contents import about_left_out, about_unused, files_in
 from .from_hub import fetched
 from .kinds import is_picture, named, remedy
 from .looks import Look, look_at_all
@@ -194,11 +194,11 @@ def _captions(
         names = named([_name(path, folder) for path in alone], "masks")
         problems.append(f"{names}: there is no picture of that name; a.mask.png is the mask of a.png or a.jpg")
 
-    remarks += told_left_out({*left_out} - pictures, folder)
+    remarks += about_left_out({*left_out} - pictures, folder)
     used = pictures | {*texts.values(), *all_masks.values(), *tables}
-    unused = told_unused({*files} - used, folder)
+    unused = about_unused({*files} - used, folder)
     if lacking:
-        problems.append("; ".join([_told_lacking(lacking, tables, texts, folder), *unused]))
+        problems.append("; ".join([_about_lacking(lacking, tables, texts, folder), *unused]))
     else:
         remarks += unused
         if tables and texts:
@@ -208,7 +208,7 @@ def _captions(
     return {path: captions.get(path, ()) for path in in_order}, masks
 
 
-def _told_lacking(lacking: Sequence[Path], tables: Sequence[Path], texts: dict[Path, Path], folder: Path) -> str:
+def _about_lacking(lacking: Sequence[Path], tables: Sequence[Path], texts: dict[Path, Path], folder: Path) -> str:
     """Return a message about pictures without a caption: their names, where captions were expected, what to do."""
     names = [_name(path, folder) for path in lacking]
     told = f"{named(names, 'pictures')} {'has' if len(names) == 1 else 'have'} no caption"
