@@ -232,6 +232,14 @@ def test_what_is_inside_and_names_on_the_hub_are_let_through(folders):
             folders.read(SampleConfig, ["--prompt", "a", "--lora", name])
 
 
+def test_a_name_on_the_hub_is_let_through_wherever_the_page_was_started(folders, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # which is none of the folders
+    names = {"data": "owner/pictures", "model": "owner/name"}
+    assert folders.known(names) == names | {"data": ("owner/pictures",)}
+    with pytest.raises(UserError, match="outside the folders"):
+        folders.known({"data": "pictures"})
+
+
 def test_what_there_is_to_choose_from_is_found(folders, pictures, tiny_base):
     here = Path.cwd()
     shutil.copytree(pictures, here / "photos" / "dog")

@@ -6,12 +6,12 @@ from collections.abc import Mapping
 import numpy as np
 
 WIDTH, HEIGHT, LEFT, BOTTOM = 640, 230, 56, 24  # pixels; the last two are for the numbers
-POINTS = 200  # per curve, at most; each is a mean of neighbours
+POINTS = 200  # at most, per curve; each is a mean of neighbours
 COLOURS = {"training": "#0d9488", "validation": "#ea580c"}
 
 
 def means(losses: Mapping[int, float]) -> list[tuple[float, float]]:
-    """Return at most POINTS points, (step, mean loss), of losses by step; losses that are not finite are left out."""
+    """Return losses by step as at most POINTS points, (step, mean loss), without those that are not finite."""
     finite = [(step, loss) for step, loss in sorted(losses.items()) if math.isfinite(loss)]
     parts = np.array_split(np.array(finite), min(POINTS, len(finite))) if finite else []
     return [(float(part[-1, 0]), float(part[:, 1].mean())) for part in parts]  # part is (some, step and loss)

@@ -42,7 +42,7 @@ class Easel:
         with self.lock:
             self.cancelled, done = False, 0
             loras = [path_and_number(text) for text in config.lora]
-            wanted = [getattr(config, name) for name in LOADED], [(path, _changed(Path(path))) for path, _ in loras]
+            wanted = [getattr(config, name) for name in LOADED], [(path, _written(Path(path))) for path, _ in loras]
             if wanted != self.loaded:
                 self.free()
                 self.base, _ = load(config)
@@ -71,7 +71,7 @@ class Easel:
         self.cancelled = True
 
 
-def _changed(path: Path) -> float:
+def _written(path: Path) -> float:
     """Return when a LoRA was last written, so that a retrained one is loaded again."""
     files = [path, *path.glob("*.safetensors")] if path.exists() else []
     return max((file.stat().st_mtime for file in files), default=0.0)

@@ -20,10 +20,9 @@ from ...files.read import FILE_NAME
 from ...settings.command_line import kind_of, message_for, read
 from ...settings.errors import UserError
 from ...settings.setting import BUNDLED, Settings, as_typed, option
-from ...settings.shared import path_and_number
+from ...settings.shared import hub_name, path_and_number
 
-HUB_ID = r"\w[\w.-]*/\w[\w.-]*(/[\w./-]+\.safetensors)?"
-# As the number of steps follows the number of pictures.
+# Settings on which defaults of others depend, as the number of steps depends on the number of pictures.
 WHICH_OTHERS_FOLLOW = ("data", "model", "recipe", "full", "class_prompt", "preserve", "compile", "optimizer")
 LARGE = 1 << 30  # bytes; a .safetensors file of this size is taken for a base, a smaller one for a LoRA
 DEEP, MOST = 4, 2000  # levels of folders, and number of folders, that are searched for choices
@@ -75,7 +74,7 @@ def _typed(cls: type[Settings], name: str, value: Any) -> str:
 
 
 def defaults(cls: type[Settings], known: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the defaults of all settings; some of them follow the settings `known`, those of WHICH_OTHERS_FOLLOW."""
+    """Return the defaults of all settings; some depend on the settings `known`, named in WHICH_OTHERS_FOLLOW."""
     return {field.name: field.default for field in dataclasses.fields(cls)} | cls.following(dict(known))
 
 
@@ -99,7 +98,7 @@ def base_chooser(found: Mapping[str, list], value: str, tab: str) -> gr.Dropdown
 def words_of(cls: type[Settings], values: Mapping[str, Any], known: Mapping[str, Any] | None = None) -> list[str]:
     """Return the words of the command line for a form; `values` are its fields' values by name.
 
-    A switch or a choice at its default gives no word; the settings `known` determine the defaults.
+    A switch or a choice at its default gives no word; the defaults depend on the settings `known`.
     """
     words, default = [], defaults(cls, known or {})
     for name, value in values.items():
@@ -111,7 +110,7 @@ def words_of(cls: type[Settings], values: Mapping[str, Any], known: Mapping[str,
             texts = [str(line).strip() for line in lines if str(line).strip()]
             if is_tuple and not about["repeat"] and texts:
                 texts = [about["separator"].join(texts)]
-            for text in texts:  # (text that begins with a minus would be taken for an option)
+            for text in texts:  # a text that begins with a minus would be taken for an option
                 words += [f"{option(name)}={text}"] if text.startswith("-") else [option(name), text]
     return words
 
@@ -144,22 +143,22 @@ class Folders:
         return settings
 
     def words(self, cls: type[Settings], values: Mapping[str, Any]) -> list[str]:
-        """Return the words of a form, as `words_of` does, for its data and base."""
+        """Return the words of a form, as `words_of` does, with the defaults for its own data, base and so on."""
         return words_of(cls, values, self.known(values))
 
     def known(self, values: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the settings of a form that other defaults follow; UserError for a path outside."""
+        """Return those of a form's settings on which other defaults depend; UserError for a path outside."""
         known = {name: values.get(name) or None for name in WHICH_OTHERS_FOLLOW if name in values}
         if known.get("data"):
             known["data"] = tuple(line.strip() for line in known["data"].split("\n") if line.strip())
-        wrong = [self.problem(text, "data") for text in known.get("data") or ()]
+        wrong = [self.problem(text, "data", hub=True) for text in known.get("data") or ()]
         wrong += [self.problem(known["model"], "base", hub=True)] if known.get("model") else []
         if any(wrong):
             raise UserError("; ".join(filter(None, wrong)))
         return known
 
     def follow(self, cls: type[Settings], fields: Mapping[str, Any]) -> None:
-        """Show new defaults in the fields when a setting that they follow changes."""
+        """Show new defaults in the fields when a setting on which they depend changes."""
         deciding = {name: fields[name] for name in WHICH_OTHERS_FOLLOW if name in fields}
         following = [name for name in cls.following({}) if name in fields]
 
@@ -180,7 +179,7 @@ class Folders:
     def problem(self, text: str, what: str, hub: bool = False) -> str:
         """Return what is wrong with a path, with or without a number after a colon; "" if it may be used."""
         path = Path(path_and_number(text)[0])
-        if hub and re.fullmatch(HUB_ID, str(path)) and ".." not in path.parts and not Path(path.parts[0]).exists():
+        if hub and hub_name(path) and ".." not in path.parts:
             return ""
         meant = [each.expanduser().resolve() for each in (path, Path(text))]  # without the number, and unchanged
         if all(any(each.is_relative_to(folder) for folder in (*self.named, BUNDLED)) for each in meant):
@@ -195,10 +194,10 @@ class Folders:
         return Path(text)
 
     def found(self) -> dict[str, list]:
-        """Return the choices in the folders, as paths: "pictures", "loras", and "bases", some with another name."""
+        """Return the choices in the folders, as paths: "pictures", "loras" and "bases"; a base may have a label."""
         result: dict[str, list] = {"pictures": [], "bases": [], "loras": []}
         waiting = [(folder, 0) for folder in self.named]
-        for folder, depth in waiting:  # it grows
+        for folder, depth in waiting:  # which grows on the way
             try:
                 inside = sorted(folder.iterdir())
             except OSError:
@@ -214,10 +213,11 @@ class Folders:
                 if any(is_picture(path) for path in inside):
                     result["pictures"].append(as_shown(folder))
                 for path in inside:
+                    hidden = path.name.startswith((".", "__"))
                     if path.suffix == ".safetensors":
                         result["bases" if path.stat().st_size >= LARGE else "loras"].append(as_shown(path))
-                    elif path.is_dir() and not path.name.startswith((".", "__")) and depth < DEEP:
-                        waiting += [(path, depth + 1)] * (len(waiting) < MOST)
+                    elif path.is_dir() and not hidden and depth < DEEP and len(waiting) < MOST:
+                        waiting.append((path, depth + 1))
         result = {kind: list(dict.fromkeys(paths)) for kind, paths in result.items()}
         return result | {"bases": [("the bundled miniature", ""), *result["bases"]]}
 

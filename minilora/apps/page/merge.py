@@ -1,6 +1,6 @@
 """The tab for merging: a base, LoRAs with strengths, the report and the file.
 
-The merge runs the command in a separate process.  Cancelling sends it Ctrl-C, which leaves nothing half-written.
+The command runs in a separate process.  Cancelling sends it Ctrl-C, which leaves nothing half-written.
 """
 
 import shlex
@@ -19,7 +19,8 @@ from . import runs
 from .draw import sliders, with_strengths
 from .form import Folders, as_shown, base_chooser, by_name, form, shows_mistakes, words_of
 
-OTHER_WORK = ("loras_only", "extract", "restore", "rank", "energy", "base", "dialect")  # not merging into a base
+# Settings that the tab leaves out: those of the command's other uses.
+OTHER_WORK = ("loras_only", "extract", "restore", "rank", "energy", "base", "dialect")
 
 
 class Merging:

@@ -41,14 +41,13 @@ def command(name: str, words: Sequence[str]) -> list[str]:
 
 
 def start(words: Sequence[str], output: Path) -> Path:
-    """Start a training in a session of its own and return its log; the record of a still running one stays."""
+    """Start a training in a session of its own and return its log; if a run is going there, its record stays."""
     with ONE_AT_A_TIME:
         output.mkdir(parents=True, exist_ok=True)
         if not (going := is_going(output)):
             for old in output.glob("train-*.log"):
                 old.unlink()
         handle, name = tempfile.mkstemp(".log", "train-", output)
-        quiet = {"TQDM_MININTERVAL": "1", "PYTHONUNBUFFERED": "1"}
         began = time.time()
         process = subprocess.Popen(
             command("train", words),
@@ -56,7 +55,7 @@ def start(words: Sequence[str], output: Path) -> Path:
             stdout=handle,
             stderr=subprocess.STDOUT,
             start_new_session=True,  # so that Ctrl-C in the page's terminal does not reach it
-            env=os.environ | quiet,
+            env=os.environ | {"TQDM_MININTERVAL": "1", "PYTHONUNBUFFERED": "1"},
         )
         os.close(handle)
         if not going:
@@ -67,7 +66,7 @@ def start(words: Sequence[str], output: Path) -> Path:
 
 
 def tell(output: Path, number: int) -> None:
-    """Send a run a signal: SIGTERM to save and stop, SIGUSR1 to save and draw now.
+    """Send a signal to a run: SIGTERM to save and stop, SIGUSR1 to save and draw now.
 
     Raises UserError if there is no run that was started from a page.
     """
@@ -82,7 +81,7 @@ def is_going(output: Path) -> bool:
 
 
 def refused(output: Path, log: str) -> str:
-    """Return the last line of a start's log if another run has the folder's lock; else ""."""
+    """Return the last line of the log of a start that another run in the folder refused; else ""."""
     mine = log and Path(log).resolve().parent == output.resolve() and Path(log).name != _record(output).get("log")
     return tail(Path(log), 1) if mine else ""
 
@@ -95,7 +94,7 @@ def _record(output: Path) -> dict:
 
 
 def _born(pid: int) -> str | None:
-    """Return when a process was started, to tell it from a later one with its number; None if it has ended."""
+    """Return when a process started, to tell it from a later one with the same number; None if it has ended."""
     try:
         state, *rest = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
@@ -181,7 +180,7 @@ def look(output: Path) -> Seen:
 
 
 def tail(log: Path, lines: int = 20) -> str:
-    """Return the last lines of a log; an overwritten line, such as a progress bar's, in its last state."""
+    """Return the last lines of a log; of a line that was overwritten, as a progress bar is, its last state."""
     try:
         with open(log, "rb") as file:
             file.seek(max(0, log.stat().st_size - 16384))

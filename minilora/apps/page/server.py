@@ -1,9 +1,9 @@
 """The page: its tabs, and who may see it.
 
 It listens on this machine only.  Other users of the machine can reach the port, too, so each request needs a random
-token, which is first in the address and then in a cookie.  A site on the internet can point its own name to this
-machine (DNS rebinding), so a request must name this machine and come from the page itself.  The browser is told to load
-nothing from elsewhere.
+token: the first in its address, the others in a cookie.  A site on the internet can point its own name to this machine
+(DNS rebinding), so a request must name this machine and come from the page itself.  The browser is told to load nothing
+from elsewhere.
 """
 
 import os
@@ -46,7 +46,7 @@ main {width: 100%; max-width: 1400px !important; margin: auto}
 
 
 class Guard:
-    """Lets only requests through that have the token and come from this page."""
+    """Let only those requests through that have the token and come from this page."""
 
     def __init__(self, app, token: str):
         self.app, self.token = app, token

@@ -23,8 +23,8 @@ EVERY = 1.5  # seconds between two looks at a run
 class TrainTab:
     """The tab for training.
 
-    `first` are the fields' initial values: data, model, and the folder for outputs.  `on_start` is called before
-    a run is started.  `choices` are the fields whose choices come from folders, by kind.
+    `first` holds the fields' first values: data, model, and the folder for outputs.  `on_start` is called before a run
+    is started.  `choices` are the fields whose choices come from folders, by kind.
     """
 
     def __init__(self, folders: Folders, found: dict, first: dict, on_start: Callable[[], None]):
@@ -119,7 +119,7 @@ class TrainTab:
         gr.Info("The run saves after its step, and stops.", duration=5)
 
     def watch(self, name: str, at: int, before: tuple[str, int, int], log_of_start: str):
-        """Show the state of a run; `before` is what was shown last: the run, its last step, its sheets."""
+        """Show the state of a run; `before` says what was shown last: the run, its step, the number of its sheets."""
         if not name or self.folders.problem(name, "run"):
             return [gr.skip()] * 6
         seen = runs.look(Path(name))
