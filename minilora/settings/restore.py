@@ -53,8 +53,7 @@ class RestoreConfig(BaseSettings):
 
     @classmethod
     def following(cls, values: dict) -> dict:
-        names = values.get("picture", ())
-        return super().following(values) | {"output": str(folder_for("restore", names[:1])) if names else None}
+        return super().following(values) | {"output": str(folder_for("restore", values.get("picture", ())[:1]))}
 
     def problems(self, given: set[str]) -> list[str]:
         wrong = [] if len(self.picture) == 1 else [f"restore takes one picture, not {len(self.picture)}"]

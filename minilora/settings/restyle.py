@@ -54,8 +54,7 @@ class RestyleConfig(BaseSettings):
 
     @classmethod
     def following(cls, values: dict) -> dict:
-        names = values.get("data", ())
-        return super().following(values) | {"output": str(folder_for("restyle", names[:1])) if names else None}
+        return super().following(values) | {"output": str(folder_for("restyle", values.get("data", ())[:1]))}
 
     def problems(self, given: set[str]) -> list[str]:
         wrong = [] if len(self.data) == 1 else [f"restyle takes one picture or folder, not {len(self.data)}"]

@@ -49,7 +49,7 @@ class TrainConfig(OutputSettings, LossSettings, OptimizerSettings, LoraSettings,
         return follows
 
     def recipe_as_typed(self) -> str:
-        """Return the settings that --recipe stands for, except those given, as they are typed on the command line."""
+        """Return the settings that --recipe has set here, as they are typed on the command line."""
         meant = recipe_settings(self.recipe, vars(self)) if self.recipe else {}
         return as_words({name: value for name, value in meant.items() if getattr(self, name) == value})
 
