@@ -25,6 +25,7 @@ if __name__ == "__main__":  # before torch is imported, which takes seconds: --h
     command()
     raise SystemExit
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -54,7 +55,7 @@ SHOWN = 6  # pictures on the sheet
 def restyle(config: RestyleConfig) -> dict[str, float]:
     """Redraw pictures at each strength of the LoRAs, write them, and return the figures."""
     output, [data] = Path(config.output), config.data
-    items = read_pictures(data, config.prompt, "")
+    items = read_pictures(data, config.prompt, "restyle")
     base = Base.of(config, this_device(), config.precision)
     base.refuse_inpainting()
     strengths = load_loras(base, config.lora)
@@ -91,9 +92,9 @@ def restyle(config: RestyleConfig) -> dict[str, float]:
 def read_pictures(name: str, caption: str | None, option: str) -> list[Item]:
     """Return the pictures of a folder with their captions, or a single picture, read as for training."""
     try:
-        return read_folder(name, TrainConfig(data=(name,), caption=caption))
-    except UserError as error:  # it names the options of train.py
-        raise UserError(str(error).replace("--data ", option).replace("--caption", "--prompt")) from error
+        return read_folder(name, TrainConfig(data=(name,), caption=caption), option)
+    except UserError as error:  # it names an option of train.py
+        raise UserError(re.sub("--caption(?!-)", "--prompt", str(error))) from error
 
 
 def pipeline_for(base: Base, config: RestyleConfig):
@@ -163,7 +164,7 @@ def distance(pictures: Sequence[Image.Image], drawn: Sequence[Image.Image]) -> f
 
 def learn_style(base: Base, strengths: Mapping[str, float], config: RestyleConfig) -> tuple[torch.nn.Module, float]:
     """Train a classifier, with kind 1 for the style; return it and how often it is right on held-out pictures."""
-    items = read_pictures(config.style, config.prompt, "--style ")
+    items = read_pictures(config.style, config.prompt, "--style")
     ours = through_vae(base, pixels_of([crop_square(item.open(), base.resolution) for item in items]))
     how = SampleConfig(prompt=("any",), model=config.model)
     with merged_at(base, dict.fromkeys(strengths, 0.0)):
