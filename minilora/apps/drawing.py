@@ -28,7 +28,7 @@ def read_captions(config) -> tuple[list[str], list[str]]:
     """Return the training captions and the held-out ones; for the bundled base each with a style."""
     path = Path(config.captions or BUNDLED / "captions.txt")
     try:
-        names = path.read_text().splitlines()
+        names = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--captions {path}: it cannot be read as text ({error})") from error
     names = [name.strip() for name in names if name.strip()]

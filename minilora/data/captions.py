@@ -109,7 +109,7 @@ def edit_captions(folder: Path, captions: Mapping[str, Sequence[str]]) -> str:
             changed += 1
     if changed:
         write_whole(table, "".join(f"{line}\n" for line in lines).encode())
-    return f"{changed} captions changed in {table}" if changed else f"no caption changed in {table}"
+    return f"captions changed in {table}: {changed}" if changed else f"no caption changed in {table}"
 
 
 def _rows_of_jsonl(metadata: Path, problems: list[str]) -> Iterator[tuple[str, object]]:
