@@ -15,11 +15,7 @@ class PageConfig(Settings):
     examples = ("python -m minilora.apps.page", "python -m minilora.apps.page photos /data/models --port 8000")
 
     folders: tuple[str, ...] = of_data(
-        (".",),
-        "folders whose pictures, LoRAs and bases the page may read and write",
-        "FOLDER …",
-        basic=True,
-        bare=True,
+        (".",), "folders whose pictures, LoRAs and bases the page may read and write", "FOLDER …", basic=True, bare=True
     )
     output: str = of_output("out", "folder for results, with a folder for each run", "FOLDER", basic=True)
     model: str | None = shared.model()

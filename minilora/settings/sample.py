@@ -55,9 +55,7 @@ class SampleConfig(BaseSettings):
     )
 
     motion: str | None = of_model(
-        None,
-        "AnimateDiff motion adapter: diffusers folder or hub id; it draws clips instead of pictures",
-        "ADAPTER",
+        None, "AnimateDiff motion adapter: diffusers folder or hub id; it draws clips instead of pictures", "ADAPTER"
     )
     frames: int = of_pictures(16, "frames of a clip", "FRAMES", AT_LEAST_1, needs=("motion", "which draws clips"))
 
