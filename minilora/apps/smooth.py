@@ -59,17 +59,9 @@ class SmoothDenoising(Objective):
     def loss(self, unet: nn.Module, batch: Batch, schedule: Schedule, config: TrainConfig) -> torch.Tensor:
         noise = batch.noise.clone().requires_grad_()
         noisy = add_noise(batch.latents, noise, batch.timesteps, schedule)
-        output, conditioning = unet(noisy, batch.timesteps, **batch.conditioning.inputs()), batch.conditioning
-        loss = denoising_loss(
-            lambda *_, **__: output,
-            batch.latents,
-            conditioning,
-            batch.noise,
-            batch.timesteps,
-            schedule,
-            config.snr_gamma,
-            where=batch.where,
-        )
+        output = unet(noisy, batch.timesteps, **batch.conditioning.inputs())
+        seen = batch.latents, batch.conditioning, batch.noise, batch.timesteps
+        loss = denoising_loss(lambda *_, **__: output, *seen, schedule, config.snr_gamma, where=batch.where)
         variation = self.variation(output.sample.float(), noise, batch, schedule, config.seed)
         self.seen.append(variation.detach().mean())
         return loss + self.weight * (variation - self.mean).square()  # (batch,)
