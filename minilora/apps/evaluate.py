@@ -71,20 +71,22 @@ PROMPTS = (
 COPY = 1 / 3  # a picture is a copy below this share of the distance to the next nearest
 SHOWN = 8  # pictures on the sheet, with their nearest
 
+Pictures = Sequence[Image.Image]
+Figures = dict[str, float]
 
-def evaluate(config: EvaluateConfig) -> dict[str, float]:
+
+def evaluate(config: EvaluateConfig) -> Figures:
     """Measure pictures, LoRAs or both, as `config` says; write sheets of the compared pictures; return the figures."""
     base = Base.of(config, this_device(), config.precision)
     base.refuse_inpainting()
     strengths = load_loras(base, config.lora)
     items, reference = read_pictures(config) if config.folders else ([], [])
     drawn, real = ([crop_square(item.open(), base.resolution) for item in each] for each in (items, reference))
-    figures: dict[str, float] = {}
+    figures: Figures = {}
     if config.folders:
         figures |= compared(config, base, drawn, real)
-        figures |= nearest(
-            config, base, drawn, real, [[item.path.name for item in each] for each in (items, reference)]
-        )
+        names = [[item.path.name for item in each] for each in (items, reference)]
+        figures |= nearest(config, base, drawn, real, names)
         figures |= losses_on(config, base, reference, strengths)
     if config.drift:
         figures |= drift(config, base, strengths, drawn, real)
@@ -104,9 +106,7 @@ def read_pictures(config: EvaluateConfig) -> tuple[list[Item], list[Item]]:
     return items, reference
 
 
-def compared(
-    config: EvaluateConfig, base: Base, drawn: Sequence[Image.Image], real: Sequence[Image.Image]
-) -> dict[str, float]:
+def compared(config: EvaluateConfig, base: Base, drawn: Pictures, real: Pictures) -> Figures:
     """Return how far the drawn pictures are from the real ones, as distributions."""
     seen, wanted = features_of(base, drawn), features_of(base, real)
     spread = wanted.std(0).clamp(min=1e-6)  # (width,)
@@ -124,16 +124,10 @@ def compared(
     return figures
 
 
-def nearest(
-    config: EvaluateConfig,
-    base: Base,
-    drawn: Sequence[Image.Image],
-    real: Sequence[Image.Image],
-    names: Sequence[Sequence[str]],
-) -> dict[str, float]:
+def nearest(config: EvaluateConfig, base: Base, drawn: Pictures, real: Pictures, names: list[list[str]]) -> Figures:
     """Find each drawn picture's nearest real one, write a sheet of both, and return how near and how many are copies.
 
-    `names` are the names of the files of the drawn and of the real pictures.
+    `names` are the names of the drawn and of the real pictures' files.
     """
     far = torch.cdist(latents_of(base, drawn), latents_of(base, real))  # (pictures, reference)
     near, which = far.topk(2, dim=1, largest=False)  # (pictures, 2)
@@ -152,42 +146,36 @@ def nearest(
     }
 
 
-def drift(
-    config: EvaluateConfig,
-    base: Base,
-    strengths: dict[str, float],
-    subject: Sequence[Image.Image],
-    real: Sequence[Image.Image],
-) -> dict[str, float]:
+def drift(config: EvaluateConfig, base: Base, strengths: dict[str, float], drawn: Pictures, real: Pictures) -> Figures:
     """Draw PROMPTS without and with the LoRAs, write a sheet of both, and return how far apart they are.
 
-    Also returns the likeness of drawn pictures of a subject to real ones, unless there are none.
+    Also returns the likeness of the `drawn` pictures of a subject to the `real` ones, if there are any.
     """
     print(f"drift on {', '.join(PROMPTS)}")
-    drawing, seeds, drawn = SampleConfig(prompt=PROMPTS, model=config.model), range(len(PROMPTS)), []
+    drawing, seeds, both = SampleConfig(prompt=PROMPTS, model=config.model), range(len(PROMPTS)), []
     for at in (dict.fromkeys(strengths, 0.0), strengths):
         with merged_at(base, at):
-            drawn.append(draw(base, PROMPTS, seeds, base.resolution, drawing))
-    rows = [list(pair) for pair in zip(*drawn, strict=True)]
+            both.append(draw(base, PROMPTS, seeds, base.resolution, drawing))
+    rows = [list(pair) for pair in zip(*both, strict=True)]
     save_picture(sheet(rows, ["base", "LoRA"], PROMPTS), Path(config.output) / "drift.png")
-    world = features_of(base, drawn[0])  # (prompts, width)
+    world = features_of(base, both[0])  # (prompts, width)
 
-    def centred(pictures: Sequence[Image.Image]) -> torch.Tensor:
+    def centred(pictures: Pictures) -> torch.Tensor:
         """Return the features of pictures, of length 1, relative to those that the base draws; (n, width)."""
         return F.normalize((features_of(base, pictures) - world.mean(0)) / world.std(0).clamp(min=1e-6), dim=1)
 
-    near = (centred(drawn[0]) * centred(drawn[1])).sum(1)  # (prompts,)
+    near = (centred(both[0]) * centred(both[1])).sum(1)  # (prompts,)
     figures = {"drift by the VAE's features": 1 - near.mean().item()}
-    if subject:
-        figures["likeness by the VAE's features"] = (centred(subject) @ centred(real).T).mean().item()
+    if drawn:
+        figures["likeness by the VAE's features"] = (centred(drawn) @ centred(real).T).mean().item()
     if config.features:
-        before, after = vectors_of(config.features, drawn, base.device)
+        before, after = vectors_of(config.features, both, base.device)
         near = F.cosine_similarity(before, after)
         figures[f"drift by {config.features}"] = 1 - near.mean().item()
     return figures
 
 
-def distances_by(model: str, drawn: Sequence[Image.Image], real: Sequence[Image.Image]) -> dict[str, float]:
+def distances_by(model: str, drawn: Pictures, real: Pictures) -> Figures:
     """Return likeness and distances by a vision model: of pictures and reference, and of halves of the reference."""
     seen, wanted = vectors_of(model, [drawn, real], this_device())
     if min(len(seen), len(wanted)) <= seen.shape[1]:
@@ -205,7 +193,7 @@ def distances_by(model: str, drawn: Sequence[Image.Image], real: Sequence[Image.
     return figures
 
 
-def losses_on(config: EvaluateConfig, base: Base, items: list[Item], strengths: dict[str, float]) -> dict[str, float]:
+def losses_on(config: EvaluateConfig, base: Base, items: list[Item], strengths: dict[str, float]) -> Figures:
     """Return the denoising loss on pictures, of the base and with the LoRAs, if there are any."""
     losses, ways = {}, {"base": dict.fromkeys(strengths, 0.0)} | ({"with LoRA": strengths} if strengths else {})
     with TemporaryDirectory() as cache:
