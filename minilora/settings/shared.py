@@ -104,11 +104,11 @@ def is_mask(path: Path) -> bool:
 def hub_name(path: str | Path) -> tuple[str, str | None] | None:
     """Return the repository OWNER/NAME, and the file in it, that a name may mean on the Hugging Face hub.
 
-    Return None for local names: existing paths, paths in an existing folder (so that a misspelt out/mountian stays
-    local), and weight files.
+    Return None for local names: existing paths, paths in an existing folder (so that a misspelt dataset/mountian stays
+    local) or in out/, where results are written, and weight files.
     """
     path = Path(path)
-    if not path.parts or path.exists() or Path(path.parts[0]).is_dir():
+    if not path.parts or path.exists() or Path(path.parts[0]).is_dir() or path.parts[0] == "out":
         return None
     found = re.fullmatch(r"(\w[\w.-]*/[\w.-]+?)(?:/(.+\.safetensors))?", path.as_posix())
     return None if not found or (not found[2] and path.suffix in WEIGHT_FILES) else (found[1], found[2])

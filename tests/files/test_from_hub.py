@@ -89,7 +89,7 @@ def test_what_cannot_be_had_from_the_hub_is_said(hub, tmp_path):
 
 def test_a_misspelt_name_in_a_folder_that_is_here_asks_no_hub(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "out" / "mountain").mkdir(parents=True)
-    for path in (Path("out/mountian"), Path("out/mountian/file.safetensors")):
+    (tmp_path / "loras" / "mountain").mkdir(parents=True)
+    for path in (Path("loras/mountian"), Path("loras/mountian/file.safetensors"), Path("out/before_any_training")):
         assert lora_path(path) == path
     assert base_path(Path("out/merged")) == Path("out/merged")
