@@ -54,12 +54,10 @@ class Adapter(nn.Module):
     Both are float32 even if the base is not: half precision would round away the small steps of training.
     """
 
-    feature_dim = -1  # the dimension of x that A maps from
-
-    def __init__(self, base: Layer, rank: int, alpha: float, generator: torch.Generator | None = None):
+    def __init__(self, base: Layer, rank: int, alpha: float | None = None, generator: torch.Generator | None = None):
         super().__init__()
-        self.rank, self.alpha, self.scale = rank, alpha, alpha / rank
-        self.strength = 1.0
+        self.rank, self.alpha = rank, (rank if alpha is None else alpha)
+        self.scale, self.strength = self.alpha / rank, 1.0
         self.dropout_mask: torch.Tensor | None = None  # in training: (batch, in), of mean 1; None: no dropout
         weight = base.weight
         # Drawn on the CPU, so that a seed gives the same numbers on every device.
@@ -70,18 +68,17 @@ class Adapter(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return strength · ΔW x without ever forming ΔW; (…, in) -> (…, out)."""
         if not torch.is_autocast_enabled(x.device.type):
-            x = x.to(self.lora_A.dtype)
+            x = x.to(self.lora_A.dtype)  # the base may be in half precision
         if self.training and self.dropout_mask is not None:
-            shape = [len(x), *[1] * (x.ndim - 1)]
-            shape[self.feature_dim] = -1
-            x = x * self.dropout_mask.view(shape)  # (batch, …, in)
-        return self.up(self.down(x) * (self.strength * self.scale))  # scaled at (…, rank), where numbers are few
+            x = self.drop(x, self.dropout_mask)
+        return self.product(x, self.strength * self.scale)
 
-    def down(self, x: torch.Tensor) -> torch.Tensor:
-        return F.linear(x, self.lora_A)  # (…, rank)
+    def drop(self, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        return x * mask.view(len(x), *[1] * (x.ndim - 2), -1)  # (batch, …, in)
 
-    def up(self, x: torch.Tensor) -> torch.Tensor:
-        return F.linear(x, self.lora_B)  # (…, out)
+    def product(self, x: torch.Tensor, factor: float) -> torch.Tensor:
+        down = factor * F.linear(x, self.lora_A)  # (…, rank); scaled here, where numbers are few
+        return F.linear(down, self.lora_B)  # factor · B (A x): (…, out)
 
     def delta(self) -> torch.Tensor:
         """Return strength · ΔW in float32 and in the shape of the weight, (out, in)."""
@@ -99,17 +96,16 @@ class ConvAdapter(Adapter):
     weight: ΔW[o, i, h, w] = (alpha / rank) · Σᵣ B[o, r] A[r, i, h, w].
     """
 
-    feature_dim = 1
-
-    def __init__(self, base: nn.Conv2d, rank: int, alpha: float, generator: torch.Generator | None = None):
-        super().__init__(base, rank, alpha, generator)
+    def __init__(self, base: nn.Conv2d, *args):
+        super().__init__(base, *args)
         self.convolve = base._conv_forward  # with the base's own padding and stride
 
-    def down(self, x: torch.Tensor) -> torch.Tensor:
-        return self.convolve(x, self.lora_A, None)  # (batch, rank, h, w)
+    def drop(self, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        return x * mask[..., None, None]  # (batch, in, h, w)
 
-    def up(self, x: torch.Tensor) -> torch.Tensor:
-        return F.conv2d(x, self.lora_B[..., None, None])  # (batch, out, h, w)
+    def product(self, x: torch.Tensor, factor: float) -> torch.Tensor:
+        down = factor * self.convolve(x, self.lora_A, None)  # (batch, rank, h, w)
+        return F.conv2d(down, self.lora_B[..., None, None])  # (batch, out, h, w)
 
 
 class LoRALinear(nn.Module):
@@ -125,17 +121,11 @@ class LoRALinear(nn.Module):
     def __init__(self, base: Layer, rank: int, alpha: float | None = None, name: str = "default", generator=None):
         super().__init__()
         self.base = base
-        self.adapters = nn.ModuleDict()  # type: ignore[assignment]
+        self.adapters = nn.ModuleDict({name: self.kind(base, rank, alpha, generator)})  # type: ignore[assignment]
         self.enabled = True
         self.merged: set[str] = set()
         self.original_weight: torch.Tensor | None
         self.register_buffer("original_weight", None, persistent=False)  # kept while anything is merged
-        self.add(rank, alpha, name, generator)
-
-    def add(self, rank: int, alpha: float | None = None, name: str = "default", generator=None) -> None:
-        """Add an adapter under a new name; alpha defaults to the rank, a scale of 1."""
-        alpha = rank if alpha is None else alpha
-        self.adapters[name] = self.kind(self.base, rank, alpha, generator).train(self.training)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y = self.base(x)  # (…, out)
@@ -145,23 +135,15 @@ class LoRALinear(nn.Module):
                     y = y + adapter(x).to(y.dtype)
         return y
 
-    def named(self, name: str | None = None) -> list[str]:
-        """Return the names of the adapters that `name` selects: all of them if it is None."""
-        return [each for each in self.adapters if name in (None, each)]
-
-    @torch.no_grad()
-    def weight_with(self, names: set[str]) -> torch.Tensor:
-        """Return W + Σ sᵢ · ΔWᵢ over the names, summed in float32 and rounded once to W's own type; (out, in)."""
-        weight = self.base.weight if self.original_weight is None else self.original_weight
-        deltas = [adapter.delta() for name, adapter in self.adapters.items() if name in names]
-        return (weight.float() + sum(deltas)).to(weight.dtype) if deltas else weight
-
     @torch.no_grad()
     def set_merged(self, names: set[str]) -> None:
         """Set the base's weight to W + Σ sᵢ · ΔWᵢ over exactly these adapters; without any, to W, bit for bit."""
         if self.original_weight is None:
             self.original_weight = self.base.weight.detach().clone()
-        self.base.weight.copy_(self.weight_with(names))
+        weight = self.original_weight  # (out, in)
+        if deltas := [adapter.delta() for name, adapter in self.adapters.items() if name in names]:
+            weight = weight.float() + sum(deltas)  # in float32
+        self.base.weight.copy_(weight)  # rounded once, to the base's own type
         self.merged = names
         if not names:
             self.original_weight = None
@@ -178,15 +160,15 @@ class LoRAConv2d(LoRALinear):
 
 def lora_layers(module: nn.Module) -> dict[str, LoRALinear]:
     """Return the layers that carry LoRA, by full name; empty if there are none."""
-    return {name: child for name, child in module.named_modules() if isinstance(child, LoRALinear)}
+    return {path: layer for path, layer in module.named_modules() if isinstance(layer, LoRALinear)}
 
 
-def original_layers(module: nn.Module) -> dict[str, nn.Module]:
+def original_layers(module: nn.Module) -> dict[str, Any]:
     """Return every layer of `module` by full name, as if it had no LoRA."""
-    layers = lora_layers(module)
-    inside = tuple(f"{path}." for path in layers)
-    others = {path: child for path, child in module.named_modules() if not path.startswith(inside)}
-    return others | {path: layer.base for path, layer in layers.items()}
+    carrying = lora_layers(module)
+    inside = {child for layer in carrying.values() for child in layer.children()}
+    layers = dict(module.named_modules(memo=inside))  # those in `memo` are passed over
+    return layers | {path: layer.base for path, layer in carrying.items()}
 
 
 def matching(module: nn.Module, targets: Sequence[str]) -> list[str]:
@@ -214,65 +196,56 @@ def inject_lora(
     `targets` are as `matching` takes them; `alpha` defaults to the rank, a scale of 1.  If layers differ, `rank` and
     `alpha` map full names to numbers, and the keys of `rank` replace `targets`.  Another `name` puts a second LoRA
     beside the first.  With `fitting` false a rank may exceed min(in, out), as in some files.
-
     Raises ValueError, which names every module concerned and leaves everything unchanged, for a target that matches
     nothing, a layer that is neither Linear nor Conv2d, a grouped convolution, a rank that does not fit, a name in use.
     """
     ranks = rank if isinstance(rank, Mapping) else dict.fromkeys(matching(module, targets), rank)
     alphas = alpha if isinstance(alpha, Mapping) else dict.fromkeys(ranks, alpha)
-    layers: dict[str, Any] = original_layers(module) | lora_layers(module)
-    problems = [] if name and "." not in name else [f"name {name!r} is empty or has a dot in it"]
-    problems += [p for path, r in ranks.items() if (p := _misfit(layers[path], path, name, r, fitting))]
-    refuse("inject LoRA", problems)
+    layers, carrying = original_layers(module), lora_layers(module)
+    refuse("inject LoRA", list(_misfits(layers, carrying, ranks, name, fitting)))
 
     module.requires_grad_(False)
     for path, r in ranks.items():
-        layer = layers[path]
-        if isinstance(layer, LoRALinear):
-            layer.add(r, alphas.get(path), name, generator)
+        if path in carrying:
+            layer = carrying[path]
+            layer.adapters[name] = layer.kind(layer.base, r, alphas.get(path), generator).train(layer.training)
         else:
-            kind = LoRAConv2d if isinstance(layer, nn.Conv2d) else LoRALinear
-            layers[path] = kind(layer, r, alphas.get(path), name, generator).train(layer.training)
-            module.set_submodule(path, layers[path])
-    return {path: layers[path] for path in ranks}
+            kind = LoRAConv2d if isinstance(layers[path], nn.Conv2d) else LoRALinear
+            carrying[path] = kind(layers[path], r, alphas.get(path), name, generator).train(layers[path].training)
+            module.set_submodule(path, carrying[path])
+    return {path: carrying[path] for path in ranks}
 
 
-def _misfit(layer: Any, path: str, name: str, rank: int, fitting: bool) -> str:
-    """Return why a layer cannot take a LoRA of that name and rank; "" if it can."""
-    if isinstance(layer, LoRALinear):
-        if name in layer.adapters:
-            return f"{path} already has a LoRA {name!r}, of rank {layer.adapters[name].rank}"
-        layer = layer.base
-    if not isinstance(layer, Layer):
-        return f"{path} is a {type(layer).__name__}; only Linear and Conv2d can take a LoRA"
-    if getattr(layer, "groups", 1) != 1:
-        return f"{path} is a convolution in {layer.groups} groups; a LoRA needs one group"
-    inputs, outputs = layer.weight[0].numel(), len(layer.weight)
-    if fitting and not 1 <= rank <= min(inputs, outputs):
-        sizes = f"{inputs} to {outputs} features"
-        return f"{path} maps {sizes}; rank {rank} is not between 1 and the smaller number"
-    return ""
+def _misfits(layers, carrying, ranks: Mapping[str, int], name: str, fitting: bool) -> Iterator[str]:
+    """Yield the reasons why layers cannot take a LoRA of that name and these ranks."""
+    if not name or "." in name:
+        yield f"name {name!r} is empty or has a dot in it"
+    for path, rank in ranks.items():
+        layer = layers[path]
+        if path in carrying and name in carrying[path].adapters:
+            yield f"{path} already has a LoRA {name!r}, of rank {carrying[path].adapters[name].rank}"
+        elif not isinstance(layer, Layer):
+            yield f"{path} is a {type(layer).__name__}; only Linear and Conv2d can take a LoRA"
+        elif isinstance(layer, nn.Conv2d) and layer.groups != 1:
+            yield f"{path} is a convolution in {layer.groups} groups; a LoRA needs one group"
+        elif fitting and not 1 <= rank <= min(layer.weight[0].numel(), len(layer.weight)):
+            features = f"{layer.weight[0].numel()} to {len(layer.weight)} features"
+            yield f"{path} maps {features}; rank {rank} is not between 1 and the smaller number"
 
 
-def layers_with(module: nn.Module, name: str | None = None, require_unmerged: bool = False) -> dict[str, LoRALinear]:
-    """Return the layers that carry the LoRA called `name` (any by default).
+def adapters_of(module: nn.Module, name: str | None = None, live: bool = False) -> list[tuple[str, LoRALinear, str]]:
+    """Return (path of the layer, layer, name of the adapter) for each adapter of the LoRA called `name`, or of all.
 
-    Raises ValueError if none does, and with `require_unmerged` RuntimeError if one is merged.
+    Raises ValueError if there is none, and with `live` RuntimeError if one is merged.
     """
-    layers = {path: layer for path, layer in lora_layers(module).items() if layer.named(name)}
-    if not layers:
+    layers = lora_layers(module).items()
+    found = [(path, layer, each) for path, layer in layers for each in layer.adapters if name in (None, each)]
+    if not found:
         which = "" if name is None else f" named {name!r}"
         raise ValueError(f"this {type(module).__name__} carries no LoRA{which}; inject_lora or load_lora first")
-    merged = [path for path, layer in layers.items() if layer.merged.intersection(layer.named(name))]
-    if require_unmerged and merged:
+    if live and (merged := [path for path, layer, each in found if each in layer.merged]):
         raise RuntimeError(f"the LoRA in {', '.join(merged[:3])} … is merged; call unmerge_lora first")
-    return layers
-
-
-def adapters_with(module: nn.Module, name: str | None = None, require_unmerged: bool = False) -> list[Adapter]:
-    """Return the adapters of the LoRA called `name` (of all by default); raises as `layers_with` does."""
-    layers = layers_with(module, name, require_unmerged).values()
-    return [layer.adapters[each] for layer in layers for each in layer.named(name)]
+    return found
 
 
 def remove_lora(module: nn.Module, name: str | None = None) -> None:
@@ -281,16 +254,15 @@ def remove_lora(module: nn.Module, name: str | None = None) -> None:
     A layer without another LoRA is replaced by its original, still frozen.  Raises RuntimeError while merged, because
     ΔW would stay in the weight.
     """
-    for path, layer in layers_with(module, name, require_unmerged=True).items():
-        for each in layer.named(name):
-            del layer.adapters[each]
+    for path, layer, each in adapters_of(module, name, live=True):
+        del layer.adapters[each]
         if not layer.adapters:
             module.set_submodule(path, layer.base)
 
 
 def lora_parameters(module: nn.Module, name: str | None = None) -> list[nn.Parameter]:
     """Return the A and B of the LoRA called `name` (of all by default) as one list."""
-    return [matrix for adapter in adapters_with(module, name) for matrix in (adapter.lora_A, adapter.lora_B)]
+    return [matrix for _, layer, each in adapters_of(module, name) for matrix in layer.adapters[each].parameters()]
 
 
 # --------------------------------------------------------------------------------- strength and merging
@@ -298,45 +270,41 @@ def lora_parameters(module: nn.Module, name: str | None = None) -> list[nn.Param
 
 def set_lora_strength(module: nn.Module, strength: float, name: str | None = None) -> None:
     """Set the strength of the LoRA called `name` (all by default): 0 is the base, 1 is as trained."""
-    for adapter in adapters_with(module, name, require_unmerged=True):
-        adapter.strength = strength
+    for _, layer, each in adapters_of(module, name, live=True):
+        layer.adapters[each].strength = strength
 
 
 @contextmanager
 def lora_disabled(module: nn.Module) -> Iterator[None]:
     """Within the block the module computes what the base computes; afterwards its state is restored."""
-    found = [(layer, layer.enabled) for layer in layers_with(module, require_unmerged=True).values()]
+    before = {layer: layer.enabled for _, layer, _ in adapters_of(module, live=True)}
     try:
-        for layer, _ in found:
+        for layer in before:
             layer.enabled = False
         yield
     finally:
-        for layer, enabled in found:
+        for layer, enabled in before.items():
             layer.enabled = enabled
 
 
 def merge_lora(module: nn.Module, name: str | None = None) -> None:
     """Fold the LoRA called `name` (all by default), at its strength, into the weights: W ← W + Σ sᵢ · ΔWᵢ.
 
-    The sum is computed in float32 and rounded once to the weight's own type.  Each layer keeps its original weight.
-    Raises RuntimeError if already merged; ValueError, with nothing changed, if a merged weight would not be finite.
+    Each layer keeps its original weight.  Raises RuntimeError if already merged; ValueError, with nothing changed, if a
+    merged weight would not be finite.
     """
-    layers = layers_with(module, name, require_unmerged=True)
-    names = {path: layer.merged.union(layer.named(name)) for path, layer in layers.items()}
-    broken = [path for path, layer in layers.items() if not layer.weight_with(names[path]).isfinite().all()]
-    if broken:
+    adapters = adapters_of(module, name, live=True)
+    for _, layer, each in adapters:
+        layer.set_merged(layer.merged | {each})
+    if broken := {path: layer for path, layer, _ in adapters if not layer.base.weight.isfinite().all()}:
+        unmerge_lora(module, name)
         raise ValueError(f"cannot merge: the merged weight is not finite in {', '.join(broken)}")
-    for path, layer in layers.items():
-        layer.set_merged(names[path])
 
 
 def unmerge_lora(module: nn.Module, name: str | None = None) -> None:
-    """Undo `merge_lora`, in place, for one LoRA or for all; without any merged, the weights are the original bits.
-
-    Raises RuntimeError if it is not merged.
-    """
-    merged = [layer for layer in layers_with(module, name).values() if layer.merged.intersection(layer.named(name))]
+    """Take the LoRA called `name` (all by default) out of the weights, bit for bit; RuntimeError if not merged."""
+    merged = [(layer, each) for _, layer, each in adapters_of(module, name) if each in layer.merged]
     if not merged:
         raise RuntimeError("the LoRA is not merged; call merge_lora first")
-    for layer in merged:
-        layer.set_merged(layer.merged.difference(layer.named(name)))
+    for layer, each in merged:
+        layer.set_merged(layer.merged - {each})

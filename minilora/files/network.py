@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from ..lora import Layer, LoRALinear, inject_lora, layers_with, lora_layers, original_layers, remove_lora
+from ..lora import Layer, LoRALinear, adapters_of, inject_lora, lora_layers, original_layers, remove_lora
 from ..settings.errors import UserError, refuse, some
 from .deltas import Delta, LoRA, Word
 from .fold import Folded, Report
@@ -148,7 +148,7 @@ def lora_state_dict(module: nn.Module, name: str = "default") -> dict[str, torch
     """Return the tensors of one LoRA: `<layer>.lora_A.weight`, (rank, in), and `<layer>.lora_B.weight`."""
     return {
         f"{path}.{matrix}.weight": getattr(layer.adapters[name], matrix).detach()
-        for path, layer in layers_with(module, name).items()
+        for path, layer, _ in adapters_of(module, name)
         for matrix in ("lora_A", "lora_B")
     }
 

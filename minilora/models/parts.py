@@ -206,7 +206,7 @@ class LoadedParts:
         for number, (lora, strength, path) in enumerate(self._read_loras):
             attach_lora(module, lora, f"base{number}", strength, path)
         for path, layer in lora_layers(module).items():
-            layer.base.weight.copy_(layer.weight_with({*layer.adapters}))
+            layer.set_merged({*layer.adapters})
             if not layer.base.weight.isfinite().all():
                 raise UserError(
                     f"--model {self.source}: {part}.{path} is not finite after merging {', '.join(self.loras)}"
