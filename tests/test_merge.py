@@ -746,6 +746,6 @@ def test_a_strength_is_split_off_the_path():
 
 
 def test_live_modules_and_checkpoints_name_the_same_modules(folder, tokenizer):
-    live = {n: s for part in parts_of("sd1", tokenizer).values() for n, (_, _, s) in live_modules(part).items()}
+    live = {n: s for part in parts_of("sd1", tokenizer).values() for n, s in live_modules(part).items()}
     assert Checkpoint(folder).modules == live
     assert np.prod(next(iter(live.values()))) > 0

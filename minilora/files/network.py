@@ -30,14 +30,15 @@ def components(target) -> dict[str, nn.Module]:
     return {next((kinds[c.__name__] for c in type(target).__mro__ if c.__name__ in kinds), "model"): target}
 
 
-def live_modules(target) -> dict[str, tuple[str, str, tuple[int, ...]]]:
-    """Return (component, path, shape of the weight) of every layer that can have a LoRA, by its full name."""
-    result = {}
-    for component, module in components(target).items():
-        for path, layer in original_layers(module).items():
-            if isinstance(layer, Layer):
-                result[full_name(component, path)] = (component, path, tuple(layer.weight.shape))
-    return result
+def live_modules(target) -> dict[str, tuple[int, ...]]:
+    """Return the shape of the weight of every layer that can have a LoRA, by its full name."""
+    parts = {part: original_layers(module) for part, module in components(target).items()}
+    return {
+        full_name(part, path): tuple(layer.weight.shape)
+        for part, layers in parts.items()
+        for path, layer in layers.items()
+        if isinstance(layer, Layer)
+    }
 
 
 def carrying_layers(target) -> dict[str, LoRALinear]:
@@ -61,8 +62,7 @@ def save_lora(target, path: str | Path, name: str = "default", dialect: str = "d
             deltas[full] = Delta(a, b, adapter.scale)
     if not deltas:
         raise ValueError(f"this {type(target).__name__} carries no LoRA named {name!r}; inject_lora or load_lora first")
-    shapes = {full: shape for full, (_, _, shape) in live_modules(target).items()}
-    return write_lora(Path(path), LoRA(deltas), dialect, shapes)
+    return write_lora(Path(path), LoRA(deltas), dialect, live_modules(target))
 
 
 def load_lora(
@@ -74,9 +74,8 @@ def load_lora(
     Raises UserError, with nothing changed, if it is not a LoRA or has a shape that does not fit; unless
     `allow_unmatched`, also for unmatched keys and for words that cannot be added.
     """
-    shapes = {full: shape for full, (_, _, shape) in live_modules(target).items()}
     where, with_words = " and ".join(components(target)), hasattr(target, "load_textual_inversion")
-    lora = read_for(Path(path), shapes, where, allow_unmatched, with_words=with_words)
+    lora = read_for(Path(path), live_modules(target), where, allow_unmatched, with_words=with_words)
     problems = {key: problem for key, word in lora.words.items() if (problem := _no_word_for(target, word))}
     if problems and not allow_unmatched:
         raise UserError(f"LoRA {path}: {some(problems.values())}; --allow-unmatched leaves it out")
@@ -98,10 +97,11 @@ def attach_lora(target, lora: LoRA, name: str, strength: float, path: str | Path
     Modules that `target` does not have are left out.  Raises UserError, with nothing changed, if the name is in use or
     a module cannot have a LoRA.
     """
-    live, modules = live_modules(target), components(target)
+    modules = components(target)
     done: list[Folded] = []
     for component, module in modules.items():
-        mine = {live[full][1]: d for full, d in lora.deltas.items() if full in live and live[full][0] == component}
+        paths = {full_name(component, path): path for path in original_layers(module)}
+        mine = {paths[full]: delta for full, delta in lora.deltas.items() if full in paths}
         if not mine:
             continue
         try:

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from .deltas import Delta, FormatError, LoRA
-from .from_hub import FILE_NAME, PEFT_CONFIG, PEFT_FILE
+from .from_hub import PEFT_CONFIG, PEFT_FILE
 from .names import PEFT_PREFIX, TEXT_ENCODER, Modules, is_sdxl, kohya_names, split
 from .number_types import DTYPES, EPSILON, NAMES, narrow, widen
 from .read import read_lora
@@ -27,18 +27,13 @@ def write_lora(path: Path, lora: LoRA, dialect: str, modules: Modules | None) ->
     It is read back before it gets its name; FormatError is raised unless every ΔW is the same up to the rounding of A
     and B.  Returns the number of bytes that pad ranks with zeros.
     """
-    if dialect == "peft":
-        files = as_peft(lora)
-    else:
-        files = as_kohya(lora, modules) if dialect == "kohya" else as_diffusers(lora)
-    written = [Path(name) for name in files] + [Path(name).with_name(PEFT_CONFIG) for name in files]
-    with staging(path, 0, overwrite=True, content=written if dialect == "peft" else ()) as new:
-        for name, (tensors, about) in files.items():
-            if dialect == "peft":
-                write_tensors(new / name, tensors, _kept_words(lora) | {"format": "pt"})
-                write_whole((new / name).with_name(PEFT_CONFIG), json.dumps(about, indent=2, sort_keys=True).encode())
-            else:
-                write_tensors(new, tensors, about)
+    folder = as_peft(lora) if dialect == "peft" else {}
+    with staging(path, 0, overwrite=True, content=[*map(Path, folder)]) as new:
+        if dialect == "peft":
+            for name, content in folder.items():
+                write_whole(new / name, content)
+        else:
+            write_tensors(new, *(as_kohya(lora, modules) if dialect == "kohya" else as_diffusers(lora)))
         if (apart := difference(lora, read_lora(new, modules))) > 1:
             raise FormatError(f"{path}: read back, it differs by {apart:.2g} times the rounding error")
     if dialect == "peft":
@@ -68,8 +63,8 @@ def difference(one: LoRA, two: LoRA) -> float:
     return largest
 
 
-def as_diffusers(lora: LoRA) -> dict[str, tuple[Tensors, dict[str, str]]]:
-    """Return the file of the diffusers dialect, as tensors and metadata by file name.
+def as_diffusers(lora: LoRA) -> tuple[Tensors, dict[str, str]]:
+    """Return the tensors and the metadata of the diffusers dialect's file.
 
     The scale is folded into B, because programs disagree on where else to store it.  The metadata of a file from
     kohya's trainer are kept, for converting it back.
@@ -77,7 +72,7 @@ def as_diffusers(lora: LoRA) -> dict[str, tuple[Tensors, dict[str, str]]]:
     tensors = {}
     for name, (delta, rank) in _with_file_ranks(lora).items():
         tensors[f"{name}.lora_A.weight"], tensors[f"{name}.lora_B.weight"] = _stored(name, delta, rank)
-    return {FILE_NAME: (tensors, _kept_words(lora) | {"format": "pt"})}
+    return tensors, _kept_words(lora) | {"format": "pt"}
 
 
 def _kept_words(lora: LoRA) -> dict[str, str]:
@@ -99,8 +94,8 @@ def _with_file_ranks(lora: LoRA) -> dict[str, tuple[Delta, int]]:
     return {name: (delta, most[split(name)[0]]) for name, delta in lora.deltas.items()}
 
 
-def as_kohya(lora: LoRA, modules: Modules) -> dict[str, tuple[Tensors, dict[str, str]]]:
-    """Return the file of kohya's dialect, which A1111 and ComfyUI read, as tensors and metadata by file name.
+def as_kohya(lora: LoRA, modules: Modules) -> tuple[Tensors, dict[str, str]]:
+    """Return the tensors and the metadata of the file of kohya's dialect, which A1111 and ComfyUI read.
 
     The scale is folded into B, so alpha equals the rank, a scale of 1.
     """
@@ -128,7 +123,7 @@ def as_kohya(lora: LoRA, modules: Modules) -> dict[str, tuple[Tensors, dict[str,
     first = 8 + int.from_bytes(content[:8], "little")
     about |= {"sshs_model_hash": hashlib.sha256(content[first:]).hexdigest()}
     about |= {"sshs_legacy_hash": hashlib.sha256(content[0x100000:0x110000]).hexdigest()[:8]}
-    return {"lora.safetensors": (tensors, about)}
+    return tensors, about
 
 
 def _family(modules: Modules) -> tuple[str, str, str] | None:
@@ -147,8 +142,8 @@ def _family(modules: Modules) -> tuple[str, str, str] | None:
     return None
 
 
-def as_peft(lora: LoRA) -> dict[str, tuple[Tensors, dict]]:
-    """Return PEFT's files, a folder for each component, as tensors and settings by file name.
+def as_peft(lora: LoRA) -> dict[str, bytes]:
+    """Return PEFT's files, which are a folder for each component, by name.
 
     PEFT uses the modules' names in the live model.  From transformers 5.6 on, those of CLIPTextModel lack
     "text_model.", so the folder fits the installed version of transformers.
@@ -165,13 +160,14 @@ def as_peft(lora: LoRA) -> dict[str, tuple[Tensors, dict]]:
         ours = f"{PEFT_PREFIX}{path}"
         tensors[f"{ours}.lora_A.weight"], tensors[f"{ours}.lora_B.weight"] = _stored(name, delta, delta.rank)
         ranks[path] = delta.rank
-    files: dict[str, tuple[Tensors, dict]] = {}
+    files: dict[str, bytes] = {}
     for component, (tensors, ranks) in parts.items():
         most = max(ranks.values())
         pattern = {f"^{re.escape(path)}": rank for path, rank in ranks.items() if rank != most}
         config = {"peft_type": "LORA", "r": most, "lora_alpha": most, "target_modules": sorted(ranks), "bias": "none"}
         config |= {"rank_pattern": pattern, "alpha_pattern": pattern, "inference_mode": True, "use_rslora": False}
-        files[f"{component}/{PEFT_FILE}"] = (tensors, config)
+        files[f"{component}/{PEFT_FILE}"] = tensor_bytes(tensors, _kept_words(lora) | {"format": "pt"})
+        files[f"{component}/{PEFT_CONFIG}"] = json.dumps(config, indent=2, sort_keys=True).encode()
     return files
 
 

@@ -219,7 +219,7 @@ class LoadedParts:
         if not self.loras:
             return []
         empty = {part: self.empty(part) for part in (UNET, *self.text_parts)}
-        shapes = {full: shape for full, (_, _, shape) in live_modules(SimpleNamespace(**empty)).items()}
+        shapes = live_modules(SimpleNamespace(**empty))
         given = [path_and_number(text) for text in self.loras]
         return [(read_for(Path(path), shapes, self.source, False), strength, path) for path, strength in given]
 

@@ -154,7 +154,7 @@ def test_the_command_draws_a_clip(settings, tmp_path, monkeypatch, capsys):
 
 def test_every_layer_of_a_motion_module_keeps_its_change_through_every_dialect(settings, motion_adapter, tmp_path):
     base = MotionBase.of(settings(), CPU)
-    modules = {name: shape for name, (_, _, shape) in live_modules(base.unet).items()}
+    modules = live_modules(base.unet)
     motion = {name: shape for name, shape in modules.items() if ".motion_modules." in name}
     assert motion == Checkpoint(motion_adapter).modules
     assert len(motion) == 7 * 12  # 7 motion modules; two attentions of 4, two feed-forward layers, and in and out

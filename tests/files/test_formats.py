@@ -33,7 +33,7 @@ def modules_of(family: str) -> dict[str, tuple[int, ...]]:
     tokenizer = CLIPTokenizer.from_pretrained(BUNDLED, subfolder="tokenizer")
     kinds = [CLIPTextModel, CLIPTextModelWithProjection][: 2 if family == "sdxl" else 1]
     parts = [make_unet(family), *(make_tiny_text_encoder(tokenizer, kind) for kind in kinds)]
-    return {name: shape for part in parts for name, (_, _, shape) in live_modules(part).items()}
+    return {name: shape for part in parts for name, shape in live_modules(part).items()}
 
 
 MODULES = {family: modules_of(family) for family in FAMILIES}
@@ -483,7 +483,7 @@ def test_peft_reads_every_change(family, tmp_path):
 def test_kohya_metadata_is_what_user_interfaces_show(tmp_path):
     modules = {"unet.down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k": (320, 768)}
     lora = LoRA({name: Delta(np.ones((4, 768)), np.ones((320, 4))) for name in modules})
-    [(tensors, about)] = as_kohya(lora, modules).values()
+    tensors, about = as_kohya(lora, modules)
     wanted = {"ss_network_dim": "4", "ss_network_alpha": "4", "ss_base_model_version": "sd_v1"}
     wanted |= {"ss_network_module": "networks.lora", "modelspec.architecture": "stable-diffusion-v1/lora"}
     assert wanted.items() <= about.items()
