@@ -89,11 +89,16 @@ def staging(output: Path, size: int, overwrite: bool, content: Collection[Path] 
             raise
         sync_folder(output.parent)
     finally:
-        for path in (new, old):
-            if path.is_dir() and not path.is_symlink():
-                shutil.rmtree(path)
-            else:
-                path.unlink(missing_ok=True)
+        delete(new)
+        delete(old)
+
+
+def delete(path: Path) -> None:
+    """Delete a file or a folder, if there is one."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def sync_folder(folder: Path) -> None:

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from filelock import FileLock, Timeout
 
-from ..files.tensors import read_checked, write_checked
+from ..files.tensors import delete, read_checked, write_checked
 from ..settings.errors import UserError
 from .ranks import decided_by_main
 from .trained import FULL_RESULTS, LORA_RESULTS
@@ -133,13 +133,11 @@ def publish(output: Path, names: Collection[str], others: Collection[str]) -> No
     """
     for name in names:
         if (output / UNFINISHED / name).exists():
-            if (output / name).is_dir():
-                shutil.rmtree(output / name)
+            if (output / name).is_dir():  # a file is replaced at once, without a moment between
+                delete(output / name)
             (output / UNFINISHED / name).replace(output / name)
     for name in others:
-        if (output / name).is_dir():
-            shutil.rmtree(output / name)
-        (output / name).unlink(missing_ok=True)
+        delete(output / name)
     for folder in (_aside(output), output / UNFINISHED):
         shutil.rmtree(folder, ignore_errors=True)
 

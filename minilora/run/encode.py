@@ -22,8 +22,7 @@ def encode(
     config: TrainConfig, base: Base, ranks: Ranks, items: list[Item], others: list[Item], held_out_items: list[Item]
 ) -> tuple[Examples, Examples | None]:
     """Return the encoded examples: of the training and class pictures, and of the held-out ones, if any."""
-    resolution = config.resolution or base.resolution
-    sizes = sizes_for(base, resolution) if config.buckets else ()
+    resolution, sizes = sizes_for(base, config)
     if config.train_text_encoder:
         ranks.say("note: --train-text-encoder changes the encoding of captions, so they are encoded at each step")
     # Pictures and captions are encoded in float32: a VAE in half precision can overflow.
@@ -65,12 +64,15 @@ def fill_cache(examples: Examples, encoders: Base, ranks: Ranks) -> None:
             encoders.release(*encoders.text_parts)  # the VAE needs gigabytes for a large picture
 
 
-def sizes_for(base: Base, resolution: int) -> list[Size]:
-    """Return the sizes of --buckets on a base; UserError if there is none."""
+def sizes_for(base: Base, config: TrainConfig) -> tuple[int, list[Size]]:
+    """Return the resolution of a run and, with --buckets, the sizes of its pictures; UserError if there is none."""
+    resolution = config.resolution or base.resolution
+    if not config.buckets:
+        return resolution, []
     # Steps of 64 pixels, as is usual, would be too coarse for a miniature.
     multiple = max(64, base.side_multiple) if base.resolution >= 256 else base.side_multiple
     if sizes := bucket_sizes(resolution, multiple):
-        return sizes
+        return resolution, sizes
     raise UserError(f"--resolution is {resolution}; --buckets needs at least {multiple} on this base")
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from huggingface_hub import HfApi
 from huggingface_hub.utils import validate_repo_id
 
-from ..settings.errors import UserError
+from ..settings.errors import UserError, in_one_line
 
 
 def check_login(repo: str) -> None:
@@ -25,7 +25,7 @@ def check_login(repo: str) -> None:
         token = HfApi().whoami().get("auth", {}).get("accessToken", {})
     except Exception as error:  # no token, a wrong one, no network, an invalid name, …
         raise UserError(
-            f"--push-to-hub {repo}: {_in_one_line(error)} (to log in, run `hf auth login` or set HF_TOKEN)"
+            f"--push-to-hub {repo}: {in_one_line(error)} (to log in, run `hf auth login` or set HF_TOKEN)"
         ) from error
     if token.get("role") == "read":
         raise UserError(
@@ -46,9 +46,5 @@ def push(repo: str, folder: Path, names: Sequence[str]) -> str:
     except Exception as error:  # any error: the results are complete, and the message says where they are
         words = ["hf", "upload", repo, str(folder), ".", *(f"--include={pattern}" for pattern in patterns)]
         where = f"the results are in {folder}; to try again: {shlex.join(words)}"
-        raise UserError(f"--push-to-hub {repo}: {_in_one_line(error)}; {where}") from error
+        raise UserError(f"--push-to-hub {repo}: {in_one_line(error)}; {where}") from error
     return str(url)
-
-
-def _in_one_line(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__

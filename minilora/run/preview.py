@@ -57,8 +57,7 @@ def look_at(config: TrainConfig) -> Preview:
     items, held_out = read_pictures(config, Ranks(0, 1, CPU))
     config = config.with_steps(len(items))
     base = load_base(config, CPU)
-    resolution = config.resolution or base.resolution
-    sizes = sizes_for(base, resolution) if config.buckets else ()
+    resolution, sizes = sizes_for(base, config)
     examples = Examples(items, config, resolution, base, len(base.schedule), sizes)
     first: dict[Item, int] = {}  # the first position of each picture
     positions = itertools.count()

@@ -31,7 +31,7 @@ def beside_training(base: Base) -> Iterator[None]:
 
 def draw_prompts(base: Base, prompts: Sequence[str], size: int, config: SampleConfig) -> Image.Image:
     """Draw each prompt with the current LoRA and three seeds."""
-    seeds = [config.seed, config.seed + 1, config.seed + 2]
+    seeds = range(config.seed, config.seed + 3)
     with beside_training(base):
         rows = draw_each(base, prompts, seeds, size, config, heartbeat)
     return sheet(rows, [f"seed {seed}" for seed in seeds], list(prompts))
@@ -42,7 +42,7 @@ def before_after(base: Base, item: Item, size: Size, config: SampleConfig, befor
 
     `before` is the original base if all its weights were trained; the sheet then compares it with the trained base.
     """
-    seeds, columns = [config.seed, config.seed + 1, config.seed + 2], []
+    seeds, columns = range(config.seed, config.seed + 3), []
     ways = {"base": (base, 0.0), "LoRA at 0.5": (base, 0.5), "LoRA at 1.0": (base, 1.0)}
     if before:
         ways = {"base": (before, 1.0), "trained": (base, 1.0)}

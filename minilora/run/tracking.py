@@ -10,7 +10,7 @@ import numpy as np
 from torch.utils.tensorboard import SummaryWriter
 
 from ..data.sheet import save_picture
-from ..settings.errors import UserError
+from ..settings.errors import UserError, in_one_line
 from .ranks import decided_by_main
 from .samples import draw_prompts
 
@@ -42,7 +42,7 @@ class Log:
                 settings=wandb.Settings(console="off"),  # the terminal stays ours
             )
         except wandb.Error as error:  # it refuses, or cannot be reached
-            why = " ".join(str(error).split())
+            why = in_one_line(error)
             raise UserError(f"--wandb {config.wandb}: {why} (run `wandb login`, or set WANDB_MODE=offline)") from error
 
     def __enter__(self) -> "Log":

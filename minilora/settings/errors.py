@@ -26,6 +26,11 @@ def first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
+def in_one_line(error: Exception) -> str:
+    """Return a library's whole error without its line breaks, or its type if it has no text."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
 def is_out_of_memory(error: Exception) -> bool:
     """Whether an error means that there was not enough memory: Python's, or torch's on a GPU or a CPU."""
     return isinstance(error, MemoryError) or bool(re.search("out of memory|can't allocate memory", str(error)))
