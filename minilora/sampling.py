@@ -4,10 +4,10 @@ diffusers' pipelines do the denoising.  Every picture has its own seed, used as 
 `torch.Generator("cpu").manual_seed(seed)`.
 """
 
+import itertools
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -58,11 +58,8 @@ def draw(
     prompts = [prompt] * len(seeds) if isinstance(prompt, str) else prompt
     inpainting = _inpainting(base, (width, height), config)
     pictures: list[Image.Image] = []
-    began = time.monotonic()
 
     def after_step(pipeline, step: int, timestep, tensors: dict) -> dict:
-        if config.compile and not pictures and step == 0:
-            print(f"the first step took {time.monotonic() - began:.1f} s, compiling included", flush=True)
         if on_step:
             on_step()
         return tensors
@@ -224,13 +221,16 @@ def draw_all(
     Returns the picture or the sheet, and its content as rows of single pictures.  Each carries the settings, for its
     file.
     """
-    size, drawing = size_of(base, config), config
+    size, steps, began = size_of(base, config), itertools.count(), time.monotonic()
+
+    def after_step() -> None:
+        if next(steps) == 0 and config.compile:
+            print(f"the first step took {time.monotonic() - began:.1f} s, compiling included", flush=True)
+        if on_step:
+            on_step()
 
     def draw_pictures(seeds: Sequence[int]) -> list[list[Image.Image]]:
-        nonlocal drawing
-        rows = draw_each(base, config.prompt, seeds, size, drawing, on_step)
-        drawing = replace(config, compile=False)  # the U-Net is compiled now; the time is printed only once
-        return rows
+        return draw_each(base, config.prompt, seeds, size, config, after_step)
 
     rows, columns, labels = draw_rows(base, strengths, config, draw_pictures)
     result = arrange(config, rows, columns, labels)
