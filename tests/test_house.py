@@ -69,3 +69,10 @@ def test_there_are_thirteen_entries_and_every_wing_says_what_it_is_for():
     for path in entries:
         if path.is_dir():
             assert ast.get_docstring(ast.parse((path / "__init__.py").read_text()))
+
+
+def test_contributing_lists_every_file_with_the_first_sentence_of_its_docstring():
+    listed = {row for row in (ROOT.parent / "CONTRIBUTING.md").read_text().splitlines() if row.startswith("| `")}
+    sentences = {path: ast.get_docstring(ast.parse(path.read_text())) for path in map(MODULES.get, ROOMS)}
+    rows = {f"| `{path.relative_to(ROOT).as_posix()}` | {text.splitlines()[0]} |" for path, text in sentences.items()}
+    assert rows == listed
