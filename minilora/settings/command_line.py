@@ -8,6 +8,8 @@ import argparse
 import dataclasses
 import importlib
 import os
+import re
+import shlex
 import shutil
 import sys
 import typing
@@ -17,7 +19,7 @@ from pathlib import Path
 
 from .config_file import kind_of, read_file, unknown_setting
 from .errors import UserError, first_line, is_out_of_memory
-from .setting import ByBase, Settings, as_typed, option
+from .setting import ByBase, Settings, as_typed, option, with_home
 
 
 def run(settings: str | type, work: str | Callable, description: str) -> None:
@@ -98,8 +100,8 @@ def read(cls: type[Settings], argv: list[str], description: str):
     typed, unknown = _parser(cls, description).parse_known_intermixed_args(argv)
     if unknown:
         options = {option(field.name) for field in dataclasses.fields(cls)} | {"--config", "--print-config"}
-        wrong = [word for word in unknown if word.startswith("-")] or unknown
-        raise UserError("; ".join(unknown_setting(word, options) for word in wrong))
+        wrong = [unknown_setting(word, options) for word in unknown if word.startswith("-")]
+        raise UserError("; ".join(wrong) or _loose_words(cls, unknown, argv))
     # A setting whose values are typed without an option is an empty list if there are none.
     given: dict[str, typing.Any] = {
         name: tuple(value) if isinstance(value, list) else value for name, value in vars(typed).items() if value != []
@@ -112,11 +114,19 @@ def read(cls: type[Settings], argv: list[str], description: str):
     values = {name: value for name, value in values.items() if name not in follows or value != follows[name]}
     if given.keys() & cls.one_of:
         values = {name: value for name, value in values.items() if name not in cls.one_of}
-    settings = cls(**values | given)
+    settings = cls(**with_home(cls, values | given))
     if show:
         print(settings.to_json(), end="")
         sys.exit(0)
     return settings
+
+
+def _loose_words(cls: type[Settings], words: list[str], argv: list[str]) -> str:
+    """Return the message for words that stand behind no setting."""
+    main = option(cls.main)
+    if not cls.main or main in argv:
+        return f"{' '.join(words)}: there is no setting before it; a text of several words needs quotes around it"
+    return f"{' '.join(words)}: there is no setting before it; did you mean {main} {shlex.quote(' '.join(words))}?"
 
 
 def _parser(cls: type[Settings], description: str) -> argparse.ArgumentParser:
@@ -124,7 +134,11 @@ def _parser(cls: type[Settings], description: str) -> argparse.ArgumentParser:
 
     class Parser(argparse.ArgumentParser):
         def error(self, message):
-            raise UserError(message)
+            found = re.fullmatch(r"argument (--[\w-]+)\S*: (.*)", message, re.DOTALL)
+            name, what = found.groups() if found else ("", message)
+            if what == "expected one argument":
+                what = f"a value is missing behind it (if it begins with a minus, write {name}=-…)"
+            raise UserError(f"{name}: {what}" if found else what)
 
     examples = "".join(f"\n  {example}" for example in cls.examples)
     width = min(shutil.get_terminal_size().columns, 100)
@@ -156,7 +170,7 @@ def _parser(cls: type[Settings], description: str) -> argparse.ArgumentParser:
         if about["repeat"]:
             words |= {"action": "append", "type": kind}
         else:
-            words["type"] = _several(kind, about["separator"], metavar) if is_tuple else kind
+            words["type"] = _several(kind, about["separator"], metavar) if is_tuple else _one(kind)
             words["metavar"] = ("," if is_tuple else "|").join(about["choices"]) or metavar
         names = filter(None, (option(field.name), about["alias"]))
         group.add_argument(*names, dest=field.name, **words)
@@ -188,6 +202,18 @@ def _default_words(field) -> str:
         return ""
     text = as_typed(default, separator)
     return f" (default {text})" if len(text) < 80 else ""
+
+
+def _one(kind: type) -> Callable[[str], typing.Any]:
+    """Return a parser for one value of an option."""
+
+    def parse(text: str):
+        try:
+            return kind(text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a {'whole ' * (kind is int)}number") from error
+
+    return parse
 
 
 def _several(kind: type, separator: str, form: str) -> Callable[[str], tuple]:

@@ -22,7 +22,7 @@ SAMPLERS = {  # each with its class in diffusers
 class SampleConfig(BaseSettings):
     """Every setting of sample.py."""
 
-    usage = "--prompt TEXT"
+    main, usage = "prompt", "--prompt TEXT"
     examples = (
         "python sample.py --prompt 'red apple' --lora out/fluent:0.8 --output apple.png",
         "python sample.py --prompt 'a photo of sks dog' --lora out/photos --count 4 \\\n"

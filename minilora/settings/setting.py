@@ -7,6 +7,7 @@ the command line from it and reads the same names from a JSON file.
 import dataclasses
 import json
 import math
+import os
 import re
 import shlex
 from collections.abc import Mapping
@@ -97,6 +98,24 @@ def setting(
     return dataclasses.field(default=None if follows else default, metadata=metadata)  # None means: not given
 
 
+def is_path(field: dataclasses.Field) -> bool:
+    """Whether a setting names files or folders."""
+    return bool(re.search(r"\b(FOLDER|FILE|PICTURE|BASE|VAE|LORA|ADAPTER|OUT)\b", field.metadata["metavar"]))
+
+
+def with_home(cls: type, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return settings with ~ replaced in paths; a shell leaves it in --data=~/dog, and in a file nobody replaces it."""
+    paths = {field.name: field.default for field in dataclasses.fields(cls) if is_path(field)}
+
+    def path(value):
+        if isinstance(value, tuple):
+            return tuple(map(path, value))
+        return os.path.expanduser(value) if isinstance(value, str) and value.startswith("~") else value
+
+    # (A default stays as it is, so that it is still seen to be the default.)
+    return {n: path(value) if n in paths and value != paths[n] else value for n, value in values.items()}
+
+
 def option(name: str) -> str:
     return "--" + name.replace("_", "-")
 
@@ -123,6 +142,7 @@ def as_words(settings: Mapping[str, Any]) -> str:
 class Settings:
     """What the settings of every command share: defaults that depend on other settings, and checks."""
 
+    main: ClassVar[str] = ""  # the setting that a word without an option is probably meant for
     usage: ClassVar[str] = ""  # the required arguments, for the first line of its help
     examples: ClassVar[tuple[str, ...]] = ()  # whole commands, for its help
     one_of: ClassVar[tuple[str, ...]] = ()  # one of these on the command line overrides all of them in the file

@@ -22,7 +22,7 @@ from .train_output import OutputSettings
 class TrainConfig(OutputSettings, LossSettings, OptimizerSettings, LoraSettings, DataSettings):
     """Every setting of train.py; a dataclass lists those of its last base class first."""
 
-    usage = "--data FOLDER"
+    main, usage = "data", "--data FOLDER"
     one_of = ("steps", "epochs")
     reads_others = True
     examples = (

@@ -838,8 +838,8 @@ VERSIONS = [
 ]
 
 SIZES = [
-    ("is two numbers with a comma", "16,8", "argument --size: '16,8' is not WIDTHxHEIGHT, in whole numbers"),
-    ("lacks a height", "16x", "argument --size: '16x' is not WIDTHxHEIGHT, in whole numbers"),
+    ("is two numbers with a comma", "16,8", "--size: '16,8' is not WIDTHxHEIGHT, in whole numbers"),
+    ("lacks a height", "16x", "--size: '16x' is not WIDTHxHEIGHT, in whole numbers"),
     ("has three numbers", "16x8x8", "--size is 16x8x8; it takes WIDTHxHEIGHT, or the side of a square"),
     ("has no pixels", "16x0", "--size is 16x0; it must be at least 1"),
     ("is not a multiple of what the base needs", "16x10", "--size is 16x10; this base needs multiples of 8"),

@@ -231,7 +231,11 @@ def test_settings_are_frozen():
     [
         ([], "--data is needed"),
         (["--data", "a", "--learning-rat", "1"], "unknown setting --learning-rat; did you mean --learning-rate?"),
-        (["--data", "a", "--rank", "many"], "argument --rank: invalid int value: 'many'"),
+        (["--data", "a", "--rank", "many"], "--rank: 'many' is not a whole number"),
+        (["--data", "a", "--steps", "1,000"], "--steps: '1,000' is not a whole number"),
+        (["--data", "a", "--learning-rate", "1e"], "--learning-rate: '1e' is not a number"),
+        (["--data", "a", "--caption"], "--caption: a value is missing behind it"),
+        (["--data", "a", "--trigger", "-sks"], "(if it begins with a minus, write --trigger=-…)"),
         (["--data", "a", "--rank", "0"], "--rank is 0; it must be at least 1"),
         (["--data", "a", "--precision", "fp8"], "--precision is 'fp8'; it can be auto, fp32, bf16, fp16"),
         (["--data", "a", "--caption-dropout", "1.5"], "--caption-dropout is 1.5; it must be at least 0 and at most 1"),
@@ -254,7 +258,8 @@ def test_settings_are_frozen():
         (["--data", "a", "--epochs", "2", "--steps", "9"], "--epochs and --steps cannot be combined"),
         (["--data", "a", "--adam-betas", "0.9,1"], "--adam-betas is 0.9,1.0; it takes two numbers"),
         (["--data", "a", "--lr-cycles", "2"], "--lr-cycles needs --lr-schedule cosine_with_restarts"),
-        (["dataset/mountain"], "unknown setting dataset/mountain"),
+        (["dataset/mountain"], "there is no setting before it; did you mean --data dataset/mountain?"),
+        (["--data", "a", "--caption", "a", "sks", "dog"], "sks dog: there is no setting before it; a text of"),
     ],
 )
 def test_mistakes_on_the_command_line_are_named(argv, message):
@@ -262,6 +267,16 @@ def test_mistakes_on_the_command_line_are_named(argv, message):
         parse(*argv)
     assert message in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_the_home_folder_is_found_where_no_shell_puts_it_in(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    file = tmp_path / "c.json"
+    file.write_text('{"data": ["~/dog:2", "cat~"], "cache": "~/.cache/minilora"}')
+    assert parse("--data=~/dog").data == (f"{tmp_path}/dog",)
+    assert parse("--config", str(file)).data == (f"{tmp_path}/dog:2", "cat~")
+    assert parse("--config", str(file)).cache == parse("--data", "a").cache  # a default, for each user his own
+    assert parse("--data", "a", "--caption", "~/dog").caption == "~/dog"  # a text
 
 
 @pytest.mark.parametrize(
@@ -289,8 +304,8 @@ def test_mistakes_in_the_file_are_named(text, message, tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("64,48", "argument --size: '64,48' is not WIDTHxHEIGHT, in whole numbers"),
-        ("64x", "argument --size: '64x' is not WIDTHxHEIGHT, in whole numbers"),
+        ("64,48", "--size: '64,48' is not WIDTHxHEIGHT, in whole numbers"),
+        ("64x", "--size: '64x' is not WIDTHxHEIGHT, in whole numbers"),
         ("64x48x32", "--size is 64x48x32; it takes WIDTHxHEIGHT, or the side of a square"),
         ("64x0", "--size is 64x0; it must be at least 1"),
         ("-8", "--size is -8; it must be at least 1"),

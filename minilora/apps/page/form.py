@@ -6,6 +6,7 @@ An empty field gives no word, so the defaults are the command's.
 """
 
 import dataclasses
+import os
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping
 from functools import wraps
@@ -19,7 +20,7 @@ from ...data.kinds import is_picture
 from ...files.read import FILE_NAME
 from ...settings.command_line import kind_of, message_for, read
 from ...settings.errors import UserError
-from ...settings.setting import BUNDLED, Settings, as_typed, option
+from ...settings.setting import BUNDLED, Settings, as_typed, is_path, option
 from ...settings.shared import hub_name, path_and_number
 
 # Settings on which defaults of others depend, as the number of steps depends on the number of pictures.
@@ -131,10 +132,9 @@ class Folders:
         settings = read(cls, words, "")
         problems = []
         for field in dataclasses.fields(cls):
-            kinds = re.findall(r"\b(FOLDER|FILE|BASE|VAE|LORA|ADAPTER|OUT)\b", field.metadata["metavar"])
             value = getattr(settings, field.name)
-            if kinds and value != field.default:
-                hub = bool({"BASE", "VAE", "LORA"} & {*kinds}) or "hub id" in field.metadata["help"]
+            if is_path(field) and value != field.default:
+                hub = bool(re.search("BASE|VAE|LORA", field.metadata["metavar"])) or "hub id" in field.metadata["help"]
                 texts = list(value) if isinstance(value, tuple) else [value]
                 texts = [] if field.name == "validation" and settings.validation_share else texts
                 problems += [p for text in texts if (p := self.problem(text, option(field.name), hub))]
@@ -150,7 +150,8 @@ class Folders:
         """Return those of a form's settings on which other defaults depend; UserError for a path outside."""
         known = {name: values.get(name) or None for name in WHICH_OTHERS_FOLLOW if name in values}
         if known.get("data"):
-            known["data"] = tuple(line.strip() for line in known["data"].split("\n") if line.strip())
+            lines = (line.strip() for line in known["data"].split("\n"))
+            known["data"] = tuple(os.path.expanduser(line) for line in lines if line)
         wrong = [self.problem(text, "data", hub=True) for text in known.get("data") or ()]
         wrong += [self.problem(known["model"], "base", hub=True)] if known.get("model") else []
         if any(wrong):
@@ -191,7 +192,7 @@ class Folders:
         """Return a path that may be used; UserError if it may not."""
         if problem := self.problem(text, what):
             raise UserError(problem)
-        return Path(text)
+        return Path(text).expanduser()
 
     def found(self) -> dict[str, list]:
         """Return the choices in the folders, as paths: "pictures", "loras" and "bases"; a base may have a label."""
