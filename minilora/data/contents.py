@@ -47,6 +47,16 @@ def _left_out(path: Path, folder: Path) -> Path | None:
     return None
 
 
+def results_inside(folder: Path, output: str | None) -> Path | None:
+    """Return where, inside a folder of pictures, results are written: `out`, or an --output outside of that.
+
+    The previews and samples there are not pictures to train on.
+    """
+    here, usual, output_path = (Path(name).resolve() for name in (folder, "out", output or "out"))
+    results = usual if output_path.is_relative_to(usual) and here != usual else output_path
+    return folder / results.relative_to(here) if results != here and results.is_relative_to(here) else None
+
+
 def about_left_out(left_out: Collection[Path], folder: Path) -> list[str]:
     """Return a line about pictures that are hidden or copies, if there are any."""
     counts = Counter(_left_out(path, folder) for path in left_out if is_picture(path))

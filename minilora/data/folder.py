@@ -18,7 +18,7 @@ from ..settings.errors import UserError
 from ..settings.shared import WEIGHT, hub_name, is_mask, path_and_number
 from ..settings.train import TrainConfig
 from .captions import TABLES, beside, read_table, read_text, spelling
-from .contents import about_left_out, about_unused, files_in
+from .contents import about_left_out, about_unused, files_in, results_inside
 from .from_hub import fetched
 from .kinds import is_picture, named, remedy
 from .looks import Look, look_at_all
@@ -173,13 +173,18 @@ def _captions(
     Adds what is wrong, such as a picture without a caption, to `problems`, and unused files to `remarks`.
     """
     files, left_out = files_in(folder, problems)
+    results = results_inside(folder, config.output)
+    written = [path for path in files if results and path.is_relative_to(results)]
+    if any(map(is_picture, written)):
+        remarks.append(f"{_name(results, folder)}: left out, because results are written there")
+    files = sorted({*files} - {*written}) if written else files
     tables = [folder / name for name in TABLES if (folder / name).exists()]
     if len(tables) > 1:
         raise UserError(f"{folder} holds metadata.jsonl and metadata.csv; keep one of them")
     pictures = {path for path in files if is_picture(path) and not is_mask(path)}
     texts = beside(pictures, {path.with_suffix(""): path for path in files if path.suffix.lower() == ".txt"})
     if tables:
-        captions = read_table(tables[0], config.caption_column, [*files, *left_out], problems)
+        captions = read_table(tables[0], config.caption_column, [*files, *left_out, *written], problems)
     else:
         captions = {path: (read_text(text, _name(text, folder), problems).strip(),) for path, text in texts.items()}
     pictures |= captions.keys()  # a table may name pictures with any extension, in any place
@@ -213,7 +218,8 @@ def _about_lacking(lacking: Sequence[Path], tables: Sequence[Path], texts: dict[
     names = [_name(path, folder) for path in lacking]
     told = f"{named(names, 'pictures')} {'has' if len(names) == 1 else 'have'} no caption"
     if not tables:
-        return f"{told}: there is no metadata.jsonl, no metadata.csv and no .txt beside; give one, or --caption"
+        where = "there is no metadata.jsonl, no metadata.csv and no .txt beside"
+        return f"{told}: {where}; write them there, or give one for all with --caption"
     there = [_name(texts[path], folder) for path in lacking if path in texts]
     hint = f"{named(there, 'texts')} beside: not read, because there is a table; " if there else ""
     return f"{told} in {tables[0].name}; {hint}add it there, or give --caption"

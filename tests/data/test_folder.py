@@ -155,6 +155,26 @@ def test_a_table_can_name_what_else_would_be_left_out(data, capsys):
     assert "left out" not in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(("output", "results"), [(None, "out"), ("out/x", "out"), ("lora/a", "lora/a")])
+def test_results_inside_the_folder_are_left_out_and_that_is_said(output, results, data, capsys, monkeypatch):
+    monkeypatch.chdir(data)
+    for name in ("preview.png", "samples/before_after.png", "inside.json"):
+        path = data / results / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        make_picture(1).save(path) if path.suffix == ".png" else path.write_text("{}")
+    for where in (data, "."):
+        [item] = read_folders(TrainConfig(data=(str(where),), cache=str(data.parent / "cache"), output=output))
+        assert item.path.name == "a.jpg"
+        said = f"note: --data {where}: {results}: left out, because results are written there\n"
+        assert capsys.readouterr().err == said
+    (data / results / "samples" / "before_after.txt").write_text("a")
+    [item] = read_folders(config_for(data / results / "samples", output=output))  # if asked for, they are learnt from
+    (data / "metadata.jsonl").write_text('{"file_name": "a.jpg", "text": "a"}\n')
+    with open(data / "metadata.jsonl", "a") as table:
+        table.write(json.dumps({"file_name": f"{results}/preview.png", "text": "b"}))
+    assert len(read_folders(config_for(data, output=output))) == 2
+
+
 def test_files_that_are_not_used_are_named(data, capsys):
     for name in ("b.txt", "notes.json", "clip.mov", "a.npz", "LICENSE", "README.md", ".DS_Store", "Thumbs.db"):
         (data / name).write_bytes(b"")
