@@ -284,6 +284,22 @@ def test_captions_are_written_as_they_were_edited_and_a_wrong_folder_is_told(pic
         assert said in shown.value.message
 
 
+def test_pictures_without_captions_are_shown_too_and_the_missing_captions_counted(pictures, monkeypatch):
+    monkeypatch.setenv("HOME", str(pictures.parent))
+    (pictures / "metadata.jsonl").unlink()
+    look = handlers(pictures)["look"]
+    counts, pages, table, _ = look(f"~/{pictures.name}")
+    hint, *lines = counts["value"].splitlines()
+    assert hint.startswith("5 captions are missing: write them below")
+    assert lines[0].startswith("pictures   5 of ")
+    assert len(pages["value"]) == 1
+    assert table["value"] == [[f"{number}.png", ""] for number in range(5)]
+    for number in range(5):
+        (pictures / f"{number}.txt").write_text(f"picture {number}")
+    counts = look(f"~/{pictures.name}")[0]
+    assert "missing" not in counts["value"]
+
+
 def test_merging_writes_what_the_command_writes_and_leaves_nothing_when_it_is_cancelled(tiny_base, tmp_path):
     write_a_lora(tmp_path / "a" / "pytorch_lora_weights.safetensors")
     merging, told = Merging(), []

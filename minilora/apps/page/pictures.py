@@ -45,14 +45,14 @@ class PicturesTab:
             return [gr.skip()] * 4
         path = self.folders.use(name, "folder")
         rows = caption_rows(str(path))
-        if all(caption for _, caption in rows):
-            preview = look_at(self.folders.read(TrainConfig, ["--data", str(path), *self.base]))
-            pictures, lines = preview.pages, preview.lines
-        else:
-            pictures, lines = [], ["a picture without a caption is not trained on: write one below, and save"]
+        lacking = sum(not caption for _, caption in rows)
+        # Nothing is written, but the default output folder may be outside the folders of the page.
+        words = ["--data", str(path), "--output", str(path), *self.base, *(["--caption="] if lacking else [])]
+        preview = look_at(self.folders.read(TrainConfig, words))
+        hint = f"{lacking} captions are missing: write them below and save, or give one for all in the tab Train"
         return (
-            gr.update(value="\n".join(lines), visible=True),
-            gr.update(value=pictures, visible=bool(pictures), selected_index=0 if pictures else None),
+            gr.update(value="\n".join([hint] * (lacking > 0) + preview.lines), visible=True),
+            gr.update(value=preview.pages, visible=True, selected_index=0),
             gr.update(value=rows, visible=True),
             gr.update(visible=True),
         )
@@ -69,6 +69,7 @@ class PicturesTab:
 
 def caption_rows(folder: str) -> list[list[str]]:
     """Return the name of each picture in a folder with each of its captions; "" if it has none."""
+    folder = os.path.expanduser(folder)
     if Path(folder).is_file():
         raise UserError(f"{folder}: it is a file; give a folder of pictures")
     items = read_folder(folder, TrainConfig(data=(folder,), caption=""), "folder", quiet=True)

@@ -150,7 +150,7 @@ class TrainTab:
 
     def _chosen(self, name: str) -> Path:
         if not name:
-            raise UserError("no run is chosen")
+            raise UserError('no run is chosen: press Start, or choose one in the field "run"')
         return self.folders.use(name, "run")
 
 
