@@ -30,7 +30,7 @@ from ..settings.setting import as_typed, is_installed, option
 from ..settings.train import TrainConfig
 from .trained import put_new_lora, trained_parameters
 
-SLACK = 1.2  # for kernels' buffers and gaps between tensors, which are not counted
+SLACK = 0.2  # for kernels' buffers and gaps between tensors, which are not counted: a share of what is counted
 
 
 class Live(TorchDispatchMode):
@@ -89,27 +89,32 @@ def memory_of(config: TrainConfig, base: Base) -> Memory:
     """Return the memory that a run of one process needs."""
     side, autocast = config.resolution or base.resolution, base.dtype
     dtype = torch.float32 if config.full else autocast  # of the weights
-    empty = {part: base.empty(part) for part in (UNET, VAE, *base.text_parts)}
+    empty = {part: base.empty(part) for part in (VAE, *base.text_parts)}
     encoding_captions = sum(4 * tensor.numel() for part in base.text_parts for tensor in empty[part].parameters())
     with FakeTensorMode():
         vae = _faked(empty[VAE], torch.float32)
         with Live(vae.parameters()) as live, torch.no_grad():
             vae.encode(torch.empty(1, 3, side, side))
-        encoding_pictures = _bytes(vae.parameters()) + round(SLACK * live.peak)
-        unet = _faked(empty[UNET], dtype).train()
-        encoders = [_faked(empty[part], dtype) for part in base.text_parts] if config.train_text_encoder else []
-        weights, numbers, step = _step(config, base, unet, encoders, side, autocast)
+        encoding_pictures = _bytes(vae.parameters()) + round((1 + SLACK) * live.peak)
+        weights, numbers, step = _step(config, base, side, dtype, autocast)
+        # Checkpointing computes all that an ordinary step does, in pieces; the buffers and gaps are as large as there.
+        plain = replace(config, gradient_checkpointing=False)
+        most = _step(plain, base, side, dtype, autocast)[2] if config.gradient_checkpointing else step
     # A and B, their gradients and what the optimizer keeps: two averages, which take one byte per number
     # with adamw8bit; Prodigy also keeps the first weights and a sum of gradients.
     each = 4 + 4 + {"adamw": 8, "adamw8bit": 2, "prodigy": 16}[config.optimizer] + (4 if config.ema else 0)
     kept = encoding_pictures if config.needs_vae else 0  # the VAE stays in memory
     # Trained text encoders do not leave memory before the VAE encodes, see `fill_cache`.
     encoding = (sum if config.train_text_encoder else max)((encoding_captions, encoding_pictures))
-    return Memory(_held(base.device), encoding, weights, numbers * each, round(SLACK * step) + kept)
+    return Memory(_held(base.device), encoding, weights, numbers * each, round(step + SLACK * most) + kept)
 
 
-def _step(config: TrainConfig, base: Base, unet, encoders: list, side: int, dtype: torch.dtype) -> tuple[int, int, int]:
+def _step(
+    config: TrainConfig, base: Base, side: int, dtype: torch.dtype, autocast: torch.dtype
+) -> tuple[int, int, int]:
     """Simulate a step; return the bytes of the weights, the count of numbers in A and B, and the peak of the rest."""
+    unet = _faked(base.empty(UNET), dtype).train()
+    encoders = [_faked(base.empty(part), dtype) for part in base.text_parts] if config.train_text_encoder else []
     network = UNetWithText(unet, encoders) if encoders else unet
     if not config.full:
         put_new_lora(network, unet, config)
@@ -127,7 +132,7 @@ def _step(config: TrainConfig, base: Base, unet, encoders: list, side: int, dtyp
     if base.is_xl:
         pooled = torch.empty(batch, base.parts.config(TEXT_ENCODER_2)["projection_dim"])
         more = {"added_cond_kwargs": {"text_embeds": pooled, "time_ids": torch.empty(batch, 6)}}
-    with Live(everything) as live, torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+    with Live(everything) as live, torch.autocast("cpu", autocast, enabled=autocast != torch.float32):
         for encoder in encoders:  # so that gradients flow back into each
             text = text + encoder(tokens).last_hidden_state.mean()
         unet(x, timesteps, text, **more).sample.float().square().mean().backward()
