@@ -320,6 +320,13 @@ def test_merging_writes_what_the_command_writes_and_leaves_nothing_when_it_is_ca
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "by_command", "by_page"]
 
 
+def test_a_merge_without_a_lora_says_what_to_choose(tmp_path):
+    page = build(PageConfig(folders=(str(tmp_path),), output=str(tmp_path / "out")))
+    [merging] = [about for about in page.fns.values() if about.fn and about.fn.__name__ == "merge"]
+    with pytest.raises(gr.Error, match="no LoRA is chosen"):
+        merging.fn({field: [] if field.label == "LoRAs" else field.value for field in merging.inputs})
+
+
 # ------------------------------------------------------------------------------------------------ runs
 
 
@@ -332,6 +339,9 @@ def test_of_a_run_is_seen_what_it_has_written(tmp_path):
             writer.add_scalar("validation", loss / 2, last)
 
     assert str(runs.look(tmp_path)) == "not started from the page"
+    (tmp_path / "page.json").write_text('{"pid": 1, "born": "never", "log": "train-1.log"}')
+    assert str(runs.look(tmp_path)) == "ended before its first step"
+    (tmp_path / "page.json").unlink()
     (tmp_path / "config.json").write_text('{"steps": 500}')
     assert runs.look(tmp_path).step == 0
     write(1, 300, 1.0)

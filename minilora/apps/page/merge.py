@@ -85,6 +85,8 @@ class MergeTab:
     @shows_mistakes
     def merge(self, values: dict, progress=gr.Progress()):  # noqa: B008
         loras = with_strengths(values[self.loras], [values[slider] for slider in self.strengths])
+        if not loras:
+            raise UserError("no LoRA is chosen: choose one or more to fold into the base")
         files = [values[self.base] or as_shown(BUNDLED), *loras]
         words = [*files, *words_of(MergeConfig, by_name(self.fields, values))]
         config = self.folders.read(MergeConfig, words)

@@ -117,6 +117,7 @@ class Seen:
 
     going: bool = False
     finished: bool = False
+    from_page: bool = False
     step: int = 0
     steps: int = 0
     seconds: float | None = None  # per step
@@ -130,7 +131,8 @@ class Seen:
         if not self.going:
             if "%|" in last:  # the progress bar has stopped
                 last = f"ended after step {self.step}, without saving"
-            return "finished" if self.finished else last or "not started from the page"
+            nothing = "ended before its first step" if self.from_page else "not started from the page"
+            return "finished" if self.finished else last or nothing
         if not self.step:
             return "starting"
         told = f"step {self.step} of {self.steps} · loss {self.loss[self.step]:.4f}"
@@ -148,7 +150,7 @@ _events: dict[tuple[Path, float], EventAccumulator] = {}
 def look(output: Path) -> Seen:
     """Return the visible state of a run, from its output folder."""
     about = _record(output)
-    seen = Seen(going=is_going(output), log=tail(output / about.get("log", "none")))
+    seen = Seen(going=is_going(output), from_page=bool(about), log=tail(output / about.get("log", "none")))
     seen.finished = any((output / name).exists() for name in RESULTS) and not (output / UNFINISHED).exists()
     try:
         seen.steps = json.loads((output / "config.json").read_text())["steps"]
