@@ -81,7 +81,9 @@ def read_lora(path: Path, modules: Modules | None = None) -> LoRA:
         folders = [path] if (path / PEFT_CONFIG).exists() else [path / component for component in COMPONENTS]
         files = [folder / PEFT_FILE for folder in folders if (folder / PEFT_CONFIG).exists()]
     if not files:
-        raise FormatError(f"{path}: it holds neither {FILE_NAME} nor {PEFT_CONFIG}")
+        stopped = (path / "checkpoints").is_dir()
+        hint = "; its run has not finished: train.py --resume finishes it, sooner with fewer --steps" * stopped
+        raise FormatError(f"{path}: it holds neither {FILE_NAME} nor {PEFT_CONFIG}{hint}")
     lora = LoRA({})
     for file in files:
         _read_file(file, modules, lora)

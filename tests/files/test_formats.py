@@ -579,6 +579,9 @@ def test_files_that_are_not_safetensors_are_refused(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(FormatError, match=f"holds neither {FILE_NAME} nor adapter_config"):
         read_lora(tmp_path / "empty", MODULES["sd1"])
+    (tmp_path / "empty" / "checkpoints").mkdir()
+    with pytest.raises(FormatError, match=r"its run has not finished: .* --resume finishes it"):
+        read_lora(tmp_path / "empty", MODULES["sd1"])
 
 
 def test_a_scale_that_does_not_fit_the_type_is_refused(tmp_path):
