@@ -22,7 +22,7 @@ cp out/imagic/between.png $pictures/between.png
 
 # docs/morph.md
 python -m minilora.apps.morph dataset/mountain/mountain.jpg dataset/mountain_autumn/mountain_autumn.jpg \
-    --prompt-a "mountain" --prompt-b "mountain in autumn"
+    --prompt "mountain" --prompt "mountain in autumn"
 cp out/morph-mountain-mountain_autumn/morph.{gif,png} $pictures/
 
 # docs/restyle.md

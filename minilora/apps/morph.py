@@ -1,6 +1,6 @@
-"""Morph between two pictures: every frame in between is drawn by the model.
+"""Morph from picture to picture: every frame in between is drawn by the model.
 
-    python -m minilora.apps.morph A B --prompt-a TEXT --prompt-b TEXT [--output morph.gif]
+    python -m minilora.apps.morph A B [C …] --prompt TEXT --prompt TEXT [--prompt TEXT …] [--output morph.gif]
 
 A LoRA is trained on each picture, and each picture's noise is found with its own LoRA (restore.py).  Frame t, from 0 to
 1, is then drawn with a mixture of noise, text and weights:
@@ -11,6 +11,8 @@ A LoRA is trained on each picture, and each picture's noise is found with its ow
 
 The two ΔW are mixed, exactly as by two LoRAs side by side at strengths 1 − t and t.  A mixture of the factors,
 ((1 − t) B_a + t B_b) ((1 − t) A_a + t A_b), would contain products of one LoRA's B and the other's A.
+
+Of more than two pictures, each is morphed into the next; the frame of a picture between two others comes once.
 
 Three options make the sequence smoother:
 
@@ -29,9 +31,10 @@ if __name__ == "__main__":  # before torch is imported, which takes seconds: --h
     command()
     raise SystemExit
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from string import ascii_lowercase, ascii_uppercase
 
 import numpy as np
 import torch
@@ -41,7 +44,7 @@ from ..data.animation import animation_format, save_animation
 from ..data.pictures import as_picture
 from ..data.sheet import save_picture, sheet
 from ..files.network import load_lora
-from ..lora import lora_disabled
+from ..lora import lora_disabled, remove_lora
 from ..models.base import Base
 from ..models.device import this_device
 from ..settings.morph import MorphConfig
@@ -65,53 +68,67 @@ class End:
 
 
 def morph(config: MorphConfig) -> dict[str, float]:
-    """Morph between two pictures with and without LoRA, write the animation, and return the figures."""
+    """Morph from picture to picture with and without LoRA, write the animation, and return the figures."""
     output = Path(config.output) if config.output else config.folder / "morph.gif"
     if output.suffix:
         animation_format(output)  # before the work, not after it
-    paths, prompts = [Path(name) for name in config.pictures], [config.prompt_a, config.prompt_b]
+    paths = [Path(name) for name in config.pictures]
     pictures = [see(path, config) for path in paths]
-    loras = [
-        given or learn(path, prompt, config.folder / f"lora-{name}", config)
-        for path, prompt, name, given in zip(paths, prompts, "ab", (config.lora_a, config.lora_b), strict=True)
+    loras: Sequence[str | Path] = config.lora or [
+        learn(path, prompt, config.folder / f"lora-{letter}", config)
+        for path, prompt, letter in zip(paths, config.prompt, ascii_lowercase, strict=False)
     ]
     base = Base.of(config, this_device(), config.precision)
     base.refuse_inpainting()
-    for name, lora in zip("ab", loras, strict=True):
-        load_lora(base.unet, lora, name)
     levels = Levels.of(base.scheduler, config.steps, base.device)
 
     plain = replace(config, attention=0.0, adain=False, even=False)
-    texts = [base.encode_text(prompt).to(base.device) for prompt in prompts]
-    with base.autocast():
-        with lora_disabled(base.unet):
-            ways = {"base": way(base, levels, plain, pictures, texts)}
-        ways["LoRA"] = way(base, levels, plain, pictures, texts)
-        if config != plain:
-            ways["LoRA and options"] = way(base, levels, config, pictures, texts)
+    texts = [base.encode_text(prompt).to(base.device) for prompt in config.prompt]
+    parts: dict[str, list[torch.Tensor]] = {"base": [], "LoRA": []}  # the frames of each pair, by the way of drawing
+    for start in range(len(pictures) - 1):
+        pair = slice(start, start + 2)
+        for name, lora in zip("ab", loras[pair], strict=True):
+            load_lora(base.unet, lora, name)
+        with base.autocast():
+            with lora_disabled(base.unet):
+                parts["base"].append(way(base, levels, plain, pictures[pair], texts[pair]))
+            parts["LoRA"].append(way(base, levels, plain, pictures[pair], texts[pair]))
+            if config != plain:
+                both = way(base, levels, config, pictures[pair], texts[pair])
+                parts.setdefault("LoRA and options", []).append(both)
+        remove_lora(base.unet)  # the next pair has its own two
+    ways = {name: joined(of_pairs) for name, of_pairs in parts.items()}
 
     figures: dict[str, float] = {}
     jumps = {}
+    last = (len(pictures) - 1) * (config.frames - 1)
+    at = range(0, last + 1, config.frames - 1)  # the frames of the pictures themselves
     for name, frames in ways.items():
+        for letter, number, picture in zip(ascii_uppercase, at, pictures, strict=False):
+            frame = {0: "the first frame", last: "the last frame"}.get(number, f"frame {number + 1}")
+            figures[f"PSNR of {frame} to picture {letter}, dB; {name}"] = psnr(frames[number], picture)
         steps = distances(base, frames)
-        jumps[name] = list(range(1, config.frames)), steps
+        jumps[name] = list(range(1, last + 1)), steps
         figures |= {
-            f"PSNR of the first frame to picture A, dB; {name}": psnr(frames[0], pictures[0]),
-            f"PSNR of the last frame to picture B, dB; {name}": psnr(frames[-1], pictures[1]),
             f"perceptual path length (VAE encoder's features); {name}": sum(steps),
             f"largest jump between frames over the mean one; {name}": max(steps) * len(steps) / sum(steps),
         }
-    for name, picture in zip("AB", pictures, strict=True):
-        figures[f"PSNR through the VAE alone, picture {name}, dB"] = psnr(through_vae(base, picture[None]), picture)
+    for letter, picture in zip(ascii_uppercase, pictures, strict=False):
+        figures[f"PSNR through the VAE alone, picture {letter}, dB"] = psnr(through_vae(base, picture[None]), picture)
     write_figures(config.folder, figures, jumps)
 
     *_, best = ways.values()
-    save_frames([as_picture(frame) for frame in best], output)
-    columns = np.linspace(0, config.frames - 1, min(config.frames, 9)).round().astype(int)
+    save_frames([as_picture(frame) for frame in best], output, at)
+    columns = np.linspace(0, last, min(last + 1, 9)).round().astype(int)
     rows = [[as_picture(frames[i]) for i in columns] for frames in ways.values()]
     save_picture(sheet(rows, [f"frame {i + 1}" for i in columns], list(ways)), config.folder / "morph.png")
     print(f"wrote {output} and {config.folder / 'morph.png'}")
     return figures
+
+
+def joined(pairs: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Return the frames of all pairs, (frames, 3, h, w) each, as one sequence; each pair starts where one ended."""
+    return torch.cat([pairs[0], *(frames[1:] for frames in pairs[1:])])
 
 
 def way(
@@ -154,12 +171,12 @@ def draw_frames(
 # ------------------------------------------------------------------------------------------- output
 
 
-def save_frames(frames: list[Image.Image], path: Path) -> None:
-    """Write an animation that pauses at both ends, or, in a folder, one picture for each frame."""
+def save_frames(frames: list[Image.Image], path: Path, pauses: Container[int]) -> None:
+    """Write an animation that pauses at the frames of these numbers, or, in a folder, one picture for each frame."""
     if not path.suffix:
         for number, frame in enumerate(frames, start=1):
             save_picture(frame, path / f"{number:03d}.png")
         return
     times = max(1, 256 // frames[0].width)  # small ones are enlarged
     large = [frame.resize([n * times for n in frame.size], Image.Resampling.BICUBIC) for frame in frames]
-    save_animation(large, path, [600, *[80] * (len(frames) - 2), 600])
+    save_animation(large, path, [600 if number in pauses else 80 for number in range(len(frames))])

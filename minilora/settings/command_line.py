@@ -67,7 +67,7 @@ restore = _command(
     "apps.restore:restore",
     "Restore a picture from its own noise, with and without a LoRA of it, and edit it.",
 )
-morph = _command("morph", "apps.morph:morph", "Morph between two pictures, with a LoRA of each.")
+morph = _command("morph", "apps.morph:morph", "Morph from picture to picture, with a LoRA of each.")
 restyle = _command("restyle", "apps.restyle:restyle", "Redraw pictures in the style of a LoRA.")
 distill = _command("distill", "apps.distill:distill", "Train a LoRA to draw in few steps, or smoothly.")
 evaluate = _command("evaluate", "apps.evaluate:evaluate", "Compare drawn pictures with real ones.")

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from string import ascii_lowercase
 
 from . import shared
 from .base import BaseSettings
@@ -13,19 +14,27 @@ from .shared import folder_for, of_lora, of_output, of_pictures
 class MorphConfig(BaseSettings):
     """Every setting of minilora.apps.morph."""
 
-    usage = "A B --prompt-a TEXT --prompt-b TEXT"
+    usage = "A B [C …] --prompt TEXT …"
     examples = (
-        "python -m minilora.apps.morph a.png b.png --prompt-a apple --prompt-b pear",
-        "python -m minilora.apps.morph a.png b.png --prompt-a apple --prompt-b pear \\\n"
-        "      --frames 33 --output morph.webp",
+        "python -m minilora.apps.morph a.png b.png --prompt apple --prompt pear",
+        "python -m minilora.apps.morph a.png b.png c.png \\\n"
+        "      --prompt apple --prompt pear --prompt lemon --output morph.webp",
     )
 
-    pictures: tuple[str, ...] = of_pictures((), "the two pictures", "A B", basic=True, bare=True)
-    prompt_a: str | None = of_pictures(None, "what the first one shows", basic=True)
-    prompt_b: str | None = of_pictures(None, "what the second one shows", basic=True)
-    frames: int = of_pictures(17, "number of frames, including the two pictures", "FRAMES", Within(2), basic=True)
-    lora_a: str | None = of_lora(None, "LoRA of the first picture; if not given, one is trained", "LORA", basic=True)
-    lora_b: str | None = of_lora(None, "LoRA of the second picture, likewise", "LORA", basic=True)
+    pictures: tuple[str, ...] = of_pictures((), "the pictures, two or more", "A B C …", basic=True, bare=True)
+    prompt: tuple[str, ...] = of_pictures(
+        (), "what a picture shows; once for each picture, in their order", repeat=True, basic=True
+    )
+    frames: int = of_pictures(
+        17, "number of frames from one picture to the next, including the two", "FRAMES", Within(2), basic=True
+    )
+    lora: tuple[str, ...] = of_lora(
+        (),
+        "LoRA of a picture; once for each picture, in their order; if not given, they are trained",
+        "LORA",
+        repeat=True,
+        basic=True,
+    )
     model: str | None = shared.model()
     output: str | None = of_output(
         None,
@@ -48,7 +57,12 @@ class MorphConfig(BaseSettings):
         return folder_for("morph", self.pictures)
 
     def problems(self, given: set[str]) -> list[str]:
-        wrong = [] if len(self.pictures) == 2 else [f"morph takes two pictures, not {len(self.pictures)}"]
-        if self.prompt_a is None or self.prompt_b is None:
-            wrong.append("--prompt-a and --prompt-b are needed: what the pictures show")
+        count = len(self.pictures)
+        if not 2 <= count <= len(ascii_lowercase):
+            return [f"morph takes 2 to {len(ascii_lowercase)} pictures, not {count}"]
+        wrong = []
+        if len(self.prompt) != count:
+            wrong.append(f"--prompt is needed once for each picture; pictures: {count}, prompts: {len(self.prompt)}")
+        if self.lora and len(self.lora) != count:
+            wrong.append(f"--lora is needed for each picture or none; pictures: {count}, LoRAs: {len(self.lora)}")
         return wrong

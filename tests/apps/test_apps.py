@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import make_picture
 from helpers import CPU, random_lora, write_single_file
-from PIL import Image
+from PIL import Image, ImageSequence
 
 from minilora import inject_lora, lora_parameters, set_lora_strength
 from minilora.apps import imagic, mixing
@@ -19,7 +19,7 @@ from minilora.apps.distill import DistillConfig, distill
 from minilora.apps.evaluate import EvaluateConfig, evaluate
 from minilora.apps.likeness import distances, psnr
 from minilora.apps.mixing import between, loras_between, slerp
-from minilora.apps.morph import MorphConfig, draw_frames, morph, way
+from minilora.apps.morph import MorphConfig, draw_frames, morph, save_frames, way
 from minilora.apps.restore import RestoreConfig, learn, restore, see
 from minilora.apps.restyle import RestyleConfig, restyle
 from minilora.diffusion import Conditioning, denoising_loss
@@ -55,15 +55,16 @@ def base(tiny_base) -> Base:
 @pytest.fixture
 def config(tiny_base, two_pictures, tmp_path, monkeypatch) -> MorphConfig:
     monkeypatch.chdir(tmp_path)  # its results go to out/
-    prompts = {"prompt_a": "red apple", "prompt_b": "a dog"}
-    return MorphConfig(two_pictures, **prompts, frames=5, steps=5, rank=2, train_steps=2, model=str(tiny_base))
+    return MorphConfig(
+        two_pictures, ("red apple", "a dog"), frames=5, steps=5, rank=2, train_steps=2, model=str(tiny_base)
+    )
 
 
 @pytest.fixture
 def parts(base, config):
     """Return what `way` takes: levels, the pictures, their texts."""
     pictures = [see(Path(name), config) for name in config.pictures]
-    texts = [base.encode_text(prompt) for prompt in (config.prompt_a, config.prompt_b)]
+    texts = [base.encode_text(prompt) for prompt in config.prompt]
     return Levels.of(base.scheduler, config.steps, CPU), pictures, texts
 
 
@@ -270,6 +271,25 @@ def test_morphing_writes_the_animation_that_is_asked_for(config, tmp_path, name)
     assert json.loads((config.folder / "figures.json").read_text())["figures"]
 
 
+def test_three_pictures_are_two_morphs_joined_at_the_picture_in_the_middle(config, tmp_path):
+    """Frame by frame the same as the pairs, also because a LoRA that was learnt for one is that of the other."""
+    a, b = config.pictures
+    three = replace(config, pictures=(a, b, a), prompt=("red apple", "a dog", "red apple"))
+    figures = morph(replace(three, output=str(tmp_path / "three")))
+    loras = [str(three.folder / f"lora-{letter}" / "pytorch_lora_weights.safetensors") for letter in "abc"]
+    for name, pair in (("one", slice(0, 2)), ("two", slice(1, 3))):
+        given = {"pictures": three.pictures[pair], "prompt": three.prompt[pair], "lora": tuple(loras[pair])}
+        morph(replace(three, **given, output=str(tmp_path / name)))
+    frames = {name: sorted((tmp_path / name).glob("*.png")) for name in ("three", "one", "two")}
+    pixels = {name: [Image.open(path).tobytes() for path in paths] for name, paths in frames.items()}
+    assert pixels["three"] == pixels["one"] + pixels["two"][1:]
+    assert {"PSNR of frame 5 to picture B, dB; LoRA", "PSNR of the last frame to picture C, dB; LoRA"} <= set(figures)
+    save_frames([Image.open(path) for path in frames["three"]], tmp_path / "three.gif", (0, 4, 8))
+    with Image.open(tmp_path / "three.gif") as animation:
+        shown = [frame.info["duration"] for frame in ImageSequence.Iterator(animation)]
+    assert sum(shown) == 3 * 600 + 6 * 80  # (equal neighbours become one longer frame)
+
+
 # ------------------------------------------------------------------------------------------ mistakes
 
 
@@ -279,7 +299,7 @@ def test_morphing_writes_the_animation_that_is_asked_for(config, tmp_path, name)
         ({"output": "morph.mp4"}, r"--output morph\.mp4: its name needs a picture's extension"),
         ({"output": "morph.jpg"}, r"--output morph\.jpg: JPEG holds one picture; give a \.gif"),
         ({"pictures": ("a.png", "nowhere.png")}, r"nowhere\.png: it cannot be opened as a picture"),
-        ({"lora_a": "nowhere.safetensors", "lora_b": "nowhere.safetensors"}, r"LoRA nowhere\.safetensors"),
+        ({"lora": ("nowhere.safetensors", "nowhere.safetensors")}, r"LoRA nowhere\.safetensors"),
     ],
 )
 def test_mistakes_are_told_in_one_line(config, settings, message):
@@ -288,10 +308,16 @@ def test_mistakes_are_told_in_one_line(config, settings, message):
 
 
 def test_settings_that_do_not_fit_are_refused():
-    with pytest.raises(UserError, match="morph takes two pictures, not 1; --prompt-a and --prompt-b are needed"):
+    with pytest.raises(UserError, match="morph takes 2 to 26 pictures, not 1"):
         MorphConfig(("a.png",))
+    with pytest.raises(UserError, match="--prompt is needed once for each picture; pictures: 3, prompts: 2"):
+        MorphConfig(("a.png", "b.png", "c.png"), ("a", "b"))
+    with pytest.raises(UserError, match="--lora is needed for each picture or none; pictures: 2, LoRAs: 1"):
+        MorphConfig(("a.png", "b.png"), ("a", "b"), lora=("a.safetensors",))
+    with pytest.raises(UserError, match="did you mean --prompt"):
+        read(MorphConfig, ["a.png", "b.png", "--prompt-a", "a", "--prompt-b", "b"], "")
     with pytest.raises(UserError, match="--attention is 2; it must be at least 0 and at most 1"):
-        MorphConfig(("a.png", "b.png"), prompt_a="a", prompt_b="b", attention=2)
+        MorphConfig(("a.png", "b.png"), ("a", "b"), attention=2)
     with pytest.raises(UserError, match="restore takes one picture, not 2; --prompt is needed"):
         RestoreConfig(("a.png", "b.png"))
 
@@ -335,7 +361,7 @@ def test_each_takes_the_settings_of_a_base(app, family_base, two_pictures, pictu
         write_lora(tmp_path / "l.safetensors", lora, "diffusers", Checkpoint(base).modules)
     words += {
         "restore": [one, "--prompt", "apple", "--steps", "2", *small],
-        "morph": [one, other, "--prompt-a", "apple", "--prompt-b", "dog", "--frames", "2", "--steps", "2", *small],
+        "morph": [one, other, "--prompt", "apple", "--prompt", "dog", "--frames", "2", "--steps", "2", *small],
         "restyle": [str(pictures), "--style", str(pictures), "--lora", str(tmp_path / "l.safetensors"), "--steps", "2"],
         "evaluate": [str(pictures), str(pictures), "--caption", "apple"],
         "distill": ["--data", str(pictures), "--objective", "smooth", "--batch-size", "2", *small],

@@ -344,8 +344,8 @@ def test_a_size_in_the_file_is_a_number_or_two(tmp_path):
         ),
         (
             MorphConfig,
-            ["a.png", "b.png", "--prompt-a", "a", "--prompt-b", "<locon:d:1>"],
-            "--prompt-b: <locon:d:1> is not read in a prompt; take it out",
+            ["a.png", "b.png", "--prompt", "a", "--prompt", "<locon:d:1>"],
+            "--prompt: <locon:d:1> is not read in a prompt; take it out and give --lora d.safetensors:1",
         ),
     ],
 )
