@@ -3,7 +3,7 @@
     python benchmarks/learning_rates.py --plot benchmarks/learning_rates.png
 
 Each rate is one run of `train.py` on the bundled base with all other settings at their defaults.  The loss is measured
-on held-out pictures, a quarter of the set, every 50 steps; for the one photograph it is measured on the photograph
+on held-out pictures, a quarter of the set, eight times; for the one photograph it is measured on the photograph
 itself, with noise that it was not trained with.  Runs that are finished in --work are not repeated, so the script can
 be stopped and started again.
 """
@@ -40,7 +40,8 @@ def draw_curves(found: dict[str, dict[str, float]], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, panels = pyplot.subplots(1, len(found), figsize=(4 * len(found), 3.2), sharey=True, layout="constrained")
+    size = (4 * len(found), 3.2)
+    figure, [panels] = pyplot.subplots(1, len(found), figsize=size, sharey=True, squeeze=False, layout="constrained")
     for panel, (data, last) in zip(panels, found.items(), strict=True):
         lowest = min(last[f"{rate:g}"] for rate in RATES)
         panel.plot(RATES, [last[f"{rate:g}"] / lowest for rate in RATES], "o-", label="sweep")
@@ -58,7 +59,7 @@ def main() -> None:
     parser.add_argument(
         "--work", type=Path, default=Path(".cache/learning_rates"), metavar="FOLDER", help="folder of the runs"
     )
-    parser.add_argument("--steps", type=int, default=400, metavar="STEPS", help="of each run (default 400)")
+    parser.add_argument("--steps", type=int, default=300, metavar="STEPS", help="of each run (default 300)")
     parser.add_argument("--sets", nargs="+", choices=SETS, default=list(SETS), help="which data sets (default all)")
     parser.add_argument("--plot", type=Path, metavar="PNG", help="draw the sweeps; needs matplotlib")
     args = parser.parse_args()

@@ -46,7 +46,7 @@ def test_the_table_is_of_what_was_chosen():
         page = model_card(TrainConfig(data=("d",), **settings), [Item(Path("a"), "", (8, 8), ("a",))], False, "p.png")
         return dict(re.findall(r"^\| (\w+) \| (.*) \|$", page, re.MULTILINE)[1:])
 
-    usual = {"steps": "400", "rank": "8", "alpha": "8.0", "targets": "attention", "batch_size": "8"}
+    usual = {"steps": "300", "rank": "8", "alpha": "8.0", "targets": "linear,conv", "batch_size": "8"}
     usual |= {"learning_rate": "0.002", "caption_dropout": "0.1"}
     assert table() == usual
     assert table(snr_gamma=5.0, steps=7) == usual | {"snr_gamma": "5.0", "steps": "7"}

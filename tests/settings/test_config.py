@@ -46,6 +46,7 @@ def test_defaults_are_the_well_known_recipe_and_differ_on_the_bundled_base_where
         "checkpoint_every",
         "class_pictures",
         "caption_dropout",
+        "targets",
     }
 
 
