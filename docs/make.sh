@@ -53,6 +53,14 @@ done
 python docs/side_by_side.py --prompt "mountain" --prompt "house" --prompt "cat" --lora "25 steps" out/steps_25 \
     --lora "100 steps" out/steps_100 --lora "300 steps" out/mountain --output $pictures/steps.png
 
+# docs/your_pictures.md: masks; the same pictures without them
+mkdir -p out/whole_pictures
+cp dataset/robot/robot_??.png dataset/robot/metadata.jsonl out/whole_pictures
+python train.py --data out/whole_pictures --output out/whole
+python train.py --data dataset/robot
+python docs/side_by_side.py --prompt "sks robot" --count 4 --lora "whole pictures" out/whole --lora "masks" out/robot \
+    --output $pictures/masks.png
+
 # docs/page.md
 python docs/screenshots.py
 
