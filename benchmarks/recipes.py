@@ -186,6 +186,9 @@ def main() -> None:
         "--work", type=Path, default=Path(".cache/recipes"), metavar="FOLDER", help="folder for the runs' files"
     )
     parser.add_argument("--seeds", type=int, default=2, metavar="N", help="runs of each recipe (default 2)")
+    parser.add_argument(
+        "--steps", type=int, metavar="STEPS", help="of each run, to try the script; else train.py's own"
+    )
     parser.add_argument("--only", nargs="+", choices=RECIPES, metavar="RECIPE", help="measure only these recipes")
     parser.add_argument("--plot", type=Path, metavar="SVG", help="draw likeness against drift; needs matplotlib")
     args = parser.parse_args()
@@ -195,6 +198,7 @@ def main() -> None:
             for name, task in TASKS.items():
                 key, settings = f"{name}/{recipe}/{seed}", settings_of(recipe, task)
                 if settings is not None and key not in found:
+                    settings += ["--steps", str(args.steps)] if args.steps else []
                     found[key] = measure(task, recipe, seed, settings, args.work.resolve())
                     FIGURES.write_text(json.dumps(found, indent=1) + "\n")
                     print(key, found[key], flush=True)
