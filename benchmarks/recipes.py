@@ -31,7 +31,7 @@ from statistics import fmean
 from train_step import ROOT
 
 FIGURES = Path(__file__).with_suffix(".json")
-HELD_OUT_EVERY = 4
+HELD_OUT_EVERY = 3  # evaluate compares with no fewer than four
 LIKENESS, DRIFT = "likeness by the VAE's features", "drift by the VAE's features"
 LOSS = "denoising loss on the reference; with LoRA"
 
@@ -74,7 +74,7 @@ RECIPES = {
     "Prodigy": "--optimizer prodigy",
     "cosine": "--lr-schedule cosine",
     "class pictures": WORD,
-    "--preserve": f"{WORD} --preserve 1",
+    "preserve": f"{WORD} --preserve 1",
     "masks": "",  # of the subject, the only task that has them; all other recipes train without
 }
 
@@ -119,7 +119,7 @@ def measure(task: Task, recipe: str, seed: int, settings: Sequence[str], work: P
     source = ROOT / "dataset" / task.data
     lines = [json.loads(line) for line in (source / "metadata.jsonl").read_text().splitlines()]
     alone = len(lines) == 1
-    held_out = lines * HELD_OUT_EVERY if alone else lines[::HELD_OUT_EVERY]
+    held_out = lines * 4 if alone else lines[::HELD_OUT_EVERY]
     learnt = lines if alone else [line for line in lines if line not in held_out]
     masks = recipe == "masks"
     data = copied(learnt, source, work / task.data / ("masked" if masks else "learnt"), masks)
