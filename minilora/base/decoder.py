@@ -28,7 +28,7 @@ from transformers import CLIPTokenizer
 from minilora.data import draws
 from minilora.files.tensors import write_tensors
 
-from .fit import encode, fit, patch_at
+from .fit import embeddings, encode, fit, patch_at
 from .parts import make_scheduler
 from .pictures import SEED, SIZE, Drawing, as_pixels
 
@@ -79,17 +79,13 @@ def redrawn(
     scheduler = make_scheduler(args.schedule)
     scheduler.set_timesteps(OF)
 
-    def text(captions: list[str]) -> torch.Tensor:
-        tokens = tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt").input_ids
-        return text_encoder(tokens.to(latents.device)).last_hidden_state  # (n, 32, 192)
-
     every = []
     for steps in STEPS:
         timesteps = scheduler.timesteps[-steps:]
         for start in range(0, len(drawings), 50):
             some = drawings[start : start + 50]
-            wanted = text([f"{drawing.thing.names[0]}, {drawing.style} style" for drawing in some])
-            conditioning = torch.cat([text([""] * len(some)), wanted])
+            captions = [f"{drawing.thing.names[0]}, {drawing.style} style" for drawing in some]
+            conditioning = embeddings(text_encoder, tokenizer, [""] * len(some) + captions)  # (2n, 32, 192)
             clean = latents[start : start + 50]
             noise = [draws.gaussian(SEED, "redrawn", start + i, clean.shape[1:]) for i in range(len(some))]
             x = scheduler.add_noise(clean, torch.stack(noise).to(clean), timesteps[:1].expand(len(some)))
@@ -106,6 +102,28 @@ def redrawn(
 def edges(error: torch.Tensor) -> torch.Tensor:
     """Return the mean absolute difference of neighbouring errors; with 0, edges are where they should be."""
     return error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()
+
+
+def loss_against(
+    critic: Critic, decoded: torch.Tensor, real: torch.Tensor, last: nn.Parameter, share: float
+) -> torch.Tensor:
+    """Return the loss of decoder and critic on pictures, (n, 3, h, w); neither learns from the other's part.
+
+    The critic's judgement counts `share` of the errors, by the gradients at `last`, the decoder's last weight.
+    """
+    frozen = {name: parameter.detach() for name, parameter in critic.named_parameters()}
+    judged, seen = functional_call(critic, frozen, (decoded,))
+    of_real, wanted = critic(real)
+    of_decoded, _ = critic(decoded.detach())
+    error = decoded - real
+    near = error.abs().mean() + 0.5 * error.square().mean() + 4 * F.avg_pool2d(error, 8).square().mean()
+    near = near + 0.5 * edges(error)
+    layers = sum((a.float() - b.detach().float()).abs().mean() for a, b in zip(seen, wanted, strict=True))
+    passing = -judged.float().mean()
+    by_near, by_passing = (torch.autograd.grad(x, last, retain_graph=True)[0].norm() for x in (near, passing))
+    weight = share * by_near / (by_passing + 1e-4)
+    critical = F.relu(1 - of_real.float()).mean() + F.relu(1 + of_decoded.float()).mean()
+    return near + layers + weight * passing + critical
 
 
 def train_decoder(
@@ -126,10 +144,10 @@ def train_decoder(
     latents = encode(vae, as_pixels([drawing.pixels for drawing in drawings]).to(device)) * scale
     again = redrawn(drawings, latents, tokenizer, parts, args).cpu() / scale
     torch.manual_seed(SEED)  # the critic's first weights
-    trained = nn.ModuleDict({"decoder": vae.decoder, "post_quant_conv": vae.post_quant_conv, "critic": Critic()})
+    critic = Critic()
+    trained = nn.ModuleDict({"decoder": vae.decoder, "post_quant_conv": vae.post_quant_conv, "critic": critic})
     vae.requires_grad_(False)
     trained.requires_grad_(True).to(device)
-    critic = trained["critic"]
 
     def loss_at(step: int) -> torch.Tensor:
         count, side = (3, SIZE) if step % 2 else (10, SIZE // 2)  # of each kind
@@ -152,22 +170,9 @@ def train_decoder(
             spread = posterior.std + 0.2 * float(random.random()) * posterior.mean.std()
             exact = posterior.mean + spread * noise.to(device)
             decoded = vae.decode(torch.cat([torch.stack(inexact).to(device), exact.float()])).sample.float()
-            frozen = {name: parameter.detach() for name, parameter in critic.named_parameters()}
-            judged, seen = functional_call(critic, frozen, (decoded,))
-            _, wanted = functional_call(critic, frozen, (real,))
-            told = critic(torch.cat([real, decoded.detach()]))[0].float()
-        error = decoded - real
-        near = error.abs().mean() + 0.5 * error.square().mean() + 4 * F.avg_pool2d(error, 8).square().mean()
-        near = near + 0.5 * edges(error)
-        layers = sum((a.float() - b.float()).abs().mean() for a, b in zip(seen, wanted, strict=True))
-        passing = -judged.float().mean()
-        # The critic counts half as much as the errors, by their gradients at the last layer.
-        last = vae.decoder.conv_out.weight
-        of_near, of_passing = (torch.autograd.grad(x, last, retain_graph=True)[0].norm() for x in (near, passing))
-        weight = 0.5 * min(1.0, step / 200) * of_near / (of_passing + 1e-4)
-        real_told, decoded_told = told.chunk(2)
-        critical = F.relu(1 - real_told).mean() + F.relu(1 + decoded_told).mean()
-        return near + layers + weight * passing + critical
+            # The critic counts half as much as the errors, after a warm-up.
+            share = 0.5 * min(1.0, step / 200)
+            return loss_against(critic, decoded, real, vae.decoder.conv_out.weight, share)
 
     result = {name: x.clone() for name, x in vae.state_dict().items()}
     average = fit(trained, loss_at, args.decoder_steps, 3e-4, args.decoder_state, args.start_content)

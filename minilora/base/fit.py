@@ -17,7 +17,7 @@ from diffusers import AutoencoderKL
 from safetensors.torch import load_file
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
-from transformers import CLIPTokenizer
+from transformers import CLIPTextModel, CLIPTokenizer
 
 from minilora.data import draws
 from minilora.diffusion import Conditioning, Schedule, denoising_loss
@@ -147,6 +147,12 @@ def encode(vae: AutoencoderKL, pixels: torch.Tensor) -> torch.Tensor:
     return torch.cat([vae.encode(part).latent_dist.mean for part in pixels.split(64)])
 
 
+def embeddings(text_encoder: CLIPTextModel, tokenizer: CLIPTokenizer, captions: list[str]) -> torch.Tensor:
+    """Return the embeddings of captions, (n, 32, 192)."""
+    tokens = tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt").input_ids
+    return text_encoder(tokens.to(text_encoder.device)).last_hidden_state
+
+
 def train_unet(
     drawings: list[Drawing],
     tokenizer: CLIPTokenizer,
@@ -172,13 +178,12 @@ def train_unet(
         positions = range(step * batch, (step + 1) * batch)
         shown = [draws.picture_at(SEED, p, len(drawings)) for p in positions]
         captions = [caption_at(drawings[i], p) for i, p in zip(shown, positions, strict=True)]
-        tokens = tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt").input_ids
         noise = torch.stack([draws.gaussian(SEED, "noise", p, latents.shape[1:]) for p in positions])
         # Noisy timesteps, where the text decides what is drawn, come more often: the density is proportional to t.
         timesteps = torch.tensor([int(len(schedule) * draws.uniform(SEED, "timestep", p) ** 0.5) for p in positions])
         # Plain attention: on a CPU its backward pass is faster here than that of fused attention.
         with sdpa_kernel(SDPBackend.MATH), torch.autocast(device.type, torch.bfloat16, enabled=args.bf16):
-            text = Conditioning(text_encoder(tokens.to(device)).last_hidden_state)  # (b, 32, 192)
+            text = Conditioning(embeddings(text_encoder, tokenizer, captions))  # (b, 32, 192)
             clean = latents[shown]  # (b, 4, 16, 16)
             return denoising_loss(network, clean, text, noise.to(device), timesteps.to(device), schedule).mean()
 
